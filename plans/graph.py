@@ -1,0 +1,128 @@
+"""The dataflow graph of one iteration: model function calls and function calls, joined by what they read and write.
+
+Edges follow from names of inputs and outputs, and from parameter versions: a call of a trained model in iteration
+t + 1 reads the weights that its training call of iteration t wrote. Nothing here knows where a call runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+
+import networkx as nx
+
+from plans.errors import SpecError, nearest
+
+
+class CallKind(StrEnum):
+    """What a call does: sample responses, one forward pass, optimizer steps, or a Python function on the CPU."""
+
+    GENERATE = "generate"
+    INFERENCE = "inference"
+    TRAIN_STEP = "train_step"
+    FUNCTION = "function"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One call: `model` is a role (`actor`), empty for a function; `seconds_per_sample` is a function's cost.
+
+    `inputs` and `outputs` name per-sample tensors.
+    """
+
+    name: str
+    kind: CallKind
+    model: str = ""
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    seconds_per_sample: float = 0.0
+
+    def __post_init__(self) -> None:
+        if (self.kind is CallKind.FUNCTION) == bool(self.model):
+            raise SpecError(f"call `{self.name}`: a function call has no model, every other call has one")
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """`target` of iteration t waits for `source` of iteration t - `distance`."""
+
+    source: str
+    target: str
+    distance: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataflowGraph:
+    """Calls of one iteration in a topological order; `sources` are the tensors that the data set provides.
+
+    `staleness`: iterations that generation may run ahead of the weights it should have (0: on-policy).
+    """
+
+    name: str
+    calls: tuple[Call, ...]
+    sources: tuple[str, ...] = ("prompts",)
+    staleness: int = 0
+
+    def __post_init__(self) -> None:
+        seen: set[str] = set(self.sources)
+        for call in self.calls:
+            for key in call.inputs:
+                if key not in seen:
+                    raise SpecError(f"graph `{self.name}`: call `{call.name}` reads `{key}` before any call writes it")
+            seen.update(call.outputs)
+        names = [call.name for call in self.calls]
+        if len(set(names)) != len(names):
+            raise SpecError(f"graph `{self.name}`: a call name is used twice in {names}")
+
+    def call(self, name: str) -> Call:
+        """The call of that name."""
+        for call in self.calls:
+            if call.name == name:
+                return call
+        raise SpecError(f"graph `{self.name}` has no call `{name}`", nearest(name, [c.name for c in self.calls]))
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Roles of the models, in order of first use."""
+        return tuple(dict.fromkeys(call.model for call in self.calls if call.model))
+
+    @property
+    def model_calls(self) -> tuple[Call, ...]:
+        """Calls that run on a mesh of their own."""
+        return tuple(call for call in self.calls if call.kind is not CallKind.FUNCTION)
+
+    @cached_property
+    def producers(self) -> dict[str, str]:
+        """Tensor name -> the call that writes it."""
+        return {key: call.name for call in self.calls for key in call.outputs}
+
+    @cached_property
+    def trainers(self) -> dict[str, str]:
+        """Role -> its training call, for trained models."""
+        return {call.model: call.name for call in self.calls if call.kind is CallKind.TRAIN_STEP}
+
+    @cached_property
+    def edges(self) -> tuple[Edge, ...]:
+        """Data edges (distance 0), then parameter-version edges (distance 1, plus the staleness for generation)."""
+        data = {
+            Edge(self.producers[key], call.name): None
+            for call in self.calls
+            for key in call.inputs
+            if key in self.producers
+        }
+        versions = [
+            Edge(self.trainers[call.model], call.name, 1 + self.staleness * (call.kind is CallKind.GENERATE))
+            for call in self.calls
+            if call.model in self.trainers
+        ]
+        return (*data, *versions)
+
+    def as_networkx(self) -> nx.MultiDiGraph:
+        """The graph for networkx: nodes carry `call`, edges carry `distance`."""
+        graph = nx.MultiDiGraph(name=self.name)
+        for call in self.calls:
+            graph.add_node(call.name, call=call)
+        for edge in self.edges:
+            graph.add_edge(edge.source, edge.target, distance=edge.distance)
+        return graph

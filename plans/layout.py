@@ -1,0 +1,205 @@
+"""Layout arithmetic: which rank holds which slice of which parameter.
+
+A model is a chain of *units*: `embedding`, the blocks `layer.0` ... and `head`. A pipeline stage holds a run of units.
+Inside a unit each *sharded* parameter is cut by tensor parallelism along one axis; each *replicated* parameter is
+held whole by every tp rank of the stage. Tensor rank r of t holds the fraction [r/t, (r+1)/t) of every sharded
+parameter, block by block (gate and up are two blocks of `linear_fc1`; a query group is kept whole because
+kv_heads % tp == 0), so that one fraction interval of a unit names the same data in every layout.
+Names and storage order are Megatron-core's at tp = 1. The cost model counts these bytes, the runtime sends them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+from plans.cluster import ClusterSpec, DeviceMesh
+from plans.model import Head, ModelSpec, Norm, Position
+from plans.strategy import ParallelStrategy
+
+EMBEDDING = "embedding"
+HEAD = "head"
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One parameter of a unit. `axis` is the sharded axis, None when replicated; `blocks` are equal parts of that
+    axis that are each cut by tp (2 for gate-and-up)."""
+
+    name: str
+    shape: tuple[int, ...]
+    axis: int | None = None
+    blocks: int = 1
+
+    @property
+    def size(self) -> int:
+        """Elements of the whole parameter."""
+        total = 1
+        for extent in self.shape:
+            total *= extent
+        return total
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A unit of a model: its name, and its parameters under their Megatron-core names with global layer numbers."""
+
+    name: str
+    parameters: tuple[Parameter, ...]
+
+    @property
+    def sharded(self) -> int:
+        """Elements that tp cuts."""
+        return sum(p.size for p in self.parameters if p.axis is not None)
+
+    @property
+    def replicated(self) -> int:
+        """Elements that every tp rank holds."""
+        return sum(p.size for p in self.parameters if p.axis is None)
+
+
+def _norm(spec: ModelSpec, name: str, width: int | None = None) -> list[Parameter]:
+    shape = (width or spec.hidden,)
+    parameters = [Parameter(f"{name}.weight", shape)]
+    return [*parameters, Parameter(f"{name}.bias", shape)] if spec.norm is Norm.LAYER else parameters
+
+
+def _linear(name: str, rows: int, cols: int, axis: int, bias: bool, blocks: int = 1) -> list[Parameter]:
+    """A linear layer [rows, cols]; axis 0 is column-parallel (its bias is sharded), axis 1 row-parallel."""
+    weight = Parameter(f"{name}.weight", (rows, cols), axis, blocks)
+    if not bias:
+        return [weight]
+    return [weight, Parameter(f"{name}.bias", (rows,), 0 if axis == 0 else None, blocks if axis == 0 else 1)]
+
+
+def _layer_parameters(spec: ModelSpec, index: int) -> tuple[Parameter, ...]:
+    at = f"decoder.layers.{index}"
+    attention = f"{at}.self_attention"
+    heads_width = spec.heads * spec.head_dim
+    parameters = [
+        *_norm(spec, f"{at}.input_layernorm"),
+        *_linear(f"{attention}.linear_qkv", spec.qkv_width, spec.hidden, 0, spec.qkv_bias or spec.linear_bias),
+        *_linear(f"{attention}.linear_proj", spec.hidden, heads_width, 1, spec.linear_bias),
+        *_norm(spec, f"{at}.pre_mlp_layernorm"),
+    ]
+    if spec.qk_norm:
+        parameters += _norm(spec, f"{attention}.q_layernorm", spec.head_dim)
+        parameters += _norm(spec, f"{attention}.k_layernorm", spec.head_dim)
+    gates = 2 if spec.gated_mlp else 1
+    if not spec.experts:
+        parameters += _linear(f"{at}.mlp.linear_fc1", gates * spec.ffn, spec.hidden, 0, spec.linear_bias, gates)
+        parameters += _linear(f"{at}.mlp.linear_fc2", spec.hidden, spec.ffn, 1, spec.linear_bias)
+        return tuple(parameters)
+    parameters.append(Parameter(f"{at}.mlp.router.weight", (spec.experts, spec.hidden)))
+    for expert in range(spec.experts):
+        local = f"{at}.mlp.experts.local_experts.{expert}"
+        parameters += _linear(f"{local}.linear_fc1", gates * spec.ffn, spec.hidden, 0, False, gates)
+        parameters += _linear(f"{local}.linear_fc2", spec.hidden, spec.ffn, 1, False)
+    return tuple(parameters)
+
+
+@lru_cache(maxsize=64)
+def model_units(spec: ModelSpec) -> tuple[Unit, ...]:
+    """Embedding, blocks and head of a model in pipeline order, with the padded vocabulary.
+
+    The head is the final norm with the vocabulary projection or the value head. A tied projection is not a parameter
+    of the head: the stage of the head then holds the embedding unit as well (`Layout.units`).
+    """
+    embedding = [Parameter("embedding.word_embeddings.weight", (spec.padded_vocab, spec.hidden), 0)]
+    if spec.position is Position.LEARNED:
+        embedding.append(Parameter("embedding.position_embeddings.weight", (spec.max_context, spec.hidden)))
+    head = _norm(spec, "decoder.final_layernorm")
+    if spec.head is Head.VALUE:
+        head.append(Parameter("output_layer.weight", (1, spec.hidden)))
+    elif not spec.tied_embeddings:
+        head.append(Parameter("output_layer.weight", (spec.padded_vocab, spec.hidden), 0))
+    blocks = [Unit(f"layer.{i}", _layer_parameters(spec, i)) for i in range(spec.layers)]
+    return (Unit(EMBEDDING, tuple(embedding)), *blocks, Unit(HEAD, tuple(head)))
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Coordinates of a rank in a layout."""
+
+    dp: int
+    tp: int
+    pp: int
+    cp: int = 0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A model on a mesh under a strategy. Rank order is Megatron's: tp fastest, then cp, dp, pp slowest."""
+
+    spec: ModelSpec
+    ranks: tuple[int, ...]
+    dp: int = 1
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    ep: int = 1
+    vpp: int = 1
+
+    def __post_init__(self) -> None:
+        need = self.dp * self.tp * self.pp * self.cp
+        assert need == len(self.ranks), f"layout needs {need} ranks, got {len(self.ranks)}"
+
+    @classmethod
+    def of(cls, spec: ModelSpec, mesh: DeviceMesh, strategy: ParallelStrategy, cluster: ClusterSpec) -> Layout:
+        """The layout of a call."""
+        s = strategy
+        return cls(spec, tuple(mesh.ranks(cluster)), dp=s.dp, tp=s.tp, pp=s.pp, cp=s.cp, ep=s.ep, vpp=s.vpp)
+
+    @cached_property
+    def places(self) -> dict[int, Place]:
+        """Coordinates of every rank."""
+        found = {}
+        for i, rank in enumerate(self.ranks):
+            tp, rest = i % self.tp, i // self.tp
+            cp, rest = rest % self.cp, rest // self.cp
+            found[rank] = Place(dp=rest % self.dp, tp=tp, pp=rest // self.dp, cp=cp)
+        return found
+
+    def rank(self, place: Place) -> int:
+        """The rank at a place."""
+        return self.ranks[((place.pp * self.dp + place.dp) * self.cp + place.cp) * self.tp + place.tp]
+
+    def stage_units(self, stage: int) -> tuple[str, ...]:
+        """Names of the units that a pipeline stage holds, in order; with vpp > 1 the chunks of the stage in turn."""
+        chunks, per_chunk = self.vpp * self.pp, self.spec.layers // (self.vpp * self.pp)
+        names = [EMBEDDING] if stage == 0 else []
+        for chunk in range(stage, chunks, self.pp):
+            names += [f"layer.{i}" for i in range(chunk * per_chunk, (chunk + 1) * per_chunk)]
+        if stage == self.pp - 1:
+            if self.spec.tied_embeddings and stage > 0:
+                names.append(EMBEDDING)
+            names.append(HEAD)
+        return tuple(names)
+
+    @cached_property
+    def holders(self) -> dict[str, tuple[int, ...]]:
+        """Unit -> the ranks that hold a part of it, ascending."""
+        found: dict[str, list[int]] = {}
+        for stage in range(self.pp):
+            for unit in self.stage_units(stage):
+                found.setdefault(unit, []).extend(r for r in self.ranks if self.places[r].pp == stage)
+        return {unit: tuple(sorted(ranks)) for unit, ranks in found.items()}
+
+    def same_weights(self, other: Layout) -> bool:
+        """Whether every rank holds the same slices in both, so that one copy serves both.
+
+        Experts are cut by ep, dense weights by tp and pp; dp and cp only replicate, in a rank order that the
+        places compare.
+        """
+        return self == other or (
+            self.ranks == other.ranks
+            and (self.tp, self.pp, self.vpp, self.ep) == (other.tp, other.pp, other.vpp, other.ep)
+            and self.spec == other.spec
+        )
+
+
+def fraction(layout: Layout, rank: int, grid: int) -> tuple[int, int]:
+    """The interval of every sharded parameter that a rank holds, in units of 1/grid (grid a multiple of tp)."""
+    step = grid // layout.tp
+    tp = layout.places[rank].tp
+    return tp * step, (tp + 1) * step

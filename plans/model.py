@@ -1,0 +1,153 @@
+"""ModelSpec: the architecture of a decoder-only transformer, and how many parameters it has.
+
+Knows nothing of layouts or of time. Parameter counts follow the published architectures; the library
+(`library/models.json`) and any Hugging Face `config.json` give the same type.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from plans.errors import SpecError
+
+
+class Norm(StrEnum):
+    """Normalisation: RMSNorm (a weight) or LayerNorm (a weight and a bias)."""
+
+    RMS = "rms"
+    LAYER = "layer"
+
+
+class Position(StrEnum):
+    """How a token learns its place; only `learned` has parameters."""
+
+    ROPE = "rope"
+    LEARNED = "learned"
+    ALIBI = "alibi"
+
+
+class Head(StrEnum):
+    """What sits on the last layer: a vocabulary projection, or one scalar per token (critic, reward)."""
+
+    LM = "lm"
+    VALUE = "value"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeScaling:
+    """Llama-3 rotary scaling (`rope_type: llama3` of the Hugging Face config)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """Architecture of one model.
+
+    `ffn` is the inner width of one MLP (of one expert where `experts` > 0); `head_dim` may differ from
+    hidden / heads (Gemma, Qwen3). `linear_bias` means biases on every linear of the block (GPT-2, GPT-3, BLOOM).
+    `norms_per_layer` counts the norms over the hidden width in one block (Gemma 2 and 3 have four).
+    """
+
+    name: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    gated_mlp: bool = True
+    activation: str = "silu"
+    tied_embeddings: bool = False
+    norm: Norm = Norm.RMS
+    norm_eps: float = 1e-5
+    norms_per_layer: int = 2
+    position: Position = Position.ROPE
+    max_context: int = 4096
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    linear_bias: bool = False
+    experts: int = 0
+    experts_per_token: int = 0
+    shared_ffn: int = 0
+    head: Head = Head.LM
+
+    def __post_init__(self) -> None:
+        for field in ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "max_context"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or value <= 0:
+                raise SpecError(f"model `{self.name}`: {field} is {value!r}; it must be a positive whole number")
+        if self.heads % self.kv_heads:
+            raise SpecError(
+                f"model `{self.name}`: heads {self.heads} must be a multiple of kv_heads {self.kv_heads}",
+                f"kv_heads one of {[k for k in range(1, self.heads + 1) if self.heads % k == 0]}",
+            )
+        if self.experts_per_token > self.experts:
+            raise SpecError(
+                f"model `{self.name}`: experts_per_token {self.experts_per_token} exceeds experts {self.experts}"
+            )
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding as stored: the next multiple of 128, Megatron's `make_vocab_size_divisible_by`."""
+        return -(-self.vocab // 128) * 128
+
+    @property
+    def qkv_width(self) -> int:
+        """Output width of the fused query-key-value projection."""
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+    @property
+    def norm_params(self) -> int:
+        """Parameters of one norm over the hidden width."""
+        return self.hidden * (2 if self.norm is Norm.LAYER else 1)
+
+    @property
+    def attention_params(self) -> int:
+        """Parameters of one attention block without its norms."""
+        weights = self.hidden * self.qkv_width + self.heads * self.head_dim * self.hidden
+        bias = self.qkv_width * (self.qkv_bias or self.linear_bias) + self.hidden * self.linear_bias
+        return weights + bias + 2 * self.head_dim * self.qk_norm
+
+    @property
+    def mlp_params(self) -> int:
+        """Parameters of one MLP block: every expert, the shared expert and the router."""
+        per_width = (3 if self.gated_mlp else 2) * self.hidden
+        bias = (self.ffn * (2 if self.gated_mlp else 1) + self.hidden) * self.linear_bias
+        if not self.experts:
+            return per_width * self.ffn + bias
+        shared = per_width * self.shared_ffn + (self.hidden if self.shared_ffn else 0)
+        return self.experts * per_width * self.ffn + shared + self.experts * self.hidden
+
+    @property
+    def layer_params(self) -> int:
+        """Parameters of one transformer block."""
+        return self.attention_params + self.mlp_params + self.norms_per_layer * self.norm_params
+
+    @property
+    def embedding_params(self) -> int:
+        """Parameters of the input embedding, without padding of the vocabulary."""
+        return self.vocab * self.hidden + (self.max_context * self.hidden if self.position is Position.LEARNED else 0)
+
+    @property
+    def head_params(self) -> int:
+        """Parameters of the output head that are not shared with the embedding."""
+        if self.head is Head.VALUE:
+            return self.hidden
+        return 0 if self.tied_embeddings else self.vocab * self.hidden
+
+    @property
+    def params(self) -> int:
+        """All parameters."""
+        return self.embedding_params + self.layers * self.layer_params + self.norm_params + self.head_params
+
+    def with_value_head(self) -> ModelSpec:
+        """The same body with one scalar per token, as critic and reward models have."""
+        return replace(self, head=Head.VALUE, tied_embeddings=False)

@@ -1,0 +1,189 @@
+"""The program: a plan as the ordered steps of one period. `simulate`, memory by moment and the runtime all read it.
+
+Every rank runs its projection of one total order, so no controller is needed and no two ranks can wait for each other.
+A call with lag 1 runs iteration p - 1 in period p; the first period skips it (prologue), and after the last
+iteration one more period finishes it (epilogue).
+
+Order of events for each call, in plan order: reallocate the weights it needs -> load offloaded weights -> the
+call -> function calls on its outputs -> transfers of everything made -> offload -> release of its copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+
+from plans.batches import host_call
+from plans.graph import CallKind
+from plans.layout import Layout
+from plans.plan import ExecutionPlan
+
+
+class StepKind(StrEnum):
+    """What a step does."""
+
+    REALLOCATE = "reallocate"
+    LOAD = "load"
+    CALL = "call"
+    FUNCTION = "function"
+    TRANSFER = "transfer"
+    OFFLOAD = "offload"
+    RELEASE = "release"
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A model's weights in one layout. A home copy lives for the whole run; another lives from its reallocation
+    before the first of `calls` to its release after the last. `offload`: it waits in host memory between calls."""
+
+    name: str
+    role: str
+    layout: Layout
+    home: bool
+    calls: tuple[str, ...]
+    offload: bool
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a period and the ranks that take part. `subject` is the call it serves (for a transfer the
+    producer, with `consumer`), `copy` the weights it touches."""
+
+    kind: StepKind
+    subject: str
+    ranks: tuple[int, ...]
+    lag: int = 0
+    copy: str = ""
+    consumer: str = ""
+
+    @property
+    def name(self) -> str:
+        """A short name for timelines and error messages."""
+        if self.kind is StepKind.TRANSFER:
+            return f"transfer {self.subject} -> {self.consumer}"
+        if self.kind in (StepKind.CALL, StepKind.FUNCTION):
+            return self.subject
+        return f"{self.kind} {self.copy}"
+
+
+@dataclass(frozen=True)
+class Program:
+    """Steps of one period in total order, and the copies they use."""
+
+    plan: ExecutionPlan
+    copies: tuple[Copy, ...]
+    steps: tuple[Step, ...]
+
+    @cached_property
+    def copy_of(self) -> dict[str, Copy]:
+        """Call -> the copy of the weights it runs on."""
+        return {call: copy for copy in self.copies for call in copy.calls}
+
+    @cached_property
+    def homes(self) -> dict[str, Copy]:
+        """Trained role -> its home copy."""
+        trainers = self.plan.workload.graph.trainers
+        return {role: self.copy_of[call] for role, call in trainers.items()}
+
+    @property
+    def max_lag(self) -> int:
+        """Periods of prologue and epilogue."""
+        return max((planned.lag for planned in self.plan.calls), default=0)
+
+    def unrolled(self, iterations: int, first: int = 0) -> Iterator[tuple[Step, int]]:
+        """Every step of a run of iterations [first, iterations) in total order, with its iteration."""
+        for period in range(first, iterations + self.max_lag):
+            for step in self.steps:
+                if first <= period - step.lag < iterations:
+                    yield step, period - step.lag
+
+    def projection(self, rank: int) -> tuple[Step, ...]:
+        """The steps that a rank takes part in."""
+        return tuple(step for step in self.steps if rank in step.ranks)
+
+
+def compile_program(plan: ExecutionPlan) -> Program:
+    """The program of a legal plan (`plans.checks`)."""
+    copies = _copies(plan)
+    steps: list[Step] = []
+    placed: set[str] = set()
+    for planned in plan.calls:
+        copy = next(c for c in copies if planned.call in c.calls)
+        users = [p.call for p in plan.calls if p.call in copy.calls]
+        steps += _before(plan, copy, planned.call, planned.lag, first=users[0] == planned.call)
+        steps.append(Step(StepKind.CALL, planned.call, tuple(plan.ranks(planned.call)), planned.lag, copy.name))
+        placed.add(planned.call)
+        made = [planned.call, *_functions(plan, placed, planned.call)]
+        for name in made[1:]:
+            steps.append(Step(StepKind.FUNCTION, name, tuple(plan.ranks(planned.call)), planned.lag))
+            placed.add(name)
+        for name in made:
+            steps += _transfers(plan, name, planned.lag)
+        steps += _after(copy, planned.call, planned.lag, last=users[-1] == planned.call)
+    return Program(plan, copies, tuple(steps))
+
+
+def _copies(plan: ExecutionPlan) -> tuple[Copy, ...]:
+    """Group calls of a role that hold the same slices; a trained role's other copies are also split by lag."""
+    graph = plan.workload.graph
+    groups: list[tuple[str, Layout, bool, int, list[str], bool]] = []
+    ordered = sorted(graph.model_calls, key=lambda c: c.kind is not CallKind.TRAIN_STEP)
+    for call in ordered:
+        layout, planned = plan.layout(call.name), plan.planned(call.name)
+        home = call.kind is CallKind.TRAIN_STEP or call.model not in graph.trainers
+        for role, other, is_home, lag, calls, _ in groups:
+            if role == call.model and other.same_weights(layout) and (is_home or lag == planned.lag):
+                calls.append(call.name)
+                break
+        else:
+            frozen = call.model not in graph.trainers
+            groups.append((call.model, layout, home, planned.lag, [call.name], frozen and planned.strategy.offload))
+    return tuple(
+        Copy(f"{role}@{calls[0]}", role, layout, home, tuple(calls), offload)
+        for role, layout, home, _, calls, offload in groups
+    )
+
+
+def _before(plan: ExecutionPlan, copy: Copy, call: str, lag: int, *, first: bool) -> list[Step]:
+    if copy.offload:
+        return [Step(StepKind.LOAD, call, copy.layout.ranks, lag, copy.name)]
+    if copy.home or not first:
+        return []
+    trainer = plan.workload.graph.trainers[copy.role]
+    ranks = tuple(sorted({*plan.ranks(trainer), *copy.layout.ranks}))
+    return [Step(StepKind.REALLOCATE, call, ranks, lag, copy.name)]
+
+
+def _after(copy: Copy, call: str, lag: int, *, last: bool) -> list[Step]:
+    if copy.offload:
+        return [Step(StepKind.OFFLOAD, call, copy.layout.ranks, lag, copy.name)]
+    if copy.home or not last:
+        return []
+    return [Step(StepKind.RELEASE, call, copy.layout.ranks, lag, copy.name)]
+
+
+def _functions(plan: ExecutionPlan, placed: set[str], call: str) -> list[str]:
+    """Function calls hosted by `call` whose inputs all exist now, in graph order."""
+    graph = plan.workload.graph
+    ready = list(placed)
+    found: list[str] = []
+    for candidate in graph.calls:
+        if candidate.kind is not CallKind.FUNCTION or host_call(plan, candidate.name) != call:
+            continue
+        if all(key in graph.sources or graph.producers[key] in [*ready, *found] for key in candidate.inputs):
+            found.append(candidate.name)
+    return found
+
+
+def _transfers(plan: ExecutionPlan, producer: str, lag: int) -> list[Step]:
+    graph = plan.workload.graph
+    steps = []
+    for consumer in dict.fromkeys(edge.target for edge in graph.edges if edge.source == producer and not edge.distance):
+        source, target = host_call(plan, producer), host_call(plan, consumer)
+        if source == target:
+            continue
+        ranks = tuple(sorted({*plan.ranks(source), *plan.ranks(target)}))
+        steps.append(Step(StepKind.TRANSFER, producer, ranks, lag, consumer=consumer))
+    return steps

@@ -1,0 +1,129 @@
+"""Reallocation: the fewest bytes that turn one layout of a model's parameters into another, as explicit transfers.
+
+Pure and deterministic: every rank computes the same list from the two layouts and needs no negotiation. Data that
+a rank already holds is never sent. A slice that several ranks of one node need crosses the network once (round 0)
+and is relayed inside the node (round 1); senders are the least loaded holders, same node first.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from math import lcm
+
+from plans.layout import Layout, Unit, fraction, model_units
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Piece:
+    """A slice of a unit: the fraction [start, stop) / grid of each sharded parameter; with `replicated`, the unit's
+    replicated parameters as well. An empty fraction (start == stop) moves the replicated ones alone."""
+
+    unit: str
+    start: int
+    stop: int
+    replicated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """One piece from one rank to another. Round 1 sends what its source received in round 0."""
+
+    source: int
+    target: int
+    piece: Piece
+    elements: int
+    round: int = 0
+
+
+@dataclass(frozen=True)
+class Reallocation:
+    """All that a change of layout moves. `local` are pieces a rank keeps: (rank, piece)."""
+
+    grid: int
+    local: tuple[tuple[int, Piece], ...]
+    transfers: tuple[Transfer, ...]
+
+    @property
+    def elements(self) -> int:
+        """Elements that cross between ranks."""
+        return sum(t.elements for t in self.transfers)
+
+
+def _elements(unit: Unit, piece: Piece, grid: int) -> int:
+    return unit.sharded * (piece.stop - piece.start) // grid + (unit.replicated if piece.replicated else 0)
+
+
+def reallocation(source: Layout, target: Layout, gpus_per_node: int) -> Reallocation:
+    """Transfers that give every rank of `target` its slices out of `source`. Total elements are the minimum: what
+    the target ranks hold in `target` and do not hold in `source`."""
+    grid = lcm(source.tp, target.tp)
+    units = {unit.name: unit for unit in model_units(target.spec)}
+    local: list[tuple[int, Piece]] = []
+    needs: dict[Piece, list[int]] = defaultdict(list)
+    for name, ranks in target.holders.items():
+        holding = set(source.holders[name])
+        for rank in ranks:
+            kept, missing = _split(source, target, name, rank, grid, rank in holding, bool(units[name].sharded))
+            local += [(rank, piece) for piece in kept]
+            for piece in missing:
+                needs[piece].append(rank)
+    transfers = _route(source, needs, units, grid, gpus_per_node)
+    return Reallocation(grid, tuple(local), tuple(transfers))
+
+
+def _split(
+    source: Layout, target: Layout, unit: str, rank: int, grid: int, holds: bool, sharded: bool
+) -> tuple[list[Piece], list[Piece]]:
+    """What a rank keeps and what it must receive of one unit, cut at the source's tp boundaries."""
+    start, stop = fraction(target, rank, grid) if sharded else (0, 0)
+    if not sharded:
+        piece = Piece(unit, 0, 0, True)
+        return ([piece], []) if holds else ([], [piece])
+    own = fraction(source, rank, grid) if holds else (0, 0)
+    step = grid // source.tp
+    cuts = sorted({start, stop, *(c for c in range(0, grid + 1, step) if start < c < stop)})
+    kept: list[Piece] = []
+    missing: list[Piece] = []
+    first = not holds
+    for a, b in zip(cuts, cuts[1:], strict=False):
+        if own[0] <= a and b <= own[1]:
+            kept.append(Piece(unit, a, b, False))
+        else:
+            missing.append(Piece(unit, a, b, first))
+            first = False
+    if holds:
+        kept.append(Piece(unit, 0, 0, True))
+    return kept, missing
+
+
+def _route(
+    source: Layout, needs: dict[Piece, list[int]], units: dict[str, Unit], grid: int, per_node: int
+) -> list[Transfer]:
+    """Choose senders: the same node before the network, then the least loaded holder, then the lowest rank."""
+    sent: dict[int, int] = defaultdict(int)
+    transfers: list[Transfer] = []
+    for piece in sorted(needs):
+        probe = piece.start if piece.stop > piece.start else None
+        owners = [r for r in source.holders[piece.unit] if probe is None or _covers(source, r, probe, grid)]
+        owner_nodes = {r // per_node for r in owners}
+        size = _elements(units[piece.unit], piece, grid)
+        relay: dict[int, list[int]] = {}
+        for rank in sorted(needs[piece]):
+            node = rank // per_node
+            if node in owner_nodes:
+                candidates, turn = [r for r in owners if r // per_node == node], 0
+            elif node in relay:
+                candidates, turn = relay[node], 1
+            else:
+                candidates, turn = owners, 0
+                relay[node] = [rank]
+            sender = min(candidates, key=lambda r: (sent[r], r))
+            sent[sender] += size
+            transfers.append(Transfer(sender, rank, piece, size, turn))
+    return transfers
+
+
+def _covers(layout: Layout, rank: int, at: int, grid: int) -> bool:
+    start, stop = fraction(layout, rank, grid)
+    return start <= at < stop
