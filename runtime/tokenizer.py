@@ -1,0 +1,97 @@
+"""Tokenizer of a Hugging Face folder: text to ids and back, and the special ids that generation needs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from plans.errors import RealplanError
+
+
+class TokenizerError(RealplanError):
+    """A folder whose tokenizer cannot be used."""
+
+
+class Tokenizer:
+    """`tokenizer.json` with the ids that stop and pad: `eos_ids` (may be empty) and `pad_id`."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, eos_ids: tuple[int, ...], pad_id: int) -> None:
+        self._backend = backend
+        self.eos_ids = eos_ids
+        self.pad_id = pad_id
+
+    @classmethod
+    def of_folder(cls, folder: str | Path) -> Tokenizer:
+        """Read `tokenizer.json`; stop ids from generation_config.json, else config.json, else tokenizer_config.json."""
+        path = Path(folder) / "tokenizer.json"
+        if not path.is_file():
+            raise TokenizerError(
+                f"{path}: no such file", "a Hugging Face folder with a fast tokenizer (tokenizer.json)"
+            )
+        backend = tokenizers.Tokenizer.from_file(str(path))
+        backend.no_padding()
+        backend.no_truncation()
+        configs = [_read_json(path.with_name(name)) for name in ("generation_config.json", "config.json")]
+        tokens = _read_json(path.with_name("tokenizer_config.json"))
+        eos = _first_ids(configs, "eos_token_id") or _token_ids(backend, tokens.get("eos_token"))
+        pad = _token_ids(backend, tokens.get("pad_token")) or _first_ids(configs, "pad_token_id") or eos or (0,)
+        return cls(backend, eos, pad[0])
+
+    @property
+    def size(self) -> int:
+        """Number of ids, added tokens included."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, with the special tokens that the tokenizer itself adds (Llama's begin-of-text)."""
+        return self._backend.encode(text).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of several texts."""
+        return [encoding.ids for encoding in self._backend.encode_batch(list(texts))]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, without special tokens."""
+        return self._backend.decode(list(ids), skip_special_tokens=True)
+
+    def save(self, folder: str | Path) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json` so that the folder reads back as this tokenizer."""
+        folder = Path(folder)
+        self._backend.save(str(folder / "tokenizer.json"))
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": self._token(self.pad_id)}
+        if self.eos_ids:
+            config["eos_token"] = self._token(self.eos_ids[0])
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    def _token(self, token_id: int) -> str:
+        return str(self._backend.id_to_token(token_id))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise TokenizerError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+    return content if isinstance(content, dict) else {}
+
+
+def _first_ids(configs: Sequence[dict[str, Any]], key: str) -> tuple[int, ...]:
+    """The first value of `key` among the configs; Hugging Face writes one id or a list."""
+    for config in configs:
+        value = config.get(key)
+        if value is not None:
+            return tuple(value) if isinstance(value, list) else (int(value),)
+    return ()
+
+
+def _token_ids(backend: tokenizers.Tokenizer, token: Any) -> tuple[int, ...]:
+    """The id of a token that tokenizer_config.json gives as text or as {"content": text}."""
+    text = token.get("content") if isinstance(token, dict) else token
+    found = backend.token_to_id(text) if isinstance(text, str) else None
+    return () if found is None else (found,)

