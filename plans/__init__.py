@@ -1,1 +1,1 @@
-"""The words of the project: models, clusters, graphs, strategies, layouts, plans and timelines. Imports nothing of ours."""
+"""The words of the project: models, clusters, graphs, layouts, plans, timelines. Imports nothing of ours."""

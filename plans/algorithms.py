@@ -11,7 +11,6 @@ from plans.errors import SpecError, nearest
 from plans.graph import Call, CallKind, DataflowGraph
 
 GEN, INF, TRAIN, FN = CallKind.GENERATE, CallKind.INFERENCE, CallKind.TRAIN_STEP, CallKind.FUNCTION
-SCORE_SECONDS_PER_SAMPLE = 1e-3
 
 
 def _generate() -> Call:
@@ -20,14 +19,15 @@ def _generate() -> Call:
     )
 
 
-def _reward(function: bool) -> Call:
-    if function:
+def _reward(seconds_per_sample: float | None) -> Call:
+    """A reward model, or with a cost per sample a Python function."""
+    if seconds_per_sample is not None:
         return Call(
             name="reward",
             kind=FN,
             inputs=("sequences",),
             outputs=("rewards",),
-            seconds_per_sample=SCORE_SECONDS_PER_SAMPLE,
+            seconds_per_sample=seconds_per_sample,
         )
     return Call(name="reward_infer", kind=INF, model="reward", inputs=("sequences",), outputs=("rewards",))
 
@@ -39,7 +39,7 @@ def _old_logprobs(recompute: bool) -> tuple[str, tuple[Call, ...]]:
     return "old_logprobs", (call,)
 
 
-def ppo(*, function_reward: bool = False, recompute_logprobs: bool = False) -> DataflowGraph:
+def ppo(*, reward_seconds_per_sample: float | None = None, recompute_logprobs: bool = False) -> DataflowGraph:
     """PPO with a critic: six calls, seven when old log-probs are recomputed in their own forward pass."""
     old, extra = _old_logprobs(recompute_logprobs)
     scores = ("sequences", old, "ref_logprobs", "values", "rewards")
@@ -47,7 +47,7 @@ def ppo(*, function_reward: bool = False, recompute_logprobs: bool = False) -> D
         name="ppo",
         calls=(
             _generate(),
-            _reward(function_reward),
+            _reward(reward_seconds_per_sample),
             Call(name="ref_infer", kind=INF, model="ref", inputs=("sequences",), outputs=("ref_logprobs",)),
             Call(name="critic_infer", kind=INF, model="critic", inputs=("sequences",), outputs=("values",)),
             *extra,
@@ -60,8 +60,10 @@ def ppo(*, function_reward: bool = False, recompute_logprobs: bool = False) -> D
 ALGORITHMS: dict[str, Callable[..., DataflowGraph]] = {"ppo": ppo}
 
 
-def algorithm_graph(name: str, *, function_reward: bool = False, recompute_logprobs: bool = False) -> DataflowGraph:
-    """The graph of a named algorithm."""
+def algorithm_graph(
+    name: str, *, reward_seconds_per_sample: float | None = None, recompute_logprobs: bool = False
+) -> DataflowGraph:
+    """The graph of a named algorithm. With `reward_seconds_per_sample` the reward is a function of that cost."""
     if name not in ALGORITHMS:
         raise SpecError(f"unknown algorithm `{name}`", nearest(name, list(ALGORITHMS)))
-    return ALGORITHMS[name](function_reward=function_reward, recompute_logprobs=recompute_logprobs)
+    return ALGORITHMS[name](reward_seconds_per_sample=reward_seconds_per_sample, recompute_logprobs=recompute_logprobs)

@@ -17,9 +17,7 @@ def dp_rows(workload: Workload, call: str, dp: int) -> tuple[tuple[int, ...], ..
     blocks = workload.minibatches if kind is CallKind.TRAIN_STEP else 1
     block = workload.samples // blocks
     share = block // dp
-    return tuple(
-        tuple(m * block + d * share + i for m in range(blocks) for i in range(share)) for d in range(dp)
-    )
+    return tuple(tuple(m * block + d * share + i for m in range(blocks) for i in range(share)) for d in range(dp))
 
 
 def rank_rows(plan: ExecutionPlan, call: str) -> dict[int, tuple[int, ...]]:
@@ -57,8 +55,9 @@ def batch_transfer(plan: ExecutionPlan, producer: str, consumer: str) -> tuple[t
         for row in need[target]:
             if row not in own:
                 batch.setdefault(tuple(owners[row]), []).append(row)
-        for candidates, rows in batch.items():
-            source = min(candidates, key=lambda r: (r // per_node != target // per_node, sent[r], r))
-            sent[source] += len(rows)
-            messages.append((source, target, tuple(rows)))
+        for candidates, missing in batch.items():
+            near = [r for r in candidates if r // per_node == target // per_node] or candidates
+            source = min(near, key=lambda r: (sent[r], r))
+            sent[source] += len(missing)
+            messages.append((source, target, tuple(missing)))
     return tuple(messages)

@@ -131,7 +131,8 @@ def check_mesh(mesh: DeviceMesh, cluster: ClusterSpec, text: str = "") -> None:
     per_node = cluster.gpus_per_node
     if mesh.first_node + mesh.nodes > cluster.nodes:
         raise SpecError(
-            f"mesh `{text}` reaches node {mesh.first_node + mesh.nodes - 1}; the cluster has nodes 0-{cluster.nodes - 1}",
+            f"mesh `{text}` reaches node {mesh.first_node + mesh.nodes - 1}; "
+            f"the cluster has nodes 0-{cluster.nodes - 1}",
             f"a mesh inside `{cluster.whole.text(cluster)}`",
         )
     if mesh.first_gpu + mesh.gpus > per_node:
@@ -143,7 +144,8 @@ def check_mesh(mesh: DeviceMesh, cluster: ClusterSpec, text: str = "") -> None:
         return
     if mesh.nodes > 1:
         raise SpecError(
-            f"mesh `{text}` takes {mesh.gpus} of {per_node} GPUs on {mesh.nodes} nodes; a part of a node stays on one node",
+            f"mesh `{text}` takes {mesh.gpus} of {per_node} GPUs on {mesh.nodes} nodes; "
+            "a part of a node stays on one node",
             f"`nodes {mesh.first_node}-{mesh.first_node + mesh.nodes - 1}` or `node {mesh.first_node} gpus "
             f"{mesh.first_gpu}-{mesh.first_gpu + mesh.gpus - 1}`",
         )
@@ -156,7 +158,8 @@ def check_mesh(mesh: DeviceMesh, cluster: ClusterSpec, text: str = "") -> None:
     if mesh.first_gpu % mesh.gpus:
         start = mesh.first_gpu // mesh.gpus * mesh.gpus
         raise SpecError(
-            f"mesh `{text}` starts at GPU {mesh.first_gpu}; a part of {mesh.gpus} GPUs starts at a multiple of {mesh.gpus}",
+            f"mesh `{text}` starts at GPU {mesh.first_gpu}; "
+            f"a part of {mesh.gpus} GPUs starts at a multiple of {mesh.gpus}",
             f"`node {mesh.first_node} gpus {start}-{start + mesh.gpus - 1}`",
         )
 

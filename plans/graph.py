@@ -118,9 +118,9 @@ class DataflowGraph:
         ]
         return (*data, *versions)
 
-    def as_networkx(self) -> nx.MultiDiGraph:
+    def as_networkx(self) -> nx.MultiDiGraph[str]:
         """The graph for networkx: nodes carry `call`, edges carry `distance`."""
-        graph = nx.MultiDiGraph(name=self.name)
+        graph: nx.MultiDiGraph[str] = nx.MultiDiGraph(name=self.name)
         for call in self.calls:
             graph.add_node(call.name, call=call)
         for edge in self.edges:

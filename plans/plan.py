@@ -1,4 +1,4 @@
-"""ExecutionPlan: for every model call its mesh, strategy and place in the order. Pure data; the file format is codec's."""
+"""ExecutionPlan: for every model call its mesh, strategy and place in the order. The file format is codec's."""
 
 from __future__ import annotations
 

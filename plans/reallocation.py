@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import pairwise
 from math import lcm
 
 from plans.layout import Layout, Unit, fraction, model_units
@@ -86,7 +87,7 @@ def _split(
     kept: list[Piece] = []
     missing: list[Piece] = []
     first = not holds
-    for a, b in zip(cuts, cuts[1:], strict=False):
+    for a, b in pairwise(cuts):
         if own[0] <= a and b <= own[1]:
             kept.append(Piece(unit, a, b, False))
         else:

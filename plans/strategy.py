@@ -66,7 +66,8 @@ class ParallelStrategy:
     @property
     def degrees(self) -> str:
         """The degrees as the plan file writes them; dp, tp and pp always, the others when above one."""
-        extra = "".join(f" {k}{getattr(self, name)}" for k, name in list(_DEGREES.items())[3:] if getattr(self, name) > 1)
+        rare = {letter: getattr(self, name) for letter, name in _DEGREES.items() if letter not in "dtp"}
+        extra = "".join(f" {letter}{degree}" for letter, degree in rare.items() if degree > 1)
         return f"d{self.dp} t{self.tp} p{self.pp}{extra}"
 
 

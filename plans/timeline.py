@@ -16,7 +16,7 @@ FORMAT = "realplan-timeline/1"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
-    """Work of one step on some ranks. `name` is the step's, `kind` a StepKind, times in seconds from the run's start."""
+    """Work of one step on some ranks. `name` is the step's, `kind` a StepKind, times in seconds from the start."""
 
     name: str
     kind: str

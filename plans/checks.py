@@ -1,0 +1,207 @@
+"""Named checks: every rule that joins several values of a plan. Each gives its numbers and a legal value.
+
+A plan that passes them can be compiled, simulated and run. Memory is not here: whether a plan fits is the cost
+model's answer (`realplan check` adds it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from plans.batches import host_call
+from plans.graph import CallKind
+from plans.model import ModelSpec
+from plans.plan import ExecutionPlan, PlannedCall
+from plans.problems import Path_, Problem
+from plans.strategy import ParallelStrategy
+
+CallCheck = Callable[[ExecutionPlan, PlannedCall, ModelSpec], Iterator[Problem]]
+
+
+def check_plan(plan: ExecutionPlan) -> list[Problem]:
+    """Every broken rule of a plan, in file order; empty for a legal plan."""
+    problems = [
+        problem.at(("calls", i))
+        for i, planned in enumerate(plan.calls)
+        for check in CALL_CHECKS
+        for problem in check(plan, planned, plan.workload.spec(planned.call))
+    ]
+    return [*problems, *_order(plan)]
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors, ascending."""
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def closest_divisor(number: int, wanted: int) -> int:
+    """The divisor of `number` nearest to `wanted`."""
+    return min(divisors(number), key=lambda d: (abs(d - wanted), d))
+
+
+def _problem(rule: str, key: str, message: str, hint: str) -> Problem:
+    return Problem(rule, message, hint, (key,))
+
+
+def mesh_size(plan: ExecutionPlan, planned: PlannedCall, spec: ModelSpec) -> Iterator[Problem]:
+    """The product of the degrees is the number of GPUs of the mesh."""
+    s, size = planned.strategy, planned.mesh.size
+    if s.size != size:
+        product = " x ".join(f"{k} {v}" for k, v in (("dp", s.dp), ("tp", s.tp), ("pp", s.pp), ("cp", s.cp)) if v > 1)
+        rest = s.tp * s.pp * s.cp
+        hint = f"d{size // rest} t{s.tp} p{s.pp}" if size % rest == 0 else f"d{size} t1 p1"
+        yield _problem(
+            "mesh-size",
+            "strategy",
+            f"{planned.call}: {product or 'dp 1'} = {s.size} but mesh "
+            f"`{planned.mesh.text(plan.cluster)}` has {size} GPUs",
+            hint,
+        )
+
+
+def tensor_parallel(plan: ExecutionPlan, planned: PlannedCall, spec: ModelSpec) -> Iterator[Problem]:
+    """tp cuts whole query groups, and stays inside a node."""
+    tp = planned.strategy.tp
+    if spec.kv_heads % tp:
+        legal = [d for d in divisors(spec.kv_heads) if plan.cluster.gpus_per_node % d == 0 or d <= planned.mesh.gpus]
+        yield _problem(
+            "kv-heads",
+            "strategy",
+            f"{planned.call}: tp {tp} does not divide the {spec.kv_heads} KV heads of {spec.name}",
+            f"tp one of {legal}",
+        )
+    for what, extent in (("ffn", spec.ffn), ("padded vocabulary", spec.padded_vocab)):
+        if extent % tp:
+            hint = f"tp {closest_divisor(extent, tp)}"
+            message = f"{planned.call}: tp {tp} does not divide the {what} {extent} of {spec.name}"
+            yield _problem("tp-divides", "strategy", message, hint)
+    if planned.mesh.gpus % tp:
+        yield _problem(
+            "tp-in-node",
+            "strategy",
+            f"{planned.call}: tp {tp} does not divide the {planned.mesh.gpus} GPUs of the mesh on each node",
+            f"tp one of {divisors(planned.mesh.gpus)}",
+        )
+
+
+def pipeline(plan: ExecutionPlan, planned: PlannedCall, spec: ModelSpec) -> Iterator[Problem]:
+    """Stages (times chunks) hold equal numbers of layers; interleaving needs training, pp > 1 and full rounds."""
+    s = planned.strategy
+    if spec.layers % (s.pp * s.vpp):
+        factor = f"pp {s.pp}" + (f" x vpp {s.vpp}" if s.vpp > 1 else "")
+        yield _problem(
+            "layers",
+            "strategy",
+            f"{planned.call}: {spec.layers} layers of {spec.name} do not divide into {factor} stages",
+            f"pp one of {divisors(spec.layers)}",
+        )
+    if s.vpp > 1 and (_kind(plan, planned) is not CallKind.TRAIN_STEP or s.pp == 1):
+        message = f"{planned.call}: vpp {s.vpp} needs a train_step with pp above 1"
+        yield _problem("interleaving", "strategy", message, "leave out `v`")
+    elif s.vpp > 1 and s.micro_batches % s.pp:
+        hint = f"micro_batches {max(1, round(s.micro_batches / s.pp)) * s.pp}"
+        message = f"{planned.call}: interleaving needs micro_batches {s.micro_batches} to be a multiple of pp {s.pp}"
+        yield _problem("interleaving", "micro_batches", message, hint)
+
+
+def batch(plan: ExecutionPlan, planned: PlannedCall, spec: ModelSpec) -> Iterator[Problem]:
+    """Samples of a pass divide over dp, then over micro-batches or groups in flight."""
+    s, samples = planned.strategy, plan.workload.samples_per_step(planned.call)
+    kind = _kind(plan, planned)
+    unit = "minibatch" if kind is CallKind.TRAIN_STEP else "batch"
+    if samples % s.dp:
+        yield _problem(
+            "batch",
+            "strategy",
+            f"{planned.call}: dp {s.dp} does not divide the {samples} samples of a {unit}",
+            f"dp {closest_divisor(samples, s.dp)}",
+        )
+        return
+    key = "groups" if kind is CallKind.GENERATE else "micro_batches"
+    parts, share = getattr(s, key), samples // s.dp
+    if share % parts:
+        yield _problem(
+            "batch",
+            key,
+            f"{planned.call}: {key} {parts} does not divide the {share} samples that a dp rank has of a {unit}",
+            f"{key} {closest_divisor(share, parts)}",
+        )
+
+
+def sequence(plan: ExecutionPlan, planned: PlannedCall, spec: ModelSpec) -> Iterator[Problem]:
+    """Sequence and context parallelism cut the tokens of a sample evenly, inside the model's context."""
+    s, tokens = planned.strategy, plan.workload.tokens
+    parts = (s.tp if s.sequence_parallel else 1) * (2 * s.cp if s.cp > 1 else 1)
+    if tokens % parts:
+        message = f"{planned.call}: {tokens} tokens per sample do not divide into {parts} parts"
+        yield _problem("tokens", "sequence_parallel", message, f"{tokens // parts * parts + parts} tokens")
+    if s.sequence_parallel and s.tp == 1:
+        message = f"{planned.call}: sequence_parallel needs tp above 1, it is {s.tp}"
+        yield _problem("sequence-parallel", "sequence_parallel", message, "leave it out")
+
+
+def kind_settings(plan: ExecutionPlan, planned: PlannedCall, spec: ModelSpec) -> Iterator[Problem]:
+    """Settings that the kind of the call does not have keep their defaults."""
+    kind, s, plain = _kind(plan, planned), planned.strategy, ParallelStrategy()
+    foreign = {
+        CallKind.TRAIN_STEP: ("groups", "kv_gib"),
+        CallKind.INFERENCE: ("groups", "kv_gib", "recompute", "shard_optimizer"),
+        CallKind.GENERATE: ("micro_batches", "recompute", "shard_optimizer", "sequence_parallel", "cp"),
+    }[kind]
+    for key in foreign:
+        value = getattr(s, key)
+        if value != getattr(plain, key):
+            message = f"{planned.call}: {key} {value} does not apply to a call of kind {kind}"
+            yield _problem("kind", key if key != "cp" else "strategy", message, f"leave out `{key}`")
+    if kind is CallKind.GENERATE and s.groups > 1 and s.pp == 1:
+        message = f"{planned.call}: groups {s.groups} in flight need a pipeline, pp is {s.pp}"
+        yield _problem("groups", "groups", message, "groups 1")
+    trained = plan.workload.graph.call(planned.call).model in plan.workload.graph.trainers
+    if s.offload and trained and kind is not CallKind.TRAIN_STEP:
+        message = f"{planned.call}: offload belongs to the training call of a trained model"
+        yield _problem("offload", "offload", message, "leave it out; the copy is released after the call")
+
+
+def experts(plan: ExecutionPlan, planned: PlannedCall, spec: ModelSpec) -> Iterator[Problem]:
+    """Expert parallelism needs experts, in equal shares."""
+    ep = planned.strategy.ep
+    if ep > 1 and (not spec.experts or spec.experts % ep):
+        message = f"{planned.call}: ep {ep} does not divide the {spec.experts} experts of {spec.name}"
+        hint = f"ep one of {divisors(spec.experts)}" if spec.experts else "leave out `e`"
+        yield _problem("experts", "strategy", message, hint)
+
+
+CALL_CHECKS: tuple[CallCheck, ...] = (mesh_size, tensor_parallel, pipeline, batch, sequence, kind_settings, experts)
+
+
+def _kind(plan: ExecutionPlan, planned: PlannedCall) -> CallKind:
+    return plan.workload.graph.call(planned.call).kind
+
+
+def _order(plan: ExecutionPlan) -> Iterator[Problem]:
+    """A call stands after what it waits for in the same period; lag shifts a call's iteration to a later period."""
+    position = {planned.call: i for i, planned in enumerate(plan.calls)}
+    lag = {planned.call: planned.lag for planned in plan.calls}
+    for edge in model_edges(plan):
+        if edge[0] == edge[1]:
+            continue
+        source, target, distance = edge
+        if (lag[source] - distance, position[source]) < (lag[target], position[target]):
+            continue
+        path: Path_ = ("calls", position[target])
+        waits = f"`{target}` waits for `{source}`" + (" of the iteration before" if distance else "")
+        if lag[source] - distance == lag[target]:
+            yield Problem("order", f"{waits} but stands before it", f"move `{source}` above `{target}`", path)
+        else:
+            message = f"{waits}, which lag {lag[source]} runs only in a later period (lag of `{target}`: {lag[target]})"
+            yield Problem("lag", message, f"lag {lag[source] - distance} for `{target}`, or lag 0 for `{source}`", path)
+
+
+def model_edges(plan: ExecutionPlan) -> list[tuple[str, str, int]]:
+    """Edges between model calls, functions contracted into the call that hosts them."""
+    found: dict[tuple[str, str, int], None] = {}
+    for edge in plan.workload.graph.edges:
+        source, target = host_call(plan, edge.source), host_call(plan, edge.target)
+        if source != target or edge.distance:
+            found[(source, target, edge.distance)] = None
+    return list(found)

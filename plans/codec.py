@@ -1,0 +1,323 @@
+"""Plan files to and from ExecutionPlan: exact round trip, terse, one line per call, every mistake located.
+
+Reading goes text -> JSON -> `PlanFile` (shape) -> domain objects (values) -> `plans.checks` (rules). Each stage
+collects all of its problems before the next one starts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from plans.algorithms import algorithm_graph
+from plans.cluster import ClusterSpec, GpuSpec, parse_mesh
+from plans.errors import PlanError, RealplanError, nearest
+from plans.files import write_atomically
+from plans.library import load_gpu, load_model, model_names
+from plans.model import Head, ModelSpec, Norm, Position, RopeScaling
+from plans.plan import Estimate, ExecutionPlan, PlannedCall
+from plans.planfile import FORMAT, CallFile, ClusterFile, GpuFile, ModelFile, PlanFile, WorkloadFile
+from plans.problems import Path_, Problem, blank_comments, locate
+from plans.strategy import ParallelStrategy, parse_degrees
+from plans.workload import Workload
+
+VALUE_ROLES = ("critic", "reward")
+_SETTINGS = ("micro_batches", "groups", "sequence_parallel", "recompute", "shard_optimizer", "offload", "kv_gib")
+T = TypeVar("T")
+
+
+class BadPlan(PlanError):
+    """A plan file with problems; `problems` are located."""
+
+    def __init__(self, file: str, problems: list[Problem]) -> None:
+        super().__init__("\n".join(problem.text(file) for problem in problems))
+        self.file, self.problems = file, problems
+
+    def __reduce__(self) -> tuple[type[BadPlan], tuple[str, list[Problem]]]:
+        return BadPlan, (self.file, self.problems)
+
+
+def load_plan(path: Path) -> ExecutionPlan:
+    """Read a plan file; raises BadPlan with every problem of shape and value. Rules are `plans.checks.check_plan`."""
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise PlanError(f"cannot read plan `{path}`: {reason}", "`realplan search` writes a plan") from None
+    plan, problems = read_plan(text)
+    if plan is None:
+        raise BadPlan(str(path), problems)
+    return plan
+
+
+def read_plan(text: str) -> tuple[ExecutionPlan | None, list[Problem]]:
+    """A plan from the text of a file, or the located problems of its shape and values."""
+    try:
+        data = json.loads(blank_comments(text), object_pairs_hook=_no_duplicates)
+    except json.JSONDecodeError as error:
+        hint = "a comma or a quote is missing, or there is a comma too many, at or before this place"
+        return None, [Problem("json", f"not JSON: {error.msg}", hint, (), error.lineno, error.colno)]
+    except PlanError as error:
+        return None, locate(text, [Problem("duplicate-key", error.message, error.hint)])
+    try:
+        file = PlanFile.model_validate(data)
+    except ValidationError as error:
+        return None, locate(text, [_shape_problem(data, detail) for detail in error.errors()])
+    reader = _Reader()
+    plan = reader.plan(file)
+    return (None, locate(text, reader.problems)) if reader.problems else (plan, [])
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    twice = next((key for key in keys if keys.count(key) > 1), None)
+    if twice is not None:
+        raise PlanError(f"key `{twice}` is given twice", "keep one of them")
+    return dict(pairs)
+
+
+def _shape_problem(data: Any, detail: ErrorDetails) -> Problem:
+    # Union members add a step such as `ModelFile` to the location; only steps that exist in the data lead somewhere.
+    path: list[str | int] = []
+    node = data
+    for step in detail["loc"]:
+        if isinstance(node, dict) and (step in node or detail["type"] in ("missing",)):
+            path.append(step)
+            node = node.get(step)
+        elif isinstance(node, list) and isinstance(step, int) and step < len(node):
+            path.append(step)
+            node = node[step]
+    where = ".".join(str(step) for step in path) or "the plan"
+    if detail["type"] == "extra_forbidden":
+        known = _known_keys(tuple(path[:-1]))
+        return Problem("unknown-key", f"unknown key `{path[-1]}`", nearest(str(path[-1]), known), tuple(path))
+    if detail["type"] == "missing":
+        parent = tuple(path[:-1])
+        return Problem("missing-key", f"key `{path[-1]}` is missing", f'add "{path[-1]}"', parent)
+    given = detail.get("input")
+    shown = f" (it is {json.dumps(given)})" if isinstance(given, str | int | float | bool) else ""
+    return Problem("value", f"{where}{shown}: {detail['msg']}", _value_hint(detail), tuple(path))
+
+
+def _value_hint(detail: ErrorDetails) -> str:
+    expected = detail.get("ctx", {})
+    if "expected" in expected:
+        return f"one of {expected['expected']}"
+    kinds = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "a text in quotes"}
+    return next((words for key, words in kinds.items() if detail["type"].startswith(key)), "see `realplan schema`")
+
+
+def _known_keys(path: Path_) -> list[str]:
+    model: Any = {
+        "workload": WorkloadFile,
+        "cluster": ClusterFile,
+        "calls": CallFile,
+    }.get(str(path[0]) if path else "", PlanFile)
+    if path[:1] == ("workload",) and len(path) > 1:
+        model = ModelFile
+    if path[:1] == ("cluster",) and len(path) > 1:
+        model = GpuFile
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+class _Reader:
+    """Builds domain objects and notes every value that cannot be one."""
+
+    def __init__(self) -> None:
+        self.problems: list[Problem] = []
+
+    def attempt(self, rule: str, path: Path_, build: Callable[[], T]) -> T | None:
+        try:
+            return build()
+        except RealplanError as error:
+            self.problems.append(Problem(rule, error.message, error.hint, path))
+            return None
+
+    def plan(self, file: PlanFile) -> ExecutionPlan | None:
+        workload = self.workload(file.workload)
+        cluster = self.attempt("cluster", ("cluster", "gpu"), lambda: _cluster(file.cluster))
+        if workload is None or cluster is None:
+            return None
+        calls = [self.call(call, ("calls", i), cluster, workload) for i, call in enumerate(file.calls)]
+        planned = tuple(call for call in calls if call is not None)
+        names = [call.call for call in planned]
+        for i, name in enumerate(names):
+            if name in names[:i]:
+                self.problems.append(Problem("call-twice", f"call `{name}` stands twice", "delete one", ("calls", i)))
+        for call in workload.graph.model_calls:
+            if call.name not in [entry.call for entry in file.calls]:
+                hint = f'add a line {{"call": "{call.name}", "mesh": ..., "strategy": ...}}'
+                self.problems.append(Problem("call-missing", f"the plan lacks call `{call.name}`", hint, ("calls",)))
+        if self.problems:
+            return None
+        estimate = Estimate(**file.estimate.model_dump()) if file.estimate else None
+        return ExecutionPlan(
+            workload=workload,
+            cluster=cluster,
+            calls=planned,
+            estimate=estimate,
+            provenance=file.provenance,
+            run=file.run,
+            notes=file.notes,
+        )
+
+    def workload(self, file: WorkloadFile) -> Workload | None:
+        function_reward = file.reward_seconds_per_sample is not None
+        graph = self.attempt(
+            "algorithm",
+            ("workload", "algorithm"),
+            lambda: algorithm_graph(
+                file.algorithm,
+                recompute_logprobs=file.recompute_logprobs,
+                reward_seconds_per_sample=file.reward_seconds_per_sample,
+            ),
+        )
+        if graph is None:
+            return None
+        models = {}
+        for role, model in file.models.items():
+            path = ("workload", "models", role)
+            if role not in graph.roles:
+                hint = nearest(role, graph.roles)
+                if role == "reward" and function_reward:
+                    hint = "delete it, or delete reward_seconds_per_sample"
+                self.problems.append(Problem("role", f"graph `{graph.name}` has no role `{role}`", hint, path))
+            spec = self.attempt("model", path, lambda model=model: _model(model))  # type: ignore[misc]
+            if spec is not None:
+                models[role] = spec.with_value_head() if role in VALUE_ROLES else spec
+        for role in graph.roles:
+            if role not in file.models:
+                hint = f'add "{role}": one of {", ".join(model_names()[:4])}, ...'
+                self.problems.append(Problem("role-missing", f"no model for `{role}`", hint, ("workload", "models")))
+        if self.problems:
+            return None
+        sizes = {f.name: getattr(file, f.name) for f in fields(Workload) if f.name not in ("graph", "models")}
+        return self.attempt(
+            "workload", ("workload", "minibatches"), lambda: Workload(graph=graph, models=models, **sizes)
+        )
+
+    def call(self, file: CallFile, path: Path_, cluster: ClusterSpec, workload: Workload) -> PlannedCall | None:
+        names = [call.name for call in workload.graph.model_calls]
+        if file.call not in names:
+            message = f"graph `{workload.graph.name}` has no call `{file.call}`"
+            self.problems.append(Problem("call", message, nearest(file.call, names), (*path, "call")))
+        mesh = self.attempt("mesh", (*path, "mesh"), lambda: parse_mesh(file.mesh, cluster))
+        settings: dict[str, Any] = {name: getattr(file, name) for name in _SETTINGS}
+        strategy = self.attempt(
+            "strategy", (*path, "strategy"), lambda: ParallelStrategy(**{**settings, **parse_degrees(file.strategy)})
+        )
+        if mesh is None or strategy is None:
+            return None
+        return PlannedCall(call=file.call, mesh=mesh, strategy=strategy, lag=file.lag)
+
+
+def _model(model: str | ModelFile) -> ModelSpec:
+    if isinstance(model, str):
+        return load_model(model)
+    data = model.model_dump()
+    scaling = data.pop("rope_scaling")
+    data |= {"norm": Norm(data["norm"]), "position": Position(data["position"])}
+    return ModelSpec(rope_scaling=RopeScaling(**scaling) if scaling else None, **data)
+
+
+def _cluster(file: ClusterFile) -> ClusterSpec:
+    gpu = load_gpu(file.gpu) if isinstance(file.gpu, str) else GpuSpec(**file.gpu.model_dump())
+    return ClusterSpec(**{**file.model_dump(), "gpu": gpu})
+
+
+def save_plan(plan: ExecutionPlan, path: Path) -> None:
+    """Write a plan file atomically."""
+    write_atomically(path, dump_plan(plan))
+
+
+def dump_plan(plan: ExecutionPlan) -> str:
+    """The text of a plan file: stable order, defaults left out, one line per call."""
+    parts = [f'"format": {json.dumps(FORMAT)}']
+    if plan.notes:
+        parts.append(f'"notes": {json.dumps(plan.notes)}')
+    if plan.run:
+        parts.append(f'"run": {json.dumps(plan.run)}')
+    core = _core(plan)
+    workload = dict(core["workload"])
+    models = workload.pop("models")
+    head = json.dumps(workload)[:-1]
+    parts.append(f'"workload": {head},\n    "models": {json.dumps(models)}}}')
+    parts.append(f'"cluster": {json.dumps(core["cluster"])}')
+    calls = ",\n".join(f"    {json.dumps(call)}" for call in core["calls"])
+    parts.append(f'"calls": [\n{calls}\n  ]')
+    if plan.estimate:
+        parts.append(f'"estimate": {json.dumps(asdict(plan.estimate))}')
+    if plan.provenance:
+        parts.append(f'"provenance": {json.dumps(plan.provenance)}')
+    return "{\n  " + ",\n  ".join(parts) + "\n}\n"
+
+
+def digest(plan: ExecutionPlan) -> str:
+    """Digest of all that an estimate depends on."""
+    text = json.dumps(_core(plan), sort_keys=True)
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _core(plan: ExecutionPlan) -> dict[str, Any]:
+    return {
+        "workload": _workload_file(plan.workload),
+        "cluster": _cluster_file(plan.cluster),
+        "calls": [_call_file(call, plan) for call in plan.calls],
+    }
+
+
+def _workload_file(workload: Workload) -> dict[str, Any]:
+    graph = workload.graph
+    costs = [call.seconds_per_sample for call in graph.calls if not call.model]
+    file = WorkloadFile(
+        algorithm=graph.name,
+        recompute_logprobs=any(call.name == "actor_infer" for call in graph.calls),
+        reward_seconds_per_sample=costs[0] if costs else None,
+        models={},
+        **{f.name: getattr(workload, f.name) for f in fields(Workload) if f.name not in ("graph", "models")},
+    )
+    keep = {"algorithm", "batch_size", "prompt_tokens", "response_tokens", "minibatches"}
+    data = {k: v for k, v in file.model_dump().items() if k in keep or v != WorkloadFile.model_fields[k].default}
+    return {**data, "models": {role: _model_file(workload.models[role]) for role in graph.roles}}
+
+
+def _model_file(spec: ModelSpec) -> str | dict[str, Any]:
+    """The library name when the library means the same architecture, else the architecture."""
+    if spec.name in model_names():
+        named = load_model(spec.name)
+        if spec in (named, named.with_value_head()):
+            return spec.name
+    data = asdict(spec)
+    tied = spec.head is Head.LM and spec.tied_embeddings
+    del data["head"]
+    defaults = {name: field.default for name, field in ModelFile.model_fields.items()}
+    return {k: v for k, v in {**data, "tied_embeddings": tied}.items() if v != defaults.get(k)}
+
+
+def _cluster_file(cluster: ClusterSpec) -> dict[str, Any]:
+    try:
+        named = load_gpu(cluster.gpu.name) == cluster.gpu
+    except RealplanError:
+        named = False
+    data = asdict(cluster)
+    return {**data, "gpu": cluster.gpu.name if named else asdict(cluster.gpu)}
+
+
+def _call_file(planned: PlannedCall, plan: ExecutionPlan) -> dict[str, Any]:
+    data: dict[str, Any] = {
+        "call": planned.call,
+        "mesh": planned.mesh.text(plan.cluster),
+        "strategy": planned.strategy.degrees,
+    }
+    for name in _SETTINGS:
+        value = getattr(planned.strategy, name)
+        if value != CallFile.model_fields[name].default:
+            data[name] = value
+    return {**data, "lag": planned.lag} if planned.lag else data
