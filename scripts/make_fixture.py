@@ -29,6 +29,15 @@ PAD, EOS, IGNORE = 0, 1, -100
 VOCAB, MIN_WORDS, MAX_WORDS = 2048, 4, 20
 WORD = r"[a-z0-9']+|[.,!?]"
 BATCH, LEARNING_RATE, WARMUP_STEPS = 64, 4e-3, 50
+PROMPT_SUBJECTS = (
+    "the movie", "this film", "the story", "the acting", "the plot", "the ending", "the cast", "the script",
+    "the music", "the director", "the first scene", "this show", "the main character", "every scene",
+)  # fmt: skip
+PROMPT_STARTS = (
+    "{} was", "{} is", "i thought {} was", "i think {} is", "in my opinion {} is", "{} is so", "{} was not",
+    "for me {} was", "{} looks", "{} is very", "i know that {} is", "{} could have been", "to be honest {} is",
+    "some people say {} is", "i loved that {} was",
+)  # fmt: skip
 
 
 def read_sentences() -> list[list[str]]:
@@ -96,12 +105,7 @@ def train(model: LlamaForCausalLM, rows: Tensor, cpu_seconds: float) -> None:
 
 def template_prompts() -> list[str]:
     """210 short prompts."""
-    subjects = """the movie, this film, the story, the acting, the plot, the ending, the cast, the script, the music,
-        the director, the first scene, this show, the main character, every scene""".split(",")
-    starts = """{} was, {} is, i thought {} was, i think {} is, in my opinion {} is, {} is so, {} was not, for me {} was,
-        {} looks, {} is very, i know that {} is, {} could have been, to be honest {} is, some people say {} is,
-        i loved that {} was""".split(",")
-    return [start.strip().format(subject.strip()) for start in starts for subject in subjects]
+    return [start.format(subject) for start in PROMPT_STARTS for subject in PROMPT_SUBJECTS]
 
 
 def write_prompts(path: Path, tokenizer: Tokenizer) -> None:
