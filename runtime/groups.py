@@ -1,0 +1,132 @@
+"""Process groups of layouts. Communicators are made once per set of ranks and shared by all layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from plans.layout import Layout, Place
+from runtime.mcore import ProcessGroupCollection
+
+
+def backend_of(device: torch.device) -> str:
+    """The communication library of a device: `nccl` for CUDA, `gloo` for the CPU."""
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+class GroupCache:
+    """Owns the communicators of this process.
+
+    Every method that makes groups must be called by all ranks of the world in the same order, members or not; a group
+    that exists costs nothing. Operations that wait longer than `timeout` fail.
+    """
+
+    def __init__(self, device: torch.device, timeout: timedelta = timedelta(minutes=10)) -> None:
+        self.device = device
+        self.timeout = timeout
+        self._groups: dict[tuple[str, tuple[int, ...]], Any] = {}
+        self._collections: dict[Layout, Any] = {}
+
+    def group(self, ranks: Iterable[int]) -> Any:
+        """The communicator of `ranks` for tensors on the device; None on a rank that is not in it."""
+        return self._make(backend_of(self.device), ranks)
+
+    def host(self, ranks: Iterable[int]) -> Any:
+        """The communicator of `ranks` for tensors and objects in host memory."""
+        return self._make("gloo", ranks)
+
+    def _make(self, backend: str, ranks: Iterable[int]) -> Any:
+        key = (backend, tuple(sorted(set(ranks))))
+        if key not in self._groups:
+            me = dist.get_rank()
+            alone = len(key[1]) == 1
+            # A group of one is made by its only member, so that a large world does not wait for it rank by rank.
+            made = (
+                dist.new_group(list(key[1]), self.timeout, backend, use_local_synchronization=alone)
+                if not alone or me in key[1]
+                else None
+            )
+            self._groups[key] = made if me in key[1] else None
+        return self._groups[key]
+
+    def collection(self, layout: Layout) -> Any:
+        """Megatron's `ProcessGroupCollection` of a layout; None on ranks outside it."""
+        assert list(layout.ranks) == sorted(layout.ranks), "torch orders the ranks of a group ascending"
+        if layout not in self._collections:
+            self._collections[layout] = self._collect(layout)
+        return self._collections[layout]
+
+    def _collect(self, layout: Layout) -> Any:
+        found: dict[str, Any] = {name: self._mine(sets) for name, sets in rank_sets(layout).items()}
+        if dist.get_rank() not in layout.ranks:
+            return None
+        groups = ProcessGroupCollection(**found)
+        groups.inter_dist_opt = None
+        return groups
+
+    def _mine(self, rank_sets: Sequence[tuple[int, ...]]) -> Any:
+        mine = None
+        for ranks in rank_sets:
+            group = self.group(ranks)
+            if dist.get_rank() in ranks:
+                mine = group
+        return mine
+
+    def close(self) -> None:
+        """Destroy the communicators this rank is in."""
+        for group in self._groups.values():
+            if group is not None:
+                dist.destroy_process_group(group)
+        self._groups.clear()
+        self._collections.clear()
+
+
+def _cut(layout: Layout, *axes: str) -> list[tuple[int, ...]]:
+    """The rank sets in which only `axes` (of dp, tp, pp, cp) vary, each in the layout's rank order."""
+    sets: dict[tuple[int, ...], list[int]] = {}
+    fixed = [axis for axis in ("dp", "tp", "pp", "cp") if axis not in axes]
+    for rank in layout.ranks:
+        place = layout.places[rank]
+        sets.setdefault(tuple(getattr(place, axis) for axis in fixed), []).append(rank)
+    return [tuple(ranks) for ranks in sets.values()]
+
+
+def _ends(layout: Layout, stages: Sequence[int]) -> list[tuple[int, ...]]:
+    """For each pipeline, its ranks on the given stages."""
+    first = [rank for rank in layout.ranks if layout.places[rank].pp == 0]
+    sets = []
+    for rank in first:
+        at = layout.places[rank]
+        sets.append(tuple(layout.rank(Place(dp=at.dp, tp=at.tp, pp=stage, cp=at.cp)) for stage in stages))
+    return sets
+
+
+def rank_sets(layout: Layout) -> dict[str, list[tuple[int, ...]]]:
+    """Field of `ProcessGroupCollection` -> the rank sets of its groups, in one order for all ranks."""
+    dp_cp, tp, mp = _cut(layout, "dp", "cp"), _cut(layout, "tp"), _cut(layout, "tp", "pp")
+    alone: list[tuple[int, ...]] = [(rank,) for rank in layout.ranks]
+    return {
+        "tp": tp,
+        "pp": _cut(layout, "pp"),
+        "dp": _cut(layout, "dp"),
+        "cp": _cut(layout, "cp"),
+        "mp": mp,
+        "tp_cp": _cut(layout, "tp", "cp"),
+        "dp_cp": dp_cp,
+        "intra_dp_cp": dp_cp,
+        "tp_dp_cp": _cut(layout, "tp", "dp", "cp"),
+        "embd": _ends(layout, sorted({0, layout.pp - 1})),
+        "pos_embd": _ends(layout, [0]),
+        "intra_dist_opt": [layout.ranks],
+        # Without expert parallelism the experts' groups are those of the dense weights.
+        "ep": alone,
+        "expt_tp": tp,
+        "tp_ep": tp,
+        "tp_ep_pp": mp,
+        "expt_dp": dp_cp,
+        "intra_expt_dp": dp_cp,
+    }

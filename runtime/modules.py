@@ -1,0 +1,202 @@
+"""Modules that Megatron's layers are assembled from: norms, rotary embedding, attention, value head.
+
+They enter through Megatron's `ModuleSpec`, in place of Transformer Engine's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from plans.model import ModelSpec
+from runtime.mcore import (
+    AttnMaskType,
+    RotaryEmbedding,
+    SelfAttention,
+    StaticInferenceContext,
+    gather_from_sequence_parallel_region,
+)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, computed in float32. Its weight is marked for Megatron's sequence-parallel reduction."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        _mark(self.weight, config.sequence_parallel)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype is torch.float32:
+            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+
+
+class LayerNorm(nn.Module):
+    """Layer norm with a weight and a bias, both marked for Megatron's sequence-parallel reduction."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.bias = nn.Parameter(torch.zeros_like(self.weight))
+        for parameter in self.parameters():
+            _mark(parameter, config.sequence_parallel)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+
+
+def _mark(parameter: nn.Parameter, sequence_parallel: bool) -> None:
+    setattr(parameter, "sequence_parallel", sequence_parallel)  # noqa: B010 - an attribute that torch does not know
+
+
+class Rotary(RotaryEmbedding):  # type: ignore[misc]
+    """Rotary embedding with the constants of a `ModelSpec`, Llama-3 scaling included.
+
+    Megatron's own caches its tables for all models at once and so hands tables made under inference mode to training.
+    """
+
+    def __init__(self, spec: ModelSpec, config: Any, groups: Any) -> None:
+        super().__init__(
+            kv_channels=config.kv_channels, rotary_percent=1.0, rotary_base=spec.rope_theta, cp_group=groups.cp
+        )
+        if spec.rope_scaling is not None:
+            scaling = spec.rope_scaling
+            self.inv_freq: Tensor = self._apply_scaling(
+                self.inv_freq,
+                factor=scaling.factor,
+                low_freq_factor=scaling.low_freq_factor,
+                high_freq_factor=scaling.high_freq_factor,
+                original_max_position_embeddings=scaling.original_max_position,
+            )
+        self._table: Tensor | None = None
+
+    def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: Any = None) -> Tensor:
+        """Angles [max_seq_len, 1, 1, head_dim], float32."""
+        if self._table is None or self._table.shape[0] < max_seq_len + offset:
+            with torch.inference_mode(False):
+                self._table = self.get_emb(max_seq_len + offset)
+        return self._table[offset : offset + max_seq_len]
+
+
+class Attention(nn.Module):
+    """The attention core on torch's fused kernels: [s, b, heads, dim] queries on [t, b, kv_heads, dim] keys.
+
+    `attention_mask` follows Megatron: True is masked out, broadcastable to [b, 1, s, t]. None means causal, or no mask
+    where the call says `no_mask` (decoding one token).
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        self.attn_mask_type = attn_mask_type
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: Any = None,
+        packed_seq_params: Any = None,
+    ) -> Tensor:
+        assert attention_bias is None and packed_seq_params is None
+        tokens, batch, heads, dim = query.shape
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        causal = attention_mask is None and (attn_mask_type or self.attn_mask_type) != AttnMaskType.no_mask
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=None if attention_mask is None else ~attention_mask,
+            is_causal=causal,
+            scale=self.softmax_scale,
+            enable_gqa=heads != k.shape[1],
+        )
+        return out.permute(2, 0, 1, 3).reshape(tokens, batch, heads * dim)
+
+
+class KVCache(StaticInferenceContext):  # type: ignore[misc]
+    """Keys and values of one batch of sequences in every local layer, keys already rotated.
+
+    Layer number (from 1) -> (keys, values), each [max_tokens, batch, kv_heads / tp, head_dim]; allocated by the first
+    forward. `sequence_len_offset` tokens are filled; the caller advances it after each forward of the model.
+    """
+
+    def __init__(self, batch: int, max_tokens: int) -> None:
+        super().__init__(batch, max_tokens)
+        self._rotation: tuple[Tensor, Tensor] | None = None
+
+    def rotation(self, angles: Tensor, start: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of positions [start, stop), computed once per cache."""
+        if self._rotation is None:
+            self._rotation = angles.cos().to(dtype), angles.sin().to(dtype)
+        return self._rotation[0][start:stop], self._rotation[1][start:stop]
+
+    def append(self, layer: int, start: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store rotated keys and values from position `start` on; everything stored so far."""
+        stop = start + key.shape[0]
+        if layer not in self.key_value_memory_dict:
+            shape = (self.max_sequence_length, *key.shape[1:])
+            self.key_value_memory_dict[layer] = (key.new_empty(shape), value.new_empty(shape))
+        keys, values = self.key_value_memory_dict[layer]
+        keys[start:stop] = key
+        values[start:stop] = value
+        return keys[:stop], values[:stop]
+
+
+class KVSelfAttention(SelfAttention):  # type: ignore[misc]
+    """Megatron's self attention; with a `KVCache` it caches keys after their rotation, not before, so that a decoding
+    step rotates one key and not all of them."""
+
+    def _adjust_key_value_for_inference(
+        self, inference_context: KVCache | None, query: Tensor, key: Tensor, value: Tensor, rotary_pos_emb: Any, *_: Any
+    ) -> tuple[Any, ...]:
+        if inference_context is None:
+            return query, key, value, rotary_pos_emb, self.attn_mask_type, None
+        cache, start = inference_context, inference_context.sequence_len_offset
+        cos, sin = cache.rotation(rotary_pos_emb[0], start, start + key.shape[0], key.dtype)
+        keys, values = cache.append(self.layer_number, start, _rotate(key, cos, sin), value)
+        mask_type = AttnMaskType.no_mask if start else self.attn_mask_type
+        return _rotate(query, cos, sin), keys, values, (None, None), mask_type, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class ValueHead(nn.Module):
+    """One scalar per token, in the place of Megatron's output layer: [s, b, hidden] -> ([s, b, 1] float32, None).
+
+    Replicated over tp. Under sequence parallel each rank scores its part of the sequence, and the scalars are gathered.
+    """
+
+    def __init__(self, config: Any, tp_group: Any) -> None:
+        super().__init__()
+        self.tp_group = tp_group
+        self.sequence_parallel = config.sequence_parallel
+        self.weight = nn.Parameter(torch.zeros(1, config.hidden_size, dtype=config.params_dtype))
+        _mark(self.weight, config.sequence_parallel)
+
+    def forward(self, x: Tensor, weight: Any = None, runtime_gather_output: Any = None) -> tuple[Tensor, None]:
+        values = F.linear(x, self.weight).float()
+        if self.sequence_parallel:
+            values = gather_from_sequence_parallel_region(
+                values, tensor_parallel_output_grad=False, group=self.tp_group
+            )
+        return values, None
