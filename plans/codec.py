@@ -152,7 +152,7 @@ class _Reader:
             if name in names[:i]:
                 self.problems.append(Problem("call-twice", f"call `{name}` stands twice", "delete one", ("calls", i)))
         for call in workload.graph.model_calls:
-            if call.name not in [entry.call for entry in file.calls]:
+            if not self.problems and call.name not in [entry.call for entry in file.calls]:
                 hint = f'add a line {{"call": "{call.name}", "mesh": ..., "strategy": ...}}'
                 self.problems.append(Problem("call-missing", f"the plan lacks call `{call.name}`", hint, ("calls",)))
         if self.problems:

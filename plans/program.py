@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 
-from plans.batches import host_call
+from plans.batches import batch_transfer, host_call
 from plans.graph import CallKind
 from plans.layout import Layout
 from plans.plan import ExecutionPlan
@@ -182,7 +182,7 @@ def _transfers(plan: ExecutionPlan, producer: str, lag: int) -> list[Step]:
     steps = []
     for consumer in dict.fromkeys(edge.target for edge in graph.edges if edge.source == producer and not edge.distance):
         source, target = host_call(plan, producer), host_call(plan, consumer)
-        if source == target:
+        if source == target or not batch_transfer(plan, producer, consumer):
             continue
         ranks = tuple(sorted({*plan.ranks(source), *plan.ranks(target)}))
         steps.append(Step(StepKind.TRANSFER, producer, ranks, lag, consumer=consumer))

@@ -59,7 +59,7 @@ def load_gpu(name: str) -> GpuSpec:
     gpus = _read("hardware.json")["gpus"]
     if name not in gpus:
         raise SpecError(f"unknown GPU `{name}`", nearest(name, list(gpus)))
-    return GpuSpec(name=name, **gpus[name])
+    return GpuSpec(name=name, **{key: float(value) for key, value in gpus[name].items()})
 
 
 def cluster_names() -> list[str]:
@@ -86,4 +86,5 @@ def load_cluster(name: str, *, gpus: int | None = None, gpus_per_node: int | Non
             f"{total // per_node * per_node} or {(total // per_node + 1) * per_node} GPUs",
         )
     gpu = load_gpu(entry.pop("gpu"))
-    return ClusterSpec(nodes=total // per_node, gpus_per_node=per_node, gpu=gpu, **entry)
+    speeds = {key: float(value) for key, value in entry.items()}
+    return ClusterSpec(nodes=total // per_node, gpus_per_node=per_node, gpu=gpu, **speeds)
