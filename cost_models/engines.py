@@ -1,0 +1,127 @@
+"""Engines: the named sets of constants that tell one implementation of the same arithmetic from another.
+
+A constant belongs to an engine, a GPU kind and a precision, never to a measurement. `library/engines.json` is a list
+of entries, each with the engine, GPU and precision it is for (`*`: any), an `origin` and the constants it sets;
+the entries that match are laid over one another from the general to the special.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from importlib.resources import files
+from typing import Any
+
+from plans.errors import SpecError, nearest
+
+DEFAULT_ENGINE = "megatron"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """Constants of one engine on one GPU kind in one precision. Fractions are of vendor peaks.
+
+    Arithmetic
+      gemm_efficiency: share of peak matrix throughput that a large GEMM sustains.
+      gemm_half_extent: m, n or k at which a GEMM's efficiency falls to half, elements (tiles that are not full).
+      backward_gemm_ratio: time of dgrad and wgrad together over that of the forward GEMM.
+      attention_efficiency, attention_backward_efficiency: share of peak of the attention core.
+      flash_attention: fused causal kernel; otherwise scores are materialised and nothing is saved by causality.
+      memory_efficiency: share of HBM bandwidth that streaming kernels reach.
+      kv_efficiency: share of HBM bandwidth in reading the KV cache.
+      hidden_passes: reads and writes of a [tokens, hidden] tensor per layer and forward (norms, residuals, dropout).
+      ffn_passes: the same of [tokens, ffn] (activation function, gate).
+      softmax_passes: the same of the score matrix (unfused attention only).
+      loss_passes: the same of fp32 logits, forward and backward together.
+
+    Host
+      host_forward_layer_s, host_backward_layer_s, host_decode_layer_s: time in which the CPU launches one layer;
+        a layer takes the longer of this and its GPU time. Zero with CUDA graphs.
+      decode_layer_s: time between the kernels of a layer that no launch-ahead hides, per layer and decode step.
+      decode_step_s: sampling and bookkeeping per decode step.
+      micro_batch_s: schedule overhead per micro-batch. step_s: per optimizer step. call_s: per call.
+      graph_capture_s: preparation of a generate call (buffers, CUDA-graph capture), per call.
+
+    Communication
+      link_efficiency, link_latency_s, link_hop_s, link_half_bytes: collectives inside a node (`collectives`).
+      network_efficiency, network_latency_s, network_half_bytes: collectives between nodes.
+      tensor_overlap: share of tensor-parallel communication hidden behind GEMMs.
+      data_overlap: share of data-parallel communication that may hide behind the backward pass.
+      pipeline_overlap: share of pipeline send/receive that is hidden.
+      gradient_bytes: bytes per gradient element as reduced.
+      shards_weights: weights are sharded over dp and gathered layer by layer (ZeRO-3, FSDP).
+      message_s: overhead per message of reallocation and transfer.
+
+    Optimizer
+      optimizer_bytes: memory traffic of the update per parameter (masters, two Adam moments, gradient, weight).
+      offload_efficiency: share of PCIe bandwidth in copies from and to host memory.
+    """
+
+    name: str = DEFAULT_ENGINE
+    gemm_efficiency: float = 0.75
+    gemm_half_extent: float = 64.0
+    backward_gemm_ratio: float = 2.0
+    attention_efficiency: float = 0.5
+    attention_backward_efficiency: float = 0.4
+    flash_attention: bool = True
+    memory_efficiency: float = 0.8
+    kv_efficiency: float = 0.6
+    hidden_passes: float = 12.0
+    ffn_passes: float = 3.0
+    softmax_passes: float = 6.0
+    loss_passes: float = 6.0
+    host_forward_layer_s: float = 4e-4
+    host_backward_layer_s: float = 6e-4
+    host_decode_layer_s: float = 5e-4
+    decode_layer_s: float = 0.0
+    decode_step_s: float = 1e-3
+    micro_batch_s: float = 5e-4
+    step_s: float = 0.02
+    call_s: float = 0.05
+    graph_capture_s: float = 0.0
+    link_efficiency: float = 0.75
+    link_latency_s: float = 6e-6
+    link_hop_s: float = 3e-6
+    link_half_bytes: float = 5e6
+    network_efficiency: float = 0.8
+    network_latency_s: float = 2e-5
+    network_half_bytes: float = 1e7
+    tensor_overlap: float = 0.0
+    data_overlap: float = 0.0
+    pipeline_overlap: float = 0.0
+    gradient_bytes: float = 4.0
+    shards_weights: bool = False
+    message_s: float = 2e-5
+    optimizer_bytes: float = 30.0
+    offload_efficiency: float = 0.8
+
+
+def engine_names() -> tuple[str, ...]:
+    """Names in the library."""
+    return tuple(dict.fromkeys(entry["engine"] for entry in _entries() if entry["engine"] != "*"))
+
+
+def load_engine(name: str, gpu: str, dtype: str = "bf16") -> Engine:
+    """The constants of an engine on a GPU kind (`GpuSpec.name`) in a precision (`bf16` and `fp16` are one)."""
+    if name not in engine_names():
+        raise SpecError(f"unknown engine `{name}`", nearest(name, list(engine_names())))
+    wanted = {"engine": name, "gpu": gpu, "precision": "bf16" if dtype == "fp16" else dtype}
+    matching = [e for e in _entries() if all(e[key] in ("*", value) for key, value in wanted.items())]
+    matching.sort(key=lambda entry: [entry[key] != "*" for key in ("engine", "gpu", "precision")].count(True))
+    constants: dict[str, Any] = {}
+    for entry in matching:
+        constants |= entry["constants"]
+    return replace(Engine(name=name), **constants)
+
+
+@lru_cache(maxsize=1)
+def _entries() -> tuple[dict[str, Any], ...]:
+    path = files("cost_models") / "library" / "engines.json"
+    known = {f.name for f in fields(Engine)} - {"name"}
+    entries = json.loads(path.read_text())["entries"]
+    for entry in entries:
+        for key in entry["constants"]:
+            if key not in known:
+                raise SpecError(f"{path}: unknown constant `{key}`", nearest(key, sorted(known)))
+    return tuple(entries)

@@ -1,0 +1,141 @@
+"""Time of generation: prefill, then one decode step per token over a batch that shrinks and a KV cache that grows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cost_models import collectives, operations
+from cost_models.candidates import Array, Candidates
+from cost_models.inference import ForwardPass, forward_terms
+from cost_models.layer import expert_parallel
+from cost_models.machine import Machine
+from cost_models.pipeline import crosses_nodes, stage_layers
+from cost_models.terms import Terms
+from plans.model import ModelSpec
+
+_NODES_FORCED, _NODES_TAILED = 2, 8
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """`samples` prompts of `prompt_tokens`; responses of at most `response_tokens`, of mean `mean_tokens` (0: all
+    reach the limit)."""
+
+    spec: ModelSpec
+    samples: float
+    prompt_tokens: float
+    response_tokens: float
+    mean_tokens: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Quadrature:
+    """Decode positions at which a step is costed: `position` tokens generated, `weight` steps that it stands for,
+    `alive` share of sequences not finished. Shapes [points]."""
+
+    position: Array
+    weight: Array
+    alive: Array
+
+
+def generation_time(machine: Machine, work: Sampling, candidates: Candidates) -> Terms:
+    """Terms of a generate call, seconds."""
+    c = candidates
+    prompts = ForwardPass(work.spec, work.samples, work.prompt_tokens, head_tokens=1.0, scored=False)
+    prefill = Terms(forward_terms(machine, prompts, c, c.groups))
+    terms = {"prefill": prefill.total_s} | decode_terms(machine, work, c)
+    terms["overhead"] = np.full(len(c), machine.engine.graph_capture_s)
+    return Terms(terms)
+
+
+def decode_terms(machine: Machine, work: Sampling, candidates: Candidates) -> dict[str, Array]:
+    """Terms of all decode steps after the first token, which prefill makes."""
+    sums: dict[str, Array] = {}
+    points = response_quadrature(work)
+    for position, weight, alive in zip(points.position, points.weight, points.alive, strict=True):
+        running = 1.0 if alive >= 1.0 else 1.0 - (1.0 - alive) ** work.samples
+        step = decode_step(machine, work.spec, candidates, work.samples * alive, work.prompt_tokens + position)
+        for name, seconds in step.items():
+            sums[name] = sums.get(name, 0.0) + seconds * (weight * running)
+    return sums
+
+
+def response_quadrature(work: Sampling) -> Quadrature:
+    """Gauss-Legendre points over the response_tokens - 1 decode steps.
+
+    Lengths are exponential, cut at the limit, with the rate that gives the mean: alive(t) = exp(-rate t). That is
+    the long tail of sampled responses with a stop token of constant hazard.
+    """
+    steps = max(work.response_tokens - 1.0, 0.0)
+    tailed = 0.0 < work.mean_tokens < 0.98 * work.response_tokens
+    nodes, weights = np.polynomial.legendre.leggauss(_NODES_TAILED if tailed else _NODES_FORCED)
+    position = 0.5 * steps * (nodes + 1.0)
+    rate = _hazard(work.mean_tokens, work.response_tokens) if tailed else 0.0
+    return Quadrature(position + 1.0, 0.5 * steps * weights, np.exp(-rate * position))
+
+
+def _hazard(mean: float, limit: float) -> float:
+    """Rate r with (1 - exp(-r limit)) / r = mean, by bisection."""
+    low, high = 1e-9 / limit, 50.0 / mean
+    for _ in range(60):
+        rate = 0.5 * (low + high)
+        if -np.expm1(-rate * limit) / rate > mean:
+            low = rate
+        else:
+            high = rate
+    return 0.5 * (low + high)
+
+
+def decode_step(
+    machine: Machine, spec: ModelSpec, candidates: Candidates, sequences: float, length: float
+) -> dict[str, Array]:
+    """Terms of one token for every running sequence, seconds; `sequences` over all dp ranks, `length` tokens of each
+    in the KV cache.
+
+    The batch of a dp rank runs as `groups` groups; a stage works on one group while other stages work on others, so
+    that a token of all groups takes max(groups, pp) stage times.
+    """
+    c, engine = candidates, machine.engine
+    rows = np.maximum(sequences / (c.dp * c.groups), 1.0)
+    layers, last_layers = stage_layers(spec, c.pp)
+    parts = {
+        "decode_linears": operations.attention_linears(machine, spec, rows, c.tp)
+        + operations.mlp_linears(machine, spec, rows, c.tp, c.ep),
+        "decode_attention": decode_attention(machine, spec, c, rows, length),
+        "decode_tensor_parallel": decode_all_reduce(machine, spec, c, rows) + expert_parallel(machine, spec, c, rows),
+        "decode_kernels": np.full_like(rows, engine.decode_layer_s),
+    }
+    layer = sum(parts.values(), np.zeros_like(rows))
+    parts["decode_host"] = np.maximum(engine.host_decode_layer_s - layer, 0.0)
+    turns = np.maximum(c.groups, c.pp) * layers
+    terms = {name: seconds * turns for name, seconds in parts.items()}
+    short = (layers - last_layers) * np.maximum(layer, engine.host_decode_layer_s)
+    head = operations.head(machine, spec, rows, c.tp) + engine.decode_step_s
+    steady = np.where(c.groups >= c.pp, np.maximum(head - short, 0.0), head - short)
+    terms["decode_head"] = steady * np.where(c.groups >= c.pp, c.groups, 1.0)
+    terms["decode_p2p"] = decode_sends(machine, spec, c, rows)
+    return terms
+
+
+def decode_attention(machine: Machine, spec: ModelSpec, candidates: Candidates, rows: Array, length: float) -> Array:
+    """Seconds to read the keys and values of one layer: rows x length x 2 x kv_heads / tp x head_dim elements."""
+    width = 2.0 * spec.head_dim * np.maximum(spec.kv_heads / candidates.tp, 1.0)
+    bandwidth = 1e9 * machine.cluster.gpu.hbm_gbps * machine.engine.kv_efficiency
+    return rows * width * (length * machine.element_bytes / bandwidth)
+
+
+def decode_all_reduce(machine: Machine, spec: ModelSpec, candidates: Candidates, rows: Array) -> Array:
+    """Seconds of the two small all-reduces of [rows, hidden] per layer, mostly latency."""
+    c = candidates
+    message = rows * float(spec.hidden * machine.element_bytes)
+    return 2.0 * collectives.all_reduce(machine, message, c.tp, c.ranks_per_node(np.ones_like(c.tp), c.tp))
+
+
+def decode_sends(machine: Machine, spec: ModelSpec, candidates: Candidates, rows: Array) -> Array:
+    """Seconds of sends between stages and of the token back to the first, per step of all groups."""
+    c = candidates
+    message = rows * float(spec.hidden * machine.element_bytes)
+    one = collectives.point_to_point(machine, message, crosses_nodes(c))
+    return np.where(c.pp > 1, np.maximum(c.groups, c.pp) * one, 0.0)

@@ -1,0 +1,81 @@
+"""Time of one forward pass over a batch (log-probs, values, rewards), and the prefill of generation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cost_models import collectives, operations
+from cost_models.candidates import Array, Candidates
+from cost_models.layer import forward_layer
+from cost_models.machine import Machine
+from cost_models.pipeline import crosses_nodes, fill_and_drain, stage_layers
+from cost_models.terms import Terms
+from cost_models.training import rank_params
+from plans.model import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardPass:
+    """`samples` sequences of `tokens` tokens over all ranks. The head runs on `head_tokens` of each sequence, and
+    `scored` says whether log-probs follow it."""
+
+    spec: ModelSpec
+    samples: float
+    tokens: float
+    head_tokens: float
+    scored: bool = True
+
+
+def inference_time(machine: Machine, work: ForwardPass, candidates: Candidates) -> Terms:
+    """Terms of one forward call, seconds."""
+    return Terms(forward_terms(machine, work, candidates, candidates.micro_batches))
+
+
+def forward_terms(machine: Machine, work: ForwardPass, candidates: Candidates, passes: Array) -> dict[str, Array]:
+    """Terms of `passes` forward passes per dp rank through the pipeline."""
+    c, spec = candidates, work.spec
+    sequences = work.samples / (c.dp * passes)
+    tokens = sequences * work.tokens / c.cp
+    layer = forward_layer(machine, spec, c, tokens, work.tokens)
+    layers, last_layers = stage_layers(spec, c.pp)
+    host = np.maximum(machine.engine.host_forward_layer_s - layer.gpu, 0.0)
+    parts = {
+        "linears": layer.linears,
+        "attention": layer.attention,
+        "streaming": layer.streaming,
+        "tensor_parallel": layer.tensor_parallel,
+        "context_parallel": layer.context_parallel,
+        "expert_parallel": layer.expert_parallel,
+        "host": host,
+    }
+    inner = layers * (layer.gpu + host)
+    last = last_layers * (layer.gpu + host) + head_time(machine, work, sequences, c)
+    terms = {name: seconds * layers * passes for name, seconds in parts.items()}
+    terms["head_and_loss"] = np.maximum(last - inner, 0.0) * passes
+    terms["bubble"] = fill_and_drain(c.pp, np.ones_like(c.pp), inner, last)
+    terms["pipeline_p2p"] = forward_sends(machine, spec, c, tokens, passes)
+    terms["overhead"] = passes * machine.engine.micro_batch_s
+    return terms
+
+
+def head_time(machine: Machine, work: ForwardPass, sequences: Array, candidates: Candidates) -> Array:
+    """Seconds of the head and, where scored, the log-probs of one pass."""
+    tokens = sequences * work.head_tokens / candidates.cp
+    seconds = operations.head(machine, work.spec, tokens, candidates.tp)
+    return seconds + operations.loss(machine, work.spec, tokens, candidates.tp) if work.scored else seconds
+
+
+def forward_sends(machine: Machine, spec: ModelSpec, candidates: Candidates, tokens: Array, passes: Array) -> Array:
+    """Seconds of sends between stages: one [tokens, hidden] activation per slot."""
+    c = candidates
+    message = tokens * float(spec.hidden * machine.element_bytes) / np.where(c.sequence_parallel, c.tp, 1.0)
+    one = collectives.point_to_point(machine, message, crosses_nodes(c))
+    return np.where(c.pp > 1, one * (passes + c.pp - 1) * (1.0 - machine.engine.pipeline_overlap), 0.0)
+
+
+def weight_load(machine: Machine, spec: ModelSpec, candidates: Candidates) -> Array:
+    """Seconds to bring a frozen model's offloaded weights to the GPU."""
+    seconds = rank_params(spec, candidates) * (machine.element_bytes / machine.host_bytes_per_s)
+    return np.where(candidates.offload, seconds, 0.0)

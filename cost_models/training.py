@@ -1,0 +1,228 @@
+"""Time of training steps: forward, backward and recomputation through a pipeline, reductions, optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cost_models import collectives, operations
+from cost_models.candidates import FULL_RECOMPUTE, SELECTIVE_RECOMPUTE, Array, Candidates
+from cost_models.layer import LayerTime, forward_layer
+from cost_models.machine import Machine
+from cost_models.pipeline import crosses_nodes, fill_and_drain, stage_layers
+from cost_models.terms import Terms
+from plans.model import Head, ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingStep:
+    """One optimizer step on `samples` sequences of `tokens` tokens, over all ranks."""
+
+    spec: ModelSpec
+    samples: float
+    tokens: float
+
+
+@dataclass(frozen=True, eq=False)
+class _Slot:
+    """Seconds of one micro-batch, forward and backward, on an inner stage, by term; and of the last stage's head."""
+
+    terms: dict[str, Array]
+    backward: Array
+    head: Array
+    layers: Array
+    last_layers: Array
+
+    @property
+    def inner(self) -> Array:
+        """Seconds on an inner stage."""
+        total = np.zeros_like(self.layers)
+        for seconds in self.terms.values():
+            total = total + seconds
+        return total
+
+    @property
+    def last(self) -> Array:
+        """Seconds on the last stage."""
+        return self.inner * (self.last_layers / self.layers) + self.head
+
+
+def training_time(machine: Machine, step: TrainingStep, candidates: Candidates) -> Terms:
+    """Terms of one optimizer step, seconds."""
+    c = candidates
+    slot = _slot(machine, step, c)
+    inner, last = slot.inner, slot.last
+    terms = {name: seconds * c.micro_batches for name, seconds in slot.terms.items()}
+    terms["head_and_loss"] = np.maximum(last - inner, 0.0) * c.micro_batches
+    terms["bubble"] = fill_and_drain(c.pp, c.vpp, inner, last)
+    terms["pipeline_p2p"] = pipeline_sends(machine, step, c)
+    terms["gradient_reduce"] = gradient_reduce(machine, step.spec, c, slot.backward)
+    terms["parameter_gather"] = parameter_gather(machine, step.spec, c, slot.backward)
+    terms["optimizer"] = optimizer(machine, step.spec, c)
+    terms["overhead"] = machine.engine.step_s + c.micro_batches * machine.engine.micro_batch_s
+    return Terms(terms)
+
+
+def micro_batch_tokens(step: TrainingStep, candidates: Candidates) -> Array:
+    """Tokens of one rank in one micro-batch."""
+    c = candidates
+    return step.samples * step.tokens / (c.dp * c.micro_batches * c.cp)
+
+
+def _slot(machine: Machine, step: TrainingStep, candidates: Candidates) -> _Slot:
+    c, spec = candidates, step.spec
+    tokens = micro_batch_tokens(step, c)
+    layer = forward_layer(machine, spec, c, tokens, step.tokens)
+    recompute = recomputation(machine, layer, c)
+    backward = backward_time(machine, layer)
+    layers, last_layers = stage_layers(spec, c.pp)
+    terms = {
+        "linears": layer.linears * (1.0 + machine.engine.backward_gemm_ratio),
+        "attention": layer.attention * (1.0 + operations.attention_backward_ratio(machine)),
+        "streaming": layer.streaming * 3.0,
+        "recompute": recompute,
+        "tensor_parallel": 2.0 * layer.tensor_parallel,
+        "context_parallel": 3.0 * layer.context_parallel,
+        "expert_parallel": 2.0 * layer.expert_parallel,
+        "weight_gather": weight_gather(machine, spec, c, layer, backward + recompute),
+        "host": host_wait(machine, layer.gpu, backward, recompute, c),
+    }
+    return _Slot(
+        terms={name: seconds * layers for name, seconds in terms.items()},
+        backward=(backward + recompute) * layers,
+        head=head_and_loss(machine, spec, tokens, c),
+        layers=layers,
+        last_layers=last_layers,
+    )
+
+
+def backward_time(machine: Machine, layer: LayerTime) -> Array:
+    """Backward seconds of a layer: two GEMMs for each, the attention core's ratio, twice the streamed bytes, and the
+    same communication as forward."""
+    return (
+        layer.linears * machine.engine.backward_gemm_ratio
+        + layer.attention * operations.attention_backward_ratio(machine)
+        + layer.streaming * 2.0
+        + layer.tensor_parallel
+        + 2.0 * layer.context_parallel
+        + layer.expert_parallel
+    )
+
+
+def recomputation(machine: Machine, layer: LayerTime, candidates: Candidates) -> Array:
+    """Seconds of a layer's recomputed forward: the whole layer, or the attention core.
+
+    The fused attention core recomputes its scores in its own backward, so that selective recomputation costs only
+    the repeated kernel (Korthikanti et al. 2022, section 5).
+    """
+    full = candidates.recompute == FULL_RECOMPUTE
+    selective = candidates.recompute == SELECTIVE_RECOMPUTE
+    return np.where(full, layer.gpu, np.where(selective, layer.attention, 0.0))
+
+
+def host_wait(machine: Machine, forward: Array, backward: Array, recompute: Array, candidates: Candidates) -> Array:
+    """Seconds of a layer in which the GPU waits for the CPU to launch: what the launch time exceeds the GPU time by."""
+    engine = machine.engine
+    again = np.where(candidates.recompute == FULL_RECOMPUTE, engine.host_forward_layer_s, 0.0)
+    wait = np.maximum(engine.host_forward_layer_s - forward, 0.0)
+    return wait + np.maximum(engine.host_backward_layer_s + again - backward - recompute, 0.0)
+
+
+def head_and_loss(machine: Machine, spec: ModelSpec, tokens: Array, candidates: Candidates) -> Array:
+    """Seconds of the head's three GEMMs and the loss on one micro-batch."""
+    gemms = operations.head(machine, spec, tokens, candidates.tp) * (1.0 + machine.engine.backward_gemm_ratio)
+    return gemms + 2.0 * operations.loss(machine, spec, tokens, candidates.tp)
+
+
+def pipeline_sends(machine: Machine, step: TrainingStep, candidates: Candidates) -> Array:
+    """Seconds of sends between stages that are on the critical path: each slot sends one activation and one gradient
+    of [tokens, hidden] (divided by tp where sequence parallel), vpp times when interleaved."""
+    c = candidates
+    tokens = micro_batch_tokens(step, c) / np.where(c.sequence_parallel, c.tp, 1.0)
+    message = tokens * float(step.spec.hidden * machine.element_bytes)
+    one = collectives.point_to_point(machine, message, crosses_nodes(c))
+    slots = c.micro_batches + (c.pp - 1) / c.vpp
+    return np.where(c.pp > 1, 2.0 * one * slots * c.vpp * (1.0 - machine.engine.pipeline_overlap), 0.0)
+
+
+def rank_params(spec: ModelSpec, candidates: Candidates) -> Array:
+    """Parameters of the fullest rank: an inner stage with an embedding (and the head too, without a pipeline)."""
+    c = candidates
+    layers, _ = stage_layers(spec, c.pp)
+    experts = 0.0
+    if spec.experts:
+        experts = (3.0 if spec.gated_mlp else 2.0) * spec.hidden * spec.ffn * spec.experts
+    vocabulary = float(spec.padded_vocab * spec.hidden)
+    own_head = spec.head is Head.LM and not spec.tied_embeddings
+    ends = vocabulary * np.where(c.pp == 1, 1.0 + own_head, 1.0)
+    params: Array = (layers * (spec.layer_params - experts + experts / c.ep) + ends) / c.tp
+    return params
+
+
+def _data_group(candidates: Candidates) -> tuple[Array, Array]:
+    """Size of the group that reduces gradients (dp x cp, tp ranks apart), and its ranks on one node."""
+    size = candidates.dp * candidates.cp
+    return size, candidates.ranks_per_node(candidates.tp, size)
+
+
+def gradient_reduce(machine: Machine, spec: ModelSpec, candidates: Candidates, backward: Array) -> Array:
+    """Exposed seconds of the gradient all-reduce, or reduce-scatter with a sharded optimizer.
+
+    It may hide behind the backward pass of the last micro-batch, `data_overlap` of it.
+    """
+    engine, (size, per_node) = machine.engine, _data_group(candidates)
+    if engine.shards_weights:
+        return np.zeros_like(size)
+    message = rank_params(spec, candidates) * engine.gradient_bytes
+    whole = collectives.all_reduce(machine, message, size, per_node)
+    scattered = collectives.reduce_scatter(machine, message, size, per_node)
+    seconds = np.where(candidates.shard_optimizer, scattered, whole)
+    return seconds - np.minimum(engine.data_overlap * seconds, backward)
+
+
+def parameter_gather(machine: Machine, spec: ModelSpec, candidates: Candidates, backward: Array) -> Array:
+    """Exposed seconds of gathering updated weights after a sharded optimizer step; hides behind the next forward,
+    taken as half of a backward."""
+    engine, (size, per_node) = machine.engine, _data_group(candidates)
+    if engine.shards_weights:
+        return np.zeros_like(size)
+    message = rank_params(spec, candidates) * machine.element_bytes
+    seconds = np.where(candidates.shard_optimizer, collectives.all_gather(machine, message, size, per_node), 0.0)
+    return seconds - np.minimum(engine.data_overlap * seconds, 0.5 * backward)
+
+
+def weight_gather(machine: Machine, spec: ModelSpec, candidates: Candidates, layer: LayerTime, after: Array) -> Array:
+    """Exposed seconds per layer and micro-batch where weights are sharded over dp (ZeRO-3): gather before forward,
+    gather again and scatter gradients in backward, prefetched one layer ahead.
+
+    What is not hidden: the excess of communication over compute, and the share 1 - data_overlap of the rest.
+    """
+    engine, (size, per_node) = machine.engine, _data_group(candidates)
+    if not engine.shards_weights:
+        return np.zeros_like(size)
+    message = spec.layer_params / candidates.tp * machine.element_bytes
+    gather = collectives.all_gather(machine, message, size, per_node)
+    scatter = collectives.reduce_scatter(
+        machine, message * engine.gradient_bytes / machine.element_bytes, size, per_node
+    )
+
+    def exposed(communication: Array, compute: Array) -> Array:
+        return communication - engine.data_overlap * np.minimum(communication, compute)
+
+    return exposed(gather, layer.gpu) + exposed(gather + scatter, after)
+
+
+def optimizer(machine: Machine, spec: ModelSpec, candidates: Candidates) -> Array:
+    """Seconds of clipping and Adam, on the local shard where the optimizer is sharded."""
+    params = rank_params(spec, candidates)
+    size, _ = _data_group(candidates)
+    sharded = candidates.shard_optimizer | machine.engine.shards_weights
+    return operations.optimizer_update(machine, params / np.where(sharded, size, 1.0))
+
+
+def state_load(machine: Machine, spec: ModelSpec, candidates: Candidates) -> Array:
+    """Seconds to bring an offloaded optimizer state (fp32 masters and two moments) to the GPU and back."""
+    size, _ = _data_group(candidates)
+    params = rank_params(spec, candidates) / np.where(candidates.shard_optimizer, size, 1.0)
+    return np.where(candidates.offload, 2.0 * 12.0 * params / machine.host_bytes_per_s, 0.0)
