@@ -29,12 +29,8 @@ def rank_rows(plan: ExecutionPlan, call: str) -> dict[int, tuple[int, ...]]:
 
 
 def host_call(plan: ExecutionPlan, call: str) -> str:
-    """The call on whose ranks a call runs: itself, or for a function the producer of its first input."""
-    graph = plan.workload.graph
-    found = graph.call(call)
-    if found.kind is not CallKind.FUNCTION:
-        return call
-    return host_call(plan, graph.producers[found.inputs[0]])
+    """The model call on whose ranks a call runs (`DataflowGraph.host`)."""
+    return plan.workload.graph.host(call)
 
 
 def batch_transfer(plan: ExecutionPlan, producer: str, consumer: str) -> tuple[tuple[int, int, tuple[int, ...]], ...]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from plans.batches import host_call
 from plans.graph import CallKind
 from plans.model import ModelSpec
 from plans.plan import ExecutionPlan, PlannedCall
@@ -182,10 +181,10 @@ def _order(plan: ExecutionPlan) -> Iterator[Problem]:
     """A call stands after what it waits for in the same period; lag shifts a call's iteration to a later period."""
     position = {planned.call: i for i, planned in enumerate(plan.calls)}
     lag = {planned.call: planned.lag for planned in plan.calls}
-    for edge in model_edges(plan):
-        if edge[0] == edge[1]:
+    for edge in plan.workload.graph.model_edges:
+        source, target, distance = edge.source, edge.target, edge.distance
+        if source == target:
             continue
-        source, target, distance = edge
         if (lag[source] - distance, position[source]) < (lag[target], position[target]):
             continue
         path: Path_ = ("calls", position[target])
@@ -195,13 +194,3 @@ def _order(plan: ExecutionPlan) -> Iterator[Problem]:
         else:
             message = f"{waits}, which lag {lag[source]} runs only in a later period (lag of `{target}`: {lag[target]})"
             yield Problem("lag", message, f"lag {lag[source] - distance} for `{target}`, or lag 0 for `{source}`", path)
-
-
-def model_edges(plan: ExecutionPlan) -> list[tuple[str, str, int]]:
-    """Edges between model calls, functions contracted into the call that hosts them."""
-    found: dict[tuple[str, str, int], None] = {}
-    for edge in plan.workload.graph.edges:
-        source, target = host_call(plan, edge.source), host_call(plan, edge.target)
-        if source != target or edge.distance:
-            found[(source, target, edge.distance)] = None
-    return list(found)

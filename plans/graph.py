@@ -118,6 +118,21 @@ class DataflowGraph:
         ]
         return (*data, *versions)
 
+    def host(self, name: str) -> str:
+        """The model call on whose ranks a call runs: itself, or for a function the producer of its first input."""
+        call = self.call(name)
+        return name if call.model else self.host(self.producers[call.inputs[0]])
+
+    @cached_property
+    def model_edges(self) -> tuple[Edge, ...]:
+        """Edges between model calls, functions contracted into the calls that host them."""
+        found = {}
+        for edge in self.edges:
+            contracted = Edge(self.host(edge.source), self.host(edge.target), edge.distance)
+            if contracted.source != contracted.target or edge.distance:
+                found[contracted] = None
+        return tuple(found)
+
     def as_networkx(self) -> nx.MultiDiGraph[str]:
         """The graph for networkx: nodes carry `call`, edges carry `distance`."""
         graph: nx.MultiDiGraph[str] = nx.MultiDiGraph(name=self.name)
