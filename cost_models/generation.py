@@ -44,7 +44,7 @@ def generation_time(machine: Machine, work: Sampling, candidates: Candidates) ->
     """Terms of a generate call, seconds."""
     c = candidates
     prompts = ForwardPass(work.spec, work.samples, work.prompt_tokens, head_tokens=1.0, scored=False)
-    prefill = Terms(forward_terms(machine, prompts, c, c.groups))
+    prefill = Terms(forward_terms(machine, prompts, c, np.maximum(c.groups, c.micro_batches)))
     terms = {"prefill": prefill.total_s} | decode_terms(machine, work, c)
     terms["overhead"] = np.full(len(c), machine.engine.graph_capture_s)
     return Terms(terms)
