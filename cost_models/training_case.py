@@ -1,0 +1,148 @@
+"""A training step as the memory model sees it: degrees, batch and settings as arrays; and the parts of its stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cost_models.candidates import Array
+from plans.layout import Unit, model_units
+from plans.model import Head, ModelSpec
+
+OPERATOR_RECOMPUTE = 3
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainingCase:
+    """Arrays over candidates, then what all of them share.
+
+    sequences: per micro-batch and dp rank. micro_batches: per step and dp rank. recompute: 0 none, 1 selective, 2 full,
+    3 every other matrix product (`OPERATOR_RECOMPUTE`, torchtitan's selective mode).
+    zero: 0 nothing sharded over dp, 1 masters and optimizer, 3 gradients and weights too (FSDP).
+    tokens: sequence length. element: bytes of a weight. flash: fused attention. dropout: hidden and attention dropout.
+    """
+
+    dp: Array
+    tp: Array
+    pp: Array
+    cp: Array
+    ep: Array
+    vpp: Array
+    sequences: Array
+    micro_batches: Array
+    sequence_parallel: NDArray[np.bool_]
+    recompute: NDArray[np.int8]
+    zero: Array
+    tokens: int
+    element: float = 2.0
+    flash: bool = True
+    dropout: bool = False
+
+    @property
+    def rank_tokens(self) -> Array:
+        """Tokens of one micro-batch on one rank."""
+        return self.sequences * self.tokens / self.cp
+
+    @property
+    def replicas(self) -> Array:
+        """Ranks that hold the same dense weights: dp x cp."""
+        return self.dp * self.cp
+
+    @property
+    def scores(self) -> Array:
+        """Keys per query that an unfused attention keeps; 0 for flash attention."""
+        return np.zeros_like(self.tp) if self.flash else np.full_like(self.tp, self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Elements:
+    """Elements of a unit: cut by tp, held whole, and in experts (cut by ep and tp); and of its matrices.
+
+    largest: the largest matrix. shapes: one of each distinct shape.
+    """
+
+    sharded: float
+    replicated: float
+    experts: float
+    largest: float
+    shapes: float
+
+
+def unit_elements(unit: Unit) -> Elements:
+    """Elements of a unit of the layout."""
+    dense = [p for p in unit.parameters if ".experts." not in p.name]
+    experts = sum(p.size for p in unit.parameters if ".experts." in p.name)
+    matrices = {p.shape: p.size for p in unit.parameters if len(p.shape) == 2 and p.axis is not None}
+    return Elements(
+        sharded=sum(p.size for p in dense if p.axis is not None),
+        replicated=sum(p.size for p in dense if p.axis is None),
+        experts=experts,
+        largest=max(matrices.values(), default=0),
+        shapes=sum(matrices.values()),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelParts:
+    """Elements of a model's units; `head_inputs`: vocabulary entries that the last stage computes per token."""
+
+    embedding: Elements
+    block: Elements
+    head: Elements
+    head_inputs: int
+
+
+@lru_cache(maxsize=64)
+def model_parts(spec: ModelSpec) -> ModelParts:
+    """Elements of the units of `plans.layout`; every block of a model has the same."""
+    units = model_units(spec)
+    return ModelParts(
+        embedding=unit_elements(units[0]),
+        block=unit_elements(units[1]),
+        head=unit_elements(units[-1]),
+        head_inputs=spec.padded_vocab if spec.head is Head.LM else 0,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StageParts:
+    """What one pipeline stage holds, before tp and ep cut it; arrays over candidates.
+
+    index: the stage. layers: blocks. embedding: elements of the input embedding, 0 on other stages. vocabulary: rows of
+    the output projection, 0 on other stages. shapes, largest: of a block's matrices, see `Elements`.
+    """
+
+    index: Array
+    layers: Array
+    sharded: Array
+    replicated: Array
+    experts: Array
+    embedding: Array
+    vocabulary: Array
+    shapes: float
+    largest: float
+
+
+def stage_parts(spec: ModelSpec, pp: Array, *, last: bool) -> StageParts:
+    """The first or the last stage. Stages in between hold no more than the first, so one of the two is the fullest."""
+    parts = model_parts(spec)
+    layers = spec.layers / pp
+    first_here, last_here = (pp == 1, np.ones_like(pp, dtype=bool)) if last else (np.ones_like(pp, dtype=bool), pp == 1)
+    tied_copy = last_here & ~first_here & (spec.tied_embeddings and spec.head is Head.LM)
+    embeddings = first_here.astype(float) + tied_copy
+    return StageParts(
+        index=pp - 1 if last else np.zeros_like(pp),
+        layers=layers,
+        sharded=layers * parts.block.sharded + embeddings * parts.embedding.sharded + last_here * parts.head.sharded,
+        replicated=layers * parts.block.replicated
+        + embeddings * parts.embedding.replicated
+        + last_here * parts.head.replicated,
+        experts=layers * parts.block.experts,
+        embedding=first_here * float(parts.embedding.sharded),
+        vocabulary=last_here * float(parts.head_inputs),
+        shapes=parts.block.shapes,
+        largest=parts.block.largest,
+    )
