@@ -257,11 +257,6 @@ def _global_name(name: str, offset: int) -> str:
     return ".".join(parts)
 
 
-def shard_shape(parameter: Parameter, tp: int) -> tuple[int, ...]:
-    """Shape of one tensor-parallel part."""
-    return tuple(n // tp if i == parameter.axis else n for i, n in enumerate(parameter.shape))
-
-
 def holds_embedding_copy(model: Model) -> bool:
     """Whether this stage has the embedding only as the weight of a tied projection."""
     return model.last_stage and not model.first_stage and EMBEDDING in model.layout.stage_units(model.place.pp)

@@ -1,0 +1,162 @@
+"""Weights out: an ordinary Hugging Face folder, gathered tensor by tensor and put in place in one move."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from plans.huggingface import config_from_spec
+from plans.layout import EMBEDDING, Layout, Parameter, model_units
+from plans.model import Head, ModelSpec
+from runtime.hf import INDEX, SINGLE
+from runtime.hf_names import hf_names, hf_shape, split
+from runtime.model import Model, named_shards
+from runtime.shards import unshard
+
+SHARD_BYTES = 5 * 10**9
+_BESIDE_WEIGHTS = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "generation_config.json",
+    "chat_template*",
+)  # fmt: skip
+
+
+@torch.no_grad()
+def export(model: Model, folder: Path, source: Path | None = None, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write a model as a Hugging Face folder that replaces `folder` in one move.
+
+    Tokenizer files, and what `config.json` holds beyond the architecture, come from the folder `source`. Collective
+    over the ranks of the first replica (dp = 0); others return at once. The ranks must see one file system.
+    """
+    if model.place.dp:
+        return
+    root = model.place.tp == 0 and model.first_stage
+    partial = folder.with_name(f".{folder.name}.partial")
+    if root:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier(model.groups.mp)
+    files = weight_files(model.layout, model.config.params_dtype.itemsize, shard_bytes)
+    _write_weights(model, partial, files)
+    dist.barrier(model.groups.mp)
+    if root:
+        _write_index(model, partial, files)
+        _write_config(model, partial, source)
+        _replace(folder, partial)
+    dist.barrier(model.groups.mp)
+
+
+def weight_files(layout: Layout, element_bytes: int, shard_bytes: int = SHARD_BYTES) -> dict[str, list[Parameter]]:
+    """File name -> the parameters it holds: runs of each stage of at most `shard_bytes`. Needs no communication."""
+    units = {unit.name: unit for unit in model_units(layout.spec)}
+    runs: list[list[Parameter]] = []
+    for stage in range(layout.pp):
+        size = 0
+        runs.append([])
+        for name in layout.stage_units(stage):
+            for parameter in () if _is_copy(name, stage) else units[name].parameters:
+                nbytes = parameter.size * element_bytes
+                if runs[-1] and size + nbytes > shard_bytes:
+                    runs.append([])
+                    size = 0
+                runs[-1].append(parameter)
+                size += nbytes
+    if len(runs) == 1:
+        return {SINGLE: runs[0]}
+    return {f"model-{i + 1:05d}-of-{len(runs):05d}.safetensors": run for i, run in enumerate(runs)}
+
+
+def _is_copy(unit: str, stage: int) -> bool:
+    return unit == EMBEDDING and stage > 0
+
+
+def _write_weights(model: Model, folder: Path, files: dict[str, list[Parameter]]) -> None:
+    file_of = {parameter.name: file for file, run in files.items() for parameter in run}
+    pending: dict[str, Tensor] = {}
+    open_file = ""
+    for parameter, whole in _whole_parameters(model):
+        file = file_of[parameter.name]
+        if pending and file != open_file:
+            save_file(pending, folder / open_file, metadata={"format": "pt"})
+            pending = {}
+        open_file = file
+        pending |= {name: part.contiguous() for name, part in split(model.spec, parameter, whole).items()}
+    if pending:
+        save_file(pending, folder / open_file, metadata={"format": "pt"})
+
+
+def _whole_parameters(model: Model) -> Iterator[tuple[Parameter, Tensor]]:
+    """Whole parameters of this stage in host memory, on its first tp rank; the others only send."""
+    embedding = {p.name for p in model_units(model.spec)[0].parameters}
+    for parameter, held in named_shards(model):
+        if parameter.name in embedding and not model.first_stage:
+            continue
+        parts = _gather(model, held.data) if parameter.axis is not None else [held.data]
+        if model.place.tp == 0:
+            yield parameter, unshard(parameter, parts).to("cpu", copy=True)
+
+
+def _gather(model: Model, part: Tensor) -> Sequence[Tensor]:
+    if model.layout.tp == 1:
+        return [part]
+    group = model.groups.tp
+    parts = [torch.empty_like(part) for _ in range(model.layout.tp)] if model.place.tp == 0 else None
+    dist.gather(part.contiguous(), parts, dst=dist.get_global_rank(group, 0), group=group)
+    return parts or []
+
+
+def _write_index(model: Model, folder: Path, files: dict[str, list[Parameter]]) -> None:
+    if SINGLE in files:
+        return
+    spec = model.spec
+    places: dict[str, str] = {}
+    elements = 0
+    for file, run in files.items():
+        for parameter in run:
+            for i, name in enumerate(hf_names(spec, parameter.name)):
+                places[name] = file
+                elements += prod(hf_shape(spec, parameter, i))
+    index = {"metadata": {"total_size": elements * model.config.params_dtype.itemsize}, "weight_map": places}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_config(model: Model, folder: Path, source: Path | None) -> None:
+    config = config_from_spec(model.spec)
+    if source is not None:
+        if (source / "config.json").is_file():
+            config = json.loads((source / "config.json").read_text())
+        for pattern in _BESIDE_WEIGHTS:
+            for path in source.glob(pattern):
+                shutil.copy2(path, folder)
+    (folder / "config.json").write_text(
+        json.dumps(_adapt(config, model.spec, model.config.params_dtype), indent=2) + "\n"
+    )
+
+
+def _adapt(config: dict[str, Any], spec: ModelSpec, dtype: torch.dtype) -> dict[str, Any]:
+    """The config with the precision and the head of the exported model."""
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    if spec.head is Head.VALUE:
+        body = config["architectures"][0].split("For")[0]
+        config["architectures"] = [f"{body}ForSequenceClassification"]
+        config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "tie_word_embeddings": False}
+    return config
+
+
+def _replace(folder: Path, partial: Path) -> None:
+    """Put `partial` in the place of `folder`; a reader finds the old folder or the new one, never a mixture."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,103 @@
+"""Megatron's parameters in Hugging Face's terms: which tensors of a checkpoint make up a parameter, and back.
+
+Llama, Mistral, Qwen2 and Qwen3 name their tensors alike. Megatron fuses query, key and value group by group
+([q..., k, v] for each kv head), and gate above up; Hugging Face keeps them apart.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from plans.layout import Parameter
+from plans.model import Head, ModelSpec
+
+SCORE = "score.weight"
+_QKV = "self_attention.linear_qkv"
+_LAYER = {
+    _QKV: ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attention.linear_proj": ("self_attn.o_proj",),
+    "self_attention.q_layernorm": ("self_attn.q_norm",),
+    "self_attention.k_layernorm": ("self_attn.k_norm",),
+    "mlp.linear_fc1": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.linear_fc2": ("mlp.down_proj",),
+    "input_layernorm": ("input_layernorm",),
+    "pre_mlp_layernorm": ("post_attention_layernorm",),
+}
+_TOP = {"embedding.word_embeddings": "model.embed_tokens", "decoder.final_layernorm": "model.norm"}
+
+
+class Sliceable(Protocol):
+    """A tensor in a file, or in memory, of which parts can be taken."""
+
+    def __getitem__(self, index: tuple[slice, ...] | slice) -> Tensor: ...
+
+
+def hf_names(spec: ModelSpec, name: str) -> tuple[str, ...]:
+    """Names of the Hugging Face tensors that hold a parameter, in the order in which Megatron joins them."""
+    module, kind = name.rsplit(".", 1)
+    if module == "output_layer":
+        return (SCORE,) if spec.head is Head.VALUE else (f"lm_head.{kind}",)
+    if module in _TOP:
+        return (f"{_TOP[module]}.{kind}",)
+    _, _, index, inner = module.split(".", 3)
+    return tuple(f"model.layers.{index}.{part}.{kind}" for part in _LAYER[inner])
+
+
+def has_vocabulary(spec: ModelSpec, parameter: Parameter) -> bool:
+    """Whether the rows of a parameter are the padded vocabulary."""
+    return parameter.name.startswith(("embedding.word", "output")) and parameter.shape[0] == spec.padded_vocab
+
+
+def hf_shape(spec: ModelSpec, parameter: Parameter, part: int) -> tuple[int, ...]:
+    """Shape of the `part`-th Hugging Face tensor of a parameter."""
+    rows, *rest = parameter.shape
+    if _QKV in parameter.name:
+        rows = (spec.kv_heads if part else spec.heads) * spec.head_dim
+    elif parameter.blocks > 1:
+        rows //= parameter.blocks
+    elif has_vocabulary(spec, parameter):
+        rows = spec.vocab
+    return (rows, *rest)
+
+
+def join(spec: ModelSpec, parameter: Parameter, parts: list[Sliceable], tp: int, rank: int) -> Tensor:
+    """This tp rank's part of a parameter, read from the Hugging Face tensors without reading more than it holds."""
+    if _QKV in parameter.name:
+        groups = range(rank * spec.kv_heads // tp, (rank + 1) * spec.kv_heads // tp)
+        return torch.cat([_rows(parts[i], spec, group, i == 0) for group in groups for i in range(3)])
+    slices = [_run(hf_shape(spec, parameter, i), parameter, tp, rank) for i in range(len(parts))]
+    tensor = torch.cat([part[cut] for part, cut in zip(parts, slices, strict=True)])
+    missing = parameter.shape[0] // tp - tensor.shape[0] if parameter.axis == 0 else 0
+    return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing else tensor
+
+
+def _rows(part: Sliceable, spec: ModelSpec, group: int, query: bool) -> Tensor:
+    rows = spec.head_dim * (spec.heads // spec.kv_heads if query else 1)
+    return part[group * rows : (group + 1) * rows]
+
+
+def _run(shape: tuple[int, ...], parameter: Parameter, tp: int, rank: int) -> tuple[slice, ...]:
+    """What a tp rank reads of a tensor; a vocabulary is cut where its padded rows are."""
+    cuts = [slice(0, extent) for extent in shape]
+    if parameter.axis is not None:
+        axis, extent = parameter.axis, shape[parameter.axis]
+        step = parameter.shape[axis] // parameter.blocks // tp
+        cuts[axis] = slice(min(rank * step, extent), min((rank + 1) * step, extent))
+    return tuple(cuts)
+
+
+def split(spec: ModelSpec, parameter: Parameter, whole: Tensor) -> dict[str, Tensor]:
+    """The Hugging Face tensors of a whole parameter; padding of the vocabulary is dropped."""
+    names = hf_names(spec, parameter.name)
+    if len(names) == 3:
+        groups = whole.view(spec.kv_heads, -1, *whole.shape[1:])
+        per = spec.head_dim * (spec.heads // spec.kv_heads)
+        parts = torch.split(groups, [per, spec.head_dim, spec.head_dim], dim=1)
+        return {name: part.flatten(0, 1) for name, part in zip(names, parts, strict=True)}
+    parts = whole.chunk(len(names))
+    return {
+        name: part[: hf_shape(spec, parameter, i)[0]] for i, (name, part) in enumerate(zip(names, parts, strict=True))
+    }

@@ -1,0 +1,227 @@
+"""Training steps: Megatron's DDP and optimizers with explicit groups, and losses normalised by the caller."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from runtime.forward import Batch, LossFunction, cut, pack_micro_batches, run_schedule, token_output
+from runtime.mcore import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    DistributedOptimizer,
+    Float16OptimizerWithFloat16Params,
+    FP32Optimizer,
+    OptimizerConfig,
+    finalize_model_grads,
+)
+from runtime.model import Model
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamSettings:
+    """AdamW with a linear warm-up to a constant learning rate. Weight decay acts on matrices only.
+
+    clip_norm: largest global gradient norm (infinite: no clipping).
+    """
+
+    lr: float = 1e-6
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip_norm: float = 1.0
+    warmup_steps: int = 0
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of a step, counted from 0."""
+        return self.lr * min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else self.lr
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """One optimizer step, equal on all ranks: the loss terms summed over the minibatch, the global gradient norm before
+    clipping, the learning rate used."""
+
+    terms: Mapping[str, float]
+    grad_norm: float
+    lr: float
+
+
+class Trainer:
+    """Owns the gradient buffers and the optimizer state of a model, whose weights move into its buffers.
+
+    shard_optimizer: masters and Adam's moments are sharded over dp (Megatron's distributed optimizer). bf16 models have
+    float32 masters and gradients. Collective over the layout's ranks. Call `reload` after changing weights.
+    """
+
+    def __init__(self, model: Model, settings: AdamSettings, *, shard_optimizer: bool = True) -> None:
+        self.model = model
+        self.settings = settings
+        self.steps = 0
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=shard_optimizer
+        )
+        self._chunks = [
+            DistributedDataParallel(model.config, ddp, chunk, pg_collection=model.groups, disable_bucketing=i > 0)
+            for i, chunk in enumerate(model.chunks)
+        ]
+        model.config.finalize_model_grads_func = _finalize
+        self._optimizer = _optimizer(model, self._chunks, settings, shard_optimizer)
+
+    def step(self, batch: Batch, loss: LossFunction, micro_batches: int = 1, temperature: float = 1.0) -> StepStats:
+        """One optimizer step on this replica's part of a minibatch.
+
+        The gradient is the sum over all micro-batches and replicas, so `loss` divides by global counts.
+        """
+        terms = self.accumulate(batch, loss, micro_batches, temperature)
+        lr = self.settings.lr_at(self.steps)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        _, grad_norm, _ = self._optimizer.step()
+        self.steps += 1
+        return StepStats(terms, float(grad_norm), lr)
+
+    def accumulate(
+        self, batch: Batch, loss: LossFunction, micro_batches: int = 1, temperature: float = 1.0
+    ) -> dict[str, float]:
+        """Gradients of a minibatch, reduced over replicas, in `main_grad` of the parameters; the summed loss terms."""
+        for chunk in self._chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self._optimizer.zero_grad()
+        batches = cut(batch, micro_batches)
+        packed = pack_micro_batches(self.model, batches)
+
+        def finish(output: Tensor, index: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+            value, terms = loss(token_output(self.model, output, packed[index], temperature), batches[index])
+            return value, {name: term.detach().float() for name, term in terms.items()}
+
+        return self._sum(run_schedule(self.model, self._chunks, packed, finish, forward_only=False))
+
+    def _sum(self, terms: list[Mapping[str, Tensor]]) -> dict[str, float]:
+        """Loss terms over micro-batches and replicas, on every stage."""
+        groups, pp = self.model.groups, self.model.layout.pp
+        summed: list[dict[str, float]] = [{}]
+        if self.model.last_stage:
+            names = sorted(terms[0])
+            total = torch.stack([torch.stack([micro[name] for name in names]) for micro in terms]).sum(0)
+            dist.all_reduce(total, group=groups.dp)
+            summed = [dict(zip(names, total.tolist(), strict=True))]
+        if pp > 1:
+            last = dist.get_global_rank(groups.pp, pp - 1)
+            dist.broadcast_object_list(summed, src=last, group=groups.pp, device=self.model.device)
+        return summed[0]
+
+    def reload(self) -> None:
+        """Take over weights that were changed from outside, for example read from a checkpoint."""
+        self._optimizer.reload_model_params()
+
+    def offload(self) -> None:
+        """Move the optimizer state to host memory and free the gradient buffers. Nothing moves on the CPU."""
+        if self.model.device.type == "cuda":
+            self._optimizer.offload_to_cpu()
+            for chunk in self._chunks:
+                chunk.offload_grad_buffers()
+
+    def load(self) -> None:
+        """Undo `offload`."""
+        if self.model.device.type == "cuda":
+            self._optimizer.restore_from_cpu()
+            for chunk in self._chunks:
+                chunk.restore_grad_buffers()
+
+    def state(self) -> dict[str, Tensor]:
+        """This rank's masters and moments by position, and the step count: what a checkpoint of the same plan needs
+        beside the weights. Tensors are not copied."""
+        found: dict[str, Tensor] = {"steps": torch.tensor(self.steps)}
+        for key, parameter, moments in self._slots():
+            found[f"{key}.master"] = parameter.data
+            found |= {f"{key}.{name}": value for name, value in moments.items() if torch.is_tensor(value)}
+        return found
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state` gave, in the same layout, after the weights have been restored."""
+        self.steps = int(state["steps"])
+        for key, parameter, moments in self._slots():
+            parameter.data.copy_(state[f"{key}.master"])
+            for name in ("exp_avg", "exp_avg_sq", "step"):
+                if f"{key}.{name}" in state:
+                    moments[name] = state[f"{key}.{name}"].to(moments.get(name, parameter).device).clone()
+
+    def _slots(self) -> Iterator[tuple[str, nn.Parameter, dict[str, Any]]]:
+        inner = self._optimizer.optimizer
+        for i, group in enumerate(inner.param_groups):
+            for j, parameter in enumerate(group["params"]):
+                yield f"{i}.{j}", parameter, inner.state[parameter]
+
+
+def _finalize(chunks: list[Any], num_tokens: Any, **groups: Any) -> None:
+    """Reduce gradients over replicas, norms over sequence-parallel ranks, tied embeddings; no division by tokens."""
+    finalize_model_grads(chunks, None, **groups)
+
+
+def _optimizer(model: Model, chunks: list[Any], settings: AdamSettings, sharded: bool) -> Any:
+    """Megatron's optimizer classes, put together without its factory, which waits for ranks outside the layout."""
+    bf16 = model.config.params_dtype is torch.bfloat16
+    config = OptimizerConfig(
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        adam_eps=settings.eps,
+        clip_grad=settings.clip_norm,
+        bf16=bf16,
+        params_dtype=model.config.params_dtype,
+        use_distributed_optimizer=sharded,
+    )
+    adam = _adam([p for chunk in chunks for p in chunk.parameters()], settings)
+    groups = model.groups
+    if sharded:
+        optimizer = DistributedOptimizer(
+            adam,
+            config,
+            None,
+            _init_moments,
+            model_chunks=chunks,
+            per_model_buffers={i: chunk.buffers for i, chunk in enumerate(chunks)},
+            data_parallel_group=groups.dp_cp,
+            data_parallel_group_gloo=None,
+            data_parallel_group_idx=groups.mp.rank(),
+            distributed_optimizer_instance_id=0,
+        )
+        optimizer.grad_stats_parallel_group = groups.intra_dist_opt
+    else:
+        make = Float16OptimizerWithFloat16Params if bf16 else FP32Optimizer
+        optimizer = make(adam, config, None, _init_moments) if bf16 else make(adam, config, _init_moments)
+        optimizer.grad_stats_parallel_group = groups.mp
+    optimizer.tp_group = groups.tp
+    return optimizer
+
+
+def _adam(parameters: list[nn.Parameter], settings: AdamSettings) -> torch.optim.AdamW:
+    # Megatron matches groups by these keys when it saves and loads.
+    megatron = {"is_expert_parallel": False, "default_config": True, "lr_mult": 1.0, "is_decoupled_lr": False}
+    matrices = {"params": [p for p in parameters if p.dim() > 1], "wd_mult": 1.0, **megatron}
+    vectors = {"params": [p for p in parameters if p.dim() <= 1], "wd_mult": 0.0, "weight_decay": 0.0, **megatron}
+    return torch.optim.AdamW(
+        [group for group in (matrices, vectors) if group["params"]],
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+    )
+
+
+def _init_moments(adam: torch.optim.AdamW, config: Any = None) -> None:
+    for group in adam.param_groups:
+        for parameter in group["params"]:
+            state = adam.state[parameter]
+            if not state:
+                state["exp_avg"] = torch.zeros_like(parameter.data)
+                state["exp_avg_sq"] = torch.zeros_like(parameter.data)

@@ -1,0 +1,268 @@
+"""Models of the runtime against Hugging Face's, and against the layout arithmetic of `plans`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from tiny_models import padded_batch, save_tiny, tiny_model
+
+from plans.errors import SpecError
+from plans.huggingface import spec_from_folder
+from plans.layout import Layout, model_units
+from plans.model import ModelSpec, Norm, Position
+from plans.strategy import Recompute
+from runtime import compat
+from runtime.forward import token_logprobs, token_values
+from runtime.groups import GroupCache, rank_sets
+from runtime.hf import load_weights, random_weights
+from runtime.model import Model, alias_parameters, build_model, named_shards
+from runtime.modules import KVCache
+from runtime.shards import shard, shard_shape, unshard
+
+CPU = torch.device("cpu")
+LAYOUTS = (
+    {},
+    {"tp": 2},
+    {"pp": 2},
+    {"tp": 2, "pp": 2},
+    {"dp": 2, "tp": 2},
+    {"pp": 2, "vpp": 2},
+    {"pp": 4},
+)
+SPEC = ModelSpec(name="tiny", layers=4, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=96, vocab=250)
+
+
+def layout_of(spec: ModelSpec, **degrees: int) -> Layout:
+    size = degrees.get("dp", 1) * degrees.get("tp", 1) * degrees.get("pp", 1)
+    return Layout(spec, tuple(range(size)), **degrees)
+
+
+def build(groups: GroupCache, layout: Layout, **settings: Any) -> Model | None:
+    """A model on the ranks of its layout, None elsewhere."""
+    mine = groups.collection(layout)
+    return None if mine is None else build_model(layout, mine, device=CPU, **settings)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        SPEC,
+        replace(SPEC, tied_embeddings=True),
+        SPEC.with_value_head(),
+        replace(SPEC, qkv_bias=True),
+        replace(SPEC, qk_norm=True, head_dim=32),
+        replace(SPEC, norm=Norm.LAYER, linear_bias=True, gated_mlp=False, activation="gelu"),
+    ],
+    ids=["untied", "tied", "value", "qkv-bias", "qk-norm", "layer-norm"],
+)
+def test_parameters_are_those_of_the_layout(spec: ModelSpec):
+    def built() -> list[tuple[dict[str, int], list[str]]]:
+        compat.install(CPU)
+        groups = GroupCache(CPU)
+        found = []
+        for degrees in LAYOUTS:
+            layout = layout_of(spec, **degrees)
+            model = build(groups, layout)
+            if model is not None:
+                for parameter, tensor in named_shards(model):
+                    assert tuple(tensor.shape) == shard_shape(parameter, layout.tp), parameter
+                    assert getattr(tensor, "tensor_model_parallel", False) == (parameter.axis is not None), parameter
+                found.append((degrees, [parameter.name for parameter, _ in named_shards(model)]))
+        return found
+
+    units = {unit.name: unit for unit in model_units(spec)}
+    for rank, found in enumerate(run_ranks(4, built)):
+        for degrees, names in found:
+            layout = layout_of(spec, **degrees)
+            expected = layout.stage_units(layout.places[rank].pp)
+            assert names == [p.name for unit in expected for p in units[unit].parameters]
+
+
+def test_shards_make_a_whole():
+    for unit in model_units(SPEC):
+        for parameter in unit.parameters:
+            whole = torch.randn(parameter.shape)
+            parts = [shard(parameter, whole, 2, rank) for rank in range(2)]
+            assert tuple(parts[0].shape) == shard_shape(parameter, 2)
+            assert torch.equal(unshard(parameter, parts), whole)
+
+
+def test_rank_sets_partition_the_layout():
+    layout = Layout(SPEC, tuple(range(8, 16)), dp=2, tp=2, pp=2)
+    sets = rank_sets(layout)
+    assert sets["tp"] == [(8, 9), (10, 11), (12, 13), (14, 15)]
+    assert sets["pp"] == [(8, 12), (9, 13), (10, 14), (11, 15)]
+    assert sets["dp"] == [(8, 10), (9, 11), (12, 14), (13, 15)]
+    assert sets["mp"] == [(8, 9, 12, 13), (10, 11, 14, 15)]
+    for name in ("tp", "pp", "dp", "mp", "dp_cp", "tp_dp_cp", "ep"):
+        assert sorted(rank for ranks in sets[name] for rank in ranks) == list(layout.ranks)
+
+
+def test_layouts_share_communicators():
+    def count() -> int:
+        groups = GroupCache(CPU)
+        groups.collection(layout_of(SPEC, tp=2))
+        before = len(groups._groups)
+        groups.collection(layout_of(SPEC, pp=2))
+        groups.collection(layout_of(SPEC, dp=2))
+        made = len(groups._groups) - before
+        groups.close()
+        return made
+
+    assert run_ranks(2, count) == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("spec", "degrees", "message"),
+    [
+        (replace(SPEC, position=Position.LEARNED), {}, "position encoding `learned`"),
+        (replace(SPEC, experts=4, experts_per_token=2), {}, "4 experts"),
+        (SPEC, {"tp": 4}, "kv_heads 2, not a multiple of tp 4"),
+        (SPEC, {"pp": 3}, "4 layers, not a multiple of pp x vpp 3"),
+    ],
+)
+def test_what_cannot_run_is_refused(spec: ModelSpec, degrees: dict[str, int], message: str):
+    with pytest.raises(SpecError, match=message):
+        build_model(layout_of(spec, **degrees), None, device=CPU)
+
+
+def reference_logprobs(model: Any, batch: dict[str, torch.Tensor], temperature: float = 1.0) -> torch.Tensor:
+    """Hugging Face's log-probabilities, sample by sample without padding, in the batch's columns."""
+    result = torch.zeros(batch["tokens"].shape)
+    with torch.no_grad():
+        for row, (tokens, mask) in enumerate(zip(batch["tokens"], batch["mask"], strict=True)):
+            real = tokens[mask][None]
+            logits = model(real).logits[:, :-1].float() / temperature
+            found = logits.log_softmax(-1).gather(-1, real[:, 1:, None])[0, :, 0]
+            result[row, mask] = torch.cat([torch.zeros(1), found])
+    return result
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "llama3", "qwen2", "qwen3"])
+def test_logprobs_equal_hugging_face(kind: str, tmp_path: Path):
+    reference = save_tiny(kind, tmp_path)
+    batch = padded_batch(4, prompt=12, response=10)
+    expected = reference_logprobs(reference, batch, temperature=0.7)
+    spec = spec_from_folder(tmp_path)
+
+    def errors() -> dict[str, float]:
+        compat.install(CPU)
+        groups = GroupCache(CPU)
+        found = {}
+        for degrees in LAYOUTS:
+            for sequence_parallel in (False, True) if degrees.get("tp") else (False,):
+                model = build(groups, layout_of(spec, **degrees), sequence_parallel=sequence_parallel)
+                if model is None:
+                    continue
+                load_weights(model, tmp_path)
+                for micro_batches in (2, 4):
+                    got = token_logprobs(
+                        model, batch["tokens"], batch["mask"], micro_batches=micro_batches, temperature=0.7
+                    )
+                    key = f"{degrees} {sequence_parallel} {micro_batches}"
+                    found[key] = float((got - expected).abs().max())
+        return found
+
+    for found in run_ranks(4, errors):
+        assert max(found.values()) < 1e-5, found
+
+
+def test_values_equal_hugging_face(tmp_path: Path):
+    reference = save_tiny("reward", tmp_path)
+    batch = padded_batch(4, prompt=12, response=10)
+    expected = torch.zeros(batch["tokens"].shape)
+    with torch.no_grad():
+        for row, (tokens, mask) in enumerate(zip(batch["tokens"], batch["mask"], strict=True)):
+            hidden = reference.model(tokens[mask][None]).last_hidden_state
+            expected[row, mask] = reference.score(hidden)[0, :, 0]
+    spec = spec_from_folder(tmp_path).with_value_head()
+
+    def errors() -> dict[str, float]:
+        compat.install(CPU)
+        groups = GroupCache(CPU)
+        found = {}
+        for degrees in LAYOUTS:
+            model = build(groups, layout_of(spec, **degrees), sequence_parallel=True)
+            if model is not None:
+                load_weights(model, tmp_path)
+                got = token_values(model, batch["tokens"], batch["mask"], micro_batches=2)
+                found[str(degrees)] = float((got - expected).abs().max())
+        return found
+
+    for found in run_ranks(4, errors):
+        assert max(found.values()) < 1e-5, found
+
+
+def test_bfloat16_is_near_hugging_face(tmp_path: Path):
+    reference = save_tiny("llama", tmp_path).to(torch.bfloat16)
+    batch = padded_batch(4, prompt=12, response=10)
+    expected = reference_logprobs(reference, batch)
+    exact = reference_logprobs(tiny_model("llama"), batch)
+    spec = spec_from_folder(tmp_path)
+
+    def logprobs() -> torch.Tensor:
+        compat.install(CPU)
+        model = build(GroupCache(CPU), layout_of(spec, tp=2), dtype=torch.bfloat16, sequence_parallel=True)
+        assert model is not None
+        load_weights(model, tmp_path)
+        return token_logprobs(model, batch["tokens"], batch["mask"])
+
+    got = run_ranks(2, logprobs)[0]
+    rounding = (expected - exact).abs().mean()
+    assert (got - exact).abs().mean() < 1.5 * rounding
+
+
+def test_random_weights_do_not_depend_on_the_layout():
+    batch = padded_batch(2, prompt=6, response=6)
+
+    def logprobs() -> list[torch.Tensor]:
+        compat.install(CPU)
+        groups = GroupCache(CPU)
+        found = []
+        for degrees in LAYOUTS:
+            model = build(groups, layout_of(SPEC, **degrees))
+            if model is not None:
+                random_weights(model, seed=3)
+                found.append(token_logprobs(model, batch["tokens"], batch["mask"], micro_batches=2))
+        return found
+
+    results = [found for rank in run_ranks(4, logprobs) for found in rank]
+    assert float(results[0].std()) > 0
+    for found in results:
+        torch.testing.assert_close(found, results[0], rtol=0, atol=1e-5)
+
+
+def test_a_view_shares_weights_and_generates(tmp_path: Path):
+    """A training model with sequence parallel and recomputation lends its weights to a model with a KV cache."""
+    reference = save_tiny("llama", tmp_path)
+    prompt = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        expected = reference(torch.cat([prompt, torch.tensor([[9]])], 1)).logits[:, -2:]
+    spec = spec_from_folder(tmp_path)
+
+    def decode() -> torch.Tensor:
+        compat.install(CPU)
+        groups = GroupCache(CPU)
+        layout = layout_of(spec, tp=2)
+        training = build(groups, layout, sequence_parallel=True, recompute=Recompute.FULL)
+        view = build(groups, layout)
+        assert training is not None and view is not None
+        alias_parameters(training, view)
+        load_weights(training, tmp_path)
+        chunk = view.chunks[0].eval()
+        cache = KVCache(1, 16)
+        with torch.inference_mode():
+            first = chunk(prompt, None, None, inference_context=cache, runtime_gather_output=True)
+            cache.sequence_len_offset += prompt.shape[1]
+            cache.enable_decode_mode()
+            second = chunk(torch.tensor([[9]]), None, None, inference_context=cache, runtime_gather_output=True)
+        batch = padded_batch(2, prompt=6, response=6)
+        token_logprobs(training, batch["tokens"], batch["mask"])
+        return torch.cat([first[:, -1:], second], 1)[..., : spec.vocab].clone()
+
+    torch.testing.assert_close(run_ranks(2, decode)[1], expected, rtol=0, atol=1e-5)

@@ -1,0 +1,80 @@
+"""Tiny Hugging Face models with random weights, written as folders: the reference of the runtime's tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+
+def tiny_model(kind: str, **overrides: Any) -> PreTrainedModel:
+    """`llama`, `llama-tied`, `llama3`, `qwen2` (tied, biases), `qwen3` (query-key norms) or `reward` (score head).
+
+    Four layers, hidden 64, 4 heads on 2 kv heads, vocabulary 250: not a multiple of 128, so that rows are padded.
+    """
+    base: dict[str, Any] = {
+        "vocab_size": 250,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "pad_token_id": 0,
+        "tie_word_embeddings": kind in ("llama-tied", "qwen2"),
+    } | overrides
+    torch.manual_seed(0)
+    model: PreTrainedModel
+    if kind == "qwen2":
+        model = Qwen2ForCausalLM(Qwen2Config(**base))
+    elif kind == "qwen3":
+        model = Qwen3ForCausalLM(Qwen3Config(**base, head_dim=32))
+    elif kind == "reward":
+        model = LlamaForSequenceClassification(LlamaConfig(**base, num_labels=1))
+    else:
+        rope = {"rope_parameters": LLAMA3_ROPE} if kind == "llama3" else {}
+        model = LlamaForCausalLM(LlamaConfig(**base, **rope))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn_like(parameter)
+            parameter.copy_(noise * parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 1 + 0.1 * noise)
+    return model.eval()
+
+
+def save_tiny(kind: str, folder: Path, **overrides: Any) -> PreTrainedModel:
+    """Write `tiny_model` to a folder, in several files; the model."""
+    model = tiny_model(kind, **overrides)
+    model.save_pretrained(folder, max_shard_size="200KB")
+    return model
+
+
+def padded_batch(samples: int, prompt: int, response: int, vocab: int = 250, seed: int = 1) -> dict[str, torch.Tensor]:
+    """Tokens [n, prompt + response] with prompts of mixed lengths padded left and responses padded right, and mask."""
+    generator = torch.Generator().manual_seed(seed)
+    width = prompt + response
+    tokens = torch.randint(1, vocab, (samples, width), generator=generator)
+    starts = torch.randint(0, prompt - 1, (samples, 1), generator=generator)
+    stops = prompt + torch.randint(1, response + 1, (samples, 1), generator=generator)
+    columns = torch.arange(width)
+    mask = (columns >= starts) & (columns < stops)
+    return {"tokens": tokens.where(mask, 0), "mask": mask}
