@@ -10,12 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cost_models.candidates import Array, Flags
-from plans.cluster import ClusterSpec, DeviceMesh
+from plans.cluster import ClusterSpec
 from plans.layout import Layout, model_units
 from plans.model import ModelSpec
-from plans.strategy import ParallelStrategy
-
-Pair = tuple[DeviceMesh, ParallelStrategy]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,19 +57,19 @@ class Holdings:
     per_node: int
 
     @classmethod
-    def of(cls, spec: ModelSpec, pairs: Sequence[Pair], cluster: ClusterSpec) -> Holdings:
-        """The holdings of (mesh, strategy) pairs."""
+    def of(cls, layouts: Sequence[Layout], cluster: ClusterSpec) -> Holdings:
+        """The holdings of layouts of one model on contiguous ranks."""
         ranks = np.arange(cluster.size)
-        stage = np.zeros((len(pairs), cluster.size), dtype=np.int64)
+        stage = np.zeros((len(layouts), cluster.size), dtype=np.int64)
         start, stop = np.zeros(stage.shape), np.zeros(stage.shape)
-        for row, (mesh, strategy) in enumerate(pairs):
-            place = ranks - mesh.ranks(cluster).start
-            inside = (place >= 0) & (place < mesh.size)
-            tp = place % strategy.tp
-            stage[row] = np.where(inside, place // (strategy.tp * strategy.cp * strategy.dp), strategy.pp)
-            start[row] = np.where(inside, tp / strategy.tp, 0.0)
-            stop[row] = np.where(inside, (tp + 1) / strategy.tp, 0.0)
-        tables = tuple(_stage_table(spec, strategy.pp, strategy.vpp) for _, strategy in pairs)
+        for row, layout in enumerate(layouts):
+            place = ranks - layout.ranks[0]
+            inside = (place >= 0) & (place < len(layout.ranks))
+            tp = place % layout.tp
+            stage[row] = np.where(inside, place // (layout.tp * layout.cp * layout.dp), layout.pp)
+            start[row] = np.where(inside, tp / layout.tp, 0.0)
+            stop[row] = np.where(inside, (tp + 1) / layout.tp, 0.0)
+        tables = tuple(_stage_table(layout.spec, layout.pp, layout.vpp) for layout in layouts)
         return cls(tables, stage, start, stop, cluster.gpus_per_node)
 
     def units_of_rank(self, rank: int) -> Array:

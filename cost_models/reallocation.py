@@ -8,15 +8,18 @@ common elements of a rank are one matrix product over units times the overlap of
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from cost_models.candidates import Array
-from cost_models.holdings import Holdings, Pair, UnitSizes, unit_sizes
+from cost_models.engines import Engine
+from cost_models.holdings import Holdings, UnitSizes, unit_sizes
 from cost_models.machine import Machine
-from plans.model import ModelSpec
+from plans.cluster import ClusterSpec
+from plans.layout import Layout
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,26 +38,37 @@ class Traffic:
     messages: Array
 
 
-def reallocation_time(machine: Machine, spec: ModelSpec, sources: Sequence[Pair], targets: Sequence[Pair]) -> Array:
-    """Seconds to make a copy of the weights in each target layout out of each source layout, [sources, targets].
+def reallocation_matrix(
+    cluster: ClusterSpec, engine: Engine, element_bytes: float, sources: Sequence[Layout], targets: Sequence[Layout]
+) -> Array:
+    """Seconds to make a copy of a model's weights in each target layout out of each source layout, [sources, targets].
 
     Links inside the nodes and the network work at the same time; the slower one counts, and a message's overhead for
     every piece. Nothing moves where every rank already holds its slices.
     """
-    moved = reallocation_traffic(machine, spec, sources, targets)
-    element = machine.element_bytes
-    link_s = moved.rank_peak * (element / machine.link_bytes_per_s)
-    node_bytes_per_s = machine.network_bytes_per_s * machine.cluster.gpus_per_node
-    network_s = moved.node_peak * (element / node_bytes_per_s)
-    return np.maximum(link_s, network_s) + moved.messages * machine.engine.message_s
+    machine = Machine(cluster, engine)
+    moved = reallocation_traffic(cluster, sources, targets)
+    link_s = moved.rank_peak * (element_bytes / machine.link_bytes_per_s)
+    network_s = moved.node_peak * (element_bytes / (machine.network_bytes_per_s * cluster.gpus_per_node))
+    seconds: Array = np.maximum(link_s, network_s) + moved.messages * engine.message_s
+    return seconds
 
 
-def reallocation_traffic(
-    machine: Machine, spec: ModelSpec, sources: Sequence[Pair], targets: Sequence[Pair]
-) -> Traffic:
-    """What moves between every source and target layout."""
-    cluster, sizes = machine.cluster, unit_sizes(spec)
-    source, target = Holdings.of(spec, sources, cluster), Holdings.of(spec, targets, cluster)
+def reallocation_time(
+    cluster: ClusterSpec, engine: Engine, element_bytes: float, pairs: Sequence[tuple[Layout, Layout]]
+) -> Array:
+    """Seconds of some reallocations (source, target) of one model, [pairs]; see `reallocation_matrix`."""
+    sources = {source: None for source, _ in pairs}
+    targets = {target: None for _, target in pairs}
+    matrix = reallocation_matrix(cluster, engine, element_bytes, list(sources), list(targets))
+    row, column = ({layout: i for i, layout in enumerate(seen)} for seen in (sources, targets))
+    return np.array([matrix[row[source], column[target]] for source, target in pairs])
+
+
+def reallocation_traffic(cluster: ClusterSpec, sources: Sequence[Layout], targets: Sequence[Layout]) -> Traffic:
+    """What moves between every source and target layout of one model."""
+    sizes = unit_sizes(targets[0].spec)
+    source, target = Holdings.of(sources, cluster), Holdings.of(targets, cluster)
     shape = (len(sources), len(targets))
     total, network, rank_peak, node_peak, messages = (np.zeros(shape) for _ in range(5))
     sent = _network_out(sizes, source, target, cluster.nodes)
@@ -78,7 +92,8 @@ def _overlap(start: Array, stop: Array, other_start: Array, other_stop: Array) -
     """Common length of every pair of intervals, [sources, targets]."""
     low = np.maximum(start[:, None], other_start[None, :])
     high = np.minimum(stop[:, None], other_stop[None, :])
-    return np.maximum(high - low, 0.0)
+    common: Array = np.maximum(high - low, 0.0)
+    return common
 
 
 def _rank_received(sizes: UnitSizes, source: Holdings, target: Holdings, rank: int) -> tuple[Array, Array]:
@@ -136,8 +151,19 @@ def _clean(elements: Array) -> Array:
     return np.where(elements < 0.5, 0.0, elements)
 
 
-def transfer_time(machine: Machine, tensor_bytes: float, readers: Array, across: Array) -> Array:
-    """Seconds to bring a batch's tensors (`tensor_bytes` in all) to the `readers` dp ranks of a call, over the network
-    where `across`; every reader takes its own rows."""
-    bandwidth = np.where(across, machine.network_bytes_per_s, machine.link_bytes_per_s)
-    return machine.engine.message_s * readers + tensor_bytes / readers / bandwidth
+def transfer_time(
+    cluster: ClusterSpec, engine: Engine, messages: Sequence[tuple[int, int]], message_bytes: Sequence[float]
+) -> float:
+    """Seconds to send a batch's tensors: `messages` are (source rank, target rank), `message_bytes` their sizes.
+
+    The busiest rank counts: what it sends or receives over its link or its share of the network, and its messages.
+    """
+    machine = Machine(cluster, engine)
+    busy: dict[tuple[int, str], float] = defaultdict(float)
+    for (source, target), size in zip(messages, message_bytes, strict=True):
+        across = source // cluster.gpus_per_node != target // cluster.gpus_per_node
+        bandwidth = machine.network_bytes_per_s if across else machine.link_bytes_per_s
+        seconds = engine.message_s + size / bandwidth
+        busy[source, "sends"] += seconds
+        busy[target, "receives"] += seconds
+    return max(busy.values(), default=0.0)

@@ -9,11 +9,10 @@ import time
 import numpy as np
 import pytest
 
-from cost_models.engines import load_engine
-from cost_models.holdings import Pair
+from cost_models.engines import Engine, load_engine
 from cost_models.machine import Machine
-from cost_models.reallocation import reallocation_time, reallocation_traffic
-from plans.cluster import ClusterSpec, DeviceMesh, all_meshes
+from cost_models.reallocation import reallocation_matrix, reallocation_time, reallocation_traffic, transfer_time
+from plans.cluster import ClusterSpec, all_meshes
 from plans.layout import Layout
 from plans.library import load_cluster, load_model
 from plans.model import ModelSpec
@@ -22,22 +21,23 @@ from plans.strategy import ParallelStrategy
 
 
 def tiny(**changes: object) -> ModelSpec:
-    sizes: dict[str, object] = dict(layers=4, hidden=32, heads=8, kv_heads=8, head_dim=4, ffn=48, vocab=256)
-    return ModelSpec(name="tiny", **(sizes | changes))  # type: ignore[arg-type]
+    sizes: dict[str, object] = {"layers": 4, "hidden": 32, "heads": 8, "kv_heads": 8, "ffn": 48, "vocab": 256}
+    return ModelSpec(name="tiny", head_dim=4, **(sizes | changes))  # type: ignore[arg-type]
 
 
-def layouts(cluster: ClusterSpec) -> list[Pair]:
-    pairs = []
+def layouts(cluster: ClusterSpec, spec: ModelSpec) -> list[Layout]:
+    found = []
     for mesh in all_meshes(cluster):
         for tp, pp, vpp in itertools.product((1, 2, 4), (1, 2, 4), (1, 2)):
             fits = mesh.size % (tp * pp) == 0 and tp <= mesh.gpus and 4 % (pp * vpp) == 0
             if fits and (vpp == 1 or pp > 1):
-                pairs.append((mesh, ParallelStrategy(dp=mesh.size // (tp * pp), tp=tp, pp=pp, vpp=vpp)))
-    return pairs
+                strategy = ParallelStrategy(dp=mesh.size // (tp * pp), tp=tp, pp=pp, vpp=vpp)
+                found.append(Layout.of(spec, mesh, strategy, cluster))
+    return found
 
 
-def machine_of(cluster: ClusterSpec) -> Machine:
-    return Machine(cluster, load_engine("megatron", cluster.gpu.name))
+def engine_of(cluster: ClusterSpec) -> Engine:
+    return load_engine("megatron", cluster.gpu.name)
 
 
 @pytest.mark.parametrize(
@@ -48,10 +48,10 @@ def machine_of(cluster: ClusterSpec) -> Machine:
 def test_bytes_equal_the_listed_transfers(spec: ModelSpec) -> None:
     cluster = load_cluster("a100-80gb", gpus=12, gpus_per_node=4)
     generator = random.Random(1)
-    sources, targets = generator.sample(layouts(cluster), 14), generator.sample(layouts(cluster), 14)
-    moved = reallocation_traffic(machine_of(cluster), spec, sources, targets)
+    sources, targets = (generator.sample(layouts(cluster, spec), 14) for _ in range(2))
+    moved = reallocation_traffic(cluster, sources, targets)
     for (i, source), (j, target) in itertools.product(enumerate(sources), enumerate(targets)):
-        listed = reallocation(Layout.of(spec, *source, cluster), Layout.of(spec, *target, cluster), 4).transfers
+        listed = reallocation(source, target, 4).transfers
         assert moved.received[i, j] == pytest.approx(sum(t.elements for t in listed), abs=0.5)
         across = [t for t in listed if t.source // 4 != t.target // 4]
         assert moved.network[i, j] == pytest.approx(sum(t.elements for t in across), abs=0.5), (source, target)
@@ -59,8 +59,8 @@ def test_bytes_equal_the_listed_transfers(spec: ModelSpec) -> None:
 
 def test_nothing_moves_between_equal_layouts() -> None:
     cluster = load_cluster("a100-80gb", gpus=8, gpus_per_node=4)
-    pairs = layouts(cluster)
-    seconds = reallocation_time(machine_of(cluster), tiny(), pairs, pairs)
+    found = layouts(cluster, tiny())
+    seconds = reallocation_matrix(cluster, engine_of(cluster), 2, found, found)
     assert np.all(np.diag(seconds) == 0)
     assert np.all(seconds >= 0)
 
@@ -68,10 +68,9 @@ def test_nothing_moves_between_equal_layouts() -> None:
 def test_seventy_billion_takes_its_bytes_over_the_network() -> None:
     cluster = load_cluster("a100-80gb", gpus=16)
     spec = load_model("llama-70b")
-    first = (DeviceMesh(first_node=0, nodes=1, first_gpu=0, gpus=8), ParallelStrategy(tp=8))
-    second = (DeviceMesh(first_node=1, nodes=1, first_gpu=0, gpus=8), ParallelStrategy(tp=8))
-    machine = machine_of(cluster)
-    seconds = reallocation_time(machine, spec, [first], [second])[0, 0]
+    first, second = Layout(spec, tuple(range(8)), tp=8), Layout(spec, tuple(range(8, 16)), tp=8)
+    machine = Machine(cluster, engine_of(cluster))
+    seconds = reallocation_time(cluster, machine.engine, 2, [(first, second)])[0]
     least = spec.params * 2 / (8 * machine.network_bytes_per_s)
     assert least < seconds < 1.2 * least
 
@@ -80,12 +79,23 @@ def test_forty_thousand_pairs_in_seconds() -> None:
     cluster = load_cluster("a100-80gb", gpus=128)
     generator = random.Random(0)
     meshes = [mesh for mesh in all_meshes(cluster) if mesh.size >= 8]
-    pairs = []
-    while len(pairs) < 200:
+    spec, found = load_model("llama-70b"), []
+    while len(found) < 200:
         mesh, tp, pp = generator.choice(meshes), generator.choice((1, 2, 4, 8)), generator.choice((1, 2, 4, 8))
         if mesh.size % (tp * pp) == 0:
-            pairs.append((mesh, ParallelStrategy(dp=mesh.size // (tp * pp), tp=tp, pp=pp)))
+            strategy = ParallelStrategy(dp=mesh.size // (tp * pp), tp=tp, pp=pp)
+            found.append(Layout.of(spec, mesh, strategy, cluster))
     started = time.perf_counter()
-    seconds = reallocation_time(machine_of(cluster), load_model("llama-70b"), pairs, pairs)
+    seconds = reallocation_matrix(cluster, engine_of(cluster), 2, found, found)
     assert seconds.shape == (200, 200)
     assert time.perf_counter() - started < 6.0
+
+
+def test_transfer_waits_for_the_busiest_rank() -> None:
+    cluster = load_cluster("a100-80gb", gpus=16)
+    machine = Machine(cluster, engine_of(cluster))
+    inside = transfer_time(cluster, machine.engine, [(0, 1), (2, 3)], [1e9, 1e9])
+    assert inside == pytest.approx(machine.engine.message_s + 1e9 / machine.link_bytes_per_s)
+    across = transfer_time(cluster, machine.engine, [(0, 8), (1, 8)], [1e9, 1e9])
+    assert across == pytest.approx(2 * (machine.engine.message_s + 1e9 / machine.network_bytes_per_s))
+    assert transfer_time(cluster, machine.engine, [], []) == 0.0
