@@ -1,7 +1,7 @@
 """PPO as tensor functions (Schulman et al. 2017) with a KL penalty in the reward (Ouyang et al. 2022).
 
-Everything here is [n, R]: n samples of R response tokens, `mask` True at real response tokens. Sums run over real tokens
-and are divided by counts of the whole minibatch or batch, so that no number depends on how samples are spread.
+Everything here is [n, R]: n samples of R response tokens, `mask` True at real response tokens. Sums run over real
+tokens and are divided by counts of the whole minibatch or batch, so that no number depends on how samples are spread.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda:
 
 def whiten(values: Tensor, mask: Tensor, mean: float, variance: float) -> Tensor:
     """Shift to mean 0 and scale to variance 1, given those of the whole batch."""
-    return (values - mean) * (variance + 1e-8) ** -0.5 * mask
+    scale: float = (variance + 1e-8) ** -0.5
+    return (values - mean) * scale * mask
 
 
 def sample_sums(values: Tensor, mask: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def test_policy_loss_and_its_gradient() -> None:
     loss.backward()
     for n in range(len(LENGTHS)):
         for t in range(R):
-            ratio = float((logprobs[n, t] - old[n, t]).exp())
+            ratio = float((logprobs.detach()[n, t] - old[n, t]).exp())
             a = float(advantages[n, t])
             clipped = (a > 0 and ratio > 1.2) or (a < 0 and ratio < 0.8)
             expected = 0.0 if clipped or not MASK[n, t] else -a * ratio / 9

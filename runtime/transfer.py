@@ -1,0 +1,137 @@
+"""Tensors of a batch between calls: a store of rows on each rank, and the messages that fill it.
+
+A sender posts its rows where the program has the transfer, right after they were made; a receiver posts its buffer at
+the same step of its own projection and waits only when the consumer starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from plans.batches import batch_transfer
+from plans.plan import ExecutionPlan
+from plans.workload import Workload
+
+Rows = Mapping[str, Tensor]
+"""Fields of a tensor name, each [n, ...]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One tensor per sample: its type and shape."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...] = ()
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one sample."""
+        return self.dtype.itemsize * prod(self.shape)
+
+
+def fields(key: str, workload: Workload) -> tuple[Field, ...]:
+    """What the graph's tensor `key` is made of, widest type first.
+
+    `sequences`: tokens [P + R], prompts padded on the left, and the numbers of real prompt and response tokens.
+    `rewards`: one score. Everything else: a number per response token.
+    """
+    if key == "sequences":
+        return (
+            Field("tokens", torch.int64, (workload.tokens,)),
+            Field("prompt_lengths", torch.int64),
+            Field("response_lengths", torch.int64),
+        )
+    shape = () if key == "rewards" else (workload.response_tokens,)
+    return (Field(key, torch.float32, shape),)
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrival:
+    work: Any
+    buffer: Tensor
+    rows: tuple[int, ...]
+    keys: tuple[str, ...]
+
+
+class BatchStore:
+    """This rank's rows of the tensors of the iterations under way."""
+
+    def __init__(self, plan: ExecutionPlan, device: torch.device) -> None:
+        self._plan = plan
+        self._device = device
+        self._rows: dict[tuple[int, str], dict[int, Tensor]] = {}
+        self._arrivals: dict[tuple[int, str], list[_Arrival]] = {}
+        self._departures: dict[int, list[tuple[Any, Tensor]]] = {}
+        self._messages: dict[tuple[str, str], tuple[tuple[int, int, tuple[int, ...]], ...]] = {}
+
+    def put(self, iteration: int, key: str, rows: Sequence[int], values: Rows) -> None:
+        """Keep rows that this rank made or received; each field is [len(rows), ...]."""
+        for field in fields(key, self._plan.workload):
+            value = values[field.name]
+            assert value.shape == (len(rows), *field.shape), f"{key}.{field.name} has shape {tuple(value.shape)}"
+            held = self._rows.setdefault((iteration, field.name), {})
+            held.update(zip(rows, value.to(self._device, field.dtype).unbind(), strict=True))
+
+    def get(self, iteration: int, key: str, rows: Sequence[int]) -> Rows:
+        """Rows in the order asked for; `arrive` has been called for what comes from elsewhere."""
+        names = [field.name for field in fields(key, self._plan.workload)]
+        return {name: torch.stack([self._rows[iteration, name][row] for row in rows]) for name in names}
+
+    def transfer(self, iteration: int, producer: str, consumer: str) -> None:
+        """Start this rank's messages of a transfer step; all its tensors and rows for one peer are one message."""
+        graph, rank = self._plan.workload.graph, dist.get_rank()
+        keys = tuple(key for key in graph.call(consumer).inputs if key in graph.call(producer).outputs)
+        for source, target, rows in self._plan_messages(producer, consumer):
+            if rank == source:
+                buffer = self._pack(iteration, keys, rows)
+                self._departures.setdefault(iteration, []).append((dist.isend(buffer, target), buffer))
+            elif rank == target:
+                width = sum(f.row_bytes for key in keys for f in fields(key, self._plan.workload))
+                buffer = torch.empty(width * len(rows), dtype=torch.uint8, device=self._device)
+                arrival = _Arrival(dist.irecv(buffer, source), buffer, rows, keys)
+                self._arrivals.setdefault((iteration, consumer), []).append(arrival)
+
+    def _plan_messages(self, producer: str, consumer: str) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
+        # In one order on both sides: NCCL pairs the operations of two ranks by the order in which they are posted.
+        if (producer, consumer) not in self._messages:
+            self._messages[producer, consumer] = tuple(sorted(batch_transfer(self._plan, producer, consumer)))
+        return self._messages[producer, consumer]
+
+    def _fields(self, keys: Iterable[str]) -> list[tuple[str, Field]]:
+        found = [(key, field) for key in keys for field in fields(key, self._plan.workload)]
+        return sorted(found, key=lambda pair: -pair[1].dtype.itemsize)  # so that every field starts aligned
+
+    def _pack(self, iteration: int, keys: tuple[str, ...], rows: tuple[int, ...]) -> Tensor:
+        values = {key: self.get(iteration, key, rows) for key in keys}
+        return torch.cat([values[key][f.name].contiguous().view(-1).view(torch.uint8) for key, f in self._fields(keys)])
+
+    def arrive(self, iteration: int, consumer: str) -> None:
+        """Wait for everything that was sent to a call, and keep it."""
+        for arrival in self._arrivals.pop((iteration, consumer), []):
+            arrival.work.wait()
+            start, found = 0, dict[str, dict[str, Tensor]]()
+            for key, field in self._fields(arrival.keys):
+                stop = start + field.row_bytes * len(arrival.rows)
+                part = arrival.buffer[start:stop].view(field.dtype)
+                found.setdefault(key, {})[field.name] = part.view(len(arrival.rows), *field.shape)
+                start = stop
+            for key, values in found.items():
+                self.put(iteration, key, arrival.rows, values)
+
+    def settle(self, iteration: int) -> None:
+        """Wait until what this rank sent in an iteration is gone."""
+        for work, _ in self._departures.pop(iteration, []):
+            work.wait()
+
+    def drop(self, iteration: int) -> None:
+        """Free an iteration that this rank has finished."""
+        for place in [place for place in self._rows if place[0] == iteration]:
+            del self._rows[place]
