@@ -1,4 +1,4 @@
-"""Tiny Hugging Face models with random weights, written as folders: the reference of the runtime's tests."""
+"""Tiny models for the runtime's tests: Hugging Face's as the reference, written as folders, and the runtime's own."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from plans.layout import Layout
+from plans.model import ModelSpec
+from runtime.groups import GroupCache
+from runtime.model import Model, build_model
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -78,3 +83,15 @@ def padded_batch(samples: int, prompt: int, response: int, vocab: int = 250, see
     columns = torch.arange(width)
     mask = (columns >= starts) & (columns < stops)
     return {"tokens": tokens.where(mask, 0), "mask": mask}
+
+
+def layout_of(spec: ModelSpec, **degrees: int) -> Layout:
+    """A layout on the first ranks."""
+    size = degrees.get("dp", 1) * degrees.get("tp", 1) * degrees.get("pp", 1)
+    return Layout(spec, tuple(range(size)), **degrees)
+
+
+def build(groups: GroupCache, layout: Layout, **settings: Any) -> Model | None:
+    """A model on the ranks of its layout, None elsewhere."""
+    mine = groups.collection(layout)
+    return None if mine is None else build_model(layout, mine, device=torch.device("cpu"), **settings)

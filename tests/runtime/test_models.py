@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
-from tiny_models import padded_batch, save_tiny, tiny_model
+from tiny_models import build, layout_of, padded_batch, save_tiny, tiny_model
 
 from plans.errors import SpecError
 from plans.huggingface import spec_from_folder
@@ -20,7 +20,7 @@ from runtime import compat
 from runtime.forward import token_logprobs, token_values
 from runtime.groups import GroupCache, rank_sets
 from runtime.hf import load_weights, random_weights
-from runtime.model import Model, alias_parameters, build_model, named_shards
+from runtime.model import alias_parameters, build_model, named_shards
 from runtime.modules import KVCache
 from runtime.shards import shard, shard_shape, unshard
 
@@ -35,17 +35,6 @@ LAYOUTS = (
     {"pp": 4},
 )
 SPEC = ModelSpec(name="tiny", layers=4, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=96, vocab=250)
-
-
-def layout_of(spec: ModelSpec, **degrees: int) -> Layout:
-    size = degrees.get("dp", 1) * degrees.get("tp", 1) * degrees.get("pp", 1)
-    return Layout(spec, tuple(range(size)), **degrees)
-
-
-def build(groups: GroupCache, layout: Layout, **settings: Any) -> Model | None:
-    """A model on the ranks of its layout, None elsewhere."""
-    mine = groups.collection(layout)
-    return None if mine is None else build_model(layout, mine, device=CPU, **settings)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,298 @@
+"""Training against one process of Hugging Face and torch: losses, gradients, norms and updated weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from tiny_models import build, layout_of, padded_batch, save_tiny, tiny_model
+
+from plans.errors import RealplanError
+from plans.huggingface import spec_from_folder
+from plans.strategy import Recompute
+from runtime import compat
+from runtime.forward import Batch, TokenOutput, cut, pack, packed_width, token_logprobs
+from runtime.groups import GroupCache
+from runtime.hf import load_weights
+from runtime.hf_names import hf_names, hf_shape, join
+from runtime.logprobs import token_logprobs_of
+from runtime.model import Model, named_shards
+from runtime.training import AdamSettings, Trainer
+
+CPU = torch.device("cpu")
+SAMPLES = 8
+CASES: tuple[dict[str, Any], ...] = (
+    {},
+    {"tp": 2},
+    {"tp": 2, "sequence_parallel": True},
+    {"pp": 2},
+    {"dp": 2},
+    {"dp": 2, "tp": 2, "sequence_parallel": True, "shard_optimizer": False},
+    {"tp": 2, "pp": 2, "recompute": Recompute.FULL},
+    {"tp": 2, "recompute": Recompute.SELECTIVE},
+    {"pp": 2, "vpp": 2},
+    {"dp": 2, "pp": 2, "vpp": 2},
+)
+SETTINGS = AdamSettings(lr=1e-3, clip_norm=0.1, warmup_steps=2, weight_decay=0.1)
+
+
+def split_case(case: dict[str, Any]) -> tuple[dict[str, int], dict[str, Any], bool]:
+    degrees = {k: v for k, v in case.items() if k in ("dp", "tp", "pp", "vpp")}
+    settings = {k: v for k, v in case.items() if k in ("sequence_parallel", "recompute")}
+    return degrees, settings, case.get("shard_optimizer", True)
+
+
+def full_batch() -> dict[str, torch.Tensor]:
+    batch = padded_batch(SAMPLES, prompt=8, response=8)
+    batch["weight"] = torch.linspace(-1, 2, SAMPLES)[:, None].expand(SAMPLES, 16)
+    batch["total"] = batch["mask"].sum().expand(SAMPLES)
+    return batch
+
+
+def weighted_loss(out: TokenOutput, batch: Batch) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+    """A policy gradient with an entropy bonus, or a squared error, over the global token count."""
+    total = batch["total"][0]
+    if out.values.numel():
+        loss = ((out.values - batch["weight"]) ** 2).where(batch["mask"], 0.0).sum() / total
+    else:
+        loss = -(out.logprobs * batch["weight"]).sum() / total - 0.1 * out.entropy.sum() / total
+    return loss, {"loss": loss, "tokens": batch["mask"].sum()}
+
+
+def reference_output(model: Any, batch: Batch, value_head: bool) -> TokenOutput:
+    """The same numbers from Hugging Face, sample by sample."""
+    nothing = torch.empty(0)
+    logprobs, entropy, values = (torch.zeros(batch["tokens"].shape) for _ in range(3))
+    for row, (tokens, mask) in enumerate(zip(batch["tokens"], batch["mask"], strict=True)):
+        real = tokens[mask][None]
+        columns = mask.nonzero()[:, 0]
+        if value_head:
+            found = model.score(model.model(real).last_hidden_state)[0, :, 0]
+            values = values.index_put((torch.tensor(row), columns), found)
+            continue
+        logits = model(real).logits[0, :-1]
+        found = logits.log_softmax(-1).gather(-1, real[0, 1:, None])[:, 0]
+        logprobs = logprobs.index_put((torch.tensor(row), columns[1:]), found)
+        spread = torch.distributions.Categorical(logits=logits).entropy()
+        entropy = entropy.index_put((torch.tensor(row), columns[1:]), spread)
+    return TokenOutput(nothing, nothing, values) if value_head else TokenOutput(logprobs, entropy, nothing)
+
+
+def reference_steps(kind: str, steps: int) -> tuple[list[float], list[float], dict[str, torch.Tensor], Any]:
+    """Losses, norms, first gradients and the model after some steps of torch's AdamW."""
+    model = tiny_model(kind)
+    batch = full_batch()
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": SETTINGS.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    adam = torch.optim.AdamW(groups, betas=(SETTINGS.beta1, SETTINGS.beta2), eps=SETTINGS.eps)
+    losses, norms, first = [], [], {}
+    for step in range(steps):
+        adam.zero_grad()
+        loss, _ = weighted_loss(reference_output(model, batch, kind == "reward"), batch)
+        loss.backward()
+        first = first or {name: p.grad.clone() for name, p in model.named_parameters()}
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), SETTINGS.clip_norm)))
+        losses.append(float(loss.detach()))
+        for group in adam.param_groups:
+            group["lr"] = SETTINGS.lr_at(step)
+        adam.step()
+    return losses, norms, first, model
+
+
+def part(model: Model, parameter: Any, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """This rank's part of a parameter out of Hugging Face tensors."""
+    parts = [tensors[name] for name in hf_names(model.spec, parameter.name)]
+    assert all(tuple(t.shape) == hf_shape(model.spec, parameter, i) for i, t in enumerate(parts))
+    return join(model.spec, parameter, parts, model.layout.tp, model.place.tp)
+
+
+def own_rows(model: Model, batch: Batch) -> Batch:
+    share = SAMPLES // model.layout.dp
+    start = model.place.dp * share
+    return {name: value[start : start + share] for name, value in batch.items()}
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "qwen3", "reward"])
+def test_steps_equal_one_process(kind: str, tmp_path: Path):
+    save_tiny(kind, tmp_path)
+    losses, norms, grads, trained = reference_steps(kind, steps=3)
+    initial = {name: p.detach() for name, p in tiny_model(kind).named_parameters()}
+    final = {name: p.detach() for name, p in trained.named_parameters()}
+    spec = spec_from_folder(tmp_path)
+    spec = spec.with_value_head() if kind == "reward" else spec
+
+    def errors() -> dict[str, dict[str, float]]:
+        compat.install(CPU)
+        groups = GroupCache(CPU)
+        found = {}
+        for case in CASES:
+            degrees, settings, sharded = split_case(case)
+            model = build(groups, layout_of(spec, **degrees), **settings)
+            if model is not None:
+                load_weights(model, tmp_path)
+                found[str(case)] = compare(model, sharded)
+        return found
+
+    def compare(model: Model, sharded: bool) -> dict[str, float]:
+        trainer = Trainer(model, SETTINGS, shard_optimizer=sharded)
+        batch = own_rows(model, full_batch())
+        worst = {"loss": 0.0, "norm": 0.0, "grad": 0.0, "update": 0.0}
+        trainer.accumulate(batch, weighted_loss, micro_batches=2)
+        if not sharded or model.layout.dp == 1:
+            for parameter, tensor in named_shards(model):
+                want = part(model, parameter, grads)
+                error = (tensor.main_grad - want).abs().max() / want.abs().max().clamp_min(1e-3)
+                worst["grad"] = max(worst["grad"], float(error))
+        for loss, norm in zip(losses, norms, strict=True):
+            stats = trainer.step(batch, weighted_loss, micro_batches=4)
+            assert stats.terms["tokens"] == full_batch()["mask"].sum()
+            worst["loss"] = max(worst["loss"], abs(stats.terms["loss"] - loss))
+            worst["norm"] = max(worst["norm"], abs(stats.grad_norm - norm) / norm)
+        for parameter, tensor in named_shards(model):
+            want, start = part(model, parameter, final), part(model, parameter, initial)
+            error = (tensor.data - want).norm() / (want - start).norm()
+            worst["update"] = max(worst["update"], float(error))
+        return worst
+
+    for found in run_ranks(4, errors):
+        for case, worst in found.items():
+            assert worst["grad"] < 1e-5, (case, worst)
+            assert worst["loss"] < 2e-5, (case, worst)
+            assert worst["norm"] < 1e-4, (case, worst)
+            assert worst["update"] < 1e-3, (case, worst)
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_bfloat16_has_float32_masters(sharded: bool, tmp_path: Path):
+    """Adam moves every weight by about the learning rate: below a bf16 rounding unit only the masters show it."""
+    save_tiny("llama", tmp_path)
+    _, norms, _, _ = reference_steps("llama", steps=1)
+    spec = spec_from_folder(tmp_path)
+    settings = AdamSettings(lr=1e-6, clip_norm=0.1)
+
+    def run() -> tuple[float, float, float]:
+        compat.install(CPU)
+        model = build(GroupCache(CPU), layout_of(spec, dp=2), dtype=torch.bfloat16)
+        assert model is not None
+        load_weights(model, tmp_path)
+        trainer = Trainer(model, settings, shard_optimizer=sharded)
+        weights = [tensor.data.clone() for _, tensor in named_shards(model)]
+        before = {name: value.clone() for name, value in trainer.state().items()}
+        stats = trainer.step(own_rows(model, full_batch()), weighted_loss, micro_batches=2)
+        after = trainer.state()
+        moved = [(after[name] - before[name]).abs() for name in after if name.endswith("master")]
+        assert all(move.dtype is torch.float32 for move in moved)
+        changed = [(tensor.data != old).float() for (_, tensor), old in zip(named_shards(model), weights, strict=True)]
+        return (
+            stats.grad_norm,
+            float(torch.cat([move.flatten() for move in moved]).median()),
+            float(torch.cat([change.flatten() for change in changed]).mean()),
+        )
+
+    for norm, move, changed in run_ranks(2, run):
+        assert norm == pytest.approx(norms[0], rel=0.02)
+        assert move == pytest.approx(settings.lr, rel=0.05)
+        assert changed < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_restored_state_continues_the_run(dtype: torch.dtype, tmp_path: Path):
+    save_tiny("llama", tmp_path)
+    spec = spec_from_folder(tmp_path)
+
+    def run() -> bool:
+        compat.install(CPU)
+        groups = GroupCache(CPU)
+
+        def start() -> tuple[Model, Trainer]:
+            model = build(groups, layout_of(spec, dp=2), dtype=dtype)
+            assert model is not None
+            load_weights(model, tmp_path)
+            return model, Trainer(model, SETTINGS)
+
+        model, trainer = start()
+        batch = own_rows(model, full_batch())
+        trainer.step(batch, weighted_loss)
+        saved = {name: tensor.clone() for name, tensor in trainer.state().items()}
+        weights = [tensor.data.clone() for _, tensor in named_shards(model)]
+        other, again = start()
+        for (_, tensor), value in zip(named_shards(other), weights, strict=True):
+            tensor.data.copy_(value)
+        again.load_state(saved)
+        one, two = trainer.step(batch, weighted_loss), again.step(batch, weighted_loss)
+        equal = [torch.equal(a, b) for (_, a), (_, b) in zip(named_shards(model), named_shards(other), strict=True)]
+        return one == two and all(equal)
+
+    assert run_ranks(2, run) == [True, True]
+
+
+def test_training_and_scoring_alternate(tmp_path: Path):
+    """Log-probabilities after a step come from the updated weights, and scoring leaves gradients alone."""
+    save_tiny("llama", tmp_path)
+    spec = spec_from_folder(tmp_path)
+
+    def run() -> list[torch.Tensor]:
+        compat.install(CPU)
+        model = build(GroupCache(CPU), layout_of(spec, pp=2, vpp=2))
+        assert model is not None
+        load_weights(model, tmp_path)
+        trainer = Trainer(model, SETTINGS)
+        batch = full_batch()
+        found = []
+        for _ in range(2):
+            found.append(token_logprobs(model, batch["tokens"], batch["mask"], micro_batches=4))
+            trainer.step(batch, weighted_loss, micro_batches=4)
+        return found
+
+    first, second = run_ranks(2, run)[0]
+    assert float((first - second).abs().max()) > 1e-3
+
+
+def test_logprobs_and_entropy_equal_torch():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 5, 256, generator=generator) * 3
+    tokens = torch.randint(0, 130, (2, 5), generator=generator)
+    weights = torch.randn(2, 2, 5, generator=generator)
+    want_logits = logits.clone().requires_grad_()
+    logs = (want_logits[..., :130] / 0.8).log_softmax(-1)
+    want = (logs.gather(-1, tokens[..., None])[..., 0], -(logs.exp() * logs).sum(-1))
+    (want[0] * weights[0] + want[1] * weights[1]).sum().backward()
+
+    def run() -> tuple[torch.Tensor, ...]:
+        group = torch.distributed.group.WORLD
+        part = logits.chunk(4, -1)[group.rank()].clone().requires_grad_()
+        found = token_logprobs_of(part, tokens, group, 130, 0.8)
+        (found[0] * weights[0] + found[1] * weights[1]).sum().backward()
+        assert part.grad is not None
+        return found[0].detach(), found[1].detach(), part.grad
+
+    results = run_ranks(4, run)
+    for logprobs, entropy, _ in results:
+        torch.testing.assert_close(logprobs, want[0].detach())
+        torch.testing.assert_close(entropy, want[1].detach())
+    torch.testing.assert_close(torch.cat([grad for _, _, grad in results], -1), want_logits.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_packing_moves_tokens_and_brings_results_back():
+    tokens = torch.tensor([[0, 0, 5, 6, 7, 0], [1, 2, 3, 4, 5, 6]])
+    mask = tokens > 0
+    assert packed_width(mask, 4) == 8
+    packed = pack(tokens, mask, 8)
+    assert packed.tokens.tolist() == [[5, 6, 7, 0, 0, 0, 0, 0], [1, 2, 3, 4, 5, 6, 0, 0]]
+    assert torch.equal(packed.unpack(packed.tokens.float()), tokens.float())
+
+
+def test_uneven_micro_batches_are_refused():
+    with pytest.raises(RealplanError, match="8 samples do not divide into 3"):
+        cut(full_batch(), 3)
+
+
+def test_warm_up_is_linear():
+    settings = AdamSettings(lr=1.0, warmup_steps=4)
+    assert [settings.lr_at(step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert AdamSettings(lr=1.0).lr_at(0) == 1.0
