@@ -49,9 +49,9 @@ def transfers() -> None:
     p, rank = plan(), dist.get_rank()
     store, graph = BatchStore(p, torch.device("cpu")), p.workload.graph
     for iteration in range(3):
-        for producer, key in [("actor_generate", "sequences"), ("reward", "rewards"), ("ref_infer", "ref_logprobs")]:
+        for producer in ("actor_generate", "reward", "ref_infer"):
             rows = rank_rows(p, producer).get(rank, ())
-            if rows:
+            for key in graph.call(producer).outputs if rows else ():
                 made = {
                     f.name: torch.stack([value(f.name, iteration, row, f.shape, f.dtype) for row in rows])
                     for f in fields(key, p.workload)
