@@ -20,7 +20,7 @@ from runtime.mcore import (
     OptimizerConfig,
     finalize_model_grads,
 )
-from runtime.model import Model
+from runtime.model import Model, moved
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +65,16 @@ class Trainer:
         self.settings = settings
         self.steps = 0
         ddp = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=shard_optimizer
+            grad_reduce_in_fp32=True, overlap_grad_reduce=model.layout.dp > 1, use_distributed_optimizer=shard_optimizer
         )
         self._chunks = [
             DistributedDataParallel(model.config, ddp, chunk, pg_collection=model.groups, disable_bucketing=i > 0)
             for i, chunk in enumerate(model.chunks)
         ]
         model.config.finalize_model_grads_func = _finalize
+        if model.layout.dp > 1:  # gradients are reduced during the backward pass of the last micro-batch
+            no_sync = [chunk.no_sync for chunk in self._chunks]
+            model.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         self._optimizer = _optimizer(model, self._chunks, settings, shard_optimizer)
 
     def step(self, batch: Batch, loss: LossFunction, micro_batches: int = 1, temperature: float = 1.0) -> StepStats:
@@ -123,18 +126,25 @@ class Trainer:
         self._optimizer.reload_model_params()
 
     def offload(self) -> None:
-        """Move the optimizer state to host memory and free the gradient buffers. Nothing moves on the CPU."""
-        if self.model.device.type == "cuda":
-            self._optimizer.offload_to_cpu()
-            for chunk in self._chunks:
-                chunk.offload_grad_buffers()
+        """Move masters and moments to host memory and free the gradient buffers; the weights stay."""
+        self._move_state(torch.device("cpu"))
+        for chunk in self._chunks:
+            chunk.offload_grad_buffers()
 
     def load(self) -> None:
-        """Undo `offload`."""
-        if self.model.device.type == "cuda":
-            self._optimizer.restore_from_cpu()
-            for chunk in self._chunks:
-                chunk.restore_grad_buffers()
+        """Undo `offload`; gradients come back as zero."""
+        self._move_state(self.model.device)
+        for chunk in self._chunks:
+            chunk.restore_grad_buffers()
+
+    def _move_state(self, device: torch.device) -> None:
+        own_masters = self.model.config.params_dtype is not torch.float32  # float32 masters are the weights themselves
+        for _, parameter, moments in self._slots():
+            if own_masters:
+                parameter.data = moved(parameter.data, device)
+            for name in ("exp_avg", "exp_avg_sq"):
+                if name in moments:
+                    moments[name] = moved(moments[name], device)
 
     def state(self) -> dict[str, Tensor]:
         """This rank's masters and moments by position, and the step count: what a checkpoint of the same plan needs

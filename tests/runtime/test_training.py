@@ -218,6 +218,8 @@ def test_restored_state_continues_the_run(dtype: torch.dtype, tmp_path: Path):
         model, trainer = start()
         batch = own_rows(model, full_batch())
         trainer.step(batch, weighted_loss)
+        trainer.offload()
+        trainer.load()
         saved = {name: tensor.clone() for name, tensor in trainer.state().items()}
         weights = [tensor.data.clone() for _, tensor in named_shards(model)]
         other, again = start()
