@@ -126,7 +126,7 @@ class DataflowGraph:
     @cached_property
     def model_edges(self) -> tuple[Edge, ...]:
         """Edges between model calls, functions contracted into the calls that host them."""
-        found = {}
+        found: dict[Edge, None] = {}
         for edge in self.edges:
             contracted = Edge(self.host(edge.source), self.host(edge.target), edge.distance)
             if contracted.source != contracted.target or edge.distance:

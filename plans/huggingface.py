@@ -32,6 +32,9 @@ def spec_from_config(config: dict[str, Any], name: str) -> ModelSpec:
     family = config.get("model_type", "llama")
     if family not in _FAMILIES:
         raise SpecError(f"config.json: model_type `{family}` is not supported", nearest(str(family), _FAMILIES))
+    for key in ("attention_bias", "mlp_bias"):
+        if config.get(key) and family != "qwen2":
+            raise SpecError(f"config.json: {key} of a {family} model is not supported", "a model without these biases")
     activation = config.get("hidden_act", "silu")
     if activation not in _ACTIVATIONS:
         raise SpecError(f"config.json: hidden_act `{activation}` is not supported", "`silu`")
@@ -49,14 +52,21 @@ def spec_from_config(config: dict[str, Any], name: str) -> ModelSpec:
             activation=_ACTIVATIONS[activation],
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
             norm_eps=config.get("rms_norm_eps", 1e-6),
-            max_context=config.get("max_position_embeddings", 4096),
+            max_context=min(config.get("max_position_embeddings", 4096), _window(config)),
             rope_theta=_rope(config).get("rope_theta", config.get("rope_theta", 10000.0)),
             rope_scaling=_scaling(_rope(config)),
-            qkv_bias=bool(config.get("attention_bias", family == "qwen2")),
+            qkv_bias=family == "qwen2",
             qk_norm=family == "qwen3",
         )
     except KeyError as missing:
         raise SpecError(f"config.json: key {missing} is missing") from None
+
+
+def _window(config: dict[str, Any]) -> int:
+    """Tokens up to which attention over a sliding window equals full attention."""
+    return (
+        config["sliding_window"] if config.get("use_sliding_window", True) and config.get("sliding_window") else 2**31
+    )
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,137 @@
+"""What a plan costs: seconds of every step, the predicted timeline, and memory by GPU and moment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cost_models.calls import call_time
+from cost_models.candidates import Candidates
+from cost_models.engines import DEFAULT_ENGINE, Engine, load_engine
+from cost_models.memory import call_memory
+from cost_models.memory_terms import context_bytes
+from cost_models.moments import CallMemory, MemoryProfile, memory_profile
+from cost_models.reallocation import reallocation_time, transfer_time
+from cost_models.simulate import Durations, latency_s, simulate
+from plans.batches import batch_transfer, rank_rows
+from plans.cluster import GIB
+from plans.codec import digest
+from plans.graph import CallKind
+from plans.plan import Estimate, ExecutionPlan
+from plans.program import Program, Step, StepKind, compile_program
+from plans.timeline import Timeline
+
+BYTES_PER_TOKEN = {"sequences": 9.0}
+SCORE_BYTES = 4.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanCost:
+    """Predicted cost of a plan. terms: call -> term -> seconds."""
+
+    program: Program
+    engine: str
+    terms: Mapping[str, Mapping[str, float]]
+    durations: Durations
+    timeline: Timeline
+    latency_s: float
+    memory: MemoryProfile
+
+    @property
+    def iteration_s(self) -> float:
+        """Steady-state seconds per iteration."""
+        return self.timeline.period_s
+
+    @property
+    def fits(self) -> bool:
+        """Whether every GPU and every host has the memory."""
+        cluster = self.program.plan.cluster
+        host = float(self.memory.host_bytes_by_node.max()) <= cluster.host_memory_gib * GIB
+        return host and self.memory.peak_bytes <= cluster.gpu_memory_bytes
+
+    @property
+    def estimate(self) -> Estimate:
+        """The figures that travel in the plan file."""
+        plan = self.program.plan
+        call = self.memory.peak_step
+        return Estimate(
+            iteration_s=_figures(self.iteration_s),
+            latency_s=_figures(self.latency_s),
+            calls_s={name: _figures(seconds) for name, seconds in self.durations.seconds.items() if seconds > 1e-4},
+            peak_gib=round(self.memory.peak_gib, 2),
+            peak_at=f"{call}, rank {self.memory.peak_rank}",
+            host_gib=round(float(self.memory.host_bytes_by_node.max()) / GIB, 2),
+            engine=self.engine,
+            of=digest(plan),
+        )
+
+
+def _figures(value: float) -> float:
+    """Four significant figures: more would promise an accuracy that no estimate has."""
+    return float(f"{value:.4g}")
+
+
+def cost_plan(plan: ExecutionPlan, engine: str = DEFAULT_ENGINE) -> PlanCost:
+    """Cost a legal plan (`plans.checks`) under a named engine."""
+    constants = load_engine(engine, plan.cluster.gpu.name, plan.workload.dtype)
+    program = compile_program(plan)
+    terms = {planned.call: _call_terms(plan, planned.call, constants) for planned in plan.calls}
+    seconds = {call: sum(parts.values()) for call, parts in terms.items()}
+    for step in program.steps:
+        if step.kind not in (StepKind.CALL, StepKind.LOAD, StepKind.OFFLOAD, StepKind.RELEASE):
+            seconds[step.name] = _step_seconds(program, step, constants)
+    durations = Durations(seconds)
+    memory = {planned.call: _call_memory(plan, planned.call, engine) for planned in plan.calls}
+    return PlanCost(
+        program=program,
+        engine=engine,
+        terms=terms,
+        durations=durations,
+        timeline=simulate(program, durations),
+        latency_s=latency_s(program, durations),
+        memory=memory_profile(program, memory, context_bytes(plan.cluster, engine)),
+    )
+
+
+def _candidates(plan: ExecutionPlan, call: str) -> Candidates:
+    planned = plan.planned(call)
+    return Candidates.of([(planned.mesh, planned.strategy)])
+
+
+def _call_terms(plan: ExecutionPlan, call: str, engine: Engine) -> dict[str, float]:
+    terms = call_time(plan.workload, call, plan.cluster, _candidates(plan, call), engine)
+    return {name: float(seconds[0]) for name, seconds in terms.items()}
+
+
+def _step_seconds(program: Program, step: Step, engine: Engine) -> float:
+    plan = program.plan
+    if step.kind is StepKind.FUNCTION:
+        rows = max(len(rows) for rows in rank_rows(plan, step.subject).values())
+        return rows * plan.workload.graph.call(step.subject).seconds_per_sample
+    if step.kind is StepKind.TRANSFER:
+        messages = batch_transfer(plan, step.subject, step.consumer)
+        row_bytes = _row_bytes(plan, step.subject, step.consumer)
+        pairs, sizes = [(s, t) for s, t, _ in messages], [len(rows) * row_bytes for *_, rows in messages]
+        return transfer_time(plan.cluster, engine, pairs, sizes)
+    assert step.kind is StepKind.REALLOCATE, step.kind
+    copy = program.copy_of[step.subject]
+    pair = program.homes[copy.role].layout, copy.layout
+    return float(reallocation_time(plan.cluster, engine, plan.workload.element_bytes, [pair])[0])
+
+
+def _row_bytes(plan: ExecutionPlan, producer: str, consumer: str) -> float:
+    """Bytes of one sample of what the consumer reads of the producer: tokens as int64 with a mask byte, else fp32."""
+    graph = plan.workload.graph
+    keys = set(graph.call(producer).outputs) & set(graph.call(consumer).inputs)
+    return sum(BYTES_PER_TOKEN.get(key, SCORE_BYTES) * plan.workload.tokens for key in keys)
+
+
+def _call_memory(plan: ExecutionPlan, call: str, engine: str) -> CallMemory:
+    memory = call_memory(plan.workload, call, plan.cluster, _candidates(plan, call), engine)
+    terms = {name: float(values[0]) for name, values in memory.terms().items()}
+    train = plan.workload.graph.call(call).kind is CallKind.TRAIN_STEP
+    state = ("masters", "optimizer")
+    stays = train and bool(memory.state_stays[0])
+    resident = ("gradients", "communicators", *(state if stays else ()))
+    transient = ("activations", "logits", "kv_cache", "workspace", "reserve", *(() if stays else state))
+    return CallMemory(terms=terms, resident=resident, transient=transient, host=float(memory.host[0]))

@@ -1,0 +1,123 @@
+"""Play a program on its ranks: which step runs when, the steady-state period, and the latency of one iteration.
+
+A rank runs one step at a time, in program order. A call starts when its ranks are free and its inputs have
+arrived; a reallocation holds the ranks of both layouts; a transfer holds nobody and delays only its consumer.
+Iterations follow each other until every rank and every call moves on by the same amount per period: that amount
+is the period (the max-plus eigenvalue of the program; Baccelli et al. 1992, Synchronization and Linearity, ch. 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from plans.batches import host_call
+from plans.program import Program, Step, StepKind
+from plans.timeline import Span, Timeline
+
+MAX_PERIODS = 48
+SHOWN_ITERATIONS = 3
+_TIMED = (StepKind.REALLOCATE, StepKind.CALL, StepKind.FUNCTION)
+
+
+@dataclass(frozen=True)
+class Durations:
+    """Seconds of every step of a program, by `Step.name`; steps that are not listed take no time."""
+
+    seconds: Mapping[str, float]
+
+    def of(self, step: Step) -> float:
+        """Seconds of one step."""
+        return self.seconds.get(step.name, 0.0)
+
+
+@dataclass
+class _State:
+    """Clock of the simulation: when each rank is free, when each call of each iteration ended or its inputs arrive."""
+
+    free: np.ndarray
+    ends: dict[tuple[str, int], float] = field(default_factory=dict)
+    arrivals: dict[tuple[str, int], float] = field(default_factory=dict)
+    spans: list[Span] = field(default_factory=list)
+
+
+def simulate(program: Program, durations: Durations) -> Timeline:
+    """Predicted timeline of the first iterations, with the steady-state period."""
+    state = _State(np.zeros(program.plan.cluster.size))
+    waits = _waits(program)
+    previous, history = _snapshot(program, state, 0), []
+    for period in range(MAX_PERIODS):
+        for step in program.steps:
+            if period >= step.lag:
+                _play(state, step, period - step.lag, durations.of(step), waits)
+        snapshot = _snapshot(program, state, period)
+        growth = snapshot - previous
+        history.append(float(growth.max()))
+        if period > program.max_lag + 1 and np.ptp(growth) <= 1e-9 * max(1.0, history[-1]):
+            break
+        previous = snapshot
+    settled = len(history) < MAX_PERIODS
+    period_s = history[-1] if settled else float(np.mean(history[len(history) // 2 :]))
+    spans = tuple(span for span in state.spans if span.iteration < SHOWN_ITERATIONS)
+    return Timeline(source="predicted", period_s=period_s, spans=spans)
+
+
+def latency_s(program: Program, durations: Durations) -> float:
+    """Seconds from the start to the end of one iteration that runs alone."""
+    state = _State(np.zeros(program.plan.cluster.size))
+    waits = _waits(program)
+    for step, iteration in program.unrolled(1):
+        _play(state, step, iteration, durations.of(step), waits)
+    return float(state.free.max())
+
+
+def _waits(program: Program) -> dict[str, list[tuple[str, int]]]:
+    """Call -> the (call, distance) pairs that it waits for."""
+    waits: dict[str, list[tuple[str, int]]] = {}
+    for edge in program.plan.workload.graph.edges:
+        waits.setdefault(edge.target, []).append((edge.source, edge.distance))
+    return waits
+
+
+def _snapshot(program: Program, state: _State, period: int) -> np.ndarray:
+    """Everything that the next period depends on; ranks that no call uses are left out."""
+    used = sorted({rank for planned in program.plan.calls for rank in program.plan.ranks(planned.call)})
+    ends = [
+        state.ends.get((call.name, period - lag), 0.0)
+        for call in program.plan.workload.graph.calls
+        for lag in [program.plan.planned(host_call(program.plan, call.name)).lag]
+    ]
+    return np.array([*state.free[used], *ends])
+
+
+def _play(
+    state: _State, step: Step, iteration: int, seconds: float, waits: Mapping[str, list[tuple[str, int]]]
+) -> None:
+    ranks = list(step.ranks)
+    if step.kind is StepKind.TRANSFER:
+        start = state.ends[(step.subject, iteration)]
+        key = (step.consumer, iteration)
+        state.arrivals[key] = max(state.arrivals.get(key, 0.0), start + seconds)
+        if seconds:
+            state.spans.append(_span(step, iteration, start, start + seconds))
+        return
+    if step.kind not in _TIMED:
+        return
+    start = float(state.free[ranks].max())
+    if step.kind is StepKind.REALLOCATE:
+        start = max(start, *(state.ends.get((source, iteration - d), 0.0) for source, d in waits[step.subject] if d))
+    else:
+        start = max(start, state.arrivals.get((step.subject, iteration), 0.0))
+        ready = (state.ends.get((source, iteration - d), 0.0) for source, d in waits.get(step.subject, []))
+        start = max(start, *ready, 0.0)
+        state.ends[(step.subject, iteration)] = start + seconds
+    state.free[ranks] = start + seconds
+    state.spans.append(_span(step, iteration, start, start + seconds))
+
+
+def _span(step: Step, iteration: int, start_s: float, end_s: float) -> Span:
+    return Span(
+        name=step.name, kind=step.kind.value, iteration=iteration, start_s=start_s, end_s=end_s, ranks=step.ranks
+    )

@@ -1,0 +1,181 @@
+"""The `realplan` command. Heavy libraries are imported inside the commands, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from plans.errors import RealplanError
+
+app = typer.Typer(
+    name="realplan",
+    help="Plan RLHF training: a device mesh and a parallel strategy for every model function call.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+PlanPath = Annotated[Path, typer.Argument(metavar="PLAN", help="plan file (JSON)")]
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object")]
+EngineName = Annotated[str, typer.Option(help="named set of cost constants")]
+
+
+def main() -> None:
+    """Entry point: errors become one message and exit code 2."""
+    try:
+        app()
+    except RealplanError as error:
+        fail(str(error), 2)
+    except BrokenPipeError:
+        sys.exit(0)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Print a message to stderr and exit."""
+    print(message if message.startswith("error") else f"error: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+@app.command()
+def search(
+    model: Annotated[str, typer.Option(help="actor (and every role not given): a name or a folder")] = "",
+    critic: Annotated[str, typer.Option(help="critic architecture")] = "",
+    reward: Annotated[str, typer.Option(help="reward model architecture")] = "",
+    ref: Annotated[str, typer.Option(help="reference model architecture")] = "",
+    gpus: Annotated[int | None, typer.Option(help="GPUs in all (default: one node)")] = None,
+    cluster: Annotated[str, typer.Option(help="see `realplan clusters`")] = "h100-80gb-sxm",
+    gpus_per_node: Annotated[int | None, typer.Option(help="default: as the cluster has")] = None,
+    run: Annotated[Path | None, typer.Option(help="run file to take the workload from")] = None,
+    algorithm: Annotated[str | None, typer.Option(help="ppo")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="prompts per iteration [512]")] = None,
+    group_size: Annotated[int | None, typer.Option(help="samples per prompt [1]")] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(help="longest prompt [1024]")] = None,
+    response_tokens: Annotated[int | None, typer.Option(help="longest response [1024]")] = None,
+    minibatches: Annotated[int | None, typer.Option(help="optimizer steps per iteration [4]")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32 [bf16]")] = None,
+    recompute_logprobs: Annotated[
+        bool | None, typer.Option("--recompute-logprobs", help="old log-probs in a call of their own")
+    ] = None,
+    engine: EngineName = "megatron",
+    method: Annotated[str, typer.Option(help="auto, exact or mcmc")] = "auto",
+    seconds: Annotated[float, typer.Option(help="search budget")] = 10.0,
+    seed: Annotated[int, typer.Option(help="random seed")] = 0,
+    max_memory: Annotated[str, typer.Option(help="bound per GPU below its memory, such as 72GiB")] = "",
+    output: Annotated[Path, typer.Option("--output", "-o", help="where the plan goes")] = Path("plan.json"),
+    as_json: AsJson = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="print what was pruned, and why")] = False,
+) -> None:
+    """Find the best plan and write it."""
+    from planner.commands import search_command
+    from planner.request import build_request
+
+    sizes: dict[str, int | str | bool | None] = {
+        "algorithm": algorithm,
+        "batch_size": batch_size,
+        "group_size": group_size,
+        "prompt_tokens": prompt_tokens,
+        "response_tokens": response_tokens,
+        "minibatches": minibatches,
+        "dtype": dtype,
+        "recompute_logprobs": recompute_logprobs,
+    }
+    request = build_request(
+        models={"actor": model, "critic": critic, "reward": reward, "ref": ref},
+        sizes=sizes,
+        cluster=cluster,
+        gpus=gpus,
+        gpus_per_node=gpus_per_node,
+        run=run,
+    )
+    raise typer.Exit(
+        search_command(
+            request,
+            engine=engine,
+            method=method,
+            seconds=seconds,
+            seed=seed,
+            max_memory=max_memory,
+            output=output,
+            as_json=as_json,
+            verbose=verbose,
+        )
+    )
+
+
+@app.command()
+def show(path: PlanPath) -> None:
+    """Print a plan: which call runs where, how it is cut, and when."""
+    from planner.commands import show_command
+
+    raise typer.Exit(show_command(path))
+
+
+@app.command()
+def check(
+    path: PlanPath,
+    write: Annotated[bool, typer.Option("--write", help="write the new estimate into the plan")] = False,
+    engine: EngineName = "megatron",
+    as_json: AsJson = False,
+) -> None:
+    """Check a plan: is it legal, does it fit, how long will an iteration take."""
+    from planner.commands import check_command
+
+    raise typer.Exit(check_command(path, write=write, engine=engine, as_json=as_json))
+
+
+@app.command()
+def estimate(path: PlanPath, engine: EngineName = "megatron", as_json: AsJson = False) -> None:
+    """Predict time by call and term, and memory by GPU and term with the moment of the peak."""
+    from planner.commands import estimate_command
+
+    raise typer.Exit(estimate_command(path, engine=engine, as_json=as_json))
+
+
+@app.command()
+def models(as_json: AsJson = False) -> None:
+    """List the architectures that have a name."""
+    from plans.library import load_model, model_names
+
+    specs = {name: load_model(name) for name in model_names()}
+    if as_json:
+        print(json.dumps({name: {"params": spec.params, "layers": spec.layers} for name, spec in specs.items()}))
+        return
+    print(f"{'name':26}{'params':>10}{'layers':>8}{'hidden':>8}{'heads':>7}{'kv':>5}{'ffn':>8}{'vocab':>9}")
+    for name, s in specs.items():
+        alias = f"  = {s.name}" if s.name != name else ""
+        size = f"{s.params / 1e9:.2f}B"
+        row = f"{name:26}{size:>10}{s.layers:>8}{s.hidden:>8}{s.heads:>7}{s.kv_heads:>5}{s.ffn:>8}{s.vocab:>9}"
+        print(row + alias)
+
+
+@app.command()
+def clusters(as_json: AsJson = False) -> None:
+    """List the clusters that have a name."""
+    from plans.library import cluster_names, load_cluster
+
+    specs = {name: load_cluster(name) for name in cluster_names()}
+    if as_json:
+        print(json.dumps({n: {"gpu": c.gpu.name, "gpus_per_node": c.gpus_per_node} for n, c in specs.items()}))
+        return
+    print(f"{'name':18}{'GPUs/node':>10}{'GiB':>8}{'bf16 TFLOP/s':>14}{'HBM GB/s':>10}{'link':>7}{'network GB/s':>14}")
+    for name, c in specs.items():
+        g = c.gpu
+        row = f"{name:18}{c.gpus_per_node:>10}{g.memory_gib:>8g}{g.bf16_tflops:>14g}{g.hbm_gbps:>10g}{g.link_gbps:>7g}"
+        print(f"{row}{c.inter_node_gbps:>14g}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a plan file, for editors."""
+    from plans.planfile import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""What the planning commands do, once their options are parsed. Data goes to stdout, words to stderr.
+
+Every command returns its exit code: 0 done, 1 infeasible or a failed check.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from dataclasses import asdict, replace
+from os.path import relpath
+from pathlib import Path
+from typing import Any
+
+from cost_models.estimate import PlanCost, cost_plan
+from planner.baselines import symmetric
+from planner.portfolio import Outcome, search
+from planner.pricing import Space, build_space
+from planner.report import render_cost
+from planner.request import Request
+from planner.space import Limits
+from plans.checks import check_plan
+from plans.cluster import GIB
+from plans.codec import digest, load_plan, read_plan, save_plan
+from plans.errors import Infeasible, PlanError, SpecError
+from plans.plan import ExecutionPlan
+from plans.problems import Problem, locate
+from plans.render import render_plan
+
+
+def search_command(
+    request: Request,
+    *,
+    engine: str,
+    method: str,
+    seconds: float,
+    seed: int,
+    max_memory: str,
+    output: Path,
+    as_json: bool,
+    verbose: bool,
+) -> int:
+    """Search, write the plan, and say what was found."""
+    began = time.perf_counter()
+    space = build_space(request.workload, request.cluster, engine, Limits(max_memory_gib=_gib(max_memory)))
+    if isinstance(space, Infeasible):
+        return _infeasible(space, as_json)
+    if verbose:
+        _print_space(space)
+    found = search(space.problem, method=method, seconds=seconds, seed=seed)
+    if isinstance(found, Infeasible):
+        return _infeasible(found, as_json)
+    cost = cost_plan(space.plan(found.decision), engine)
+    plan = _finished(cost, request, output, found, engine, seed, time.perf_counter() - began)
+    save_plan(plan, output)
+    if as_json:
+        print(json.dumps(_summary(plan, cost, found, output, time.perf_counter() - began)))
+    else:
+        print(render_plan(plan, cost.timeline))
+        _print_verdict(request, plan, cost, engine, output)
+    return 0
+
+
+def _finished(
+    cost: PlanCost, request: Request, output: Path, found: Outcome, engine: str, seed: int, seconds: float
+) -> ExecutionPlan:
+    """The plan with its estimate, provenance and run file."""
+    bound = found.bound_s
+    search_record: dict[str, Any] = {
+        "method": found.method,
+        "lower_bound_s": bound,
+        "gap": _gap(cost.iteration_s, bound),
+        "seconds": round(seconds, 2),
+        "evaluated": found.evaluated,
+        "seed": seed,
+        "engine": engine,
+    }
+    run = relpath(request.run.resolve(), output.resolve().parent) if request.run else ""
+    plan = replace(cost.program.plan, run=run, provenance={"search": search_record})
+    return plan.with_estimate(cost.estimate)
+
+
+def _gap(value: float, bound: float | None) -> float | None:
+    return None if bound is None else max(0.0, round(1.0 - bound / value, 6))
+
+
+def _summary(plan: ExecutionPlan, cost: PlanCost, found: Outcome, output: Path, seconds: float) -> dict[str, Any]:
+    return {
+        "iteration_s": cost.iteration_s,
+        "latency_s": cost.latency_s,
+        "lower_bound_s": found.bound_s,
+        "gap": _gap(cost.iteration_s, found.bound_s),
+        "search_s": round(seconds, 3),
+        "method": found.method,
+        "evaluated": found.evaluated,
+        "peak_gib": round(cost.memory.peak_gib, 3),
+        "plan": str(output),
+    }
+
+
+def _print_verdict(request: Request, plan: ExecutionPlan, cost: PlanCost, engine: str, output: Path) -> None:
+    record = plan.provenance["search"]
+    words = f"{cost.iteration_s:.4g} s per iteration"
+    if record["gap"] is not None:
+        words += f", at most {record['gap']:.2%} above the optimum"
+    best = symmetric(request.workload, request.cluster, engine)
+    if isinstance(best, ExecutionPlan):
+        uniform = cost_plan(best, engine).iteration_s
+        words += f"; the best symmetric plan takes {uniform:.4g} s ({uniform / cost.iteration_s:.2f}x)"
+    print(words, file=sys.stderr)
+    print(f"wrote {output}; look at it with `realplan show {output}`", file=sys.stderr)
+
+
+def _print_space(space: Space) -> None:
+    for name, options in space.options.items():
+        print(f"{name}: {len(options)} candidates", file=sys.stderr)
+    for reason, count in sorted(space.pruned.items(), key=lambda item: -item[1]):
+        print(f"  left out {count:>9,}: {reason}", file=sys.stderr)
+
+
+def _infeasible(reason: Infeasible, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps({"infeasible": reason.reason, "hint": reason.hint}))
+    else:
+        print(f"infeasible: {reason.reason}\nhint: {reason.hint}", file=sys.stderr)
+    return 1
+
+
+def _gib(text: str) -> float:
+    if not text:
+        return 0.0
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GiB|GB)?", text, re.IGNORECASE)
+    if not match or float(match[1]) <= 0:
+        raise SpecError(f"--max-memory `{text}` is not a size", "for example 72GiB")
+    return float(match[1]) * (1e9 / GIB if (match[2] or "").lower() == "gb" else 1.0)
+
+
+def show_command(path: Path) -> int:
+    """Print a legal plan with its predicted timeline."""
+    plan = _legal(path)
+    print(render_plan(plan, cost_plan(plan, _engine(plan)).timeline))
+    return 0
+
+
+def _engine(plan: ExecutionPlan) -> str:
+    return plan.estimate.engine if plan.estimate else "megatron"
+
+
+def _legal(path: Path) -> ExecutionPlan:
+    plan = load_plan(path)
+    problems = locate(path.read_text(), check_plan(plan))
+    if problems:
+        raise PlanError("\n".join(problem.text(str(path)) for problem in problems))
+    return plan
+
+
+def check_command(path: Path, *, write: bool, engine: str, as_json: bool) -> int:
+    """Every problem of a plan, or its new estimate."""
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"cannot read plan `{path}`: {error}", "`realplan search` writes a plan") from None
+    plan, problems = read_plan(text)
+    cost = None
+    if plan is not None:
+        problems = locate(text, check_plan(plan))
+        if not problems:
+            cost = cost_plan(plan, engine)
+            problems = locate(text, _memory_problems(plan, cost))
+    if as_json:
+        rows = [{k: v for k, v in asdict(p).items() if k != "path"} for p in problems]
+        print(json.dumps({"ok": not problems, "problems": rows}))
+    for problem in problems if not as_json else ():
+        print(problem.text(str(path)), file=sys.stderr)
+    if problems or plan is None or cost is None:
+        return 1
+    return _checked(path, plan, cost, write, as_json)
+
+
+def _checked(path: Path, plan: ExecutionPlan, cost: PlanCost, write: bool, as_json: bool) -> int:
+    stale = plan.estimate is None or plan.estimate.of != digest(plan)
+    if write:
+        save_plan(plan.with_estimate(cost.estimate), path)
+    if not as_json:
+        memory = f"peak {cost.memory.peak_gib:.1f} of {plan.cluster.gpu.memory_gib:g} GiB in {cost.memory.peak_step}"
+        print(f"ok: {cost.iteration_s:.4g} s per iteration, {memory}")
+        if stale and not write:
+            print(f"the estimate in the file is out of date: `realplan check --write {path}`", file=sys.stderr)
+    return 0
+
+
+def _memory_problems(plan: ExecutionPlan, cost: PlanCost) -> list[Problem]:
+    """Out of memory on a GPU or a host: the call, the moment and the largest terms."""
+    memory, cluster = cost.memory, plan.cluster
+    problems = []
+    if memory.peak_bytes > cluster.gpu_memory_bytes:
+        largest = ", ".join(f"{name} {size / GIB:.1f}" for name, size in list(memory.peak_terms.items())[:4])
+        call = next((i for i, p in enumerate(plan.calls) if p.call == memory.peak_step), 0)
+        message = (
+            f"{memory.peak_step} needs {memory.peak_gib:.1f} GiB on rank {memory.peak_rank}, the GPU has "
+            f"{cluster.gpu.memory_gib:g} GiB (largest: {largest} GiB)"
+        )
+        problems.append(Problem("memory", message, _memory_hint(plan, memory.peak_step), ("calls", call)))
+    host = float(memory.host_bytes_by_node.max()) / GIB
+    if host > cluster.host_memory_gib:
+        message = f"offloaded weights and states need {host:.0f} GiB of host memory on a node that has "
+        message += f"{cluster.host_memory_gib:g} GiB"
+        problems.append(Problem("host-memory", message, "offload fewer models", ("calls",)))
+    return problems
+
+
+def _memory_hint(plan: ExecutionPlan, step: str) -> str:
+    planned = next((p for p in plan.calls if p.call == step), plan.calls[0])
+    s = planned.strategy
+    return (
+        f'for example "micro_batches": {2 * s.micro_batches}, "recompute": "full", a larger tp or pp than '
+        f'`{s.degrees}`, or "offload": true'
+    )
+
+
+def estimate_command(path: Path, *, engine: str, as_json: bool) -> int:
+    """Predicted time by term and memory by moment."""
+    plan = _legal(path)
+    cost = cost_plan(plan, engine)
+    if as_json:
+        print(json.dumps({**asdict(cost.estimate), "terms": cost.terms, "peak_terms_bytes": cost.memory.peak_terms}))
+    else:
+        print(render_cost(cost))
+    return 0

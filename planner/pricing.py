@@ -1,0 +1,273 @@
+"""Price the space: from workload and cluster to the numbered `Problem` that the solvers see, and back to a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cost_models.calls import call_time
+from cost_models.candidates import Candidates
+from cost_models.engines import Engine, load_engine
+from cost_models.memory import call_memory
+from cost_models.memory_terms import context_bytes
+from cost_models.reallocation import reallocation_matrix
+from plans.cluster import GIB, ClusterSpec, DeviceMesh
+from plans.errors import Infeasible
+from plans.graph import CallKind
+from plans.layout import Layout
+from plans.model import ModelSpec
+from plans.plan import ExecutionPlan, PlannedCall
+from plans.strategy import ParallelStrategy
+from plans.workload import Workload
+from planner.problem import Decision, Dependency, Options, Problem
+from planner.space import Limits, Pruned, Shape, positions, shapes, strategies
+
+Entry = tuple[DeviceMesh, ParallelStrategy]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """A priced search space. options: call -> (mesh, strategy) by option index of `problem`."""
+
+    workload: Workload
+    cluster: ClusterSpec
+    engine: str
+    options: Mapping[str, tuple[Entry, ...]]
+    problem: Problem
+    pruned: Mapping[str, int]
+
+    def plan(self, decision: Decision) -> ExecutionPlan:
+        """The plan of a decision, calls in the decision's order."""
+        names = self.problem.names
+        calls = []
+        for index in decision.order:
+            mesh, strategy = self.options[names[index]][decision.choice[index]]
+            calls.append(PlannedCall(call=names[index], mesh=mesh, strategy=strategy, lag=decision.lag[index]))
+        return ExecutionPlan(workload=self.workload, cluster=self.cluster, calls=tuple(calls))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Priced:
+    """Layouts of one call with their figures, arrays of equal length."""
+
+    shapes: tuple[Shape, ...]
+    strategies: tuple[ParallelStrategy, ...]
+    time_s: NDArray[np.float64]
+    resident: NDArray[np.float64]
+    transient: NDArray[np.float64]
+    copy: NDArray[np.float64]
+
+    def take(self, keep: NDArray[np.intp]) -> Priced:
+        """The layouts at the indices."""
+        return Priced(
+            shapes=tuple(self.shapes[i] for i in keep),
+            strategies=tuple(self.strategies[i] for i in keep),
+            time_s=self.time_s[keep],
+            resident=self.resident[keep],
+            transient=self.transient[keep],
+            copy=self.copy[keep],
+        )
+
+
+def build_space(workload: Workload, cluster: ClusterSpec, engine: str, limits: Limits) -> Space | Infeasible:
+    """Enumerate, price, prune and place every call's layouts."""
+    constants = load_engine(engine, cluster.gpu.name, workload.dtype)
+    pruned = Pruned()
+    capacity = usable_bytes(cluster, engine, limits)
+    options: dict[str, tuple[Entry, ...]] = {}
+    columns: list[Options] = []
+    for call in workload.graph.model_calls:
+        priced = price_call(workload, call.name, cluster, engine, pruned, shapes(cluster))
+        if not len(priced.time_s):
+            return Infeasible(f"no legal layout of `{call.name}` on {cluster.size} GPUs", "another number of GPUs")
+        fits = np.flatnonzero(priced.resident + priced.transient <= capacity)
+        pruned.note("does not fit in memory even alone", len(priced.time_s) - len(fits))
+        if not len(fits):
+            return _too_large(call.name, priced, capacity, cluster)
+        priced = priced.take(fits)
+        kept = _undominated(priced, _slack_s(workload, call.name, cluster))
+        pruned.note("another layout of the same shape is faster and smaller", len(priced.time_s) - len(kept))
+        priced = priced.take(kept)
+        entries, column = _place(priced, cluster)
+        options[call.name] = entries
+        columns.append(column)
+    names = tuple(options)
+    problem = Problem(
+        gpus=cluster.size,
+        capacity_bytes=capacity,
+        names=names,
+        options=tuple(columns),
+        edges=_dependencies(workload, names),
+        moves=_moves(workload, cluster, constants, names, options),
+    )
+    return Space(
+        workload=workload,
+        cluster=cluster,
+        engine=engine,
+        options=options,
+        problem=problem,
+        pruned=dict(pruned.counts),
+    )
+
+
+def usable_bytes(cluster: ClusterSpec, engine: str, limits: Limits) -> float:
+    """Memory of a GPU that calls may use: its own or the user's bound, without the process's context."""
+    capacity = float(cluster.gpu_memory_bytes)
+    if limits.max_memory_gib:
+        capacity = min(capacity, limits.max_memory_gib * GIB)
+    return capacity - context_bytes(cluster, engine)
+
+
+def price_call(
+    workload: Workload,
+    call: str,
+    cluster: ClusterSpec,
+    engine: str,
+    pruned: Pruned,
+    on: Sequence[Shape],
+) -> Priced:
+    """Time and memory of every legal layout of a call on some shapes. A function that the call hosts adds its time."""
+    found = [(shape, s) for shape in on for s in strategies(workload, call, shape, pruned)]
+    candidates = Candidates.of([(shape.at(0), strategy) for shape, strategy in found])
+    if not found:
+        empty = np.zeros(0)
+        return Priced(shapes=(), strategies=(), time_s=empty, resident=empty, transient=empty, copy=empty)
+    constants = load_engine(engine, cluster.gpu.name, workload.dtype)
+    terms = call_time(workload, call, cluster, candidates, constants)
+    memory = call_memory(workload, call, cluster, candidates, engine)
+    hosted = sum(
+        function.seconds_per_sample
+        for function in workload.graph.calls
+        if not function.model and workload.graph.host(function.name) == call
+    )
+    return Priced(
+        shapes=tuple(shape for shape, _ in found),
+        strategies=tuple(strategy for _, strategy in found),
+        time_s=terms.total_s + hosted * workload.samples / candidates.dp,
+        resident=memory.resident_bytes,
+        transient=memory.transient_bytes,
+        copy=memory.copy_bytes,
+    )
+
+
+def _slack_s(workload: Workload, call: str, cluster: ClusterSpec) -> float:
+    """More than a choice of layout can change the reallocations of a trained model: a whole copy over one node's
+    network and one GPU's link, with a second for messages, for each of its other calls. Zero for frozen models."""
+    role = workload.graph.call(call).model
+    if role not in workload.graph.trainers:
+        return 0.0
+    weights = workload.models[role].params * workload.element_bytes
+    network = cluster.gpus_per_node * cluster.inter_node_gbps * 1e9
+    link = cluster.gpu.link_gbps * 1e9
+    users = sum(c.model == role and c.kind is not CallKind.TRAIN_STEP for c in workload.graph.calls)
+    share = 1 if workload.graph.call(call).kind is not CallKind.TRAIN_STEP else users
+    return share * 1.5 * (weights / network + weights / cluster.gpus_per_node / link)
+
+
+def _undominated(priced: Priced, slack_s: float) -> NDArray[np.intp]:
+    """Indices of layouts that no other of the same shape beats in time, resident and peak memory; one that holds other
+    slices must be faster by more than `slack_s` to count."""
+    keep: list[int] = []
+    order = np.lexsort((priced.transient, priced.resident, priced.time_s))
+    by_shape: dict[Shape, list[int]] = {}
+    for i in order:
+        rivals = by_shape.setdefault(priced.shapes[i], [])
+        if not any(_beats(priced, j, int(i), slack_s) for j in rivals):
+            rivals.append(int(i))
+            keep.append(int(i))
+    return np.array(sorted(keep), dtype=np.intp)
+
+
+def _beats(priced: Priced, j: int, i: int, slack_s: float) -> bool:
+    same = _slices(priced.strategies[j]) == _slices(priced.strategies[i])
+    return bool(
+        priced.resident[j] <= priced.resident[i]
+        and priced.resident[j] + priced.transient[j] <= priced.resident[i] + priced.transient[i]
+        and priced.time_s[j] + (0.0 if same else slack_s) <= priced.time_s[i]
+    )
+
+
+def _slices(strategy: ParallelStrategy) -> tuple[int, ...]:
+    return strategy.tp, strategy.pp, strategy.vpp, strategy.ep
+
+
+def _layout_id(strategy: ParallelStrategy) -> int:
+    """Equal for strategies that put the same slices on the ranks of a mesh."""
+    number = 0
+    for degree in _slices(strategy):
+        number = number * 4096 + degree
+    return number
+
+
+def _place(priced: Priced, cluster: ClusterSpec) -> tuple[tuple[Entry, ...], Options]:
+    """Every layout at every position of its shape."""
+    entries: list[Entry] = []
+    source: list[int] = []
+    for i, (shape, strategy) in enumerate(zip(priced.shapes, priced.strategies, strict=True)):
+        for mesh in positions(shape, cluster):
+            entries.append((mesh, strategy))
+            source.append(i)
+    at = np.array(source, dtype=np.intp)
+    column = Options(
+        first=np.array([mesh.ranks(cluster).start for mesh, _ in entries]),
+        width=np.array([mesh.size for mesh, _ in entries]),
+        time_s=priced.time_s[at],
+        resident_bytes=priced.resident[at],
+        transient_bytes=priced.transient[at],
+        layout=np.array([_layout_id(strategy) for _, strategy in entries]),
+        copy_bytes=priced.copy[at],
+    )
+    return tuple(entries), column
+
+
+def _dependencies(workload: Workload, names: tuple[str, ...]) -> tuple[Dependency, ...]:
+    at = {name: i for i, name in enumerate(names)}
+    return tuple(Dependency(at[e.source], at[e.target], e.distance) for e in workload.graph.model_edges)
+
+
+def _too_large(call: str, priced: Priced, capacity: float, cluster: ClusterSpec) -> Infeasible:
+    """Why a call has no layout that fits, and the smallest one there is."""
+    need = priced.resident + priced.transient
+    best = int(need.argmin())
+    mesh = priced.shapes[best].at(0).text(cluster)
+    return Infeasible(
+        f"`{call}` needs at least {need[best] / GIB:.1f} GiB per GPU; {capacity / GIB:.1f} GiB are usable",
+        f"more GPUs, or GPUs with more memory (smallest layout: {priced.strategies[best].degrees} on `{mesh}`)",
+    )
+
+
+def _moves(
+    workload: Workload,
+    cluster: ClusterSpec,
+    engine: Engine,
+    names: tuple[str, ...],
+    options: Mapping[str, tuple[Entry, ...]],
+) -> dict[tuple[int, int], NDArray[np.float64]]:
+    """Reallocation seconds from every option of a trainer to every option of its model's other calls."""
+    moves = {}
+    for role, trainer in workload.graph.trainers.items():
+        for v, name in enumerate(names):
+            if name == trainer or workload.graph.call(name).model != role:
+                continue
+            source, row = _distinct(workload.models[role], options[trainer], cluster)
+            target, column = _distinct(workload.models[role], options[name], cluster)
+            seconds = reallocation_matrix(cluster, engine, workload.element_bytes, source, target)
+            moves[names.index(trainer), v] = seconds[np.ix_(row, column)]
+    return moves
+
+
+def _distinct(spec: ModelSpec, entries: Sequence[Entry], cluster: ClusterSpec) -> tuple[list[Layout], NDArray[np.intp]]:
+    """The different layouts of some options, and which one each option has."""
+    numbers: dict[tuple[DeviceMesh, int, tuple[int, ...]], int] = {}
+    layouts: list[Layout] = []
+    index = []
+    for mesh, strategy in entries:
+        key = (mesh, strategy.dp, _slices(strategy))
+        if key not in numbers:
+            numbers[key] = len(layouts)
+            layouts.append(Layout.of(spec, mesh, strategy, cluster))
+        index.append(numbers[key])
+    return layouts, np.array(index, dtype=np.intp)

@@ -1,0 +1,67 @@
+"""From command-line words to a workload and a cluster; the only place that knows the defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from plans.algorithms import algorithm_graph
+from plans.cluster import ClusterSpec
+from plans.codec import VALUE_ROLES
+from plans.errors import SpecError
+from plans.library import load_cluster, load_model
+from plans.runfile import RunFile, load_run
+from plans.workload import Workload
+
+PYTHON_REWARD_SECONDS = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is to be planned, and the run file it came from (None: flags alone)."""
+
+    workload: Workload
+    cluster: ClusterSpec
+    run: Path | None
+
+
+def build_request(
+    *,
+    models: Mapping[str, str],
+    sizes: Mapping[str, int | str | bool | None],
+    cluster: str,
+    gpus: int | None,
+    gpus_per_node: int | None,
+    run: Path | None,
+) -> Request:
+    """Flags over the run file's workload over the defaults. `models` are role -> name, empty where not given; `sizes`
+    are the other keys of `RunWorkload`, None where not given."""
+    file = load_run(run) if run else RunFile()
+    wanted = file.workload.model_copy(update={key: value for key, value in sizes.items() if value is not None})
+    names = {**wanted.models, **{role: name for role, name in models.items() if name}}
+    actor = names.get("actor") or (file.weights_of("actor") if run else "")
+    if not actor:
+        raise SpecError("no model is given", "--model llama-70b, or --run FILE with workload.models.actor")
+    function = bool(file.reward) and "reward" not in names
+    graph = algorithm_graph(
+        wanted.algorithm,
+        recompute_logprobs=wanted.recompute_logprobs,
+        reward_seconds_per_sample=PYTHON_REWARD_SECONDS if function else None,
+    )
+    specs = {}
+    for role in graph.roles:
+        spec = load_model(names.get(role, actor))
+        specs[role] = spec.with_value_head() if role in VALUE_ROLES else spec
+    workload = Workload(
+        graph=graph,
+        models=specs,
+        batch_size=wanted.batch_size,
+        group_size=wanted.group_size,
+        prompt_tokens=wanted.prompt_tokens,
+        response_tokens=wanted.response_tokens,
+        mean_response_tokens=wanted.mean_response_tokens,
+        minibatches=wanted.minibatches,
+        dtype=wanted.dtype,
+    )
+    return Request(workload=workload, cluster=load_cluster(cluster, gpus=gpus, gpus_per_node=gpus_per_node), run=run)

@@ -1,0 +1,138 @@
+"""The search space: every layout of every call that can be in an optimum, priced, with the reason of each pruning.
+
+Layouts are enumerated per mesh *shape* (GPUs per node x nodes), because a call's own time and memory do not depend
+on where the mesh lies; positions come last. What is left out, and why, is counted in `Space.pruned`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from plans.checks import divisors
+from plans.cluster import ClusterSpec, DeviceMesh
+from plans.graph import CallKind
+from plans.strategy import ParallelStrategy, Recompute
+from plans.workload import Workload
+
+MICRO_BATCH_SAMPLES = (1, 2, 4, 8, 16, 32, 64)
+INTERLEAVINGS = (1, 2, 4)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Shape:
+    """GPUs on each node x nodes."""
+
+    gpus: int
+    nodes: int
+
+    @property
+    def size(self) -> int:
+        """GPUs in all."""
+        return self.gpus * self.nodes
+
+    def at(self, node: int, gpu: int = 0) -> DeviceMesh:
+        """The mesh of this shape at a place."""
+        return DeviceMesh(first_node=node, nodes=self.nodes, first_gpu=gpu, gpus=self.gpus)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the user rules in or out. max_memory_gib bounds every GPU below its capacity (0: no further bound)."""
+
+    max_memory_gib: float = 0.0
+
+
+def shapes(cluster: ClusterSpec) -> list[Shape]:
+    """Every legal mesh shape: power-of-two parts of a node, then 1 ... all nodes."""
+    parts = []
+    size = 1
+    while size < cluster.gpus_per_node:
+        parts.append(Shape(size, 1))
+        size *= 2
+    return [*parts, *(Shape(cluster.gpus_per_node, nodes) for nodes in range(1, cluster.nodes + 1))]
+
+
+def positions(shape: Shape, cluster: ClusterSpec) -> list[DeviceMesh]:
+    """Where a shape is tried: tiles from the left, and flush right. Parts of a node lie on the first and last node.
+
+    Every packing of whole-node rectangles into columns can be slid to such starts when the rectangles beside each
+    other have these sizes; other placements differ only in reallocation distance.
+    """
+    if shape.gpus < cluster.gpus_per_node:
+        nodes = sorted({0, cluster.nodes - 1})
+        return [
+            shape.at(node, gpu)
+            for node in nodes
+            for gpu in range(0, cluster.gpus_per_node - shape.gpus + 1, shape.gpus)
+        ]
+    last = cluster.nodes - shape.nodes
+    return [shape.at(node) for node in sorted({*range(0, last + 1, shape.nodes), last})]
+
+
+@dataclass
+class Pruned:
+    """Counts of what was left out, by reason."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def note(self, reason: str, count: int = 1) -> None:
+        """Add to a reason."""
+        if count:
+            self.counts[reason] += count
+
+
+def strategies(workload: Workload, call: str, shape: Shape, pruned: Pruned) -> Iterator[ParallelStrategy]:
+    """Every legal strategy of a call on a mesh shape."""
+    spec, kind = workload.spec(call), workload.graph.call(call).kind
+    samples = workload.samples_per_step(call)
+    for tp in divisors(shape.gpus):
+        if spec.kv_heads % tp or spec.ffn % tp or spec.padded_vocab % tp:
+            pruned.note("tp must divide KV heads, ffn and vocabulary")
+            continue
+        for pp in divisors(spec.layers):
+            if (shape.size // tp) % pp:
+                pruned.note("pp must divide the GPUs left by tp")
+                continue
+            dp = shape.size // (tp * pp)
+            if samples % dp:
+                pruned.note("dp must divide the samples of a pass")
+                continue
+            base = ParallelStrategy(dp=dp, tp=tp, pp=pp)
+            yield from _settings(workload, call, kind, base, samples // dp, pruned)
+
+
+def _settings(
+    workload: Workload, call: str, kind: CallKind, base: ParallelStrategy, share: int, pruned: Pruned
+) -> Iterator[ParallelStrategy]:
+    if kind is CallKind.GENERATE:
+        for groups in sorted({1, base.pp}):
+            if share % groups == 0:
+                yield replace(base, groups=groups)
+            else:
+                pruned.note("groups in flight must divide the samples of a dp rank")
+        return
+    counts = [share // size for size in MICRO_BATCH_SAMPLES if share % size == 0]
+    parallel = base.tp > 1 and workload.tokens % base.tp == 0
+    if kind is CallKind.INFERENCE:
+        frozen = workload.graph.call(call).model not in workload.graph.trainers
+        for count in counts:
+            for offload in (False, True) if frozen else (False,):
+                yield replace(base, micro_batches=count, sequence_parallel=parallel, offload=offload)
+        return
+    layers = workload.spec(call).layers
+    for count in counts:
+        for vpp in INTERLEAVINGS:
+            if vpp > 1 and (base.pp == 1 or layers % (base.pp * vpp) or count % base.pp):
+                continue
+            for recompute in Recompute:
+                for offload in (False, True):
+                    yield replace(
+                        base,
+                        micro_batches=count,
+                        sequence_parallel=parallel,
+                        recompute=recompute,
+                        vpp=vpp,
+                        offload=offload,
+                    )

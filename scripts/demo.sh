@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Set up everything and train: PPO on SmolLM2-135M-Instruct with a sentiment reward. --quick: a tiny model instead.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+scripts/setup.sh demo
+exec .venv/bin/python scripts/demo.py "$@"

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Set up everything and pass the tests: lint, types, tests.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+scripts/setup.sh dev
+export OMP_NUM_THREADS=1
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/mypy
+.venv/bin/python -m pytest -n 2 --dist loadfile "$@"

@@ -1,0 +1,147 @@
+"""The plan file: exact round trip, and one located, numbered, mendable message for every typical mistake."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from plans.checks import check_plan
+from plans.codec import BadPlan, digest, dump_plan, load_plan, read_plan, save_plan
+from plans.errors import RealplanError
+from plans.library import load_cluster
+from plans.model import ModelSpec
+from plans.plan import ExecutionPlan
+from plans.planfile import json_schema
+from plans.problems import Problem, locate
+from plans.workload import Workload
+
+
+def problems_of(text: str) -> list[Problem]:
+    plan, problems = read_plan(text)
+    return problems if plan is None else locate(text, check_plan(plan))
+
+
+def test_round_trip_is_exact(plan: ExecutionPlan, tmp_path: Path) -> None:
+    assert check_plan(plan) == []
+    text = dump_plan(plan)
+    again, problems = read_plan(text)
+    assert problems == [] and again == plan
+    assert again is not None and dump_plan(again) == text
+    save_plan(plan, tmp_path / "plan.json")
+    assert load_plan(tmp_path / "plan.json") == plan
+    assert max(len(line) for line in text.splitlines()) <= 200
+
+
+def test_round_trip_of_unnamed_models_and_clusters(plan: ExecutionPlan) -> None:
+    spec = ModelSpec(
+        name="mine", layers=4, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=128, vocab=512, qkv_bias=True
+    )
+    models = {role: spec.with_value_head() if role in ("critic", "reward") else spec for role in plan.workload.models}
+    workload = replace(plan.workload, models=models)
+    cluster = replace(load_cluster("a100-80gb", gpus=128), inter_node_gbps=12.5)
+    odd = replace(plan, workload=workload, cluster=replace(cluster, gpu=replace(cluster.gpu, memory_gib=70.0)))
+    again, problems = read_plan(dump_plan(odd))
+    assert problems == [] and again == odd
+
+
+def test_comments_are_allowed_and_positions_stay(plan: ExecutionPlan) -> None:
+    text = dump_plan(plan).replace('"calls": [', '"calls": [ // run order\n    /* two\n lines */')
+    assert problems_of(text) == []
+    (problem,) = problems_of(text.replace('"nodes 8-15"', '"nodes 8-16"', 1))
+    line = text.splitlines()[problem.line - 1]
+    assert "ref_infer" in line and line[problem.column - 1 :].startswith('"nodes 8-15"')
+
+
+def test_digest_follows_every_field_but_the_estimate(plan: ExecutionPlan) -> None:
+    assert digest(plan) == digest(replace(plan, notes="x", run="ppo.yaml", provenance={"a": 1}))
+    assert digest(plan) != digest(replace(plan, calls=(*plan.calls[1:], plan.calls[0])))
+
+
+# (rule, old text, new text, where the caret is, a legal value that the hint names)
+MISTAKES = [
+    ("json", '"calls": [', '"calls": ', None, "comma"),
+    ("unknown-key", '"mesh": "nodes 0-15"', '"mash": "nodes 0-15"', '"nodes 0-15"', "`mesh`"),
+    ("missing-key", '"mesh": "nodes 0-15", ', "", '{"call": "actor_generate"', "mesh"),
+    ("call", '"actor_generate"', '"actor_generat"', '"actor_generat"', "`actor_generate`"),
+    ("call-missing", '    {"call": "ref_infer"', '    // {"call": "ref_infer"', "[", "ref_infer"),
+    ("call-twice", '"ref_infer"', '"critic_infer"', '{"call": "critic_infer"', "delete"),
+    ("value", '"batch_size": 512', '"batch_size": "many"', '"many"', "whole number"),
+    ("model", '"actor": "llama2-70b"', '"actor": "llama2-70c"', '"llama2-70c"', "`llama2-70b`"),
+    ("cluster", '"h100-80gb-sxm"', '"h100"', '"h100"', "`h100-80gb-sxm`"),
+    ("workload", '"minibatches": 4', '"minibatches": 7', "7", "[1, 2, 4, 8, 16]"),
+    ("mesh", '"nodes 0-15"', '"all nodes"', '"all nodes"', "`nodes 0-3`"),
+    ("mesh", '"nodes 0-15"', '"nodes 0-16"', '"nodes 0-16"', "`nodes 0-15`"),
+    ("mesh", '"nodes 0-15"', '"node 3 gpus 0-2"', '"node 3 gpus 0-2"', "2 GPUs or 4"),
+    ("mesh", '"nodes 0-15"', '"node 3 gpus 2-5"', '"node 3 gpus 2-5"', "`node 3 gpus 0-3`"),
+    ("strategy", '"d16 t8 p1"', '"16x8x1"', '"16x8x1"', "letters"),
+    ("mesh-size", '"d16 t8 p1"', '"d8 t8 p1"', '"d8 t8 p1"', "d16 t8 p1"),
+    ("kv-heads", '"d16 t8 p1"', '"d8 t16 p1"', '"d8 t16 p1"', "[1, 2, 4, 8]"),
+    ("batch", '"micro_batches": 16', '"micro_batches": 24', "24", "micro_batches"),
+    ("kind", '"d16 t8 p1"', '"d16 t8 p1", "recompute": "full"', '"full"', "leave out `recompute`"),
+    ("value", '"recompute": "selective"', '"recompute": "some"', '"some"', "'none', 'selective' or 'full'"),
+    ("duplicate-key", '"minibatches": 4', '"minibatches": 4, "minibatches": 4', None, "keep one"),
+]
+
+
+@pytest.mark.parametrize(
+    ("rule", "old", "new", "caret", "hint"), MISTAKES, ids=[f"{m[0]}-{m[2]}"[:40] for m in MISTAKES]
+)
+def test_mistakes_are_located_and_mendable(
+    plan: ExecutionPlan, rule: str, old: str, new: str, caret: str | None, hint: str
+) -> None:
+    text = dump_plan(plan)
+    assert old in text
+    wrong = text.replace(old, new, 1)
+    found = [p for p in problems_of(wrong) if p.rule == rule]
+    assert found, problems_of(wrong)
+    problem = found[0]
+    assert problem.line > 0 and problem.column > 0
+    assert hint in problem.hint, problem.hint
+    if caret:
+        line = wrong.splitlines()[problem.line - 1]
+        assert line[problem.column - 1 :].startswith(caret), line[problem.column - 1 :]
+    assert problem.text("plan.json").startswith(f"plan.json:{problem.line}:{problem.column}: ")
+
+
+def test_layers_that_do_not_divide(plan: ExecutionPlan) -> None:
+    wrong = dump_plan(plan).replace('"nodes 0-15", "strategy": "d16 t8 p1"', '"nodes 0-2", "strategy": "d1 t8 p3"', 1)
+    rules = {p.rule: p for p in problems_of(wrong)}
+    assert "80 layers of llama2-70b do not divide into pp 3 stages" in rules["layers"].message
+    assert "[1, 2, 4, 5, 8, 10, 16, 20, 40, 80]" in rules["layers"].hint
+
+
+def test_order_and_lag(plan: ExecutionPlan) -> None:
+    train_first = replace(plan, calls=(plan.calls[-1], *plan.calls[:-1]))
+    assert {p.rule for p in check_plan(train_first)} == {"order"}
+    lagged = tuple(replace(c, lag=int(c.call == "critic_train")) for c in plan.calls)
+    late = check_plan(replace(plan, calls=lagged))
+    assert [p.rule for p in late] == ["order"] and "critic_train" in late[0].message
+    legal = (lagged[-1], *lagged[:-1])
+    assert check_plan(replace(plan, calls=legal)) == []
+
+
+def test_a_bad_file_is_one_error(tmp_path: Path) -> None:
+    with pytest.raises(RealplanError, match="cannot read plan"):
+        load_plan(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(RealplanError, match="UTF-8"):
+        load_plan(tmp_path / "bad.json")
+    (tmp_path / "list.json").write_text("[1, 2]")
+    with pytest.raises(BadPlan):
+        load_plan(tmp_path / "list.json")
+
+
+def test_schema_lists_every_key() -> None:
+    schema = json.dumps(json_schema())
+    for key in ("micro_batches", "inter_node_gbps", "response_tokens", "$schema", "rope_theta"):
+        assert f'"{key}"' in schema
+
+
+def test_workload_arithmetic(plan: ExecutionPlan) -> None:
+    workload: Workload = replace(plan.workload, group_size=4)
+    assert workload.samples == 2048
+    assert workload.samples_per_step("actor_train") == 512
+    assert workload.samples_per_step("ref_infer") == 2048

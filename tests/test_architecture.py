@@ -1,0 +1,86 @@
+"""Imports go one way, planning never loads torch, and the command line starts at once."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ALLOWED = {
+    "plans": set(),
+    "cost_models": {"plans"},
+    "planner": {"plans", "cost_models"},
+    "runtime": {"plans"},
+    "profiler": {"plans", "cost_models", "runtime"},
+}
+HEAVY = {"torch", "megatron", "transformers", "safetensors"}
+
+
+def imports(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_imports_go_one_way(package: str) -> None:
+    wrong = []
+    for path in sorted((ROOT / package).rglob("*.py")):
+        may = ALLOWED[package] | {package}
+        if package == "planner" and path.name == "cli.py":
+            may = may | {"profiler"}
+        wrong += [
+            f"{path.relative_to(ROOT)} imports {name}" for name in imports(path) & set(ALLOWED) if name not in may
+        ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("package", ["plans", "cost_models", "planner"])
+def test_planning_imports_no_torch(package: str) -> None:
+    for path in sorted((ROOT / package).rglob("*.py")):
+        assert not imports(path) & HEAVY, path
+
+
+def test_a_search_loads_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom planner.cli import app\n"
+        "args = ['search', '--model', 'llama-7b', '--gpus', '8', '--seconds', '1', '-o', "
+        f"r'{tmp_path / 'plan.json'}']\n"
+        "app(args, standalone_mode=False)\n"
+        "assert not {'torch', 'megatron'} & set(sys.modules), 'torch was loaded'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "plan.json").exists()
+
+
+@pytest.mark.parametrize("command", ["planner.cli", "runtime.cli"])
+def test_help_loads_nothing_heavy(command: str) -> None:
+    code = (
+        "import sys\nfrom contextlib import suppress\n"
+        f"import {command} as cli\nsys.argv = ['x', '--help']\n"
+        "with suppress(SystemExit):\n    cli.main()\n"
+        "heavy = {'torch', 'megatron', 'numpy', 'scipy', 'pandas', 'ortools', 'numba', 'networkx'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_path_of_a_machine_and_no_todo() -> None:
+    tracked = subprocess.run(
+        ["git", "ls-files", "*.py", "*.md", "*.sh", "*.yaml"], capture_output=True, text=True, cwd=ROOT
+    )
+    for name in tracked.stdout.split():
+        text = (ROOT / name).read_text()
+        if name != "tests/test_architecture.py":
+            assert "/work/" not in text and "/tmp/" not in text, name
+            assert "TODO" not in text and "FIXME" not in text, name
