@@ -50,7 +50,7 @@ class MemoryEngine:
 
 
 # logit_bytes 6 is Megatron's vocab_parallel_cross_entropy (bf16 logits and the in-place fp32 softmax, which its
-# backward pass reuses); 10 adds what plain PyTorch keeps of an explicit log-softmax and its gradient. communicator_gib and
+# backward pass reuses); 10 adds what plain PyTorch keeps of an explicit log-softmax and its gradient. communicator_gib,
 # context_gib: 0.34 to 0.4 GB per NCCL communicator set and 0.5 to 0.8 GB per CUDA context on A100 and H100.
 _PLAIN_TORCH = MemoryEngine(name="megatron", fused_pointwise=False, logit_bytes=10.0)
 MEMORY_ENGINES: Mapping[str, MemoryEngine] = {
