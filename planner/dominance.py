@@ -1,0 +1,115 @@
+"""Options that no optimal plan needs: another option of the same call is at least as good in everything that counts.
+
+Option p dominates o when p's mesh lies inside o's (or is the same), p takes no more time, resident and transient bytes,
+and no reallocation to or from any option of a partner call takes longer with p. Replacing o by p then delays nothing in
+`planner.schedule` (ends are monotone in durations and in the nodes waited for) and fills no GPU further, so the best of
+the remaining plans is as good as the best of all. Sharing a copy counts for o, never for p.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.problem import FloatArray, IntArray, Options, Problem
+
+
+@dataclass(frozen=True, eq=False)
+class Filtered:
+    """A smaller problem; `keep[call]` are the indices that its options had. `counts`: reason -> options dropped."""
+
+    problem: Problem
+    keep: tuple[IntArray, ...]
+    counts: dict[str, int]
+
+    def original(self, choice: tuple[int, ...]) -> tuple[int, ...]:
+        """A choice of the smaller problem in the numbers of the original."""
+        return tuple(int(kept[i]) for kept, i in zip(self.keep, choice, strict=True))
+
+    def reduced(self, choice: tuple[int, ...]) -> tuple[int, ...] | None:
+        """A choice of the original in the smaller problem's numbers; None where an option was dropped."""
+        at = [int(np.searchsorted(kept, i)) for kept, i in zip(self.keep, choice, strict=True)]
+        same = all(k < len(kept) and kept[k] == i for kept, k, i in zip(self.keep, at, choice, strict=True))
+        return tuple(at) if same else None
+
+
+def _mesh_key(problem: Problem, options: Options) -> IntArray:
+    """One number per (mesh, layout)."""
+    mesh = options.first * (problem.gpus + 1) + options.width
+    highest = max(int(o.layout.max()) for o in problem.options) + 1
+    return np.asarray(mesh * highest + options.layout)
+
+
+def _move_columns(problem: Problem, call: int) -> FloatArray:
+    """[n_options, partner options]: reallocation seconds with every option of every partner."""
+    blocks = [np.zeros((len(problem.options[call]), 0))]
+    for (u, v), seconds in problem.moves.items():
+        if call == v:
+            blocks.append(np.unique(seconds, axis=0).T)
+        if call == u:
+            blocks.append(np.unique(seconds, axis=1))
+    return np.ascontiguousarray(np.concatenate(blocks, axis=1))
+
+
+def _may_share(problem: Problem, call: int) -> IntArray:
+    """Options of `call` that can share a copy and save by it: as consumer their own bytes, as trainer a consumer's."""
+    key = _mesh_key(problem, problem.options[call])
+    shares = np.zeros(len(key), bool)
+    for u, v in problem.moves:
+        if call not in (u, v):
+            continue
+        other = problem.options[u if call == v else v]
+        saves = problem.options[v].shared_bytes > 0
+        if call == v:
+            shares |= saves & np.isin(key, _mesh_key(problem, other))
+        else:
+            shares |= np.isin(key, _mesh_key(problem, other)[saves])
+    return np.flatnonzero(shares)
+
+
+def undominated(problem: Problem, call: int) -> IntArray:
+    """Indices of the options of `call` that no other dominates; of equals the first."""
+    options, moves = problem.options[call], _move_columns(problem, call)
+    first, end = options.first, options.first + options.width
+    least = options.transient_bytes.copy()  # what the option needs at best
+    shares = _may_share(problem, call)
+    least[shares] -= options.shared_bytes[shares]
+    is_trainer = any(call == u for u, _ in problem.moves)
+    protected = set(map(int, shares)) if is_trainer else set()
+    kept = np.ones(len(options), bool)
+    for o in range(len(options)):
+        rivals = (first >= first[o]) & (end <= end[o]) & (options.time_s <= options.time_s[o]) & kept
+        rivals &= (options.resident_bytes <= options.resident_bytes[o]) & (options.transient_bytes <= least[o])
+        rivals[o] = False
+        found = np.flatnonzero(rivals)
+        if o in protected or not len(found):
+            continue
+        if bool((moves[found] <= moves[o]).all(axis=1).any()):
+            kept[o] = False
+    return np.flatnonzero(kept)
+
+
+def overweight(problem: Problem, call: int) -> IntArray:
+    """Indices of the options of `call` that exceed a GPU's memory alone."""
+    options = problem.options[call]
+    least = options.resident_bytes + options.transient_bytes - options.shared_bytes
+    return np.flatnonzero(least > problem.capacity_bytes)
+
+
+def filtered(problem: Problem) -> Filtered | None:
+    """Drop what cannot fit, then what is dominated; None where a call has no option that fits alone."""
+    heavy = [overweight(problem, call) for call in range(problem.n_calls)]
+    light = tuple(np.setdiff1d(np.arange(len(o)), h) for o, h in zip(problem.options, heavy, strict=True))
+    if not all(map(len, light)):
+        return None
+    smaller = problem.restrict(light)
+    keep = tuple(undominated(smaller, call) for call in range(problem.n_calls))
+    counts = {
+        "exceeds a GPU's memory alone": sum(map(len, heavy)),
+        "another option is as good in time, memory, mesh and reallocation": sum(
+            len(a) - len(b) for a, b in zip(light, keep, strict=True)
+        ),
+    }
+    original = tuple(a[b] for a, b in zip(light, keep, strict=True))
+    return Filtered(smaller.restrict(keep), original, counts)

@@ -1,0 +1,168 @@
+"""Metropolis-Hastings over decisions: several chains on a ladder of temperatures that exchange their places.
+
+A fixed number of evaluations gives the same answer in every process; a limit in seconds only cuts that short.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from enum import IntEnum
+
+import numpy as np
+
+from planner import kernels, schedule
+from planner.kernels import Tables
+from planner.problem import Decision, FloatArray, IntArray, Problem
+from plans.errors import Infeasible
+
+CHAINS = 8
+STEPS_PER_ROUND = 512
+COLDEST, HOTTEST = 1e-3, 3e-2  # temperatures as parts of the best cost
+UNLIMITED = 1 << 60
+
+
+class Rule(IntEnum):
+    """The objective: the steady-state period, or the makespan of five iterations played in order of readiness."""
+
+    STEADY = kernels.STEADY
+    READINESS = kernels.READINESS
+
+
+@dataclass(frozen=True, eq=False)
+class Chains:
+    """The state of a search, enough to go on: now and best [chains, 3, n] (choice, order, lag), random [chains, 4],
+    costs [chains, 5] as in `kernels.metropolis`."""
+
+    now: IntArray
+    best: IntArray
+    random: IntArray
+    costs: FloatArray
+    exchange: IntArray
+    evaluated: int = 0
+
+    def copy(self) -> Chains:
+        """An independent copy."""
+        arrays = {name: getattr(self, name).copy() for name in ("now", "best", "random", "costs", "exchange")}
+        return Chains(**arrays, evaluated=self.evaluated)
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best decision so far. `objective_s` is what was minimised; `chains` resumes the search."""
+
+    decision: Decision
+    period_s: float
+    latency_s: float
+    objective_s: float
+    evaluated: int
+    seconds: float
+    chains: Chains
+
+
+def _seeded(seed: int, count: int) -> IntArray:
+    words = np.random.SeedSequence(seed).generate_state(4 * count, np.uint32).astype(np.int64).reshape(count, 4)
+    words[:, 0] |= 1  # a generator must not start at all zeros
+    return words
+
+
+def _start(problem: Problem, seed: int, start: Decision | None, count: int) -> Chains:
+    """Chains at `start`, or at the fastest option of every call; every second one somewhere random."""
+    random = _seeded(seed, count + 1)
+    first = start or Decision.plain(tuple(int(o.time_s.argmin()) for o in problem.options))
+    assert schedule.is_legal(problem, first), "the start is not a legal decision"
+    now = np.tile(schedule.rows(first), (count, 1, 1))
+    for k in range(1, count, 2):
+        now[k, 0] = [kernels.draw(random[k], len(options)) for options in problem.options]
+    costs = np.full((count, 5), np.nan)
+    costs[:, kernels.BEST] = np.inf
+    return Chains(now, now.copy(), random[:count], costs, random[count])
+
+
+def _exchange(chains: Chains, temperatures: FloatArray) -> None:
+    """Neighbours on the ladder swap places with the Metropolis probability of parallel tempering."""
+    for k in range(len(temperatures) - 1):
+        gain = (chains.costs[k, kernels.PRESENT] - chains.costs[k + 1, kernels.PRESENT]) * (
+            1 / temperatures[k] - 1 / temperatures[k + 1]
+        )
+        if gain >= 0 or kernels.draw(chains.exchange, 1 << 30) < np.exp(gain) * (1 << 30):
+            chains.now[[k, k + 1]] = chains.now[[k + 1, k]]
+            chains.costs[[k, k + 1], kernels.PRESENT] = chains.costs[[k + 1, k], kernels.PRESENT]
+
+
+def rounds(problem: Problem, chains: Chains, t: Tables, evaluations: int, workers: int, rule: Rule) -> Iterator[Chains]:
+    """Go on until `evaluations` more are done; yields the state after every round."""
+    chains, count = chains.copy(), len(chains.costs)
+    scratches = [schedule.scratch(t) for _ in range(count)]
+    ladder = np.geomspace(COLDEST, HOTTEST, count)
+    left, scale = evaluations, float(sum(options.time_s.min() for options in problem.options))
+    with ThreadPoolExecutor(workers) as pool:
+        while left > 0:
+            temperatures = ladder * min(chains.costs[:, kernels.BEST].min(), scale)
+            steps = [min(STEPS_PER_ROUND, max(0, left - k * STEPS_PER_ROUND)) for k in range(count)]
+            arguments = zip(
+                [t] * count, scratches, chains.now, chains.best, chains.random, chains.costs, temperatures, steps,
+                [int(rule)] * count, strict=True,
+            )  # fmt: skip
+            list(pool.map(lambda a: kernels.metropolis(*a), arguments))
+            left -= sum(steps)
+            _exchange(chains, temperatures)
+            chains = replace(chains, evaluated=chains.evaluated + sum(steps))
+            yield chains
+
+
+def _found(t: Tables, chains: Chains, seconds: float) -> Found | None:
+    k = int(chains.costs[:, kernels.BEST].argmin())
+    if not np.isfinite(chains.costs[k, kernels.BEST]):
+        return None
+    decision = Decision(*(tuple(map(int, row)) for row in chains.best[k]))
+    cost = schedule.evaluate(t, decision)
+    objective = float(chains.costs[k, kernels.BEST])
+    return Found(decision, cost.period_s, cost.latency_s, objective, chains.evaluated, seconds, chains.copy())
+
+
+def overfull(problem: Problem, evaluated: int) -> Infeasible:
+    """Why nothing fits, as far as the options tell."""
+    capacity = problem.capacity_bytes / 2**30
+    for name, options in zip(problem.names, problem.options, strict=True):
+        least = float((options.resident_bytes + options.transient_bytes - options.shared_bytes).min()) / 2**30
+        if least > capacity:
+            reason = f"`{name}` needs at least {least:.1f} GiB on a GPU of {capacity:.1f} GiB"
+            return Infeasible(reason, "use more GPUs, a GPU with more memory, or options that need less")
+    reason = f"no plan within {capacity:.1f} GiB per GPU was found in {evaluated:,} evaluations"
+    return Infeasible(reason, "each call fits alone, but not together: use more GPUs, or offload frozen models")
+
+
+def search(
+    problem: Problem,
+    *,
+    seed: int = 0,
+    seconds: float = np.inf,
+    evaluations: int = UNLIMITED,
+    start: Decision | None = None,
+    resume: Chains | None = None,
+    rule: Rule = Rule.STEADY,
+    workers: int = 1,
+    progress: Callable[[Found], None] | None = None,
+) -> Found | Infeasible:
+    """The best decision within `seconds` and `evaluations` (at least one of them finite), never worse than `start`.
+
+    Goes on from `resume` where given. `progress` hears of every improvement. Infeasible: nothing seen fits.
+    """
+    assert np.isfinite(seconds) or evaluations < UNLIMITED, "a search needs a limit"
+    began = time.monotonic()
+    t = schedule.tables(problem)
+    chains = resume or _start(problem, seed, start, CHAINS)
+    told = np.inf
+    for state in rounds(problem, chains, t, evaluations, workers, rule):
+        chains, spent = state, time.monotonic() - began
+        if progress and chains.costs[:, kernels.BEST].min() < told:
+            told = chains.costs[:, kernels.BEST].min()
+            found = _found(t, chains, spent)
+            if found:
+                progress(found)
+        if spent >= seconds:
+            break
+    return _found(t, chains, time.monotonic() - began) or overfull(problem, chains.evaluated)
