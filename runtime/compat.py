@@ -60,6 +60,7 @@ def install(device: torch.device) -> None:
             f"megatron-core is {mcore.__version__}; this runtime patches {VERSION}",
             f"pip install megatron-core=={VERSION}",
         )
+    _quieten()
     state = importlib.import_module("megatron.core.parallel_state")
     if state._GLOBAL_MEMORY_BUFFER is None:  # scratch memory for sequence parallel, not a process group
         state._set_global_memory_buffer()
@@ -75,6 +76,16 @@ def install(device: torch.device) -> None:
     _patch_type_names()
     _patch_moe()
     torch.Tensor.cuda = _keep_tensor  # type: ignore[method-assign, assignment]
+
+
+def _quieten() -> None:
+    """Hide warnings about how megatron-core is written, which its users cannot mend."""
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    for message in (
+        r".*torch\.distributed\.\w+_tensor. is deprecated",
+        r"The \.grad attribute of a Tensor that is not",
+    ):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def _keep_function(function: Any = None, *_: Any, **__: Any) -> Any:

@@ -10,9 +10,10 @@ import torch
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from tiny_models import build, layout_of, padded_batch, save_tiny
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, MistralConfig
 
-from plans.huggingface import spec_from_folder
+from plans.errors import SpecError
+from plans.huggingface import spec_from_config, spec_from_folder
 from plans.model import ModelSpec
 from runtime import compat
 from runtime.export import export, weight_files
@@ -157,6 +158,14 @@ def test_missing_and_misshapen_tensors_are_named(tmp_path: Path):
         checkpoint.tensor("model.norms.weight", (8,))
     with pytest.raises(WeightsError, match=r"shape \[8\]; the model needs \[16\]"):
         checkpoint.tensor("model.norm.weight", (16,))
+
+
+def test_configs_that_would_run_wrongly_are_refused():
+    config = LlamaConfig(attention_bias=True).to_dict()
+    with pytest.raises(SpecError, match="attention_bias of a llama model"):
+        spec_from_config(config, "biased")
+    window = MistralConfig(sliding_window=4096, max_position_embeddings=32768).to_dict()
+    assert spec_from_config(window, "windowed").max_context == 4096
 
 
 def test_index_is_like_hugging_faces(tmp_path: Path):
