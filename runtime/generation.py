@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from runtime.model import Model
@@ -132,7 +133,7 @@ class _Flight:
         real = result.mask[rows, :prompt_tokens]
         first = int(real.any(0).int().argmax())
         self.inputs = result.tokens[rows, first:prompt_tokens]
-        self._padding: Tensor | None = torch.nn.functional.pad(~real[:, first:], (0, result.logprobs.shape[1]))
+        self._padding: Tensor | None = F.pad(~real[:, first:], (0, result.logprobs.shape[1]))
         if not bool(self._padding.any()):
             self._padding = None
         self.cache = KVCache(len(rows), prompt_tokens - first + result.logprobs.shape[1])
