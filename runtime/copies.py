@@ -1,0 +1,153 @@
+"""The weights on this rank: one set per copy of the program, and the models that compute with them.
+
+A home copy lives for the whole run. Another copy has storage only between its reallocation and its release. Calls that
+share a copy but not their settings (training with sequence parallelism, generation without) see it through models of
+their own whose parameters alias the copy's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from plans.program import Copy, Program
+from plans.runfile import RANDOM
+from runtime.groups import GroupCache
+from runtime.hf import load_weights, random_weights
+from runtime.job import Job
+from runtime.model import Model, alias_parameters, build_model, named_shards
+from runtime.reallocate import Moved, Reallocator
+from runtime.training import Trainer
+
+
+class Copies:
+    """Owns the models, trainers and weights of this rank. Making it is collective over all ranks."""
+
+    def __init__(self, job: Job, program: Program, groups: GroupCache, device: torch.device) -> None:
+        self._job = job
+        self._program = program
+        self._groups = groups
+        self._device = device
+        self._base: dict[str, Model] = {}
+        self._models: dict[str, Model] = {}
+        self._trainers: dict[str, Trainer] = {}
+        self._host: dict[str, list[Tensor]] = {}
+        self._sizes: dict[str, list[int]] = {}
+        self._reallocator = Reallocator(job.plan.cluster.gpus_per_node)
+        for planned in job.plan.calls:
+            groups.collection(job.plan.layout(planned.call))
+        for copy in program.copies:
+            if dist.get_rank() in copy.layout.ranks:
+                self._make(copy)
+
+    def model(self, call: str) -> Model:
+        """The model that a call runs."""
+        return self._models[call]
+
+    def _make(self, copy: Copy) -> None:
+        base = self._build(copy.calls[0])
+        self._base[copy.name] = base
+        if copy.home:
+            self._fill(base, copy.role)
+        training = self._job.plan.workload.graph.trainers.get(copy.role)
+        if copy.home and training is not None:
+            strategy = self._job.plan.planned(training).strategy
+            trainer = Trainer(base, self._job.adam(copy.role), shard_optimizer=strategy.shard_optimizer)
+            self._trainers[copy.role] = trainer
+            if strategy.offload:
+                trainer.offload()
+        for call in copy.calls:
+            self._models[call] = self._view(copy, call)
+        if not copy.home:
+            self.release(copy)
+        elif copy.offload:
+            self.offload(copy)
+
+    def _build(self, call: str) -> Model:
+        strategy, layout = self._job.plan.planned(call).strategy, self._job.plan.layout(call)
+        return build_model(
+            layout,
+            self._groups.collection(layout),
+            dtype=self._job.dtype,
+            device=self._device,
+            sequence_parallel=strategy.sequence_parallel,
+            recompute=strategy.recompute,
+        )
+
+    def _fill(self, model: Model, role: str) -> None:
+        weights = self._job.run.weights_of(role)
+        if weights == RANDOM:
+            random_weights(model, self._job.run.seed)
+        else:
+            load_weights(model, Path(weights))
+
+    def _view(self, copy: Copy, call: str) -> Model:
+        base = self._base[copy.name]
+        first, ours = (self._job.plan.planned(name).strategy for name in (copy.calls[0], call))
+        if first.sequence_parallel == ours.sequence_parallel:
+            return base
+        view = self._build(call)
+        alias_parameters(base, view)
+        return view
+
+    def reallocate(self, copy: Copy) -> Moved:
+        """Give a copy storage and the newest weights of its role. Collective over both layouts."""
+        home = self._program.homes[copy.role]
+        have = self._shards(home) if home.name in self._base else {}
+        want = {}
+        if copy.name in self._base:
+            self._allocate(copy)
+            want = self._shards(copy)
+        return self._reallocator.run(home.layout, copy.layout, have, want)
+
+    def release(self, copy: Copy) -> None:
+        """Free the storage of a copy; its models stay."""
+        storages = self._storages(copy)
+        self._sizes[copy.name] = [storage.nbytes() for storage in storages]
+        for storage in storages:
+            storage.resize_(0)
+
+    def _allocate(self, copy: Copy) -> None:
+        for storage, size in zip(self._storages(copy), self._sizes[copy.name], strict=True):
+            storage.resize_(size)
+
+    def offload(self, copy: Copy) -> None:
+        """Keep frozen weights in host memory. On the CPU they are there already."""
+        if self._device.type == "cpu":
+            return
+        if copy.name not in self._host:  # frozen: the host's copy stays valid
+            self._host[copy.name] = [p.data.cpu().pin_memory() for p in self._parameters(copy)]
+        self.release(copy)
+
+    def load(self, copy: Copy) -> None:
+        """Undo `offload`."""
+        if self._device.type == "cpu":
+            return
+        self._allocate(copy)
+        for parameter, kept in zip(self._parameters(copy), self._host[copy.name], strict=True):
+            parameter.data.copy_(kept, non_blocking=True)
+
+    @contextmanager
+    def training(self, role: str, *, offload: bool) -> Iterator[Trainer]:
+        """The trainer of a role while it trains; with `offload` its optimizer state is on the device only here."""
+        trainer = self._trainers[role]
+        if not offload:
+            yield trainer
+            return
+        trainer.load()
+        yield trainer
+        trainer.offload()
+
+    def _parameters(self, copy: Copy) -> Iterable[Tensor]:
+        return [parameter for _, parameter in named_shards(self._base[copy.name])]
+
+    def _storages(self, copy: Copy) -> list[torch.UntypedStorage]:
+        return [parameter.untyped_storage() for parameter in self._parameters(copy)]
+
+    def _shards(self, copy: Copy) -> dict[str, Tensor]:
+        return {parameter.name: held.data for parameter, held in named_shards(self._base[copy.name])}

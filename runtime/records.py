@@ -1,0 +1,137 @@
+"""What each rank writes down while it runs: its present step, and per iteration its spans and statistics.
+
+Small files in one folder, so that the launching process can read them at any time, also after a rank was killed; no
+collective is needed and no mesh waits for another.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from plans.program import Step, StepKind
+from runtime.stats import Stat, merge_stats
+
+STATUS_BYTES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Where a rank is: its process, and the step and iteration it works on (step empty before the first one)."""
+
+    pid: int
+    step: str
+    iteration: int
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One iteration of one rank. spans: (name, kind, start_s, end_s) from the start of the run."""
+
+    rank: int
+    iteration: int
+    spans: tuple[tuple[str, str, float, float], ...]
+    stats: Mapping[str, Stat]
+
+
+def status_path(folder: Path, rank: int) -> Path:
+    """A rank's status file."""
+    return folder / f"status-{rank}"
+
+
+def records_path(folder: Path, rank: int) -> Path:
+    """A rank's records, one JSON line per iteration."""
+    return folder / f"records-{rank}.jsonl"
+
+
+def read_status(folder: Path, rank: int) -> Status | None:
+    """What a rank last said; None before it has started."""
+    try:
+        text = status_path(folder, rank).read_text()
+        return Status(**json.loads(text)) if text else None
+    except (OSError, json.JSONDecodeError):
+        return None
+
+
+class Recorder:
+    """Writes a rank's status and records. `origin_s` is the time (time.time) at which the run started."""
+
+    def __init__(self, folder: Path, rank: int, origin_s: float) -> None:
+        self._rank = rank
+        self._status = os.open(status_path(folder, rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._records = records_path(folder, rank).open("a")
+        self._shift_s = time.time() - time.perf_counter() - origin_s
+        self._spans: dict[int, list[tuple[str, str, float, float]]] = {}
+        self._stats: dict[int, dict[str, list[Stat]]] = {}
+        self.say("", 0)
+
+    def say(self, step: str, iteration: int) -> None:
+        """Update the status file, in one write that leaves no half."""
+        text = json.dumps({"pid": os.getpid(), "step": step, "iteration": iteration})
+        os.pwrite(self._status, text.ljust(STATUS_BYTES).encode(), 0)
+
+    @contextmanager
+    def span(self, step: Step, iteration: int) -> Iterator[None]:
+        """Measure a step; releases take no time worth a span."""
+        start = time.perf_counter()
+        yield
+        if step.kind is not StepKind.RELEASE:
+            span = (step.name, str(step.kind), start + self._shift_s, time.perf_counter() + self._shift_s)
+            self._spans.setdefault(iteration, []).append(span)
+
+    def add(self, iteration: int, stats: Mapping[str, Stat]) -> None:
+        """Keep statistics of an iteration."""
+        for name, stat in stats.items():
+            self._stats.setdefault(iteration, {}).setdefault(name, []).append(stat)
+
+    def finish(self, iteration: int) -> None:
+        """Write an iteration of which this rank has done everything."""
+        stats = {name: merge_stats(parts) for name, parts in self._stats.pop(iteration, {}).items()}
+        line: dict[str, Any] = {
+            "iteration": iteration,
+            "spans": self._spans.pop(iteration, []),
+            "stats": {name: [s.total, s.count, s.low, s.high] for name, s in stats.items()},
+        }
+        self._records.write(json.dumps(line) + "\n")
+        self._records.flush()
+
+
+class RecordReader:
+    """Reads the records of some ranks as they appear."""
+
+    def __init__(self, folder: Path, ranks: tuple[int, ...]) -> None:
+        self._folder = folder
+        self._offsets = dict.fromkeys(ranks, 0)
+        self._waiting: dict[int, dict[int, Record]] = {}
+        self._next = 0
+
+    def poll(self) -> Iterator[tuple[Record, ...]]:
+        """The records of each iteration that all ranks have finished by now, in order, once."""
+        for rank in self._offsets:
+            for record in self._new(rank):
+                self._waiting.setdefault(record.iteration, {})[rank] = record
+        while len(self._waiting.get(self._next, ())) == len(self._offsets):
+            found = self._waiting.pop(self._next)
+            self._next += 1
+            yield tuple(found[rank] for rank in sorted(found))
+
+    def _new(self, rank: int) -> Iterator[Record]:
+        try:
+            with records_path(self._folder, rank).open("rb") as file:
+                file.seek(self._offsets[rank])
+                text = file.read()
+        except FileNotFoundError:
+            return
+        whole = text[: text.rfind(b"\n") + 1]
+        self._offsets[rank] += len(whole)
+        for line in whole.splitlines():
+            data = json.loads(line)
+            stats = {name: Stat(*values) for name, values in data["stats"].items()}
+            spans = tuple((name, kind, start, end) for name, kind, start, end in data["spans"])
+            yield Record(rank, data["iteration"], spans, stats)

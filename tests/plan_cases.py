@@ -1,0 +1,73 @@
+"""Plans and run files of the tests' small model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from plans.algorithms import algorithm_graph
+from plans.checks import check_plan
+from plans.cluster import parse_mesh
+from plans.library import load_cluster, load_model
+from plans.plan import ExecutionPlan, PlannedCall
+from plans.runfile import RunFile
+from plans.strategy import ParallelStrategy, parse_degrees
+from plans.workload import Workload
+
+FIXTURES = Path(__file__).parent / "fixtures"
+TINY = FIXTURES / "tiny-llama"
+CALLS = ("actor_generate", "ref_infer", "critic_infer", "actor_train", "critic_train")
+
+Place = str | tuple[str, str] | tuple[str, str, Mapping[str, Any]]
+
+
+def tiny_plan(
+    gpus: int, places: Mapping[str, Place] | str, order: Sequence[str] = CALLS, **sizes: Any
+) -> ExecutionPlan:
+    """A PPO plan of the small model on a CPU node of `gpus` ranks.
+
+    places: one strategy for every call on the whole node, or call -> strategy | (mesh, strategy) | with settings.
+    """
+    cluster = load_cluster("local-cpu", gpus=gpus, gpus_per_node=gpus)
+    spec = load_model(str(TINY))
+    workload = Workload(
+        graph=algorithm_graph("ppo", reward_seconds_per_sample=1e-4),
+        models={"actor": spec, "ref": spec, "critic": spec.with_value_head()},
+        **({"batch_size": 8, "prompt_tokens": 8, "response_tokens": 8, "minibatches": 2, "dtype": "fp32"} | sizes),
+    )
+    calls = []
+    for name in order:
+        place = places if isinstance(places, str) else places[name]
+        mesh, degrees, settings = (("node 0", place, {}) if isinstance(place, str) else (*place, {}))[:3]
+        strategy = ParallelStrategy(**parse_degrees(degrees), **settings)
+        calls.append(PlannedCall(call=name, mesh=parse_mesh(mesh, cluster), strategy=strategy))
+    plan = ExecutionPlan(workload=workload, cluster=cluster, calls=tuple(calls))
+    assert not check_plan(plan), check_plan(plan)
+    return plan
+
+
+def tiny_run(output: Path, **keys: Any) -> RunFile:
+    """A run file of the small model with real prompts and a reward of the tests' own."""
+    optimizer = {"lr": 3e-4, "clip": 1.0}
+    data: dict[str, Any] = {
+        "weights": str(TINY),
+        "data": {"source": str(FIXTURES / "prompts.jsonl")},
+        "reward": f"{__file__}:vowels",
+        "actor": optimizer,
+        "critic": optimizer,
+        "iterations": 3,
+        "timeout_s": 60,
+        "output": str(output),
+    }
+    return RunFile.model_validate(data | keys)
+
+
+def vowels(prompts: list[str], responses: list[str]) -> list[float]:
+    """Share of vowels, a reward that depends on every character."""
+    return [sum(letter in "aeiou" for letter in text) / max(1, len(text)) for text in responses]
+
+
+def failing(prompts: list[str], responses: list[str]) -> list[float]:
+    """A reward with a mistake in it."""
+    raise ZeroDivisionError("no reward today")

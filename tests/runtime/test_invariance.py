@@ -1,0 +1,163 @@
+"""Plan invariance: every layout of PPO on the small model reproduces the one-process run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from plan_cases import TINY, tiny_plan, tiny_run
+from ranks import run_ranks
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from plans.plan import ExecutionPlan
+from plans.program import compile_program
+from plans.runfile import RunFile
+from runtime.compat import install
+from runtime.executor import Executor
+from runtime.groups import GroupCache
+from runtime.job import prepare_job
+from runtime.metrics import Metrics, iteration_metrics
+from runtime.records import Recorder, RecordReader
+from runtime.transfer import BatchStore, Rows
+
+CPU = torch.device("cpu")
+DISJOINT = {
+    "actor_generate": ("node 0", "d4 t1 p1"),
+    "ref_infer": ("node 0 gpus 0-1", "d1 t1 p2", {"micro_batches": 2}),
+    "critic_infer": ("node 0 gpus 2-3", "d1 t2 p1"),
+    "actor_train": ("node 0 gpus 0-1", "d1 t2 p1", {"sequence_parallel": True, "micro_batches": 2}),
+    "critic_train": ("node 0 gpus 2-3", "d2 t1 p1", {"shard_optimizer": False}),
+}
+SHIFTED = {
+    "actor_generate": ("node 0 gpus 2-3", "d1 t1 p2", {"groups": 2}),
+    "ref_infer": ("node 0 gpu 1", "d1 t1 p1", {"micro_batches": 4}),
+    "critic_infer": ("node 0", "d2 t1 p2"),
+    "actor_train": ("node 0 gpus 0-1", "d1 t1 p2", {"micro_batches": 4}),
+    "critic_train": ("node 0 gpus 2-3", "d1 t2 p1"),
+}
+PLANS: dict[str, ExecutionPlan] = {
+    "tp2": tiny_plan(2, "d1 t2 p1"),
+    "pp2": tiny_plan(2, "d1 t1 p2"),
+    "dp2": tiny_plan(2, "d2 t1 p1"),
+    "tp2 pp2": tiny_plan(4, "d1 t2 p2"),
+    "disjoint": tiny_plan(4, DISJOINT),
+    "shifted": tiny_plan(4, SHIFTED),
+}
+Tokens = dict[tuple[int, int], list[int]]
+Outcome = tuple[list[Metrics], Tokens]
+
+
+class Watcher:
+    """Keeps the tokens that a rank generates or receives, and the reference model's log-probabilities."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.tokens: Tokens = {}
+        self.ref: dict[tuple[int, int], Tensor] = {}
+        put = BatchStore.put
+
+        def watch(store: BatchStore, iteration: int, key: str, rows: Sequence[int], values: Rows) -> None:
+            put(store, iteration, key, rows, values)
+            if key == "sequences":
+                for row, tokens in zip(rows, values["tokens"].tolist(), strict=True):
+                    assert self.tokens.setdefault((iteration, row), tokens) == tokens
+            if key == "ref_logprobs":
+                self.ref.update({(iteration, row): x for row, x in zip(rows, values[key], strict=True)})
+
+        monkeypatch.setattr(BatchStore, "put", watch)
+
+
+def execute(plan: ExecutionPlan, run: RunFile, folder: Path, export: bool = False) -> Outcome:
+    """Metrics of every iteration, and the tokens of every sample, of a run on forked ranks."""
+
+    def rank() -> Tokens:
+        install(CPU)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            watcher = Watcher(monkeypatch)
+            recorder = Recorder(folder, dist.get_rank(), time.time())
+            executor = Executor(prepare_job(plan, run), GroupCache(CPU), CPU, recorder)
+            executor.run(run.iterations)
+            if export:
+                executor.export("actor", folder / "actor")
+        return watcher.tokens
+
+    tokens: Tokens = {}
+    for found in run_ranks(plan.cluster.size, rank):
+        for key, value in found.items():
+            assert tokens.setdefault(key, value) == value
+    program = compile_program(plan)
+    reader = RecordReader(folder, tuple(r for r in range(plan.cluster.size) if program.projection(r)))
+    return [iteration_metrics(program, records) for records in reader.poll()], tokens
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """The one-process run."""
+    folder = tmp_path_factory.mktemp("alone")
+    return execute(tiny_plan(1, "d1 t1 p1"), tiny_run(folder), folder)
+
+
+TRAINING = [
+    f"{role}/{name}"
+    for role, names in {
+        "actor": ("pg_loss", "ppo_kl", "entropy", "grad_norm", "pg_clipfrac", "reward_kl_penalty"),
+        "critic": ("vf_loss", "vpred_mean", "grad_norm", "score/mean", "advantages/max", "returns/mean"),
+    }.items()
+    for name in names
+]
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_same_tokens_and_losses(name: str, alone: Outcome, tmp_path: Path) -> None:
+    metrics, tokens = execute(PLANS[name], tiny_run(tmp_path), tmp_path)
+    assert tokens == alone[1] and len(tokens) == 3 * 8
+    for iteration, (found, wanted) in enumerate(zip(metrics, alone[0], strict=True)):
+        for key in TRAINING:
+            limit = (1e-5 if iteration == 0 else 1e-4) * max(1.0, abs(wanted[key]))
+            assert abs(found[key] - wanted[key]) <= limit, f"iteration {iteration}: {key}"
+
+
+def test_the_reference_run_moves(alone: Outcome) -> None:
+    first, last = alone[0][0], alone[0][-1]
+    assert first["actor/grad_norm"] > 0 and first["critic/vf_loss"] > 0
+    assert abs(first["actor/reward_kl_penalty"]) < 1e-5 < abs(last["actor/reward_kl_penalty"])
+
+
+def test_logprobs_are_those_of_transformers(tmp_path: Path) -> None:
+    plan, run = PLANS["shifted"], tiny_run(tmp_path, iterations=1)
+
+    def rank() -> tuple[Tokens, dict[tuple[int, int], Tensor]]:
+        install(CPU)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            watcher = Watcher(monkeypatch)
+            recorder = Recorder(tmp_path, dist.get_rank(), time.time())
+            Executor(prepare_job(plan, run), GroupCache(CPU), CPU, recorder).run(1)
+        return watcher.tokens, watcher.ref
+
+    tokens, ref = run_ranks(4, rank)[1]
+    reference = LlamaForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    assert len(tokens) == len(ref) == 8
+    for place, row in tokens.items():
+        start = next(i for i, token in enumerate(row) if token != reference.config.pad_token_id)
+        ids = torch.tensor([row[start:]])
+        with torch.no_grad():
+            logprobs = reference(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None]).squeeze(1)
+        length = int((ref[place] != 0).sum())
+        expected = logprobs[plan.workload.prompt_tokens - start - 1 :][:length]
+        torch.testing.assert_close(ref[place][:length], expected, atol=2e-5, rtol=0)
+
+
+def test_the_exported_actor_is_the_trained_one(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folders = [tmp_path, tmp_path_factory.mktemp("alone")]
+    for plan, folder in zip([PLANS["tp2 pp2"], tiny_plan(1, "d1 t1 p1")], folders, strict=True):
+        execute(plan, tiny_run(folder), folder, export=True)
+    found, wanted = (LlamaForCausalLM.from_pretrained(folder / "actor") for folder in folders)
+    before = LlamaForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    ids = torch.arange(2, 34)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(found(ids).logits, wanted(ids).logits, atol=1e-3, rtol=0)
+        assert (before(ids).logits - wanted(ids).logits).abs().max() > 0.05
