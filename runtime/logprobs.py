@@ -32,8 +32,9 @@ class _TokenLogProbs(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         columns = logits.shape[-1]
         start = group.rank() * columns
+        padding = slice(max(0, vocab - start), columns)
         scaled = logits.float() / temperature
-        scaled[..., max(0, vocab - start) :] = -torch.inf
+        scaled[..., padding] = -torch.inf
         peak = scaled.amax(-1)
         if group.size() > 1:
             dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
@@ -42,15 +43,15 @@ class _TokenLogProbs(torch.autograd.Function):
         local = (tokens - start).where(here, 0).unsqueeze(-1)
         chosen = scaled.gather(-1, local).squeeze(-1).where(here, 0.0)
         weights = scaled.exp()
-        # A padding column has weight 0 and x = -inf: it adds 0 to the mean of x, not NaN.
-        mean = torch.linalg.vecdot(weights, scaled.clamp_min_(torch.finfo(torch.float32).min))
+        scaled[..., padding] = 0  # its weight is 0 already; 0 x -inf would make the mean NaN
+        mean = torch.linalg.vecdot(weights, scaled)
         sums = torch.stack([chosen, weights.sum(-1), mean])
         if group.size() > 1:
             dist.all_reduce(sums, group=group)
         chosen, total, mean = sums
         entropy = total.log() - mean / total
-        probabilities = weights.div_(total.unsqueeze(-1))
-        ctx.save_for_backward(probabilities, here, local, entropy)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(weights.div_(total.unsqueeze(-1)), here, local, entropy)
         ctx.temperature, ctx.dtype = temperature, logits.dtype
         return chosen - total.log(), entropy
 
@@ -59,11 +60,10 @@ class _TokenLogProbs(torch.autograd.Function):
         ctx: Any, of_logprobs: Tensor | None, of_entropy: Tensor | None
     ) -> tuple[Tensor, None, None, None, None]:
         probabilities, here, local, entropy = ctx.saved_tensors
-        grad = torch.zeros_like(probabilities)
-        if of_logprobs is not None:
-            grad = probabilities * -of_logprobs.unsqueeze(-1)
-            grad.scatter_add_(-1, local, (of_logprobs * here).unsqueeze(-1))
+        of_logprobs = torch.zeros_like(entropy) if of_logprobs is None else of_logprobs / ctx.temperature
+        grad = probabilities * -of_logprobs.unsqueeze(-1)
+        grad.scatter_add_(-1, local, (of_logprobs * here).unsqueeze(-1))
         if of_entropy is not None:
             logs = torch.special.xlogy(probabilities, probabilities)
-            grad -= (logs + probabilities * entropy.unsqueeze(-1)) * of_entropy.unsqueeze(-1)
-        return (grad / ctx.temperature).to(ctx.dtype), None, None, None, None
+            grad -= (logs + probabilities * entropy.unsqueeze(-1)) * (of_entropy / ctx.temperature).unsqueeze(-1)
+        return grad.to(ctx.dtype), None, None, None, None
