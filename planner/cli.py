@@ -51,7 +51,11 @@ def search(
     cluster: Annotated[str, typer.Option(help="see `realplan clusters`")] = "h100-80gb-sxm",
     gpus_per_node: Annotated[int | None, typer.Option(help="default: as the cluster has")] = None,
     run: Annotated[Path | None, typer.Option(help="run file to take the workload from")] = None,
-    algorithm: Annotated[str | None, typer.Option(help="ppo")] = None,
+    algorithm: Annotated[
+        str | None, typer.Option(help="ppo, grpo, rloo, remax, reinforce++, dpo, sft, reward-modelling [ppo]")
+    ] = None,
+    graph: Annotated[Path | None, typer.Option(help="YAML file with a graph of your own")] = None,
+    staleness: Annotated[int, typer.Option("--async", help="iterations that generation may run ahead")] = 0,
     batch_size: Annotated[int | None, typer.Option(help="prompts per iteration [512]")] = None,
     group_size: Annotated[int | None, typer.Option(help="samples per prompt [1]")] = None,
     prompt_tokens: Annotated[int | None, typer.Option(help="longest prompt [1024]")] = None,
@@ -73,6 +77,7 @@ def search(
     """Find the best plan and write it."""
     from planner.commands import search_command
     from planner.request import build_request
+    from plans.graphfile import load_graph
 
     sizes: dict[str, int | str | bool | None] = {
         "algorithm": algorithm,
@@ -91,6 +96,8 @@ def search(
         gpus=gpus,
         gpus_per_node=gpus_per_node,
         run=run,
+        own_graph=load_graph(graph) if graph else None,
+        staleness=staleness,
     )
     raise typer.Exit(
         search_command(

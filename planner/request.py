@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from plans.algorithms import algorithm_graph
 from plans.cluster import ClusterSpec
 from plans.codec import VALUE_ROLES
 from plans.errors import SpecError
+from plans.graph import DataflowGraph
 from plans.library import load_cluster, load_model
 from plans.runfile import RunFile, load_run
 from plans.workload import Workload
@@ -34,6 +35,8 @@ def build_request(
     gpus: int | None,
     gpus_per_node: int | None,
     run: Path | None,
+    own_graph: DataflowGraph | None = None,
+    staleness: int = 0,
 ) -> Request:
     """Flags over the run file's workload over the defaults. `models` are role -> name, empty where not given; `sizes`
     are the other keys of `RunWorkload`, None where not given."""
@@ -44,10 +47,15 @@ def build_request(
     if not actor:
         raise SpecError("no model is given", "--model llama-70b, or --run FILE with workload.models.actor")
     function = bool(file.reward) and "reward" not in names
-    graph = algorithm_graph(
-        wanted.algorithm,
-        recompute_logprobs=wanted.recompute_logprobs,
-        reward_seconds_per_sample=PYTHON_REWARD_SECONDS if function else None,
+    graph = (
+        replace(own_graph, staleness=staleness)
+        if own_graph
+        else algorithm_graph(
+            wanted.algorithm,
+            recompute_logprobs=wanted.recompute_logprobs,
+            reward_seconds_per_sample=PYTHON_REWARD_SECONDS if function else None,
+            staleness=staleness,
+        )
     )
     specs = {}
     for role in graph.roles:

@@ -1,11 +1,13 @@
 """Graphs of the common RLHF algorithms by name. A graph holds no sizes: those are the workload's.
 
 `sequences` are prompt + response tokens with their lengths; log-probs, values and rewards are per sample or token.
+`pairs` are chosen and rejected responses (two samples per prompt), `examples` are prompt + answer tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 from plans.errors import SpecError, nearest
 from plans.graph import Call, CallKind, DataflowGraph
@@ -13,57 +15,122 @@ from plans.graph import Call, CallKind, DataflowGraph
 GEN, INF, TRAIN, FN = CallKind.GENERATE, CallKind.INFERENCE, CallKind.TRAIN_STEP, CallKind.FUNCTION
 
 
-def _generate() -> Call:
-    return Call(
-        name="actor_generate", kind=GEN, model="actor", inputs=("prompts",), outputs=("sequences", "gen_logprobs")
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """What a user may choose of an algorithm. reward_seconds_per_sample: the reward is a Python function of this cost,
+    not a model. recompute_logprobs: old log-probs come from a forward pass of their own, as in verl."""
+
+    reward_seconds_per_sample: float | None = None
+    recompute_logprobs: bool = False
 
 
-def _reward(seconds_per_sample: float | None) -> Call:
+def _generate(name: str = "actor_generate", suffix: str = "") -> Call:
+    outputs = (f"sequences{suffix}", f"gen_logprobs{suffix}")
+    return Call(name=name, kind=GEN, model="actor", inputs=("prompts",), outputs=outputs)
+
+
+def _reward(variant: Variant, suffix: str = "") -> Call:
     """A reward model, or with a cost per sample a Python function."""
-    if seconds_per_sample is not None:
-        return Call(
-            name="reward",
-            kind=FN,
-            inputs=("sequences",),
-            outputs=("rewards",),
-            seconds_per_sample=seconds_per_sample,
-        )
-    return Call(name="reward_infer", kind=INF, model="reward", inputs=("sequences",), outputs=("rewards",))
+    reads, writes = (f"sequences{suffix}",), (f"rewards{suffix}",)
+    seconds = variant.reward_seconds_per_sample
+    if seconds is None:
+        return Call(name=f"reward_infer{suffix}", kind=INF, model="reward", inputs=reads, outputs=writes)
+    return Call(name=f"reward{suffix}", kind=FN, inputs=reads, outputs=writes, seconds_per_sample=seconds)
 
 
-def _old_logprobs(recompute: bool) -> tuple[str, tuple[Call, ...]]:
-    if not recompute:
+def _ref() -> Call:
+    return Call(name="ref_infer", kind=INF, model="ref", inputs=("sequences",), outputs=("ref_logprobs",))
+
+
+def _old_logprobs(variant: Variant) -> tuple[str, tuple[Call, ...]]:
+    if not variant.recompute_logprobs:
         return "gen_logprobs", ()
     call = Call(name="actor_infer", kind=INF, model="actor", inputs=("sequences",), outputs=("old_logprobs",))
     return "old_logprobs", (call,)
 
 
-def ppo(*, reward_seconds_per_sample: float | None = None, recompute_logprobs: bool = False) -> DataflowGraph:
-    """PPO with a critic: six calls, seven when old log-probs are recomputed in their own forward pass."""
-    old, extra = _old_logprobs(recompute_logprobs)
+def ppo(variant: Variant = Variant()) -> DataflowGraph:  # noqa: B008 - frozen
+    """PPO with a critic (Ouyang et al. 2022): six calls, seven with recomputed old log-probs."""
+    old, extra = _old_logprobs(variant)
     scores = ("sequences", old, "ref_logprobs", "values", "rewards")
-    return DataflowGraph(
-        name="ppo",
-        calls=(
-            _generate(),
-            _reward(reward_seconds_per_sample),
-            Call(name="ref_infer", kind=INF, model="ref", inputs=("sequences",), outputs=("ref_logprobs",)),
-            Call(name="critic_infer", kind=INF, model="critic", inputs=("sequences",), outputs=("values",)),
-            *extra,
-            Call(name="actor_train", kind=TRAIN, model="actor", inputs=scores),
-            Call(name="critic_train", kind=TRAIN, model="critic", inputs=scores),
-        ),
+    critic = Call(name="critic_infer", kind=INF, model="critic", inputs=("sequences",), outputs=("values",))
+    trains = (
+        Call(name="actor_train", kind=TRAIN, model="actor", inputs=scores),
+        Call(name="critic_train", kind=TRAIN, model="critic", inputs=scores),
     )
+    return DataflowGraph(name="ppo", calls=(_generate(), _reward(variant), _ref(), critic, *extra, *trains))
 
 
-ALGORITHMS: dict[str, Callable[..., DataflowGraph]] = {"ppo": ppo}
+def _critic_free(
+    name: str, variant: Variant, baseline: Iterable[Call] = (), keys: tuple[str, ...] = ()
+) -> DataflowGraph:
+    old, extra = _old_logprobs(variant)
+    scores = ("sequences", old, "ref_logprobs", "rewards", *keys)
+    train = Call(name="actor_train", kind=TRAIN, model="actor", inputs=scores)
+    return DataflowGraph(name=name, calls=(_generate(), *baseline, _reward(variant), _ref(), *extra, train))
+
+
+def grpo(variant: Variant) -> DataflowGraph:
+    """GRPO (Shao et al. 2024): the group's mean reward is the baseline; no critic."""
+    return _critic_free("grpo", variant)
+
+
+def rloo(variant: Variant) -> DataflowGraph:
+    """RLOO (Ahmadian et al. 2024): the mean reward of the group's other samples is the baseline."""
+    return _critic_free("rloo", variant)
+
+
+def reinforce_pp(variant: Variant) -> DataflowGraph:
+    """REINFORCE++ (Hu 2025): the batch's mean reward is the baseline."""
+    return _critic_free("reinforce++", variant)
+
+
+def remax(variant: Variant) -> DataflowGraph:
+    """ReMax (Li et al. 2024): the reward of a greedy response to the same prompt is the baseline."""
+    greedy = _generate("actor_greedy", "_greedy")
+    return _critic_free("remax", variant, (greedy, _reward(variant, "_greedy")), ("rewards_greedy",))
+
+
+def dpo(variant: Variant) -> DataflowGraph:
+    """DPO (Rafailov et al. 2023): reference log-probs of pairs, then one training call."""
+    ref = Call(name="ref_infer", kind=INF, model="ref", inputs=("pairs",), outputs=("ref_logprobs",))
+    train = Call(name="actor_train", kind=TRAIN, model="actor", inputs=("pairs", "ref_logprobs"))
+    return DataflowGraph(name="dpo", calls=(ref, train), sources=("pairs",))
+
+
+def sft(variant: Variant) -> DataflowGraph:
+    """Supervised fine-tuning: one training call."""
+    train = Call(name="actor_train", kind=TRAIN, model="actor", inputs=("examples",))
+    return DataflowGraph(name="sft", calls=(train,), sources=("examples",))
+
+
+def reward_modelling(variant: Variant) -> DataflowGraph:
+    """Training of a reward model on pairs (Bradley-Terry)."""
+    train = Call(name="reward_train", kind=TRAIN, model="reward", inputs=("pairs",))
+    return DataflowGraph(name="reward-modelling", calls=(train,), sources=("pairs",))
+
+
+ALGORITHMS: dict[str, Callable[[Variant], DataflowGraph]] = {
+    "ppo": ppo,
+    "grpo": grpo,
+    "rloo": rloo,
+    "remax": remax,
+    "reinforce++": reinforce_pp,
+    "dpo": dpo,
+    "sft": sft,
+    "reward-modelling": reward_modelling,
+}
 
 
 def algorithm_graph(
-    name: str, *, reward_seconds_per_sample: float | None = None, recompute_logprobs: bool = False
+    name: str,
+    *,
+    reward_seconds_per_sample: float | None = None,
+    recompute_logprobs: bool = False,
+    staleness: int = 0,
 ) -> DataflowGraph:
-    """The graph of a named algorithm. With `reward_seconds_per_sample` the reward is a function of that cost."""
+    """The graph of a named algorithm in a variant; generation may run `staleness` iterations ahead."""
     if name not in ALGORITHMS:
         raise SpecError(f"unknown algorithm `{name}`", nearest(name, list(ALGORITHMS)))
-    return ALGORITHMS[name](reward_seconds_per_sample=reward_seconds_per_sample, recompute_logprobs=recompute_logprobs)
+    variant = Variant(reward_seconds_per_sample=reward_seconds_per_sample, recompute_logprobs=recompute_logprobs)
+    return replace(ALGORITHMS[name](variant), staleness=staleness)

@@ -20,6 +20,8 @@ from plans.algorithms import algorithm_graph
 from plans.cluster import ClusterSpec, GpuSpec, parse_mesh
 from plans.errors import PlanError, RealplanError, nearest
 from plans.files import write_atomically
+from plans.graph import DataflowGraph
+from plans.graphfile import file_of, graph_of
 from plans.library import load_gpu, load_model, model_names
 from plans.model import Head, ModelSpec, Norm, Position, RopeScaling
 from plans.plan import Estimate, ExecutionPlan, PlannedCall
@@ -170,15 +172,7 @@ class _Reader:
 
     def workload(self, file: WorkloadFile) -> Workload | None:
         function_reward = file.reward_seconds_per_sample is not None
-        graph = self.attempt(
-            "algorithm",
-            ("workload", "algorithm"),
-            lambda: algorithm_graph(
-                file.algorithm,
-                recompute_logprobs=file.recompute_logprobs,
-                reward_seconds_per_sample=file.reward_seconds_per_sample,
-            ),
-        )
+        graph = self.graph(file)
         if graph is None:
             return None
         models = {}
@@ -201,6 +195,21 @@ class _Reader:
         sizes = {f.name: getattr(file, f.name) for f in fields(Workload) if f.name not in ("graph", "models")}
         return self.attempt(
             "workload", ("workload", "minibatches"), lambda: Workload(graph=graph, models=models, **sizes)
+        )
+
+    def graph(self, file: WorkloadFile) -> DataflowGraph | None:
+        if file.graph:
+            own = file.graph
+            return self.attempt("graph", ("workload", "graph"), lambda: graph_of(own, file.staleness))
+        return self.attempt(
+            "algorithm",
+            ("workload", "algorithm"),
+            lambda: algorithm_graph(
+                file.algorithm,
+                recompute_logprobs=file.recompute_logprobs,
+                reward_seconds_per_sample=file.reward_seconds_per_sample,
+                staleness=file.staleness,
+            ),
         )
 
     def call(self, file: CallFile, path: Path_, cluster: ClusterSpec, workload: Workload) -> PlannedCall | None:
@@ -275,10 +284,13 @@ def _core(plan: ExecutionPlan) -> dict[str, Any]:
 
 def _workload_file(workload: Workload) -> dict[str, Any]:
     graph = workload.graph
-    costs = [call.seconds_per_sample for call in graph.calls if not call.model]
+    own = file_of(graph)
+    costs = [call.seconds_per_sample for call in graph.calls if not call.model and not own]
     file = WorkloadFile(
         algorithm=graph.name,
-        recompute_logprobs=any(call.name == "actor_infer" for call in graph.calls),
+        graph=own,
+        staleness=graph.staleness,
+        recompute_logprobs=not own and any(call.name == "actor_infer" for call in graph.calls),
         reward_seconds_per_sample=costs[0] if costs else None,
         models={},
         **{f.name: getattr(workload, f.name) for f in fields(Workload) if f.name not in ("graph", "models")},

@@ -58,10 +58,33 @@ class ModelFile(_Closed):
     shared_ffn: int = 0
 
 
+class GraphCallFile(_Closed):
+    """One call of a graph of the user's own: a model's role, or without one a Python function."""
+
+    name: str
+    kind: Literal["generate", "inference", "train_step", "function"]
+    model: str = ""
+    inputs: list[str] = Field(default_factory=list)
+    outputs: list[str] = Field(default_factory=list)
+    seconds_per_sample: Annotated[float, Field(ge=0)] = 0.0
+
+
+class GraphFile(_Closed):
+    """A dataflow graph of the user's own; `sources` are the tensors that the data set provides. The roles `critic` and
+    `reward` have one scalar per token instead of a vocabulary."""
+
+    name: str
+    calls: list[GraphCallFile]
+    sources: list[str] = ["prompts"]
+
+
 class WorkloadFile(_Closed):
-    """What an iteration does: batch_size prompts, group_size samples each, in tokens."""
+    """What an iteration does: batch_size prompts, group_size samples each, in tokens. `graph` describes an algorithm
+    that has no name in the library; staleness: iterations that generation may run ahead."""
 
     algorithm: str
+    graph: GraphFile | None = None
+    staleness: Annotated[int, Field(ge=0)] = 0
     batch_size: Positive
     group_size: Positive = 1
     prompt_tokens: Positive

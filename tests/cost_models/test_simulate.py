@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from cost_models.simulate import Durations, latency_s, simulate
-from plans.algorithms import ppo
+from plans.algorithms import Variant, ppo
 from plans.checks import check_plan
 from plans.cluster import ClusterSpec, DeviceMesh, all_meshes
 from plans.library import load_cluster, load_model
@@ -20,7 +20,7 @@ from plans.workload import Workload
 
 def workload(function_reward: bool) -> Workload:
     model = load_model("llama-7b")
-    graph = ppo(reward_seconds_per_sample=0.01 if function_reward else None)
+    graph = ppo(Variant(reward_seconds_per_sample=0.01 if function_reward else None))
     models = {role: model.with_value_head() if role in ("critic", "reward") else model for role in graph.roles}
     return Workload(graph=graph, models=models, batch_size=512, minibatches=4)
 
