@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from plans.algorithms import algorithm_graph
+from plans.algorithms import PAIRED, algorithm_graph
 from plans.cluster import ClusterSpec
 from plans.codec import VALUE_ROLES
 from plans.errors import SpecError
@@ -65,7 +65,7 @@ def build_request(
         graph=graph,
         models=specs,
         batch_size=wanted.batch_size,
-        group_size=wanted.group_size,
+        group_size=max(wanted.group_size, 2 if wanted.algorithm in PAIRED else 1),
         prompt_tokens=wanted.prompt_tokens,
         response_tokens=wanted.response_tokens,
         mean_response_tokens=wanted.mean_response_tokens,

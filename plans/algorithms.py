@@ -24,6 +24,9 @@ class Variant:
     recompute_logprobs: bool = False
 
 
+PLAIN = Variant()
+
+
 def _generate(name: str = "actor_generate", suffix: str = "") -> Call:
     outputs = (f"sequences{suffix}", f"gen_logprobs{suffix}")
     return Call(name=name, kind=GEN, model="actor", inputs=("prompts",), outputs=outputs)
@@ -49,7 +52,7 @@ def _old_logprobs(variant: Variant) -> tuple[str, tuple[Call, ...]]:
     return "old_logprobs", (call,)
 
 
-def ppo(variant: Variant = Variant()) -> DataflowGraph:  # noqa: B008 - frozen
+def ppo(variant: Variant = PLAIN) -> DataflowGraph:
     """PPO with a critic (Ouyang et al. 2022): six calls, seven with recomputed old log-probs."""
     old, extra = _old_logprobs(variant)
     scores = ("sequences", old, "ref_logprobs", "values", "rewards")
@@ -109,6 +112,8 @@ def reward_modelling(variant: Variant) -> DataflowGraph:
     train = Call(name="reward_train", kind=TRAIN, model="reward", inputs=("pairs",))
     return DataflowGraph(name="reward-modelling", calls=(train,), sources=("pairs",))
 
+
+PAIRED = ("dpo", "reward-modelling")  # two samples per prompt: the chosen and the rejected response
 
 ALGORITHMS: dict[str, Callable[[Variant], DataflowGraph]] = {
     "ppo": ppo,

@@ -110,7 +110,7 @@ def _route(
         owner_nodes = {r // per_node for r in owners}
         size = _elements(units[piece.unit], piece, grid)
         relay: dict[int, list[int]] = {}
-        for rank in sorted(needs[piece]):
+        for rank in sorted(needs[piece], key=lambda r: (sent[r], r)):
             node = rank // per_node
             if node in owner_nodes:
                 candidates, turn = [r for r in owners if r // per_node == node], 0

@@ -1,0 +1,94 @@
+"""Graphs of the algorithms, graphs of the user's own, and what an off-policy window changes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import networkx as nx
+import pytest
+
+from plans.algorithms import ALGORITHMS, Variant, algorithm_graph
+from plans.checks import check_plan
+from plans.codec import dump_plan, read_plan
+from plans.errors import SpecError
+from plans.graph import Call, CallKind, DataflowGraph, Edge
+from plans.graphfile import load_graph
+from plans.plan import ExecutionPlan, PlannedCall
+from plans.program import StepKind, compile_program
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("variant", [Variant(), Variant(reward_seconds_per_sample=0.1, recompute_logprobs=True)])
+def test_data_edges_form_a_dag(name: str, variant: Variant) -> None:
+    graph = ALGORITHMS[name](variant)
+    data = nx.DiGraph([(e.source, e.target) for e in graph.edges if not e.distance])
+    assert nx.is_directed_acyclic_graph(data)
+    assert {e.source for e in graph.edges if e.distance} == set(graph.trainers.values())
+
+
+def test_ppo_has_the_calls_and_edges_of_the_paper() -> None:
+    graph = algorithm_graph("ppo")
+    names = [c.name for c in graph.calls]
+    assert names == ["actor_generate", "reward_infer", "ref_infer", "critic_infer", "actor_train", "critic_train"]
+    versions = {(e.source, e.target) for e in graph.edges if e.distance}
+    assert versions == {
+        ("actor_train", "actor_generate"),
+        ("actor_train", "actor_train"),
+        ("critic_train", "critic_infer"),
+        ("critic_train", "critic_train"),
+    }
+    seven = algorithm_graph("ppo", recompute_logprobs=True)
+    assert len(seven.calls) == 7 and Edge("actor_infer", "actor_train") in seven.edges
+
+
+def test_a_call_before_its_input_is_refused() -> None:
+    call = Call(name="x", kind=CallKind.INFERENCE, model="ref", inputs=("sequences",))
+    with pytest.raises(SpecError, match="reads `sequences` before any call writes it"):
+        DataflowGraph(name="odd", calls=(call,))
+
+
+def test_functions_run_with_the_call_that_made_their_input(plan: ExecutionPlan) -> None:
+    graph = algorithm_graph("ppo", reward_seconds_per_sample=0.5)
+    models = {role: plan.workload.models[role] for role in graph.roles}
+    calls = tuple(c for c in plan.calls if c.call != "reward_infer")
+    edited = replace(plan, workload=replace(plan.workload, graph=graph, models=models), calls=calls)
+    assert check_plan(edited) == []
+    steps = compile_program(edited).steps
+    (function,) = [s for s in steps if s.kind is StepKind.FUNCTION]
+    assert function.subject == "reward" and function.ranks == tuple(edited.ranks("actor_generate"))
+    again, problems = read_plan(dump_plan(edited))
+    assert problems == [] and again == edited
+
+
+def test_own_graph_from_yaml_round_trips(plan: ExecutionPlan, tmp_path: Path) -> None:
+    path = tmp_path / "graph.yaml"
+    path.write_text(
+        "name: best-of-n\n"
+        "calls:\n"
+        "- {name: actor_generate, kind: generate, model: actor, inputs: [prompts], outputs: [sequences]}\n"
+        "- {name: reward_infer, kind: inference, model: reward, inputs: [sequences], outputs: [rewards]}\n"
+        "- {name: actor_train, kind: train_step, model: actor, inputs: [sequences, rewards]}\n"
+    )
+    graph = load_graph(path)
+    models = {role: plan.workload.models[role] for role in graph.roles}
+    calls = tuple(c for c in plan.calls if c.call in {x.name for x in graph.calls})
+    own = replace(plan, workload=replace(plan.workload, graph=graph, models=models), calls=calls)
+    again, problems = read_plan(dump_plan(own))
+    assert problems == [] and again == own
+    path.write_text("name: ppo\ncalls: []\n")
+    with pytest.raises(SpecError, match="built-in"):
+        load_graph(path)
+    path.write_text("name: x\ncalls: [{name: a, kind: fly}]\n")
+    with pytest.raises(SpecError, match=r"calls\.0\.kind"):
+        load_graph(path)
+
+
+def test_staleness_lets_training_lag(plan: ExecutionPlan) -> None:
+    late: tuple[PlannedCall, ...] = tuple(replace(c, lag=int(c.call != "actor_generate")) for c in plan.calls)
+    assert {p.rule for p in check_plan(replace(plan, calls=late))} == {"order"}
+    stale = replace(plan.workload, graph=replace(plan.workload.graph, staleness=1))
+    again = replace(plan, workload=stale, calls=late)
+    assert check_plan(again) == []
+    read, problems = read_plan(dump_plan(again))
+    assert problems == [] and read == again
