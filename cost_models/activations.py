@@ -12,7 +12,7 @@ import numpy as np
 
 from cost_models.candidates import FULL_RECOMPUTE, NO_RECOMPUTE, Array
 from cost_models.training_case import OPERATOR_RECOMPUTE, TrainingCase
-from plans.model import ModelSpec
+from plans.model import ModelSpec, Norm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,21 +33,24 @@ class BlockWidths:
     mlp: float
 
 
-def block_widths(spec: ModelSpec, *, fused_pointwise: bool) -> BlockWidths:
-    """Widths of a block of `spec`.
+def block_widths(spec: ModelSpec, *, fused_pointwise: bool, element: float = 2.0) -> BlockWidths:
+    """Widths of a block of `spec` in a precision of `element` bytes.
 
-    An unfused SwiGLU also stores silu(gate); an unfused rotary embedding keeps the projection and the rotated query and
-    key. Experts see `experts_per_token` copies of each token (balanced routing) and store the permuted input and the
-    output of each; the shared expert is one more MLP.
+    A fused norm stores input and output; RMSNorm in plain PyTorch also the normalised input, and its input in fp32.
+    An unfused SwiGLU also stores silu(gate) and the shifted other half (Megatron's `glu_linear_offset`); an unfused
+    rotary embedding keeps the projection (the values are a view of it) beside the rotated query and key. Experts see
+    `experts_per_token` copies of each token (balanced routing) and store the permuted input and the output of each; the
+    shared expert is one more MLP.
     """
     gates = 2 if spec.gated_mlp else 1
-    stored = gates + 1 + (spec.gated_mlp and not fused_pointwise)
+    stored = gates + 1 + 2 * (spec.gated_mlp and not fused_pointwise)
     mlp = float(stored * spec.ffn)
+    norm = 2.0 if fused_pointwise or spec.norm is Norm.LAYER else 2.0 + 4.0 / element
     if spec.experts:
         mlp = spec.experts_per_token * (mlp + 2.0 * spec.hidden) + stored * spec.shared_ffn
     rotated = 0 if fused_pointwise else (spec.heads + spec.kv_heads) * spec.head_dim
     return BlockWidths(
-        stream=2.0 * spec.norms_per_layer * spec.hidden,
+        stream=norm * spec.norms_per_layer * spec.hidden,
         cut=spec.qkv_width + rotated + spec.heads * spec.head_dim + mlp,
         heads=float(spec.heads),
         keys=2.0 * spec.kv_heads * spec.head_dim,

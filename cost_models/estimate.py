@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from cost_models.calls import call_time
 from cost_models.candidates import Candidates
 from cost_models.engines import DEFAULT_ENGINE, Engine, load_engine
-from cost_models.memory import call_memory
+from cost_models.memory import MemoryTerms, call_memory
 from cost_models.memory_terms import context_bytes
 from cost_models.moments import CallMemory, MemoryProfile, memory_profile
 from cost_models.reallocation import reallocation_time, transfer_time
@@ -23,6 +23,14 @@ from plans.timeline import Timeline
 
 BYTES_PER_TOKEN = {"sequences": 9.0}
 SCORE_BYTES = 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class CallCost:
+    """Seconds of one call by term, and its memory."""
+
+    terms: Mapping[str, float]
+    memory: CallMemory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,21 +79,31 @@ def _figures(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def cost_plan(plan: ExecutionPlan, engine: str = DEFAULT_ENGINE) -> PlanCost:
-    """Cost a legal plan (`plans.checks`) under a named engine."""
+def cost_plan(
+    plan: ExecutionPlan,
+    engine: str = DEFAULT_ENGINE,
+    *,
+    foreign: Mapping[str, CallCost] | None = None,
+    steps_s: Mapping[str, float] | None = None,
+) -> PlanCost:
+    """Cost a legal plan (`plans.checks`) under a named engine.
+
+    foreign: calls that another engine runs, with their cost. steps_s: seconds of steps by name where they are known
+    otherwise.
+    """
     constants = load_engine(engine, plan.cluster.gpu.name, plan.workload.dtype)
     program = compile_program(plan)
-    terms = {planned.call: _call_terms(plan, planned.call, constants) for planned in plan.calls}
-    seconds = {call: sum(parts.values()) for call, parts in terms.items()}
+    costs = {p.call: (foreign or {}).get(p.call) or call_cost(plan, p.call, engine) for p in plan.calls}
+    seconds = {call: sum(cost.terms.values()) for call, cost in costs.items()}
     for step in program.steps:
         if step.kind not in (StepKind.CALL, StepKind.LOAD, StepKind.OFFLOAD, StepKind.RELEASE):
             seconds[step.name] = _step_seconds(program, step, constants)
-    durations = Durations(seconds)
-    memory = {planned.call: _call_memory(plan, planned.call, engine) for planned in plan.calls}
+    durations = Durations(seconds | dict(steps_s or {}))
+    memory = {call: cost.memory for call, cost in costs.items()}
     return PlanCost(
         program=program,
         engine=engine,
-        terms=terms,
+        terms={call: cost.terms for call, cost in costs.items()},
         durations=durations,
         timeline=simulate(program, durations),
         latency_s=latency_s(program, durations),
@@ -93,14 +111,14 @@ def cost_plan(plan: ExecutionPlan, engine: str = DEFAULT_ENGINE) -> PlanCost:
     )
 
 
-def _candidates(plan: ExecutionPlan, call: str) -> Candidates:
-    planned = plan.planned(call)
-    return Candidates.of([(planned.mesh, planned.strategy)])
-
-
-def _call_terms(plan: ExecutionPlan, call: str, engine: Engine) -> dict[str, float]:
-    terms = call_time(plan.workload, call, plan.cluster, _candidates(plan, call), engine)
-    return {name: float(seconds[0]) for name, seconds in terms.items()}
+def call_cost(plan: ExecutionPlan, call: str, engine: str) -> CallCost:
+    """Time and memory of one call of a plan under a named engine."""
+    planned, workload, cluster = plan.planned(call), plan.workload, plan.cluster
+    candidates = Candidates.of([(planned.mesh, planned.strategy)])
+    constants = load_engine(engine, cluster.gpu.name, workload.dtype)
+    seconds = call_time(workload, call, cluster, candidates, constants)
+    memory = call_memory(workload, call, cluster, candidates, engine)
+    return CallCost({name: float(values[0]) for name, values in seconds.items()}, _call_memory(plan, call, memory))
 
 
 def _step_seconds(program: Program, step: Step, engine: Engine) -> float:
@@ -126,12 +144,11 @@ def _row_bytes(plan: ExecutionPlan, producer: str, consumer: str) -> float:
     return sum(BYTES_PER_TOKEN.get(key, SCORE_BYTES) * plan.workload.tokens for key in keys)
 
 
-def _call_memory(plan: ExecutionPlan, call: str, engine: str) -> CallMemory:
-    memory = call_memory(plan.workload, call, plan.cluster, _candidates(plan, call), engine)
+def _call_memory(plan: ExecutionPlan, call: str, memory: MemoryTerms) -> CallMemory:
     terms = {name: float(values[0]) for name, values in memory.terms().items()}
     train = plan.workload.graph.call(call).kind is CallKind.TRAIN_STEP
-    state = ("masters", "optimizer")
+    state = ("gradients", "masters", "optimizer")
     stays = train and bool(memory.state_stays[0])
-    resident = ("gradients", "communicators", *(state if stays else ()))
+    resident = ("communicators", *(state if stays else ()))
     transient = ("activations", "logits", "kv_cache", "workspace", "reserve", *(() if stays else state))
     return CallMemory(terms=terms, resident=resident, transient=transient, host=float(memory.host[0]))

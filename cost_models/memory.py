@@ -30,9 +30,10 @@ def call_memory(
     """Memory of a model call, bytes, shape [candidates].
 
     kv_gib: cap of the KV cache per GPU in generation (0: none). A trained model's training call holds the home copy:
-    weights, gradients, masters and optimizer stay, except masters and optimizer of an offloaded candidate, which live
-    in host memory and are loaded for the call. Its other calls read a copy that lives only while they run. A frozen
-    model's weights stay unless offloaded. The CUDA context is not in here: add `context_bytes` once per GPU.
+    weights, gradients, masters and optimizer stay. Offloaded, only the weights do: masters and optimizer live in host
+    memory and are loaded for the call, and the gradient buffers are freed between calls. Its other calls read a copy
+    that lives only while they run. A frozen model's weights stay unless offloaded. The CUDA context is not in here: add
+    `context_bytes` once per GPU.
     """
     habits = _habits(cluster, engine)
     spec, kind = workload.spec(call), workload.graph.call(call).kind

@@ -41,14 +41,14 @@ def inference_terms(workload: Workload, spec: ModelSpec, candidates: Candidates,
     sequences = np.ceil(workload.samples / (candidates.dp * candidates.micro_batches))
     tokens = sequences * workload.tokens / candidates.cp
     activations = forward_block_bytes(spec, element, candidates.tp) * tokens
-    return _fullest(spec, candidates, engine, element, activations, engine.logit_bytes / candidates.tp * tokens)
+    return _fullest(spec, candidates, engine, element, activations, engine.forward_logit_bytes / candidates.tp * tokens)
 
 
 def generation_terms(
     workload: Workload, spec: ModelSpec, candidates: Candidates, engine: MemoryEngine, kv_gib: Array | float = 0.0
 ) -> MemoryTerms:
-    """Memory of generation: KV cache at full length, prefill of one group of sequences at once, logits of one token per
-    sequence of a group.
+    """Memory of generation: KV cache at full length, prefill of one group of sequences at once with its attention mask,
+    logits of one token per sequence of a group.
     """
     element = float(workload.element_bytes)
     sequences = np.ceil(workload.samples / candidates.dp)
@@ -56,8 +56,9 @@ def generation_terms(
     cache = kv_cache_bytes(spec, candidates, sequences, workload.tokens, element, kv_gib)
     group = np.ceil(sequences * cache / need / candidates.groups)
     activations = forward_block_bytes(spec, element, candidates.tp) * group * workload.prompt_tokens
-    terms = _fullest(spec, candidates, engine, element, activations, engine.sampling_bytes * group)
-    return replace(terms, kv_cache=cache)
+    logits = engine.sampling_bytes / candidates.tp * group
+    terms = _fullest(spec, candidates, engine, element, activations, logits)
+    return replace(terms, kv_cache=cache, workspace=engine.mask_bytes * group * float(workload.prompt_tokens) ** 2)
 
 
 def _fullest(

@@ -29,8 +29,10 @@ class MemoryEngine:
     and what the loss makes beside them. reserve: cached but unused share of the allocator, as a fraction of all
     memory that comes and goes (SimuMax B200 rows, reserved - allocated over transient: 0.19 to 0.30).
     communicator_gib: NCCL buffers per group of a layout. context_gib: CUDA context and libraries.
-    sampling_bytes: per sequence and vocabulary entry in decoding: gathered bf16 logits (2), their fp32 copy (4), sorted
-    values (4) and indices (8) for top-p. shards_weights: training shards weights and gradients over dp (ZeRO-3, FSDP);
+    forward_logit_bytes: the same in a forward pass that wants log-probs only. sampling_bytes: per sequence and
+    vocabulary entry of the rank in decoding: logits (2), their fp32 copy (4), weights (4), hash and noise of the entry
+    (8 + 4), scores (4). mask_bytes: per pair of tokens of a prefill with padded prompts: the mask, its inverse and the bias that the
+    attention kernel makes of it. shards_weights: training shards weights and gradients over dp (ZeRO-3, FSDP);
     gathered_layers: whole layers that it then holds at once. gathers_keys: context parallelism gathers keys and values;
     otherwise it exchanges heads for tokens (all-to-all).
     """
@@ -40,19 +42,22 @@ class MemoryEngine:
     flash: bool = True
     wgrad_buffers: bool = False
     logit_bytes: float = 6.0
+    forward_logit_bytes: float = 10.0
     reserve: float = 0.25
     communicator_gib: float = 0.3
     context_gib: float = 0.8
-    sampling_bytes: float = 18.0
+    sampling_bytes: float = 26.0
+    mask_bytes: float = 0.0
     shards_weights: bool = False
     gathered_layers: int = 2
     gathers_keys: bool = True
 
 
 # logit_bytes 6 is Megatron's vocab_parallel_cross_entropy (bf16 logits and the in-place fp32 softmax, which its
-# backward pass reuses); 10 adds what plain PyTorch keeps of an explicit log-softmax and its gradient. communicator_gib,
-# context_gib: 0.34 to 0.4 GB per NCCL communicator set and 0.5 to 0.8 GB per CUDA context on A100 and H100.
-_PLAIN_TORCH = MemoryEngine(name="megatron", fused_pointwise=False, logit_bytes=10.0)
+# backward pass reuses); 14 is plain PyTorch's backward pass: fp32 probabilities, their gradient before and after the division by
+# the temperature, and its bf16 copy. communicator_gib and context_gib: 0.34 to 0.4 GB per NCCL communicator set and 0.5
+# to 0.8 GB per CUDA context on A100 and H100.
+_PLAIN_TORCH = MemoryEngine(name="megatron", fused_pointwise=False, logit_bytes=14.0, mask_bytes=4.0)
 MEMORY_ENGINES: Mapping[str, MemoryEngine] = {
     engine.name: engine
     for engine in (
@@ -85,7 +90,7 @@ class MemoryTerms:
     reserve: allocator cache that nothing uses. host: host memory per GPU of what is offloaded.
 
     Flags say which terms stay when the call is not running: `weights_stay` (trained home copy, frozen model that is not
-    offloaded), `state_stays` (masters and optimizer that are not offloaded), `is_copy` (a trained model's weights
+    offloaded), `state_stays` (gradients, masters and optimizer, unless offloaded), `is_copy` (a trained model's weights
     outside its training call: gone when mesh and layout are the training call's own).
 
     The CUDA context belongs to the process, not to a call: see `context_bytes`.
@@ -109,15 +114,19 @@ class MemoryTerms:
     @property
     def resident_bytes(self) -> Array:
         """Alive on those GPUs all the time."""
-        state = np.where(self.state_stays, self.masters + self.optimizer, 0.0)
-        return np.where(self.weights_stay, self.weights, 0.0) + self.gradients + state + self.communicators
+        weights = np.where(self.weights_stay, self.weights, 0.0)
+        return weights + np.where(self.state_stays, self._state, 0.0) + self.communicators
 
     @property
     def transient_bytes(self) -> Array:
         """Alive while the call runs, beside the resident bytes; includes `copy_bytes`."""
         loaded = np.where(self.weights_stay, 0.0, self.weights)
-        loaded = loaded + np.where(self.state_stays, 0.0, self.masters + self.optimizer)
+        loaded = loaded + np.where(self.state_stays, 0.0, self._state)
         return loaded + self.activations + self.logits + self.kv_cache + self.workspace + self.reserve
+
+    @property
+    def _state(self) -> Array:
+        return self.gradients + self.masters + self.optimizer
 
     @property
     def copy_bytes(self) -> Array:

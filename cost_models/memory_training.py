@@ -174,6 +174,6 @@ def fullest_stage(first: MemoryTerms, last: MemoryTerms) -> MemoryTerms:
 
 def training_terms(spec: ModelSpec, case: TrainingCase, engine: MemoryEngine) -> MemoryTerms:
     """Memory of a training step on its fullest stage."""
-    widths = block_widths(spec, fused_pointwise=engine.fused_pointwise)
+    widths = block_widths(spec, fused_pointwise=engine.fused_pointwise, element=case.element)
     first, last = (stage_terms(stage_parts(spec, case.pp, last=end), widths, case, engine) for end in (False, True))
     return fullest_stage(first, last)

@@ -44,8 +44,8 @@ def changed(path: str, value: Any) -> dict[str, Any]:
     table = copy.deepcopy(TABLE)
     *parents, last = path.split(".")
     place: Any = table
-    for key in parents:
-        place = place[int(key)] if isinstance(place, list) else place[key]
+    for parent in parents:
+        place = place[int(parent)] if isinstance(place, list) else place[parent]
     key: Any = int(last) if isinstance(place, list) else last
     if value is ...:
         del place[key]

@@ -1,0 +1,68 @@
+"""Bytes that a block stores, against what autograd keeps of the runtime's own blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from cost_models.activations import block_widths, kept_block_bytes
+from cost_models.memory_rows import training_case_of
+from plans.layout import Layout
+from plans.model import ModelSpec
+from plans.strategy import Recompute
+from runtime import compat
+from runtime.groups import GroupCache
+from runtime.model import build_model
+
+CPU = torch.device("cpu")
+SPEC = ModelSpec(
+    name="small", layers=2, hidden=256, heads=8, kv_heads=2, head_dim=32, ffn=704, vocab=512, max_context=512
+)
+SEQUENCES, TOKENS = 4, 128
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def stored_bytes(layers: int, precision: str, recompute: Recompute) -> int:
+    """Bytes of the distinct storages that a forward pass saves for the backward pass, weights apart."""
+    layout = Layout(dataclasses.replace(SPEC, layers=layers), (0,))
+    groups = GroupCache(CPU).collection(layout)
+    module = build_model(layout, groups, dtype=DTYPES[precision], device=CPU, recompute=recompute).chunks[0]
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    module.train()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    stored: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            stored[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        module(torch.zeros(SEQUENCES, TOKENS, dtype=torch.long), None, None)
+    return sum(stored.values())
+
+
+def measured(precision: str, recompute: Recompute) -> float:
+    """Bytes per token and layer: the difference between models of four and two layers."""
+    compat.install(CPU)
+    extra = stored_bytes(4, precision, recompute) - stored_bytes(2, precision, recompute)
+    return extra / 2 / (SEQUENCES * TOKENS)
+
+
+def predicted(precision: str, recompute: Recompute) -> float:
+    case = training_case_of(dp=1, micro_batch=SEQUENCES, seq_len=TOKENS, recompute=recompute.value, precision=precision)
+    widths = block_widths(SPEC, fused_pointwise=False, element=case.element)
+    return float(kept_block_bytes(widths, case, gathers_keys=True)[0])
+
+
+def test_stored_bytes_are_what_autograd_keeps_of_the_runtimes_blocks() -> None:
+    cases = [(precision, recompute) for precision in DTYPES for recompute in Recompute]
+    found = run_ranks(1, lambda: [measured(*case) for case in cases])[0]
+    for case, kept in zip(cases, found, strict=True):
+        # Beyond the model: fp32 row statistics of the norms and the rotary table, which does not grow with the batch.
+        assert predicted(*case) == pytest.approx(kept, rel=0.01), case
