@@ -1,9 +1,10 @@
 """Time of reallocation between every source and every target layout of a model, and of batch transfers.
 
 The bytes are those of `plans.reallocation` in closed form, without listing transfers: a target rank receives what it
-needs and does not hold; a node receives over the network, once, what some rank of it needs and none of it holds.
-A unit is held by whole stages and a stage's tp ranks share it by fractions, so that for all source x target pairs the
-common elements of a rank are one matrix product over units times the overlap of two fractions.
+needs and does not hold; a node receives over the network, once, what some rank of it needs and none of it holds. Both
+are exact for every legal layout (tp groups inside a node). A node's traffic depends only on what the node holds in
+the source and needs in the target, so that it is computed once per pair of node contents (`cost_models.holdings`) and
+summed over the nodes that the two meshes share; the target's other nodes receive all they need.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cost_models.candidates import Array
+from cost_models.candidates import Array, Flags
 from cost_models.engines import Engine
-from cost_models.holdings import Holdings, UnitSizes, unit_sizes
+from cost_models.holdings import Contents, Holdings, IntArray, UnitSizes, unit_sizes
 from cost_models.machine import Machine
 from plans.cluster import ClusterSpec
 from plans.layout import Layout
@@ -27,8 +28,8 @@ class Traffic:
     """Elements that move, for every source x target pair; shapes [sources, targets].
 
     received: over all ranks. network: of those, what crosses nodes. rank_peak: most that one rank receives or sends
-    inside a node. node_peak: most that one node receives from or sends to the network. messages: most pieces that one
-    rank receives.
+    inside a node. node_peak: most that one node receives from or sends to the network; the source's nodes send equal
+    parts. messages: most pieces that one rank receives.
     """
 
     received: Array
@@ -67,88 +68,145 @@ def reallocation_time(
 
 def reallocation_traffic(cluster: ClusterSpec, sources: Sequence[Layout], targets: Sequence[Layout]) -> Traffic:
     """What moves between every source and target layout of one model."""
-    sizes = unit_sizes(targets[0].spec)
-    source, target = Holdings.of(sources, cluster), Holdings.of(targets, cluster)
-    shape = (len(sources), len(targets))
-    total, network, rank_peak, node_peak, messages = (np.zeros(shape) for _ in range(5))
-    sent = _network_out(sizes, source, target, cluster.nodes)
-    for node in range(cluster.nodes):
-        arrived = _node_received(sizes, source, target, node)
-        inside = np.zeros(shape)
-        for rank in range(node * source.per_node, (node + 1) * source.per_node):
-            received, pieces = _rank_received(sizes, source, target, rank)
-            inside += received
-            np.maximum(rank_peak, received, out=rank_peak)
-            np.maximum(messages, pieces, out=messages)
-        senders = _senders(source, target, node)
-        np.maximum(rank_peak, np.maximum(inside - arrived, 0.0) / senders, out=rank_peak)
-        np.maximum(node_peak, np.maximum(arrived, sent[node]), out=node_peak)
-        total += inside
-        network += arrived
-    return Traffic(total, network, rank_peak, node_peak, messages)
+    source, target = (Holdings.of(layouts, cluster.gpus_per_node) for layouts in (sources, targets))
+    node = _node_traffic(unit_sizes(targets[0].spec), source.contents, target.contents)
+    shared = _SharedNodes.of(source, target)
+    network = shared.over_nodes(node.network, np.add)
+    node_peak = np.maximum(shared.over_nodes(node.network, np.maximum), network / source.nodes[:, None])
+    return Traffic(
+        received=shared.over_nodes(node.received, np.add),
+        network=network,
+        rank_peak=shared.over_nodes(node.rank_peak, np.maximum),
+        node_peak=node_peak,
+        messages=shared.over_nodes(node.messages, np.maximum),
+    )
 
 
-def _overlap(start: Array, stop: Array, other_start: Array, other_stop: Array) -> Array:
-    """Common length of every pair of intervals, [sources, targets]."""
-    low = np.maximum(start[:, None], other_start[None, :])
-    high = np.minimum(stop[:, None], other_stop[None, :])
-    common: Array = np.maximum(high - low, 0.0)
-    return common
+@dataclass(frozen=True, eq=False)
+class _NodeTraffic:
+    """Traffic of one node by its contents, [source contents, target contents]; the words are those of `Traffic`."""
+
+    received: Array
+    network: Array
+    rank_peak: Array
+    messages: Array
 
 
-def _rank_received(sizes: UnitSizes, source: Holdings, target: Holdings, rank: int) -> tuple[Array, Array]:
-    """Elements and pieces that a rank must receive, [sources, targets]."""
-    holds, needs = source.units_of_rank(rank), target.units_of_rank(rank)
-    common = _overlap(source.start[:, rank], source.stop[:, rank], target.start[:, rank], target.stop[:, rank])
-    fraction = target.stop[:, rank] - target.start[:, rank]
-    sharded = fraction * (needs @ sizes.sharded) - common * ((holds * sizes.sharded) @ needs.T)
-    replicated = needs @ sizes.replicated - (holds * sizes.replicated) @ needs.T
-    kept = np.divide(common, fraction, out=np.zeros_like(common), where=np.broadcast_to(fraction, common.shape) > 0)
-    pieces = needs.sum(axis=1) - kept * (holds @ needs.T)
-    return _clean(sharded + replicated), _clean(pieces)
+def _node_traffic(sizes: UnitSizes, source: Contents, target: Contents) -> _NodeTraffic:
+    """Traffic of a node that turns each source content into each target content. All sums are whole numbers below
+    2^53, so that they are exact in any order."""
+    received, peak, messages = (np.zeros((len(source), len(target))) for _ in range(3))
+    common = _Common.of(sizes, source, target)
+    for gpu in range(source.stage.shape[1]):
+        elements, pieces = common.rank_received(gpu)
+        received += elements
+        np.maximum(peak, elements, out=peak)
+        np.maximum(messages, pieces, out=messages)
+    network, away = _from_other_nodes(sizes, source, target)
+    owners, takers = (np.maximum((contents.stage > 0).sum(axis=1), 1) for contents in (source, target))
+    sends = (received - away) / owners[:, None] + (away - network) / takers
+    return _NodeTraffic(received, network, np.maximum(peak, sends), messages)
 
 
-def _node_received(sizes: UnitSizes, source: Holdings, target: Holdings, node: int) -> Array:
-    """Elements that reach a node over the network, [sources, targets].
+def _from_other_nodes(sizes: UnitSizes, source: Contents, target: Contents) -> tuple[Array, Array]:
+    """Of the units that a node needs and does not hold: elements that reach it over the network, and elements that its
+    ranks receive; shapes [source contents, target contents].
 
     Every tp part of a unit takes the unit's replicated parameters along; a unit without sharded ones travels once.
     """
-    holds, needs = source.units_of_node(node), target.units_of_node(node)
-    start, stop, _ = source.node_fraction(node)
-    need_start, need_stop, parts = target.node_fraction(node)
-    common = _overlap(start, stop, need_start, need_stop)
-    fraction = np.maximum(need_stop - need_start, 0.0)
-    sharded = fraction * (needs @ sizes.sharded) - common * ((holds * sizes.sharded) @ needs.T)
-    with_parts, once = np.where(sizes.sharded > 0, sizes.replicated, 0.0), np.where(sizes.sharded > 0, 0.0, 1.0)
-    replicated = parts * (needs @ with_parts - (holds * with_parts) @ needs.T)
-    alone = once * sizes.replicated
-    return _clean(sharded + replicated + needs @ alone - (holds * alone) @ needs.T)
+    tp = target.tp[:, None]
+    parts = np.where(sizes.sharded > 0, tp, 1)
+    once = target.node_units * (sizes.sharded + sizes.replicated * parts)
+    each = target.units[target.stage].sum(axis=1) * (sizes.sharded / tp + sizes.replicated)
+    held = source.node_units.T
+    network, away = (needed.sum(axis=1) - (needed @ held).T for needed in (once, each))
+    return network, away
 
 
-def _network_out(sizes: UnitSizes, source: Holdings, target: Holdings, nodes: int) -> Array:
-    """Elements that each node sends over the network, [nodes, sources, targets]: a unit that other nodes need is sent
-    in equal parts by the nodes that hold it (senders are chosen by least load)."""
-    weight = sizes.sharded + sizes.replicated
-    holds = np.stack([source.units_of_node(node) for node in range(nodes)])
-    needs = np.stack([target.units_of_node(node) for node in range(nodes)])
-    share = holds / np.maximum(holds.sum(axis=0), 1.0) * weight
-    wanted = needs.sum(axis=0)[None] - np.einsum("nsu,ntu->stu", holds, needs, optimize=True)
-    sent: Array = np.einsum("nsu,stu->nst", share, wanted, optimize=True)
-    return sent
+@dataclass(frozen=True, eq=False)
+class _Common:
+    """What source stages and target stages have in common, [source stages, target stages]: elements that tp cuts,
+    elements held whole, and units. need: the same three of a target stage alone, [3, target stages]."""
+
+    source: Contents
+    target: Contents
+    sharded: Array
+    replicated: Array
+    units: Array
+    need: Array
+
+    @classmethod
+    def of(cls, sizes: UnitSizes, source: Contents, target: Contents) -> _Common:
+        weights = np.stack([sizes.sharded, sizes.replicated, np.ones_like(sizes.sharded)])
+        sharded, replicated, units = ((source.units * weight) @ target.units.T for weight in weights)
+        return cls(source, target, sharded, replicated, units, weights @ target.units.T)
+
+    def rank_received(self, gpu: int) -> tuple[Array, Array]:
+        """Elements and pieces that a GPU of a node must receive, [source contents, target contents]."""
+        holds, needs = self.source.stage[:, gpu], self.target.stage[:, gpu]
+        at = np.ix_(holds, needs)
+        own, part = self.source.tp[:, None], self.target.tp[None, :]
+        overlap = _overlap(gpu, own, part)
+        sharded, replicated, units = self.need[:, needs]
+        elements = sharded / part + replicated - overlap * self.sharded[at] / (own * part) - self.replicated[at]
+        return elements, units - overlap * self.units[at] / own
 
 
-def _senders(source: Holdings, target: Holdings, node: int) -> Array:
-    """Ranks of a node that share the sending inside it: its source ranks, or where it has none its target ranks."""
-    ranks = slice(node * source.per_node, (node + 1) * source.per_node)
-    owners = source.inside[:, ranks].sum(axis=1)[:, None]
-    takers = target.inside[:, ranks].sum(axis=1)[None, :]
-    senders: Array = np.maximum(np.where(owners > 0, owners, takers), 1).astype(np.float64)
-    return senders
+def _overlap(gpu: int, own: IntArray, part: IntArray) -> IntArray:
+    """What the GPU's parts of a parameter that is cut in `own` and in `part` have in common, in 1 / (own x part)."""
+    low = np.maximum((gpu % own) * part, (gpu % part) * own)
+    high = np.minimum((gpu % own + 1) * part, (gpu % part + 1) * own)
+    common: IntArray = np.maximum(high - low, 0)
+    return common
 
 
-def _clean(elements: Array) -> Array:
-    """Differences of equal sums without their rounding noise."""
-    return np.where(elements < 0.5, 0.0, elements)
+@dataclass(frozen=True, eq=False)
+class _SharedNodes:
+    """The nodes that a source and a target mesh share, for all pairs of meshes that share some.
+
+    pairs: [sources, targets], where they do. cell: [shared nodes], source and target content of each of them as an
+    index into a flat [source contents, target contents]; those of a pair stand together, the first at `start`.
+    column: [pairs that share], the target. before, after: [pairs that share], the first shared node and the one after
+    the last, counted in the target's mesh.
+    """
+
+    target: Holdings
+    pairs: Flags
+    cell: IntArray
+    start: IntArray
+    column: IntArray
+    before: IntArray
+    after: IntArray
+
+    @classmethod
+    def of(cls, source: Holdings, target: Holdings) -> _SharedNodes:
+        low = np.maximum(source.first[:, None], target.first)
+        high = np.minimum(source.last[:, None], target.last) + 1
+        pairs = high > low
+        row, column = np.nonzero(pairs)
+        low, high = low[pairs], high[pairs]
+        count = high - low
+        start = np.cumsum(count) - count
+        step = np.arange(count.sum()) - np.repeat(start, count)
+        holds, needs = (
+            h.content.reshape(-1)[np.repeat(h.form[i] * h.content.shape[1] + low - h.first[i], count) + step]
+            for h, i in ((source, row), (target, column))
+        )
+        first = target.first[column]
+        return cls(target, pairs, holds * len(target.contents) + needs, start, column, low - first, high - first)
+
+    def over_nodes(self, figure: Array, combine: np.ufunc) -> Array:
+        """A figure of nodes [source contents, target contents] summed (or the largest) over the nodes of the target
+        mesh, [sources, targets]."""
+        apart = figure[0, self.target.content]
+        zero = np.zeros((len(apart), 1))
+        left = np.concatenate([zero, combine.accumulate(apart, axis=1)], axis=1)
+        right = np.concatenate([combine.accumulate(apart[:, ::-1], axis=1)[:, ::-1], zero], axis=1)
+        form = self.target.form
+        result: Array = np.tile(left[form, -1], (len(self.pairs), 1))
+        outside = combine(left[form[self.column], self.before], right[form[self.column], self.after])
+        result[self.pairs] = combine(outside, combine.reduceat(figure.reshape(-1)[self.cell], self.start))
+        return result
 
 
 def transfer_time(

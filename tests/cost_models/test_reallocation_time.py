@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import random
 import time
+from collections import Counter
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -21,15 +23,36 @@ from plans.strategy import ParallelStrategy
 
 
 def tiny(**changes: object) -> ModelSpec:
-    sizes: dict[str, object] = {"layers": 4, "hidden": 32, "heads": 8, "kv_heads": 8, "ffn": 48, "vocab": 256}
+    sizes: dict[str, object] = {"layers": 4, "hidden": 48, "heads": 12, "kv_heads": 12, "ffn": 48, "vocab": 384}
     return ModelSpec(name="tiny", head_dim=4, **(sizes | changes))  # type: ignore[arg-type]
+
+
+@dataclass
+class Listed:
+    """Elements of the transfers that `plans.reallocation` lists: received and sent inside a node by rank, arrived over
+    the network by node."""
+
+    received: Counter[int] = field(default_factory=Counter)
+    relayed: Counter[int] = field(default_factory=Counter)
+    arrived: Counter[int] = field(default_factory=Counter)
+
+    @classmethod
+    def of(cls, source: Layout, target: Layout, per_node: int) -> Listed:
+        listed = cls()
+        for transfer in reallocation(source, target, per_node).transfers:
+            listed.received[transfer.target] += transfer.elements
+            if transfer.source // per_node == transfer.target // per_node:
+                listed.relayed[transfer.source] += transfer.elements
+            else:
+                listed.arrived[transfer.target // per_node] += transfer.elements
+        return listed
 
 
 def layouts(cluster: ClusterSpec, spec: ModelSpec) -> list[Layout]:
     found = []
     for mesh in all_meshes(cluster):
-        for tp, pp, vpp in itertools.product((1, 2, 4), (1, 2, 4), (1, 2)):
-            fits = mesh.size % (tp * pp) == 0 and tp <= mesh.gpus and 4 % (pp * vpp) == 0
+        for tp, pp, vpp in itertools.product((1, 2, 3, 4, 6), (1, 2, 4), (1, 2)):
+            fits = mesh.size % (tp * pp) == 0 and mesh.gpus % tp == 0 and 4 % (pp * vpp) == 0
             if fits and (vpp == 1 or pp > 1):
                 strategy = ParallelStrategy(dp=mesh.size // (tp * pp), tp=tp, pp=pp, vpp=vpp)
                 found.append(Layout.of(spec, mesh, strategy, cluster))
@@ -45,16 +68,45 @@ def engine_of(cluster: ClusterSpec) -> Engine:
     [tiny(), tiny(tied_embeddings=True), tiny().with_value_head()],
     ids=["untied", "tied", "value"],
 )
-def test_bytes_equal_the_listed_transfers(spec: ModelSpec) -> None:
-    cluster = load_cluster("a100-80gb", gpus=12, gpus_per_node=4)
+@pytest.mark.parametrize("per_node", [4, 6])
+def test_bytes_equal_the_listed_transfers(spec: ModelSpec, per_node: int) -> None:
+    cluster = load_cluster("a100-80gb", gpus=3 * per_node, gpus_per_node=per_node)
     generator = random.Random(1)
     sources, targets = (generator.sample(layouts(cluster, spec), 14) for _ in range(2))
     moved = reallocation_traffic(cluster, sources, targets)
     for (i, source), (j, target) in itertools.product(enumerate(sources), enumerate(targets)):
-        listed = reallocation(source, target, 4).transfers
-        assert moved.received[i, j] == pytest.approx(sum(t.elements for t in listed), abs=0.5)
-        across = [t for t in listed if t.source // 4 != t.target // 4]
-        assert moved.network[i, j] == pytest.approx(sum(t.elements for t in across), abs=0.5), (source, target)
+        listed = Listed.of(source, target, per_node)
+        assert moved.received[i, j] == sum(listed.received.values()), (source, target)
+        assert moved.network[i, j] == sum(listed.arrived.values()), (source, target)
+        assert moved.rank_peak[i, j] >= max(listed.received.values(), default=0)
+        nodes = len({rank // per_node for rank in source.ranks})
+        balanced = sum(listed.arrived.values()) / nodes
+        assert moved.node_peak[i, j] == max(balanced, max(listed.arrived.values(), default=0))
+
+
+def test_the_busiest_rank_is_that_of_the_listed_transfers() -> None:
+    cluster = load_cluster("a100-80gb", gpus=12, gpus_per_node=4)
+    generator = random.Random(2)
+    found = layouts(cluster, tiny(layers=32))
+    sources, targets = (generator.sample(found, 12) for _ in range(2))
+    moved = reallocation_traffic(cluster, sources, targets)
+    ratios = []
+    for (i, source), (j, target) in itertools.product(enumerate(sources), enumerate(targets)):
+        listed = Listed.of(source, target, 4)
+        busiest = max([*listed.received.values(), *listed.relayed.values()], default=0)
+        assert (moved.rank_peak[i, j] == 0) == (busiest == 0)
+        ratios += [moved.rank_peak[i, j] / busiest] if busiest else []
+    assert np.quantile(ratios, 0.2) > 0.95
+    assert max(ratios) < 1.05
+
+
+def test_one_pair_costs_what_it_costs_among_many() -> None:
+    cluster = load_cluster("a100-80gb", gpus=24, gpus_per_node=6)
+    generator = random.Random(3)
+    sources, targets = (generator.sample(layouts(cluster, tiny()), 20) for _ in range(2))
+    matrix = reallocation_matrix(cluster, engine_of(cluster), 2, sources, targets)
+    for (i, source), (j, target) in itertools.product(enumerate(sources), enumerate(targets)):
+        assert reallocation_time(cluster, engine_of(cluster), 2, [(source, target)])[0] == matrix[i, j]
 
 
 def test_nothing_moves_between_equal_layouts() -> None:
@@ -75,20 +127,21 @@ def test_seventy_billion_takes_its_bytes_over_the_network() -> None:
     assert least < seconds < 1.2 * least
 
 
-def test_forty_thousand_pairs_in_seconds() -> None:
-    cluster = load_cluster("a100-80gb", gpus=128)
+def test_a_quarter_million_pairs_on_a_thousand_gpus() -> None:
+    cluster = load_cluster("a100-80gb", gpus=1024)
     generator = random.Random(0)
     meshes = [mesh for mesh in all_meshes(cluster) if mesh.size >= 8]
-    spec, found = load_model("llama-70b"), []
-    while len(found) < 200:
-        mesh, tp, pp = generator.choice(meshes), generator.choice((1, 2, 4, 8)), generator.choice((1, 2, 4, 8))
+    spec = load_model("llama-70b")
+    found: list[Layout] = []
+    while len(found) < 500:
+        mesh, tp, pp = generator.choice(meshes), generator.choice((1, 2, 4, 8)), generator.choice((1, 2, 4, 5, 8, 80))
         if mesh.size % (tp * pp) == 0:
             strategy = ParallelStrategy(dp=mesh.size // (tp * pp), tp=tp, pp=pp)
             found.append(Layout.of(spec, mesh, strategy, cluster))
-    started = time.perf_counter()
+    started = time.process_time()
     seconds = reallocation_matrix(cluster, engine_of(cluster), 2, found, found)
-    assert seconds.shape == (200, 200)
-    assert time.perf_counter() - started < 6.0
+    assert seconds.shape == (500, 500)
+    assert time.process_time() - started < 4.0
 
 
 def test_transfer_waits_for_the_busiest_rank() -> None:
