@@ -82,8 +82,8 @@ def kept_block_bytes(widths: BlockWidths, case: TrainingCase, *, gathers_keys: b
     Selective recomputation drops the score matrix (section 5 of the paper); the query, key and value that it starts
     from stay. Full recomputation keeps 2 sbh.
     """
-    none = stored_block_bytes(widths, case, case.scores, gathers_keys=gathers_keys)
     selective = stored_block_bytes(widths, case, np.zeros_like(case.tp), gathers_keys=gathers_keys)
+    none = selective if case.flash else stored_block_bytes(widths, case, case.scores, gathers_keys=gathers_keys)
     full = widths.hidden * case.element / np.where(case.sequence_parallel, case.tp, 1.0)
     halves = full + 0.5 * widths.cut * case.element / case.tp
     kept = np.where(case.recompute == NO_RECOMPUTE, none, selective)

@@ -31,10 +31,10 @@ class MemoryEngine:
     communicator_gib: NCCL buffers per group of a layout. context_gib: CUDA context and libraries.
     forward_logit_bytes: the same in a forward pass that wants log-probs only. sampling_bytes: per sequence and
     vocabulary entry of the rank in decoding: logits (2), their fp32 copy (4), weights (4), hash and noise of the entry
-    (8 + 4), scores (4). mask_bytes: per pair of tokens of a prefill with padded prompts: the mask, its inverse and the bias that the
-    attention kernel makes of it. shards_weights: training shards weights and gradients over dp (ZeRO-3, FSDP);
-    gathered_layers: whole layers that it then holds at once. gathers_keys: context parallelism gathers keys and values;
-    otherwise it exchanges heads for tokens (all-to-all).
+    (8 + 4), scores (4). mask_bytes: per pair of tokens of a prefill with padded prompts: the mask, its inverse and the
+    bias that the attention kernel makes of it. shards_weights: training shards weights and gradients over dp (ZeRO-3,
+    FSDP); gathered_layers: whole layers that it then holds at once. gathers_keys: context parallelism gathers keys and
+    values; otherwise it exchanges heads for tokens (all-to-all).
     """
 
     name: str
@@ -54,9 +54,9 @@ class MemoryEngine:
 
 
 # logit_bytes 6 is Megatron's vocab_parallel_cross_entropy (bf16 logits and the in-place fp32 softmax, which its
-# backward pass reuses); 14 is plain PyTorch's backward pass: fp32 probabilities, their gradient before and after the division by
-# the temperature, and its bf16 copy. communicator_gib and context_gib: 0.34 to 0.4 GB per NCCL communicator set and 0.5
-# to 0.8 GB per CUDA context on A100 and H100.
+# backward pass reuses); 14 is plain PyTorch's backward pass: fp32 probabilities, their gradient before and after the
+# division by the temperature, and its bf16 copy. communicator_gib and context_gib: 0.34 to 0.4 GB per NCCL communicator
+# set and 0.5 to 0.8 GB per CUDA context on A100 and H100.
 _PLAIN_TORCH = MemoryEngine(name="megatron", fused_pointwise=False, logit_bytes=14.0, mask_bytes=4.0)
 MEMORY_ENGINES: Mapping[str, MemoryEngine] = {
     engine.name: engine

@@ -19,12 +19,13 @@
       }
     }
 
-Operations, their axes and units are `OPERATIONS`. Seconds and bytes grow with every axis that is not exact; `_peak`
-entries hold the peak memory of the operation without its weights. A model's blocks are timed for one layer of the
-tp-way shard without its collectives. In collectives `bytes` is the whole vector (nccl-tests' convention: the output of
-an all-gather, the input of a reduce-scatter). Efficiencies are shares of the vendor peak of the hardware entry (compute
-for GEMM and prefill, memory bandwidth for decode); `lanes` are attention heads (prefill) or key-value heads (decode)
-times sequences. A grid is full: a point that could not be measured is left out with its whole row, never null.
+Operations, their axes and units are those of `cost_models.table_schema`. Seconds and bytes grow with every axis that is
+not exact; `_peak` entries hold the peak memory of the operation without its weights. A model's blocks are timed for one
+layer of the tp-way shard without its collectives. In collectives `bytes` is the whole vector (nccl-tests' convention:
+the output of an all-gather, the input of a reduce-scatter). Efficiencies are shares of the vendor peak of the hardware
+entry (compute for GEMM and prefill, memory bandwidth for decode); `lanes` are attention heads (prefill) or key-value
+heads (decode) times sequences. A grid is full: a point that could not be measured is left out with its whole row, never
+null.
 """
 
 from __future__ import annotations
@@ -41,55 +42,10 @@ import numpy as np
 
 from cost_models.candidates import Array
 from cost_models.interpolation import Answer, Grid, Source
-from plans.errors import RealplanError, nearest
+from cost_models.table_schema import FORMAT, OPERATIONS, Operation, TableError
+from plans.errors import nearest
 from plans.library import gpu_names
 from plans.workload import DTYPE_BYTES
-
-FORMAT = "realplan-costs/1"
-
-
-class TableError(RealplanError):
-    """A cost table that cannot be used: file, key and rule."""
-
-
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """What an entry measures: its axes in order, those that are exact, and the unit of its values."""
-
-    axes: tuple[str, ...]
-    unit: str = "s"
-
-    @property
-    def exact(self) -> frozenset[str]:
-        """Axes that are looked up, never interpolated."""
-        return frozenset(self.axes) & {"tp", "ranks"}
-
-
-def _operations() -> dict[str, Operation]:
-    tokens, block = ("tp", "tokens"), ("tp", "sequences", "sequence_tokens")
-    modules = {
-        "embedding_forward": tokens,
-        "embedding_backward": tokens,
-        "block_forward": block,
-        "block_backward": block,
-        "block_recompute": block,
-        "block_prefill": block,
-        "block_decode": ("tp", "sequences", "cached_tokens"),
-        "head_forward": tokens,
-        "head_backward": tokens,
-        "optimizer_step": ("parameters",),
-    }
-    found = {name: Operation(axes) for name, axes in modules.items()}
-    found |= {f"{name}_peak": Operation(axes, "bytes") for name, axes in modules.items()}
-    for name in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv", "custom_all_reduce"):
-        found |= {f"{name}_{place}": Operation(("ranks", "bytes")) for place in ("node", "network", "network_strided")}
-    found["gemm_efficiency"] = Operation(("m", "n", "k"), "1")
-    found["attention_prefill_efficiency"] = Operation(("lanes", "sequence_tokens"), "1")
-    found["attention_decode_efficiency"] = Operation(("lanes", "cached_tokens"), "1")
-    return found
-
-
-OPERATIONS: Mapping[str, Operation] = _operations()
 
 
 @dataclass(frozen=True, eq=False)
