@@ -39,10 +39,11 @@ class CallMemory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moment:
-    """One step and the bytes on every rank while it runs."""
+    """One step and the bytes on every rank while it runs; `terms` are those of its fullest rank, largest first."""
 
     step: Step
     bytes_by_rank: NDArray[np.float64]
+    terms: Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,9 @@ def memory_profile(program: Program, calls: Mapping[str, CallMemory], context_by
     moments = []
     for step in program.steps:
         if step.kind in (StepKind.CALL, StepKind.REALLOCATE):
-            moments.append(Moment(step=step, bytes_by_rank=_at(program, calls, step, resident)))
+            bytes_by_rank = _at(program, calls, step, resident)
+            terms = _terms_at(program, calls, step, int(bytes_by_rank.argmax()), context_bytes)
+            moments.append(Moment(step=step, bytes_by_rank=bytes_by_rank, terms=terms))
     best = max(moments, key=lambda m: float(m.bytes_by_rank.max()))
     rank = int(best.bytes_by_rank.argmax())
     return MemoryProfile(
@@ -90,7 +93,7 @@ def memory_profile(program: Program, calls: Mapping[str, CallMemory], context_by
         peak_bytes=float(best.bytes_by_rank[rank]),
         peak_rank=rank,
         peak_step=best.step.name,
-        peak_terms=_terms_at(program, calls, best.step, rank, context_bytes),
+        peak_terms=best.terms,
         host_bytes_by_node=_host(program, calls),
     )
 
