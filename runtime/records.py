@@ -63,9 +63,9 @@ class Recorder:
     """Writes a rank's status and records. `origin_s` is the time (time.time) at which the run started."""
 
     def __init__(self, folder: Path, rank: int, origin_s: float) -> None:
-        self._rank = rank
+        folder.mkdir(parents=True, exist_ok=True)
         self._status = os.open(status_path(folder, rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        self._records = records_path(folder, rank).open("a")
+        self._records = records_path(folder, rank).open("w")
         self._shift_s = time.time() - time.perf_counter() - origin_s
         self._spans: dict[int, list[tuple[str, str, float, float]]] = {}
         self._stats: dict[int, dict[str, list[Stat]]] = {}

@@ -1,0 +1,79 @@
+"""`realrun`: run a plan."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def realrun(
+    plan: Annotated[
+        Path, typer.Argument(help="plan file, as `realplan search` writes it", exists=True, dir_okay=False)
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="key=value", help="keys of the run file, such as iterations=3")
+    ] = None,
+    run: Annotated[Path | None, typer.Option(help="run file (default: the one that the plan names)")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would run on which rank, and stop")] = False,
+    allow_stale: Annotated[bool, typer.Option("--allow-stale", help="run although the estimate is stale")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")] = False,
+) -> None:
+    """Run a plan: train the models of its workload with the run file's data, weights and reward."""
+    for override in overrides or []:
+        if "=" not in override:
+            raise typer.BadParameter(f"`{override}` is not of the form key=value", param_hint="overrides")
+    from plans.codec import BadPlan
+    from plans.errors import RealplanError
+
+    try:
+        _run(plan, overrides or [], run, dry_run, allow_stale)
+    except RealplanError as error:
+        if debug:
+            _say(getattr(error, "details", ""))
+            raise
+        _say(str(error) if isinstance(error, BadPlan) else f"error: {error}")
+        raise typer.Exit(1) from None
+
+
+def _run(path: Path, overrides: list[str], run_path: Path | None, dry_run: bool, allow_stale: bool) -> None:
+    from runtime.describe import batch_words, program_words
+    from runtime.preflight import check_devices, check_estimate, check_packages, check_weights, legal_plan, read_run
+
+    plan = legal_plan(path)
+    if not allow_stale:
+        check_estimate(plan, path)
+    run = read_run(plan, path, run_path, overrides)
+    first = os.environ.get("RANK", "0") == "0"
+    if dry_run or first:
+        for line in batch_words(plan):
+            print(line) if dry_run else _say(line)
+    if dry_run:
+        for line in program_words(plan):
+            print(line)
+        return
+    check_weights(plan, run)
+    check_packages()
+    check_devices(plan, int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None)
+    from runtime.launch import launch
+    from runtime.monitor import summary
+
+    lines = launch(plan, run)
+    if first:
+        for line in [*summary(plan, lines), f"output: {run.output}"]:
+            _say(line)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def main() -> None:
+    """Console script."""
+    app()

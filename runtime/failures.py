@@ -1,0 +1,84 @@
+"""Why a run failed: what ranks wrote before they went, and which of it is the cause."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from plans.errors import RealplanError
+from runtime.records import read_status
+
+
+class RunFailed(RealplanError):
+    """A run that ended on some rank. `details`: that rank's traceback, where it had one."""
+
+    def __init__(self, message: str, hint: str = "", details: str = "") -> None:
+        super().__init__(message, hint)
+        self.details = details
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One rank's error. `secondary`: it only noticed that another rank went away."""
+
+    message: str
+    hint: str
+    secondary: bool
+    at_s: float
+    details: str
+
+
+def write_failure(folder: Path, rank: int, error: Exception) -> Failure:
+    """Keep a rank's error for the launching process."""
+    message, hint = f"rank {rank}: {type(error).__name__}: {error}", ""
+    if isinstance(error, RealplanError):
+        message, hint = error.message, error.hint
+    failure = Failure(
+        message=message,
+        hint=hint,
+        secondary=getattr(error, "secondary", False),
+        at_s=time.time(),
+        details="".join(traceback.format_exception(error)),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"error-{rank}.json"
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(asdict(failure)))
+    partial.rename(path)
+    return failure
+
+
+def find_cause(folder: Path, exit_codes: Mapping[int, int]) -> RunFailed:
+    """The cause of a failed run. `exit_codes`: of the ranks that ended by themselves, negative for a signal.
+
+    A rank that was killed, or the earliest error that is not about a lost peer.
+    """
+    failures = {int(p.stem.removeprefix("error-")): Failure(**json.loads(p.read_text())) for p in _errors(folder)}
+    for rank, code in sorted(exit_codes.items()):
+        if rank not in failures and code != 0:
+            return _vanished(folder, rank, code)
+    if not failures:
+        return RunFailed("the run ended without a word from any rank", "run again with --debug")
+    first = min(failures.values(), key=lambda f: (f.secondary, f.at_s))
+    return RunFailed(first.message, first.hint, first.details)
+
+
+def _errors(folder: Path) -> list[Path]:
+    return sorted(folder.glob("error-*.json"))
+
+
+def _vanished(folder: Path, rank: int, code: int) -> RunFailed:
+    status = read_status(folder, rank)
+    where = "while it started"
+    if status is not None and status.step:
+        where = f"in iteration {status.iteration}, step `{status.step}`"
+    if code >= 0:
+        return RunFailed(f"rank {rank} exited with code {code} {where}")
+    name = signal.Signals(-code).name
+    hint = "the system kills a process when memory runs out; `dmesg` tells" if name == "SIGKILL" else ""
+    return RunFailed(f"rank {rank} was killed by {name} {where}", hint)

@@ -1,0 +1,119 @@
+"""Start a run: torch elastic in this process on one machine, or this process as one rank of many."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import shutil
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from plans.codec import save_plan
+from plans.errors import RealplanError
+from plans.files import write_atomically
+from plans.plan import ExecutionPlan
+from plans.runfile import RunFile
+from runtime.entry import launched_worker
+from runtime.failures import RunFailed, find_cause
+from runtime.metrics import Metrics
+from runtime.monitor import Monitor
+
+
+def launch(plan: ExecutionPlan, run: RunFile) -> Sequence[Metrics]:
+    """Run a plan; the metrics of its iterations. Raises RunFailed with the cause, RealplanError for wrong input.
+
+    Under torchrun or srun (RANK and WORLD_SIZE are set) this process is one rank, and rank 0 keeps the files.
+    """
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return _join(plan, run)
+    output = Path(run.output)
+    scratch = output / ".ranks"
+    _prepare(plan, run, scratch)
+    with Monitor(plan, run.iterations, scratch, output) as monitor:
+        _elastic(plan, run, scratch)
+    shutil.rmtree(scratch)
+    return monitor.lines
+
+
+def _prepare(plan: ExecutionPlan, run: RunFile, scratch: Path) -> None:
+    """The plan and the run file as they are run, in the output folder, and an empty folder for the ranks."""
+    output = Path(run.output)
+    try:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        save_plan(plan, output / "plan.json")
+        write_atomically(output / "run.yaml", yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
+    except OSError as error:
+        raise RealplanError(f"cannot write to output `{output}`: {error.strerror}", "output=FOLDER") from None
+
+
+def _elastic(plan: ExecutionPlan, run: RunFile, scratch: Path) -> None:
+    cpu = plan.cluster.gpu.name == "cpu"
+    _set_environment(cpu)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=plan.cluster.size,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        monitor_interval=0.1,
+        # The server imports torch and megatron once and forks the ranks. CUDA does not survive a fork.
+        start_method="forkserver" if cpu else "spawn",
+        logs_specs=DefaultLogsSpecs(log_dir=str(scratch / "elastic")),
+        shutdown_timeout=5,
+    )
+    if cpu:
+        multiprocessing.get_context("forkserver").set_forkserver_preload(["runtime.worker"])
+    try:
+        elastic_launch(config, launched_worker)(plan, run, scratch)
+    except ChildFailedError as error:
+        raise find_cause(scratch, {rank: f.exitcode for rank, f in error.failures.items()}) from None
+    except SignalException as error:
+        raise RunFailed(f"stopped by {error.sigval.name}") from None
+
+
+def _set_environment(cpu: bool) -> None:
+    """What torch and its children read. A variable that the user has set stays."""
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    defaults = {
+        # The agents' store outlives the workers'; sharing it breaks the next rendezvous.
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    }
+    if cpu:  # threads that wait for each other's cores burn several times the time that they save
+        defaults["OMP_NUM_THREADS"] = "1"
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def _join(plan: ExecutionPlan, run: RunFile) -> Sequence[Metrics]:
+    """One rank under torchrun or srun; all machines see one file system."""
+    from runtime.worker import guarded
+
+    output = Path(run.output)
+    scratch = output / f".ranks-{os.environ.get('TORCHELASTIC_RUN_ID') or os.environ.get('SLURM_JOB_ID', '0')}"
+    lines: Sequence[Metrics] = ()
+    if os.environ["RANK"] != "0":
+        failure = guarded(plan, run, scratch)
+    else:
+        _prepare(plan, run, scratch)  # before this rank joins the others, who write only after that
+        with Monitor(plan, run.iterations, scratch, output) as monitor:
+            failure = guarded(plan, run, scratch)
+        lines = monitor.lines
+    if failure is not None:
+        raise RunFailed(failure.message, failure.hint, failure.details)
+    if os.environ["RANK"] == "0":
+        shutil.rmtree(scratch)
+    return lines

@@ -1,0 +1,100 @@
+"""What a person sees of a run: a line per iteration while it goes, its files, and a summary at the end."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from threading import Event, Thread
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from plans.plan import ExecutionPlan
+from plans.program import compile_program
+from runtime.metrics import TIMING_NAMES, Metrics, MetricsLog
+from runtime.records import RecordReader
+
+POLL_S = 0.2
+
+
+class Monitor:
+    """Follows the records of all ranks in a thread: writes `metrics.jsonl`, and on leaving `timeline.json`; shows
+    progress on stderr, with a bar on a terminal."""
+
+    def __init__(self, plan: ExecutionPlan, iterations: int, scratch: Path, output: Path) -> None:
+        program = compile_program(plan)
+        ranks = tuple(rank for rank in range(plan.cluster.size) if program.projection(rank))
+        self._reader = RecordReader(scratch, ranks)
+        self._log = MetricsLog(program, output / "metrics.jsonl")
+        self._timeline = output / "timeline.json"
+        self._iterations = iterations
+        self._stop = Event()
+        self._thread = Thread(target=self._follow, daemon=True)
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        columns = (TextColumn("iterations"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=self._console, disable=not sys.stderr.isatty(), transient=True)
+        self._task = self._bar.add_task("", total=iterations)
+
+    def __enter__(self) -> Monitor:
+        self._bar.start()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._poll()
+        self._bar.stop()
+        if self._log.lines:
+            self._log.timeline().save(self._timeline)
+
+    @property
+    def lines(self) -> Sequence[Metrics]:
+        """Metrics of the iterations so far."""
+        return self._log.lines
+
+    def _follow(self) -> None:
+        while not self._stop.wait(POLL_S):
+            self._poll()
+
+    def _poll(self) -> None:
+        for records in self._reader.poll():
+            self._console.print(progress_line(self._log.add(records), self._iterations))
+            self._bar.advance(self._task)
+
+
+def progress_line(metrics: Metrics, iterations: int) -> str:
+    """One iteration: reward, KL to the reference, seconds, and the share of each call."""
+    step_s = metrics["timing_s/step"]
+    names = [name for name in dict.fromkeys(TIMING_NAMES.values()) if f"timing_s/{name}" in metrics]
+    parts = [f"{name} {metrics[f'timing_s/{name}'] / step_s:.0%}" for name in names]
+    moved = sum(value for key, value in metrics.items() if key.startswith("timing_s/realloc_"))
+    if moved:
+        parts.append(f"realloc {moved / step_s:.0%}")
+    number = f"{int(metrics['iteration']) + 1:>{len(str(iterations))}}/{iterations}"
+    reward, kl = metrics.get("critic/score/mean"), metrics.get("actor/reward_kl_penalty")
+    learnt = f"  reward {reward:+.3f}  kl {kl:.4f}" if reward is not None and kl is not None else ""
+    return f"iteration {number}{learnt}  {step_s:.2f} s  ({', '.join(parts)})"
+
+
+def summary(plan: ExecutionPlan, lines: Sequence[Metrics]) -> list[str]:
+    """The reward of the first against the last quarter of a run, and predicted against measured seconds."""
+    said: list[str] = []
+    quarter = max(1, len(lines) // 4)
+    rewards = [line["critic/score/mean"] for line in lines if "critic/score/mean" in line]
+    if rewards:
+        first, last = sum(rewards[:quarter]) / quarter, sum(rewards[-quarter:]) / quarter
+        said.append(f"reward: first quarter {first:+.3f}, last quarter {last:+.3f} (mean score per sample)")
+    if plan.estimate is None or not lines:
+        return said
+    steady = lines[1:] or lines  # the first iteration warms up
+    said.append(f"{'seconds':<16}{'predicted':>10}{'measured':>10}")
+    rows = [(call.name, f"plan/{call.name}/measured_s") for call in plan.workload.graph.calls]
+    predicted = {**plan.estimate.calls_s, "iteration": plan.estimate.iteration_s}
+    for name, key in [*rows, ("iteration", "timing_s/step")]:
+        measured = [line[key] for line in steady if key in line]
+        if measured and name in predicted:
+            said.append(f"{name:<16}{predicted[name]:>10.3f}{sum(measured) / len(measured):>10.3f}")
+    return said

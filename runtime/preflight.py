@@ -1,0 +1,104 @@
+"""What can be wrong before a rank starts: the plan, its estimate, weights that do not fit, devices, packages."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from plans.checks import check_plan
+from plans.codec import BadPlan, digest, load_plan
+from plans.errors import RealplanError
+from plans.huggingface import spec_from_folder
+from plans.model import Head, ModelSpec
+from plans.plan import ExecutionPlan
+from plans.problems import locate
+from plans.runfile import RANDOM, RunFile, load_run
+
+PACKAGES = {
+    "torch": "torch",
+    "megatron.core": "megatron-core",
+    "safetensors": "safetensors",
+    "tokenizers": "tokenizers",
+}
+
+
+def legal_plan(path: Path) -> ExecutionPlan:
+    """Read a plan and check its rules; raises BadPlan with located problems."""
+    plan = load_plan(path)
+    problems = check_plan(plan)
+    if problems:
+        raise BadPlan(str(path), locate(path.read_text(), problems))
+    return plan
+
+
+def check_estimate(plan: ExecutionPlan, path: Path) -> None:
+    """Raise when the estimate belongs to another plan."""
+    if plan.estimate is not None and plan.estimate.of != digest(plan):
+        raise RealplanError(
+            f"{path}: the estimate is stale: it was computed before the last edit",
+            f"`realplan check --write {path}`, or --allow-stale to run it all the same",
+        )
+
+
+def read_run(plan: ExecutionPlan, plan_path: Path, run_path: Path | None, overrides: list[str]) -> RunFile:
+    """The run file named on the command line, else the plan's own, else the defaults; with overrides."""
+    if run_path is None and plan.run:
+        run_path = plan_path.parent / plan.run
+    return load_run(run_path, overrides)
+
+
+def check_weights(plan: ExecutionPlan, run: RunFile) -> None:
+    """Every role has weights, and those of a folder have the architecture of the plan."""
+    for role in plan.workload.graph.roles:
+        weights = run.weights_of(role)
+        if not weights:
+            raise RealplanError(
+                f"no weights for `{role}`: the run file names none", "weights=FOLDER, or weights=random for benchmarks"
+            )
+        if weights == RANDOM:
+            continue
+        if not Path(weights).is_dir():
+            raise RealplanError(f"weights `{weights}` of `{role}`: no such folder", "weights=FOLDER or weights=random")
+        found, planned = spec_from_folder(Path(weights)), plan.workload.models[role]
+        different = _differences(found, planned)
+        if different:
+            name, (theirs, ours) = next(iter(different.items()))
+            raise RealplanError(
+                f"weights `{weights}` do not fit `{role}`: {name} is {theirs} there and {ours} in the plan",
+                f"the plan's model is `{planned.name}`; name its weights, or plan for the other model",
+            )
+
+
+def _differences(found: ModelSpec, planned: ModelSpec) -> dict[str, tuple[Any, Any]]:
+    """Fields of the architecture that differ; a value head replaces whatever head the folder has."""
+    free = {"name", "head", "max_context"} | ({"tied_embeddings"} if planned.head is Head.VALUE else set())
+    theirs, ours = asdict(found), asdict(planned)
+    return {k: (theirs[k], ours[k]) for k in ours if k not in free and theirs[k] != ours[k]}
+
+
+def check_packages() -> None:
+    """The packages of the runtime are installed."""
+    for module, package in PACKAGES.items():
+        if find_spec(module.partition(".")[0]) is None:
+            raise RealplanError(f"running a plan needs {package}", "pip install 'realplan[run]'")
+
+
+def check_devices(plan: ExecutionPlan, ranks: int | None) -> None:
+    """Enough devices for every rank of the plan. `ranks`: how many another launcher has started."""
+    size = plan.cluster.size
+    if ranks is not None:
+        if ranks != size:
+            raise RealplanError(f"the plan needs {size} ranks, {ranks} were started", f"start {size} processes")
+        return
+    if plan.cluster.gpu.name == "cpu":
+        return
+    import torch
+
+    found = torch.cuda.device_count()
+    if found < size:
+        raise RealplanError(
+            f"the plan needs {size} ranks, this machine has {found} CUDA devices",
+            f"a plan for `--gpus {found}`" if found else "a plan for `--cluster local-cpu`, or a machine with GPUs",
+        )

@@ -1,0 +1,71 @@
+"""One rank of a run: joins the others, runs its part of the program, and leaves word when it fails."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from plans.errors import RealplanError
+from plans.plan import ExecutionPlan
+from plans.runfile import RunFile
+from runtime.compat import install
+from runtime.executor import Executor
+from runtime.failures import Failure, write_failure
+from runtime.groups import GroupCache
+from runtime.job import prepare_job
+from runtime.records import Recorder
+
+# A rank that lost a peer gives the launcher this long to find the peer first, and to stop everybody.
+GRACE_S = 1.0
+FOREVER = timedelta(days=365)
+ORIGIN = "realplan/origin"
+
+
+def guarded(plan: ExecutionPlan, run: RunFile, scratch: Path) -> Failure | None:
+    """Run this rank; its error, which is also in `scratch`, or None."""
+    try:
+        work(plan, run, scratch)
+    except Exception as error:
+        failure = write_failure(scratch, int(os.environ["RANK"]), error)
+        if failure.secondary:
+            time.sleep(GRACE_S)
+        return failure
+    return None
+
+
+def work(plan: ExecutionPlan, run: RunFile, scratch: Path) -> None:
+    """The life of a rank. Rank and addresses come from the variables that torch elastic sets."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if world != plan.cluster.size:
+        raise RealplanError(f"the plan needs {plan.cluster.size} ranks, {world} were started")
+    device, timeout = _device(plan), timedelta(seconds=run.timeout_s)
+    install(device)
+    store, _, _ = next(rendezvous("env://", rank, world, timeout=timeout))
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    if device.type == "cuda":
+        dist.barrier(device_ids=[device.index])  # makes the communicator that reallocation sends with
+    if rank == 0:
+        store.set(ORIGIN, str(time.time()))
+    recorder = Recorder(scratch, rank, float(store.get(ORIGIN)))
+    executor = Executor(prepare_job(plan, run), GroupCache(device, timeout), device, recorder)
+    executor.run(run.iterations)
+    if run.export:
+        recorder.say("export", run.iterations)
+        executor.export("actor", Path(run.output) / "actor")
+    store.set(f"realplan/done/{rank}", "")
+    if rank == 0:  # it holds the store, which the others may still need
+        store.wait([f"realplan/done/{other}" for other in range(world)], FOREVER)
+    dist.destroy_process_group()
+
+
+def _device(plan: ExecutionPlan) -> torch.device:
+    if plan.cluster.gpu.name == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
