@@ -4,7 +4,7 @@
     pip install pandas pyarrow
     python scripts/import_aiconfigurator.py wheels/aiconfigurator_core-*.whl
 
-writes cost_models/library/kernels/{a100,h100,h200,b200}.json. Where several inference frameworks measured the same
+writes cost_models/library/kernels/{a100,h100,h200,b200,l40s}.json. Where several inference frameworks measured the same
 kernel (they agree within 2 %), the median of their newest versions is taken. Sizes of messages are elements of two
 bytes there and bytes here. Latencies are milliseconds there.
 """
@@ -36,7 +36,10 @@ GPUS: Mapping[str, tuple[str, str]] = {
     "h100": ("h100_sxm", "h100-80gb-sxm"),
     "h200": ("h200_sxm", "h200-141gb"),
     "b200": ("b200_sxm", "b200-180gb"),
+    "l40s": ("l40s", "l40s"),
 }
+# The wheel's L40S server moved 1.4 GB/s between its cards; PCIe hosts differ too much for one of them to stand for all.
+WITHOUT_COLLECTIVES = {"l40s"}
 M = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384, 32768)
 N = (128, 256, 512, 1024, 1536, 2048, 3072, 4096, 5120, 6144, 8192, 12288, 16384, 65536)
 K = (128, 256, 512, 1024, 1536, 2048, 3072, 4096, 5120, 6144, 8192, 12288, 16384, 51200)
@@ -184,7 +187,11 @@ def import_gpu(archive: zipfile.ZipFile, system: str, hardware: str, release: st
         date=str(datetime.date.today()),
         source=f"aiconfigurator-core {release} (Apache-2.0, NVIDIA), systems/data/{system}: {', '.join(sorted(paths))}"
         " and attention and comm beside them; median over frameworks",
-        entries={**gemm(wheel, gpu), **attention(wheel, gpu), **collectives(wheel)},
+        entries={
+            **gemm(wheel, gpu),
+            **attention(wheel, gpu),
+            **({} if system in WITHOUT_COLLECTIVES else collectives(wheel)),
+        },
     )
 
 

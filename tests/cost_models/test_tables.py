@@ -174,7 +174,7 @@ class TestInterpolation:
 
 
 class TestShippedKernels:
-    @pytest.mark.parametrize("gpu", ["a100-80gb", "h100-80gb-sxm", "h200-141gb", "b200-180gb"])
+    @pytest.mark.parametrize("gpu", ["a100-80gb", "h100-80gb-sxm", "h200-141gb", "b200-180gb", "l40s"])
     def test_tables_are_whole(self, gpu: str) -> None:
         table = kernel_table(gpu)
         assert table is not None and table.hardware == gpu and "Apache-2.0" in table.source
