@@ -14,6 +14,8 @@ from cost_models.engines import Engine, load_engine
 from cost_models.memory import call_memory
 from cost_models.memory_terms import context_bytes
 from cost_models.reallocation import reallocation_matrix
+from planner.problem import Decision, Dependency, Options, Problem
+from planner.space import Limits, Pruned, Shape, positions, shapes, strategies
 from plans.cluster import GIB, ClusterSpec, DeviceMesh
 from plans.errors import Infeasible
 from plans.graph import CallKind
@@ -22,8 +24,6 @@ from plans.model import ModelSpec
 from plans.plan import ExecutionPlan, PlannedCall
 from plans.strategy import ParallelStrategy
 from plans.workload import Workload
-from planner.problem import Decision, Dependency, Options, Problem
-from planner.space import Limits, Pruned, Shape, positions, shapes, strategies
 
 Entry = tuple[DeviceMesh, ParallelStrategy]
 
@@ -169,25 +169,23 @@ def _slack_s(workload: Workload, call: str, cluster: ClusterSpec) -> float:
 
 def _undominated(priced: Priced, slack_s: float) -> NDArray[np.intp]:
     """Indices of layouts that no other of the same shape beats in time, resident and peak memory; one that holds other
-    slices must be faster by more than `slack_s` to count."""
-    keep: list[int] = []
-    order = np.lexsort((priced.transient, priced.resident, priced.time_s))
+    slices must be faster by more than `slack_s` to count. Of equal ones the first stays."""
+    number = {slices: i for i, slices in enumerate({_slices(s): None for s in priced.strategies})}
+    slices = np.array([number[_slices(s)] for s in priced.strategies])
     by_shape: dict[Shape, list[int]] = {}
-    for i in order:
-        rivals = by_shape.setdefault(priced.shapes[i], [])
-        if not any(_beats(priced, j, int(i), slack_s) for j in rivals):
-            rivals.append(int(i))
-            keep.append(int(i))
-    return np.array(sorted(keep), dtype=np.intp)
+    for i in np.lexsort((priced.transient, priced.resident, priced.time_s)).tolist():
+        by_shape.setdefault(priced.shapes[i], []).append(i)
+    kept = [_unbeaten(priced, np.array(members), slices, slack_s) for members in by_shape.values()]
+    return np.sort(np.concatenate(kept))
 
 
-def _beats(priced: Priced, j: int, i: int, slack_s: float) -> bool:
-    same = _slices(priced.strategies[j]) == _slices(priced.strategies[i])
-    return bool(
-        priced.resident[j] <= priced.resident[i]
-        and priced.resident[j] + priced.transient[j] <= priced.resident[i] + priced.transient[i]
-        and priced.time_s[j] + (0.0 if same else slack_s) <= priced.time_s[i]
-    )
+def _unbeaten(priced: Priced, members: NDArray[np.intp], slices: NDArray[np.intp], slack_s: float) -> NDArray[np.intp]:
+    """Those of some layouts, ordered by time, that none before them beats."""
+    time_s, resident, held = priced.time_s[members], priced.resident[members], slices[members]
+    peak = resident + priced.transient[members]
+    slack = np.where(held[:, None] == held, 0.0, slack_s)
+    beats = (resident[:, None] <= resident) & (peak[:, None] <= peak) & (time_s[:, None] + slack <= time_s)
+    return members[~np.triu(beats, 1).any(axis=0)]
 
 
 def _slices(strategy: ParallelStrategy) -> tuple[int, ...]:
