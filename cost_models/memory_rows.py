@@ -98,8 +98,8 @@ def predict_memory(row: Mapping[str, Any]) -> MemoryPrediction:
     """The peak memory of a published training row, GiB per GPU.
 
     `peak_mem_alloc_gib` is torch's max_memory_allocated (largest over ranks), `peak_mem_reserved_gib` and
-    `peak_mem_gib` its max_memory_reserved. A size that a row does not publish is not guessed; recomputation that it does
-    not name is none, Megatron's default.
+    `peak_mem_gib` its max_memory_reserved. A size that a row does not publish is not guessed; recomputation that it
+    does not name is none, Megatron's default.
     """
     quantity = next((key for key in QUANTITIES if row["measured"].get(key) is not None), "")
     if not quantity:

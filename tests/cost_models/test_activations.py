@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
 
 from cost_models.activations import block_widths, kept_block_bytes
 from cost_models.memory_rows import training_case_of
+from cost_models.memory_training import in_flight
 from plans.layout import Layout
 from plans.model import ModelSpec
 from plans.strategy import Recompute
 from runtime import compat
 from runtime.groups import GroupCache
+from runtime.mcore import schedules
 from runtime.model import build_model
 
 CPU = torch.device("cpu")
@@ -58,6 +62,22 @@ def predicted(precision: str, recompute: Recompute) -> float:
     case = training_case_of(dp=1, micro_batch=SEQUENCES, seq_len=TOKENS, recompute=recompute.value, precision=precision)
     widths = block_widths(SPEC, fused_pointwise=False, element=case.element)
     return float(kept_block_bytes(widths, case, gathers_keys=True)[0])
+
+
+@pytest.mark.parametrize("pp", [2, 4, 8])
+@pytest.mark.parametrize("vpp", [1, 2, 4])
+@pytest.mark.parametrize("micro_batches", [8, 16, 64])
+def test_in_flight_is_what_megatrons_schedules_warm_up_with(pp: int, vpp: int, micro_batches: int) -> None:
+    for stage in range(pp):
+        communicator = SimpleNamespace(
+            pp_group=SimpleNamespace(size=lambda: pp, rank=lambda stage=stage: stage),
+            virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
+        )
+        total, _, warm_up, _ = schedules.get_pp_rank_microbatches(
+            micro_batches, vpp, microbatch_group_size_per_vp_stage=pp, p2p_communicator=communicator
+        )
+        flight = in_flight(*(np.array([float(x)]) for x in (stage, pp, vpp, micro_batches)))
+        assert flight[0] * vpp == min(warm_up + 1, total)
 
 
 def test_stored_bytes_are_what_autograd_keeps_of_the_runtimes_blocks() -> None:

@@ -17,7 +17,7 @@ from cost_models.engines import engine_names
 from cost_models.memory import call_memory, context_bytes
 from cost_models.memory_rows import predict_memory, training_case_of, training_memory
 from cost_models.memory_terms import MemoryTerms, memory_engine
-from cost_models.memory_training import in_flight
+from cost_models.memory_training import in_flight, stage_terms
 from cost_models.training_case import model_parts, stage_parts
 from plans.algorithms import algorithm_graph
 from plans.cluster import GIB, DeviceMesh
@@ -135,6 +135,27 @@ def test_stage_elements_are_the_layouts(name: str, pp: int) -> None:
         stage = stage_parts(spec, np.array([float(pp)]), last=last)
         assert stage.sharded[0] == sum(unit.sharded for unit in held)
         assert stage.replicated[0] == sum(unit.replicated for unit in held)
+
+
+@pytest.mark.parametrize("name", ["llama2-70b", "gpt3-125m"])
+@pytest.mark.parametrize("vpp", [1, 3])
+def test_no_stage_between_is_fuller_than_first_and_last(name: str, vpp: int) -> None:
+    spec, pp, engine = load_model(name), 4, memory_engine("megatron-te")
+    units = {unit.name: unit for unit in model_units(spec)}
+    case = training_case_of(dp=1, pp=pp, vpp=vpp, micro_batches=8, micro_batch=2, seq_len=2048)
+    first = stage_parts(spec, case.pp, last=False)
+    widths = block_widths(spec, fused_pointwise=True)
+    fullest = training_memory(spec, case, engine).peak_bytes[0]
+    for index in (1, 2):
+        held = [units[unit] for unit in Layout(spec, tuple(range(pp)), pp=pp).stage_units(index)]
+        middle = replace(
+            first,
+            index=np.array([float(index)]),
+            sharded=np.array([float(sum(unit.sharded for unit in held))]),
+            replicated=np.array([float(sum(unit.replicated for unit in held))]),
+            embedding=np.zeros(1),
+        )
+        assert stage_terms(middle, widths, case, engine).peak_bytes[0] <= fullest
 
 
 def test_experts_are_cut_by_ep() -> None:
