@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.problem import FloatArray, IntArray, Options, Problem
+from planner.problem import Decision, FloatArray, IntArray, Options, Problem
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,11 +27,11 @@ class Filtered:
         """A choice of the smaller problem in the numbers of the original."""
         return tuple(int(kept[i]) for kept, i in zip(self.keep, choice, strict=True))
 
-    def reduced(self, choice: tuple[int, ...]) -> tuple[int, ...] | None:
-        """A choice of the original in the smaller problem's numbers; None where an option was dropped."""
-        at = [int(np.searchsorted(kept, i)) for kept, i in zip(self.keep, choice, strict=True)]
-        same = all(k < len(kept) and kept[k] == i for kept, k, i in zip(self.keep, at, choice, strict=True))
-        return tuple(at) if same else None
+    def begin(self, start: Decision) -> Decision | None:
+        """A decision of the original in the smaller problem's numbers; None where one of its options was dropped."""
+        at = [int(np.searchsorted(kept, i)) for kept, i in zip(self.keep, start.choice, strict=True)]
+        same = all(k < len(kept) and kept[k] == i for kept, k, i in zip(self.keep, at, start.choice, strict=True))
+        return Decision(tuple(at), start.order, start.lag) if same else None
 
 
 def _mesh_key(problem: Problem, options: Options) -> IntArray:

@@ -38,7 +38,8 @@ PRESENT, BEST, PERIOD, LATENCY, OVERFLOW = range(5)  # columns of costs
 class Tables(NamedTuple):
     """A problem as arrays; option i of call c is row `call[c, OFFSET] + i` of option and price.
 
-    Edges are sorted by target, those into call c are the rows `call[c, EDGES]` up to `call[c, EDGES_END]`. `ranked` lists a call's options sorted by mesh or layout id, `starts` [2, n, ids + 1] where each id begins there.
+    Edges are sorted by target, those into call c are the rows `call[c, EDGES]` up to `call[c, EDGES_END]`. `ranked`
+    lists a call's options sorted by mesh or layout id, `starts` [2, n, ids + 1] where each id begins there.
     """
 
     option: IntArray
