@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from plans.errors import RealplanError
 
 FORMAT = "realplan-costs/1"
+CALL_VOCAB = 128
+"""Vocabulary of the model on which `inference_call` and `train_call` are timed."""
 
 
 class TableError(RealplanError):
@@ -40,6 +42,9 @@ def _operations() -> dict[str, Operation]:
         "head_forward": tokens,
         "head_backward": tokens,
         "optimizer_step": ("parameters",),
+        "inference_call": block,
+        "train_call": block,
+        "generate_step": ("tp", "sequences"),
     }
     found = {name: Operation(axes) for name, axes in modules.items()}
     found |= {f"{name}_peak": Operation(axes, "bytes") for name, axes in modules.items()}
