@@ -84,11 +84,15 @@ class Trainer:
         """
         terms = self.accumulate(batch, loss, micro_batches, temperature)
         lr = self.settings.lr_at(self.steps)
+        return StepStats(terms, self.update(lr), lr)
+
+    def update(self, lr: float) -> float:
+        """Clip the accumulated gradients and apply Adam; the global gradient norm before clipping."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         _, grad_norm, _ = self._optimizer.step()
         self.steps += 1
-        return StepStats(terms, float(grad_norm), lr)
+        return float(grad_norm)
 
     def accumulate(
         self, batch: Batch, loss: LossFunction, micro_batches: int = 1, temperature: float = 1.0
