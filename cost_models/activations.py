@@ -22,7 +22,8 @@ class BlockWidths:
     stream: along the hidden width, whole on every tp rank unless sequence parallel cuts them (inputs and outputs of the
     norms). cut: shared out over tp (query, key, value, attention output, both sides of the activation function).
     heads: attention heads, for the score matrix of unfused attention and the fp32 row statistics of flash attention.
-    keys: keys and values. hidden: the residual stream. mlp: intermediate results of the MLP.
+    keys: keys and values. hidden: the residual stream. mlp: intermediate results of the MLP. norm_bytes: temporaries of
+    a norm, bytes per token, whole on every tp rank.
     """
 
     stream: float
@@ -31,6 +32,7 @@ class BlockWidths:
     keys: float
     hidden: float
     mlp: float
+    norm_bytes: float
 
 
 def block_widths(spec: ModelSpec, *, fused_pointwise: bool, element: float = 2.0) -> BlockWidths:
@@ -45,7 +47,8 @@ def block_widths(spec: ModelSpec, *, fused_pointwise: bool, element: float = 2.0
     gates = 2 if spec.gated_mlp else 1
     stored = gates + 1 + 2 * (spec.gated_mlp and not fused_pointwise)
     mlp = float(stored * spec.ffn)
-    norm = 2.0 if fused_pointwise or spec.norm is Norm.LAYER else 2.0 + 4.0 / element
+    plain_norm = not fused_pointwise and spec.norm is Norm.RMS
+    norm = 2.0 + (4.0 / element if plain_norm else 0.0)
     if spec.experts:
         mlp = spec.experts_per_token * (mlp + 2.0 * spec.hidden) + stored * spec.shared_ffn
     rotated = 0 if fused_pointwise else (spec.heads + spec.kv_heads) * spec.head_dim
@@ -56,7 +59,13 @@ def block_widths(spec: ModelSpec, *, fused_pointwise: bool, element: float = 2.0
         keys=2.0 * spec.kv_heads * spec.head_dim,
         hidden=float(spec.hidden),
         mlp=mlp,
+        norm_bytes=_norm_bytes(spec, element, plain=plain_norm),
     )
+
+
+def _norm_bytes(spec: ModelSpec, element: float, *, plain: bool) -> float:
+    """A fused norm works in place of three streams; plain PyTorch holds three in fp32 beside the result."""
+    return spec.hidden * (12.0 + element if plain and element < 4 else 3.0 * element)
 
 
 def stored_block_bytes(widths: BlockWidths, case: TrainingCase, scores: Array, *, gathers_keys: bool) -> Array:
@@ -92,16 +101,16 @@ def kept_block_bytes(widths: BlockWidths, case: TrainingCase, *, gathers_keys: b
 
 
 def backward_block_bytes(widths: BlockWidths, case: TrainingCase) -> Array:
-    """Temporaries per token while a block's MLP runs backward: gradients of its output and input and of all that it
-    stored in between."""
-    return case.element * (2.0 * widths.hidden + widths.mlp / case.tp)
+    """Temporaries per token of the fullest part of a block's backward pass: the MLP (gradients of its output and input
+    and of all that it stored in between) or a norm."""
+    norm = widths.norm_bytes / np.where(case.sequence_parallel, case.tp, 1.0)
+    return np.maximum(case.element * (2.0 * widths.hidden + widths.mlp / case.tp), norm)
 
 
-def forward_block_bytes(spec: ModelSpec, element: float, tp: Array) -> Array:
-    """Bytes per token alive at once in a forward pass without gradients: residual, norm output and the wider of
-    attention (projection, rotated copies, output) and MLP (gates and their product)."""
+def forward_block_bytes(spec: ModelSpec, element: float, tp: Array, *, fused_pointwise: bool) -> Array:
+    """Bytes per token alive at once in a forward pass without gradients: the residual and a norm's temporaries, or
+    residual, norm output and the wider of attention (projection, rotated copies, output) and MLP (all its steps)."""
+    widths = block_widths(spec, fused_pointwise=fused_pointwise, element=element)
     attention = 2.0 * spec.qkv_width + spec.heads * spec.head_dim
-    mlp = ((2.0 if spec.gated_mlp else 1.0) + 1.0) * spec.ffn
-    if spec.experts:
-        mlp = spec.experts_per_token * (mlp + 2.0 * spec.hidden) + 3.0 * spec.shared_ffn
-    return element * (2.0 * spec.hidden + max(attention, mlp) / tp)
+    inner = element * (2.0 * spec.hidden + max(attention, widths.mlp) / tp)
+    return np.maximum(inner, element * spec.hidden + widths.norm_bytes)

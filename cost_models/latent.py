@@ -111,6 +111,7 @@ def _widths(spec: LatentSpec, dense_share: float) -> BlockWidths:
         heads=float(spec.heads),
         keys=float(spec.heads * (spec.nope_dim + spec.rope_dim + spec.value_dim)),
         hidden=float(spec.hidden),
+        norm_bytes=6.0 * spec.hidden,
         mlp=float(max(3 * spec.ffn * (dense_share > 0), experts * (dense_share < 1))),
     )
 

@@ -40,7 +40,7 @@ def inference_terms(workload: Workload, spec: ModelSpec, candidates: Candidates,
     element = float(workload.element_bytes)
     sequences = np.ceil(workload.samples / (candidates.dp * candidates.micro_batches))
     tokens = sequences * workload.tokens / candidates.cp
-    activations = forward_block_bytes(spec, element, candidates.tp) * tokens
+    activations = forward_block_bytes(spec, element, candidates.tp, fused_pointwise=engine.fused_pointwise) * tokens
     return _fullest(spec, candidates, engine, element, activations, engine.forward_logit_bytes / candidates.tp * tokens)
 
 
@@ -55,7 +55,8 @@ def generation_terms(
     need = kv_cache_bytes(spec, candidates, sequences, workload.tokens, element)
     cache = kv_cache_bytes(spec, candidates, sequences, workload.tokens, element, kv_gib)
     group = np.ceil(sequences * cache / need / candidates.groups)
-    activations = forward_block_bytes(spec, element, candidates.tp) * group * workload.prompt_tokens
+    block = forward_block_bytes(spec, element, candidates.tp, fused_pointwise=engine.fused_pointwise)
+    activations = block * group * workload.prompt_tokens
     logits = engine.sampling_bytes / candidates.tp * group
     terms = _fullest(spec, candidates, engine, element, activations, logits)
     return replace(terms, kv_cache=cache, workspace=engine.mask_bytes * group * float(workload.prompt_tokens) ** 2)
