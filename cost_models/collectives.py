@@ -60,6 +60,6 @@ def all_to_all(machine: Machine, message: Array, size: Array, per_node: Array) -
 def point_to_point(machine: Machine, message: Array, across: Flags) -> Array:
     """Seconds to send `message` bytes to one rank, over the network where `across`."""
     engine = machine.engine
-    bandwidth = np.where(across, machine.network_bytes_per_s, machine.link_bytes_per_s)
+    bandwidth = np.where(across, machine.send_bytes_per_s, machine.link_bytes_per_s)
     latency = engine.link_latency_s + across * engine.network_latency_s
     return latency + message / bandwidth

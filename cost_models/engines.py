@@ -26,7 +26,8 @@ class Engine:
       gemm_efficiency: share of peak matrix throughput that a large GEMM sustains.
       gemm_half_extent: m, n or k at which a GEMM's efficiency falls to half, elements (tiles that are not full).
       backward_gemm_ratio: time of dgrad and wgrad together over that of the forward GEMM.
-      attention_efficiency, attention_backward_efficiency: share of peak of the attention core.
+      attention_efficiency: share of peak of the attention core, forward.
+      attention_backward_ratio: its backward over its forward time (fused: 2.5 times the FLOPs, at a lower rate).
       flash_attention: fused causal kernel; otherwise scores are materialised and nothing is saved by causality.
       memory_efficiency: share of HBM bandwidth that streaming kernels reach.
       kv_efficiency: share of HBM bandwidth in reading the KV cache.
@@ -38,8 +39,9 @@ class Engine:
     Host
       host_forward_layer_s, host_backward_layer_s, host_decode_layer_s: time in which the CPU launches one layer;
         a layer takes the longer of this and its GPU time. Zero with CUDA graphs.
-      decode_layer_s: time between the kernels of a layer that no launch-ahead hides, per layer and decode step.
-      decode_step_s: sampling and bookkeeping per decode step.
+      layer_gap_s: idle time between the kernels of a layer that no launch-ahead hides, per forward; recomputation has
+        it again and backward twice. decode_layer_s: the same per layer and decode step.
+      decode_step_s: sampling and bookkeeping per decode step. decode_row_s: the same per sequence.
       micro_batch_s: schedule overhead per micro-batch. step_s: per optimizer step. call_s: per call.
       graph_capture_s: preparation of a generate call (buffers, CUDA-graph capture), per call.
 
@@ -49,6 +51,9 @@ class Engine:
       tensor_overlap: share of tensor-parallel communication hidden behind GEMMs.
       data_overlap: share of data-parallel communication that may hide behind the backward pass.
       pipeline_overlap: share of pipeline send/receive that is hidden.
+      pipeline_efficiency: share of one GPU's network bandwidth that a send to the next stage reaches.
+      splits_sends: tp ranks send a part each and gather it inside the node, also without sequence parallelism
+        (Narayanan et al. 2021, section 4.1; DeepSpeed).
       gradient_bytes: bytes per gradient element as reduced.
       shards_weights: weights are sharded over dp and gathered layer by layer (ZeRO-3, FSDP).
       message_s: overhead per message of reallocation and transfer.
@@ -63,7 +68,7 @@ class Engine:
     gemm_half_extent: float = 64.0
     backward_gemm_ratio: float = 2.0
     attention_efficiency: float = 0.5
-    attention_backward_efficiency: float = 0.4
+    attention_backward_ratio: float = 3.0
     flash_attention: bool = True
     memory_efficiency: float = 0.8
     kv_efficiency: float = 0.6
@@ -74,8 +79,10 @@ class Engine:
     host_forward_layer_s: float = 4e-4
     host_backward_layer_s: float = 6e-4
     host_decode_layer_s: float = 5e-4
+    layer_gap_s: float = 2e-5
     decode_layer_s: float = 0.0
     decode_step_s: float = 1e-3
+    decode_row_s: float = 0.0
     micro_batch_s: float = 5e-4
     step_s: float = 0.02
     call_s: float = 0.05
@@ -90,6 +97,8 @@ class Engine:
     tensor_overlap: float = 0.0
     data_overlap: float = 0.0
     pipeline_overlap: float = 0.0
+    pipeline_efficiency: float = 0.6
+    splits_sends: bool = True
     gradient_bytes: float = 4.0
     shards_weights: bool = False
     message_s: float = 2e-5

@@ -11,7 +11,7 @@ from cost_models.candidates import Array, Candidates
 from cost_models.inference import ForwardPass, forward_terms
 from cost_models.layer import expert_parallel
 from cost_models.machine import Machine
-from cost_models.pipeline import crosses_nodes, stage_layers
+from cost_models.pipeline import stage_layers, stage_send
 from cost_models.terms import Terms
 from plans.model import ModelSpec
 
@@ -112,7 +112,7 @@ def decode_step(
     turns = np.maximum(c.groups, c.pp) * layers
     terms = {name: seconds * turns for name, seconds in parts.items()}
     short = (layers - last_layers) * np.maximum(layer, engine.host_decode_layer_s)
-    head = operations.head(machine, spec, rows, c.tp) + engine.decode_step_s
+    head = operations.head(machine, spec, rows, c.tp) + engine.decode_step_s + rows * engine.decode_row_s
     steady = np.where(c.groups >= c.pp, np.maximum(head - short, 0.0), head - short)
     terms["decode_head"] = steady * np.where(c.groups >= c.pp, c.groups, 1.0)
     terms["decode_p2p"] = decode_sends(machine, spec, c, rows)
@@ -136,6 +136,5 @@ def decode_all_reduce(machine: Machine, spec: ModelSpec, candidates: Candidates,
 def decode_sends(machine: Machine, spec: ModelSpec, candidates: Candidates, rows: Array) -> Array:
     """Seconds of sends between stages and of the token back to the first, per step of all groups."""
     c = candidates
-    message = rows * float(spec.hidden * machine.element_bytes)
-    one = collectives.point_to_point(machine, message, crosses_nodes(c))
+    one = stage_send(machine, spec, c, rows)
     return np.where(c.pp > 1, np.maximum(c.groups, c.pp) * one, 0.0)

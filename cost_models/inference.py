@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cost_models import collectives, operations
+from cost_models import operations
 from cost_models.candidates import Array, Candidates
 from cost_models.layer import forward_layer
 from cost_models.machine import Machine
-from cost_models.pipeline import crosses_nodes, fill_and_drain, stage_layers
+from cost_models.pipeline import fill_and_drain, stage_layers, stage_send
 from cost_models.terms import Terms
 from cost_models.training import rank_params
 from plans.model import ModelSpec
@@ -48,6 +48,7 @@ def forward_terms(machine: Machine, work: ForwardPass, candidates: Candidates, p
         "tensor_parallel": layer.tensor_parallel,
         "context_parallel": layer.context_parallel,
         "expert_parallel": layer.expert_parallel,
+        "gaps": layer.gaps,
         "host": host,
     }
     inner = layers * (layer.gpu + host)
@@ -70,8 +71,7 @@ def head_time(machine: Machine, work: ForwardPass, sequences: Array, candidates:
 def forward_sends(machine: Machine, spec: ModelSpec, candidates: Candidates, tokens: Array, passes: Array) -> Array:
     """Seconds of sends between stages: one [tokens, hidden] activation per slot."""
     c = candidates
-    message = tokens * float(spec.hidden * machine.element_bytes) / np.where(c.sequence_parallel, c.tp, 1.0)
-    one = collectives.point_to_point(machine, message, crosses_nodes(c))
+    one = stage_send(machine, spec, c, tokens)
     return np.where(c.pp > 1, one * (passes + c.pp - 1) * (1.0 - machine.engine.pipeline_overlap), 0.0)
 
 

@@ -22,12 +22,13 @@ class LayerTime:
     tensor_parallel: Array
     context_parallel: Array
     expert_parallel: Array
+    gaps: Array
 
     @property
     def gpu(self) -> Array:
         """Seconds that the GPU is busy or communicates."""
         compute = self.linears + self.attention + self.streaming
-        return compute + self.tensor_parallel + self.context_parallel + self.expert_parallel
+        return compute + self.tensor_parallel + self.context_parallel + self.expert_parallel + self.gaps
 
 
 def forward_layer(
@@ -44,6 +45,7 @@ def forward_layer(
         tensor_parallel=tensor_parallel(machine, spec, c, tokens),
         context_parallel=context_parallel(machine, spec, c, tokens, attention),
         expert_parallel=expert_parallel(machine, spec, c, tokens),
+        gaps=np.full_like(tokens, machine.engine.layer_gap_s),
     )
 
 

@@ -44,6 +44,11 @@ class Machine:
         return 1e9 * self.cluster.inter_node_gbps * self.engine.network_efficiency
 
     @property
+    def send_bytes_per_s(self) -> float:
+        """Reached network bandwidth of one GPU's send to one other."""
+        return 1e9 * self.cluster.inter_node_gbps * self.engine.pipeline_efficiency
+
+    @property
     def host_bytes_per_s(self) -> float:
         """Reached bandwidth between one GPU and host memory."""
         return 1e9 * self.cluster.gpu.pcie_gbps * self.engine.offload_efficiency

@@ -76,14 +76,6 @@ def attention_core(machine: Machine, spec: ModelSpec, tokens: Array, length: Arr
     )
 
 
-def attention_backward_ratio(machine: Machine) -> float:
-    """Backward over forward time of the attention core: 2.5 x the FLOPs when fused (recomputes the scores), else 2."""
-    engine = machine.engine
-    if not engine.flash_attention:
-        return 2.0
-    return 2.5 * engine.attention_efficiency / engine.attention_backward_efficiency
-
-
 def streaming(machine: Machine, spec: ModelSpec, tokens: Array, tp: Array, sequence_parallel: Flags) -> Array:
     """Seconds of norms, residuals, dropout and activation function of one layer, forward: bytes / bandwidth.
 

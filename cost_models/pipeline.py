@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from cost_models.candidates import Array, Candidates, Flags
+from cost_models.collectives import all_gather, point_to_point
+from cost_models.machine import Machine
 from plans.model import ModelSpec
 
 
@@ -28,3 +30,18 @@ def crosses_nodes(candidates: Candidates) -> Flags:
     """Whether some send to the next stage leaves its node: the pipeline waits for its slowest boundary."""
     stages_share_a_node = candidates.dp * candidates.tp * candidates.cp * candidates.pp <= candidates.gpus_per_node
     return (candidates.nodes > 1) & ~stages_share_a_node
+
+
+def stage_send(machine: Machine, spec: ModelSpec, candidates: Candidates, tokens: Array) -> Array:
+    """Seconds to send the activations of `tokens` tokens to the next stage.
+
+    Where tp ranks send a part each, the receivers gather the parts inside the node, unless they go on in parts
+    (sequence parallelism).
+    """
+    c = candidates
+    message = tokens * float(spec.hidden * machine.element_bytes)
+    if not machine.engine.splits_sends:
+        parts = np.where(c.sequence_parallel, c.tp, 1.0)
+        return point_to_point(machine, message / parts, crosses_nodes(c))
+    gather = all_gather(machine, message, c.tp, c.ranks_per_node(np.ones_like(c.tp), c.tp))
+    return point_to_point(machine, message / c.tp, crosses_nodes(c)) + np.where(c.sequence_parallel, 0.0, gather)

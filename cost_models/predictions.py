@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from cost_models.candidates import Candidates
 from cost_models.calls import call_time
+from cost_models.candidates import Candidates
 from cost_models.generation import Sampling, decode_terms, generation_time
 from cost_models.inference import ForwardPass, forward_terms
 from cost_models.published import (
@@ -119,4 +119,3 @@ PREDICTORS: Mapping[str, Callable[[Row], float]] = {
     "iteration_s": iteration_s,
 }
 """Quantity of a row's `measured` -> its prediction."""
-

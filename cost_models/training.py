@@ -10,7 +10,7 @@ from cost_models import collectives, operations
 from cost_models.candidates import FULL_RECOMPUTE, SELECTIVE_RECOMPUTE, Array, Candidates
 from cost_models.layer import LayerTime, forward_layer
 from cost_models.machine import Machine
-from cost_models.pipeline import crosses_nodes, fill_and_drain, stage_layers
+from cost_models.pipeline import fill_and_drain, stage_layers, stage_send
 from cost_models.terms import Terms
 from plans.model import Head, ModelSpec
 
@@ -79,12 +79,13 @@ def _slot(machine: Machine, step: TrainingStep, candidates: Candidates) -> _Slot
     layers, last_layers = stage_layers(spec, c.pp)
     terms = {
         "linears": layer.linears * (1.0 + machine.engine.backward_gemm_ratio),
-        "attention": layer.attention * (1.0 + operations.attention_backward_ratio(machine)),
+        "attention": layer.attention * (1.0 + machine.engine.attention_backward_ratio),
         "streaming": layer.streaming * 3.0,
         "recompute": recompute,
         "tensor_parallel": 2.0 * layer.tensor_parallel,
         "context_parallel": 3.0 * layer.context_parallel,
         "expert_parallel": 2.0 * layer.expert_parallel,
+        "gaps": 3.0 * layer.gaps,
         "weight_gather": weight_gather(machine, spec, c, layer, backward + recompute),
         "host": host_wait(machine, layer.gpu, backward, recompute, c),
     }
@@ -102,11 +103,12 @@ def backward_time(machine: Machine, layer: LayerTime) -> Array:
     same communication as forward."""
     return (
         layer.linears * machine.engine.backward_gemm_ratio
-        + layer.attention * operations.attention_backward_ratio(machine)
+        + layer.attention * machine.engine.attention_backward_ratio
         + layer.streaming * 2.0
         + layer.tensor_parallel
         + 2.0 * layer.context_parallel
         + layer.expert_parallel
+        + 2.0 * layer.gaps
     )
 
 
@@ -137,11 +139,9 @@ def head_and_loss(machine: Machine, spec: ModelSpec, tokens: Array, candidates: 
 
 def pipeline_sends(machine: Machine, step: TrainingStep, candidates: Candidates) -> Array:
     """Seconds of sends between stages that are on the critical path: each slot sends one activation and one gradient
-    of [tokens, hidden] (divided by tp where sequence parallel), vpp times when interleaved."""
+    of [tokens, hidden] (a part by each tp rank), vpp times when interleaved."""
     c = candidates
-    tokens = micro_batch_tokens(step, c) / np.where(c.sequence_parallel, c.tp, 1.0)
-    message = tokens * float(step.spec.hidden * machine.element_bytes)
-    one = collectives.point_to_point(machine, message, crosses_nodes(c))
+    one = stage_send(machine, step.spec, c, micro_batch_tokens(step, c))
     slots = c.micro_batches + (c.pp - 1) / c.vpp
     return np.where(c.pp > 1, 2.0 * one * slots * c.vpp * (1.0 - machine.engine.pipeline_overlap), 0.0)
 

@@ -1,0 +1,230 @@
+"""Validation: every published row recomputed, and errors by group.
+
+Rows that count for the figures carry `bar`. Groups are: all counted rows of a kind (`group` and quantity), the same
+by source, GPU and model family, and for every model on one cluster with several plans how well the plans are ranked.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import kendalltau
+
+from cost_models.memory_rows import predict_memory
+from cost_models.predictions import PREDICTORS
+from cost_models.published import GPU_NAMES, Row, Unpredictable, library_files, read_rows
+from cost_models.strawman import fitted, naive_cost
+from plans.errors import RealplanError
+
+MEMORY_PREFIX = "peak_mem"
+FEWEST_PLANS = 4
+"""Plans of one model on one cluster from which a ranking is reported."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowResult:
+    """One quantity of one row. `predicted` is None where `reason` says why; `naive` is the strawman's unscaled cost."""
+
+    row: Row
+    quantity: str
+    measured: float
+    predicted: float | None
+    reason: str = ""
+    naive: float | None = None
+
+    @property
+    def id(self) -> str:
+        """The row's id."""
+        return str(self.row["id"])
+
+    @property
+    def unit(self) -> str:
+        """Unit of predicted and measured."""
+        return "GiB" if self.quantity.startswith(MEMORY_PREFIX) else "ms" if "_ms" in self.quantity else "s"
+
+    @property
+    def error(self) -> float:
+        """predicted / measured - 1."""
+        assert self.predicted is not None
+        return self.predicted / self.measured - 1.0
+
+    @property
+    def counted(self) -> bool:
+        """Whether it counts for the figures and is predicted."""
+        return self.predicted is not None and counts(self.row, self.quantity)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupResult:
+    """Errors of a group of rows, as fractions. Ranking figures are None for groups that are not plans of one model on
+    one cluster. `strawman_*` are the same of the one-constant model."""
+
+    name: str
+    quantity: str
+    rows: int
+    mape: float
+    bias: float
+    strawman_mape: float | None = None
+    regret_1: float | None = None
+    regret_5: float | None = None
+    kendall_tau: float | None = None
+    strawman_regret_1: float | None = None
+    strawman_kendall_tau: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """All rows, and groups from the widest to the rankings."""
+
+    rows: tuple[RowResult, ...]
+    groups: tuple[GroupResult, ...]
+
+
+def counts(row: Row, quantity: str) -> bool:
+    """Whether a quantity of a row counts for the figures: rows say so by `bar`, PPO iterations all count."""
+    if row.get("stage") == "ci" and not quantity.startswith(MEMORY_PREFIX):
+        return False
+    bar = row.get("bar", "plan" in row)
+    return quantity in bar if isinstance(bar, list) else bool(bar)
+
+
+def validate(files: Iterable[Path] | None = None) -> Report:
+    """Recompute the rows of measurement files (default: those that the package carries)."""
+    rows: dict[tuple[str, str], RowResult] = {}
+    for path in files if files is not None else library_files():
+        for row in read_rows(path):
+            for result in row_results(row):
+                rows.setdefault((result.id, result.quantity), result)
+    results = tuple(rows.values())
+    return Report(results, (*_groups(results, _kind), *_groups(results, _family), *_rankings(results)))
+
+
+def row_results(row: Row) -> list[RowResult]:
+    """Every quantity of a row that the cost models know; one unpredicted result where they know none."""
+    measured = row["measured"]
+    results = [_time_result(row, quantity) for quantity in PREDICTORS if measured.get(quantity) is not None]
+    memory = predict_memory(row) if any(key.startswith(MEMORY_PREFIX) for key in measured) else None
+    if memory is not None and memory.quantity:
+        truth = float(measured[memory.quantity])
+        results.append(
+            RowResult(row=row, quantity=memory.quantity, measured=truth, predicted=memory.gib, reason=memory.reason)
+        )
+    if results:
+        return results
+    known = ", ".join(PREDICTORS)
+    quantity = next((key for key, value in measured.items() if isinstance(value, (int, float))), "")
+    reason = f"no model of `{quantity}` (known: {known}, peak memory)" if quantity else "nothing was measured"
+    return [RowResult(row=row, quantity=quantity, measured=measured.get(quantity, 0.0), predicted=None, reason=reason)]
+
+
+def _time_result(row: Row, quantity: str) -> RowResult:
+    truth = row["measured"][quantity]
+    if isinstance(truth, bool) or not isinstance(truth, (int, float)) or not truth > 0:
+        reason = f"measured {quantity} is {truth!r}; it must be a positive number"
+        return RowResult(row=row, quantity=quantity, measured=0.0, predicted=None, reason=reason)
+    try:
+        predicted, naive = PREDICTORS[quantity](row), naive_cost(row, quantity)
+    except Unpredictable as why:
+        return RowResult(row=row, quantity=quantity, measured=truth, predicted=None, reason=str(why))
+    except RealplanError as error:
+        return RowResult(row=row, quantity=quantity, measured=truth, predicted=None, reason=error.message)
+    return RowResult(row=row, quantity=quantity, measured=truth, predicted=predicted, naive=naive)
+
+
+def _kind(result: RowResult) -> str:
+    return str(result.row.get("group") or result.row.get("plan") or "rows")
+
+
+def _family(result: RowResult) -> str:
+    row = result.row
+    source = re.split(r"[ ,;(]", str(row.get("source") or row.get("plan") or "unnamed"))[0]
+    model = str(row.get("model") or "ppo")
+    family = re.split(r"[-_0-9]", model)[0] or model
+    gpu = str(row.get("gpu") or "")
+    return " | ".join(part for part in (_kind(result), source, GPU_NAMES.get(gpu, gpu), family) if part)
+
+
+def _plans_of(result: RowResult) -> str:
+    row = result.row
+    return f"{row.get('model')} | {row.get('gpus')} x {row.get('gpu')} | gbs {row.get('gbs')} seq {row.get('seq_len')}"
+
+
+def _groups(results: Sequence[RowResult], key: Callable[[RowResult], str]) -> list[GroupResult]:
+    members = _collect((r for r in results if r.counted), key)
+    groups = []
+    for (name, quantity), group in sorted(members.items()):
+        errors = np.array([r.error for r in group])
+        groups.append(
+            GroupResult(
+                name=name,
+                quantity=quantity,
+                rows=len(group),
+                mape=float(np.mean(np.abs(errors))),
+                bias=float(np.mean(errors)),
+                strawman_mape=_strawman_mape(group),
+            )
+        )
+    return groups
+
+
+def _collect(results: Iterable[RowResult], key: Callable[[RowResult], str]) -> dict[tuple[str, str], list[RowResult]]:
+    members: dict[tuple[str, str], list[RowResult]] = defaultdict(list)
+    for result in results:
+        members[key(result), result.quantity].append(result)
+    return members
+
+
+def _strawman(group: Sequence[RowResult]) -> NDArray[np.float64] | None:
+    if any(r.naive is None for r in group):
+        return None
+    return fitted([r.naive or 0.0 for r in group], [r.measured for r in group])
+
+
+def _strawman_mape(group: Sequence[RowResult]) -> float | None:
+    naive = _strawman(group)
+    measured = np.array([r.measured for r in group])
+    return None if naive is None else float(np.mean(np.abs(naive / measured - 1.0)))
+
+
+def _rankings(results: Sequence[RowResult]) -> list[GroupResult]:
+    """Models on one cluster and batch with at least FEWEST_PLANS plans."""
+    steps = (r for r in results if r.predicted is not None and r.quantity == "step_time_s" and r.row.get("gpus"))
+    rankings = []
+    for (name, quantity), group in sorted(_collect(steps, _plans_of).items()):
+        if len(group) < FEWEST_PLANS:
+            continue
+        measured = np.array([r.measured for r in group])
+        predicted = np.array([r.predicted for r in group], dtype=np.float64)
+        naive = _strawman(group)
+        rankings.append(
+            GroupResult(
+                name=name,
+                quantity=quantity,
+                rows=len(group),
+                mape=float(np.mean(np.abs(predicted / measured - 1.0))),
+                bias=float(np.mean(predicted / measured - 1.0)),
+                strawman_mape=_strawman_mape(group),
+                regret_1=regret(predicted, measured, 1),
+                regret_5=regret(predicted, measured, 5),
+                kendall_tau=_tau(predicted, measured),
+                strawman_regret_1=None if naive is None else regret(naive, measured, 1),
+                strawman_kendall_tau=None if naive is None else _tau(naive, measured),
+            )
+        )
+    return rankings
+
+
+def regret(predicted: NDArray[np.float64], measured: NDArray[np.float64], top: int) -> float:
+    """How much slower than the best plan the best of the `top` predicted ones is; ties count as the worst of them."""
+    order = np.lexsort((-measured, predicted))
+    return float(measured[order[:top]].min() / measured.min() - 1.0)
+
+
+def _tau(predicted: NDArray[np.float64], measured: NDArray[np.float64]) -> float:
+    return float(kendalltau(predicted, measured).statistic)

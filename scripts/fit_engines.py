@@ -1,0 +1,239 @@
+"""Fit the constants of the engines to the published measurements, and write them to the library.
+
+    python scripts/fit_engines.py [--only ENGINE[/GPU]] [--check] [--write]
+
+Each fit takes all rows of one engine on one GPU kind and a handful of constants, by least squares on the logarithm of
+predicted / measured (soft L1, so that a few bad runs do not rule), with a weak pull of each constant towards its
+analytic start. `--check` also fits on a random half of the rows and reports the error on the other half.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import least_squares
+
+from cost_models import published
+from cost_models.engines import Engine
+from cost_models.predictions import PREDICTORS
+from cost_models.published import Row, Unpredictable
+from cost_models.validation import counts
+from plans.cluster import ClusterSpec
+
+LIBRARY = Path(published.__file__).parent / "library" / "engines.json"
+PULL = 0.1
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Constants of an engine on a GPU kind, and the quantities of the rows that determine them."""
+
+    engine: str
+    gpu: str
+    constants: tuple[str, ...]
+    quantities: tuple[str, ...]
+
+
+DENSE = ("gemm_efficiency", "hidden_passes", "attention_efficiency")
+DECODE = ("memory_efficiency", "kv_efficiency", "decode_layer_s", "link_latency_s")
+STEP = ("step_time_s",)
+FITS = (
+    Fit("megatron-unfused", "a100-80gb", ("gemm_efficiency", "softmax_passes", "step_s"), STEP),
+    Fit(
+        "megatron-deepspeed",
+        "a100-80gb",
+        (
+            "gemm_efficiency",
+            "softmax_passes",
+            "layer_gap_s",
+            "micro_batch_s",
+            "network_efficiency",
+            "pipeline_efficiency",
+            "host_forward_layer_s",
+            "host_backward_layer_s",
+            "gemm_half_extent",
+            "hidden_passes",
+        ),
+        STEP,
+    ),
+    Fit("megatron-te", "a100-80gb", ("gemm_efficiency",), STEP),
+    Fit("megatron-te", "h100-80gb-sxm", ("gemm_efficiency", "hidden_passes", "attention_efficiency"), STEP),
+    Fit("megatron-te", "b200-180gb", DENSE, STEP),
+    Fit("fsdp", "a100-40gb", (*DENSE, "network_efficiency", "data_overlap"), STEP),
+    Fit("fsdp", "a100-80gb", (*DENSE, "data_overlap"), STEP),
+    Fit("fsdp", "h100-80gb-sxm", (*DENSE, "network_efficiency", "data_overlap"), STEP),
+    *(
+        Fit(
+            "eager",
+            gpu,
+            (
+                "gemm_efficiency",
+                "link_efficiency",
+                "host_forward_layer_s",
+                "layer_gap_s",
+                "memory_efficiency",
+                "kv_efficiency",
+                "host_decode_layer_s",
+                "decode_step_s",
+                "decode_row_s",
+            ),
+            ("prefill_ms", "decode_ms_per_token"),
+        )
+        for gpu in ("a100-80gb", "h100-80gb-sxm")
+    ),
+    Fit("cuda-graphs", "a100-80gb", ("memory_efficiency", "decode_layer_s"), ("decode_ms_per_token",)),
+    Fit(
+        "native",
+        "a100-80gb",
+        (*DECODE, "gemm_efficiency", "layer_gap_s", "network_latency_s", "network_efficiency", "decode_row_s"),
+        ("total_latency_ms",),
+    ),
+    Fit(
+        "trt-llm",
+        "a100-80gb",
+        ("memory_efficiency", "kv_efficiency", "gemm_efficiency", "decode_row_s", "decode_layer_s"),
+        ("total_latency_ms", "prefill_ms"),
+    ),
+    Fit(
+        "real",
+        "a100-80gb",
+        ("gemm_efficiency", "host_decode_layer_s", "decode_step_s", "micro_batch_s", "call_s"),
+        ("iteration_s",),
+    ),
+)
+
+
+Case = tuple[Row, str]
+
+
+def cases_of(fit: Fit) -> list[Case]:
+    """The rows and quantities that count for a fit."""
+    found = []
+    for path in published.library_files():
+        for row in published.read_rows(path):
+            for quantity in set(row["measured"]) & set(fit.quantities):
+                if counts(row, quantity) and _belongs(row, quantity, fit):
+                    found.append((row, quantity))
+    return sorted(found, key=lambda case: (case[0]["id"], case[1]))
+
+
+def _belongs(row: Row, quantity: str, fit: Fit) -> bool:
+    try:
+        if quantity == "iteration_s":
+            return fit.engine == "real"
+        PREDICTORS[quantity](row)
+        named = published.train_engine_name(row) if quantity in STEP else published.inference_engine_name(row)
+        return named == fit.engine and published.row_cluster(row).gpu.name == fit.gpu
+    except Unpredictable:
+        return False
+
+
+def errors(engine: Engine, cases: Sequence[Case]) -> NDArray[np.float64]:
+    """log(predicted / measured) of each case under an engine."""
+
+    def chosen(name: str, cluster: ClusterSpec, dtype: str) -> Engine:
+        return engine
+
+    with (
+        patch("cost_models.published.row_engine", chosen),
+        patch("cost_models.predictions.row_engine", chosen),
+    ):
+        return np.array([np.log(PREDICTORS[q](row) / row["measured"][q]) for row, q in cases])
+
+
+SHARES = {f.name for f in fields(Engine) if f.name.endswith(("efficiency", "overlap"))}
+CAPS = {"gemm_efficiency": 0.95, "memory_efficiency": 0.95, "kv_efficiency": 0.95, "link_efficiency": 0.95}
+"""Largest shares of a peak that a fit may claim; 1 for the others."""
+
+
+def solve(fit: Fit, cases: Sequence[Case], start: Engine) -> Engine:
+    """The engine that fits the cases best."""
+    initial = np.array([getattr(start, name) or (0.5 if name in SHARES else 1e-6) for name in fit.constants])
+    low = np.log(np.where([name in SHARES for name in fit.constants], 0.02, initial / 50))
+    high = np.log(
+        np.where([n in SHARES for n in fit.constants], [CAPS.get(n, 1.0) for n in fit.constants], initial * 50)
+    )
+    origin = np.clip(np.log(initial), low + 1e-6, high - 1e-6)
+
+    def engine_at(point: NDArray[np.float64]) -> Engine:
+        constants: dict[str, Any] = dict(zip(fit.constants, np.exp(point).tolist(), strict=True))
+        return replace(start, **constants)
+
+    def residuals(point: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.concatenate([errors(engine_at(point), cases), PULL * (point - origin)])
+
+    found = least_squares(
+        residuals, origin, bounds=(low, high), loss="soft_l1", f_scale=0.1, x_scale=0.3, max_nfev=40, diff_step=1e-3
+    )
+    return engine_at(found.x)
+
+
+def mape(engine: Engine, cases: Sequence[Case]) -> float:
+    """Mean absolute percentage error."""
+    return 100 * float(np.mean(np.abs(np.expm1(errors(engine, cases)))))
+
+
+def held_out(fit: Fit, cases: Sequence[Case], start: Engine) -> float:
+    """Error on one random half of the rows of constants fitted to the other half, both ways."""
+    shuffled = list(cases)
+    random.Random(0).shuffle(shuffled)
+    halves = shuffled[::2], shuffled[1::2]
+    return (mape(solve(fit, halves[0], start), halves[1]) + mape(solve(fit, halves[1], start), halves[0])) / 2
+
+
+def write(fit: Fit, engine: Engine, rows: int) -> None:
+    """Put the fitted constants into the library."""
+    library = json.loads(LIBRARY.read_text())
+    key = {"engine": fit.engine, "gpu": fit.gpu, "precision": "bf16"}
+    kept = [e for e in library["entries"] if {k: e[k] for k in key} != key]
+    constants = {name: float(f"{getattr(engine, name):.4g}") for name in fit.constants}
+    origin = f"fitted to {rows} published {', '.join(fit.quantities)} by scripts/fit_engines.py"
+    entries = [*kept, key | {"origin": origin, "constants": constants}]
+    lines = ",\n".join("    " + json.dumps(entry) for entry in entries)
+    LIBRARY.write_text('{\n  "entries": [\n' + lines + "\n  ]\n}\n")
+
+
+def general_engine(fit: Fit) -> Engine:
+    """Where a fit starts: the library's constants for any GPU, and the GPU's links."""
+    library = json.loads(LIBRARY.read_text())["entries"]
+    engine = Engine(name=fit.engine)
+    for name, gpu in (("*", "*"), ("*", fit.gpu), (fit.engine, "*")):
+        for entry in library:
+            if (entry["engine"], entry["gpu"]) == (name, gpu):
+                engine = replace(engine, **entry["constants"])
+    return engine
+
+
+def main() -> None:
+    """Fit and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--write", action="store_true")
+    args = parser.parse_args()
+    for fit in FITS:
+        if not f"{fit.engine}/{fit.gpu}".startswith(args.only):
+            continue
+        cases, start = cases_of(fit), general_engine(fit)
+        engine = solve(fit, cases, start)
+        print(
+            f"{fit.engine} on {fit.gpu}: {len(cases)} rows, {mape(start, cases):.1f} % -> {mape(engine, cases):.1f} %"
+        )
+        print("   ", ", ".join(f"{n} {getattr(start, n):.3g} -> {getattr(engine, n):.3g}" for n in fit.constants))
+        if args.check and len(cases) >= 6:
+            print(f"    on the half not fitted: {held_out(fit, cases, start):.1f} %")
+        if args.write:
+            write(fit, engine, len(cases))
+
+
+if __name__ == "__main__":
+    main()
