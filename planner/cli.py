@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
@@ -66,9 +66,14 @@ def search(
         bool | None, typer.Option("--recompute-logprobs", help="old log-probs in a call of their own")
     ] = None,
     engine: EngineName = "megatron",
-    method: Annotated[str, typer.Option(help="auto, exact or mcmc")] = "auto",
+    method: Annotated[Literal["auto", "exact", "mcmc"], typer.Option(help="how to search")] = "auto",
     seconds: Annotated[float, typer.Option(help="search budget")] = 10.0,
     seed: Annotated[int, typer.Option(help="random seed")] = 0,
+    pin: Annotated[list[str] | None, typer.Option(help="a layout rule, such as actor_train.tp=4")] = None,
+    forbid: Annotated[list[str] | None, typer.Option(help="such as 'critic_train.pp>2'; call * is every call")] = None,
+    same_mesh: Annotated[
+        list[str] | None, typer.Option(help="calls that share a mesh: actor_generate,ref_infer")
+    ] = None,
     max_memory: Annotated[str, typer.Option(help="bound per GPU below its memory, such as 72GiB")] = "",
     output: Annotated[Path, typer.Option("--output", "-o", help="where the plan goes")] = Path("plan.json"),
     as_json: AsJson = False,
@@ -76,6 +81,7 @@ def search(
 ) -> None:
     """Find the best plan and write it."""
     from planner.commands import search_command
+    from planner.limits import parse_limits
     from planner.request import build_request
     from plans.graphfile import load_graph
 
@@ -99,6 +105,8 @@ def search(
         own_graph=load_graph(graph) if graph else None,
         staleness=staleness,
     )
+    calls = [call.name for call in request.workload.graph.model_calls]
+    limits = parse_limits(pin or [], forbid or [], same_mesh or [], max_memory, calls)
     raise typer.Exit(
         search_command(
             request,
@@ -106,7 +114,7 @@ def search(
             method=method,
             seconds=seconds,
             seed=seed,
-            max_memory=max_memory,
+            limits=limits,
             output=output,
             as_json=as_json,
             verbose=verbose,

@@ -6,7 +6,7 @@ Every command returns its exit code: 0 done, 1 infeasible or a failed check.
 from __future__ import annotations
 
 import json
-import re
+import os
 import sys
 import time
 from dataclasses import asdict, replace
@@ -16,15 +16,17 @@ from typing import Any
 
 from cost_models.estimate import PlanCost, cost_plan
 from planner.baselines import symmetric
-from planner.portfolio import Outcome, search
+from planner.limits import Limits
+from planner.portfolio import Answer, Method, search
 from planner.pricing import Space, build_space
+from planner.progress import SearchProgress
 from planner.report import render_cost
 from planner.request import Request
-from planner.space import Limits
+from planner.tidy import tidy
 from plans.checks import check_plan
 from plans.cluster import GIB
 from plans.codec import digest, load_plan, read_plan, save_plan
-from plans.errors import Infeasible, PlanError, SpecError
+from plans.errors import Infeasible, PlanError
 from plans.plan import ExecutionPlan
 from plans.problems import Problem, locate
 from plans.render import render_plan
@@ -37,23 +39,31 @@ def search_command(
     method: str,
     seconds: float,
     seed: int,
-    max_memory: str,
+    limits: Limits,
     output: Path,
     as_json: bool,
     verbose: bool,
 ) -> int:
     """Search, write the plan, and say what was found."""
     began = time.perf_counter()
-    space = build_space(request.workload, request.cluster, engine, Limits(max_memory_gib=_gib(max_memory)))
+    space = build_space(request.workload, request.cluster, engine, limits)
     if isinstance(space, Infeasible):
         return _infeasible(space, as_json)
     if verbose:
         _print_space(space)
-    found = search(space.problem, method=method, seconds=seconds, seed=seed)
+    with SearchProgress() as progress:
+        found = search(
+            space.problem,
+            method=Method(method),
+            seconds=seconds,
+            seed=seed,
+            workers=os.cpu_count() or 1,
+            progress=progress.update,
+        )
     if isinstance(found, Infeasible):
         return _infeasible(found, as_json)
-    cost = cost_plan(space.plan(found.decision), engine)
-    plan = _finished(cost, request, output, found, engine, seed, time.perf_counter() - began)
+    cost = cost_plan(space.plan(tidy(space.problem, found.decision)), engine)
+    plan = _finished(cost, request, output, found, method, engine, seed, time.perf_counter() - began)
     save_plan(plan, output)
     if as_json:
         print(json.dumps(_summary(plan, cost, found, output, time.perf_counter() - began)))
@@ -64,12 +74,19 @@ def search_command(
 
 
 def _finished(
-    cost: PlanCost, request: Request, output: Path, found: Outcome, engine: str, seed: int, seconds: float
+    cost: PlanCost,
+    request: Request,
+    output: Path,
+    found: Answer,
+    method: str,
+    engine: str,
+    seed: int,
+    seconds: float,
 ) -> ExecutionPlan:
     """The plan with its estimate, provenance and run file."""
     bound = found.bound_s
     search_record: dict[str, Any] = {
-        "method": found.method,
+        "method": method,
         "lower_bound_s": bound,
         "gap": _gap(cost.iteration_s, bound),
         "seconds": round(seconds, 2),
@@ -86,14 +103,14 @@ def _gap(value: float, bound: float | None) -> float | None:
     return None if bound is None else max(0.0, round(1.0 - bound / value, 6))
 
 
-def _summary(plan: ExecutionPlan, cost: PlanCost, found: Outcome, output: Path, seconds: float) -> dict[str, Any]:
+def _summary(plan: ExecutionPlan, cost: PlanCost, found: Answer, output: Path, seconds: float) -> dict[str, Any]:
     return {
         "iteration_s": cost.iteration_s,
         "latency_s": cost.latency_s,
         "lower_bound_s": found.bound_s,
         "gap": _gap(cost.iteration_s, found.bound_s),
         "search_s": round(seconds, 3),
-        "method": found.method,
+        "method": plan.provenance["search"]["method"],
         "evaluated": found.evaluated,
         "peak_gib": round(cost.memory.peak_gib, 3),
         "plan": str(output),
@@ -126,15 +143,6 @@ def _infeasible(reason: Infeasible, as_json: bool) -> int:
     else:
         print(f"infeasible: {reason.reason}\nhint: {reason.hint}", file=sys.stderr)
     return 1
-
-
-def _gib(text: str) -> float:
-    if not text:
-        return 0.0
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GiB|GB)?", text, re.IGNORECASE)
-    if not match or float(match[1]) <= 0:
-        raise SpecError(f"--max-memory `{text}` is not a size", "for example 72GiB")
-    return float(match[1]) * (1e9 / GIB if (match[2] or "").lower() == "gb" else 1.0)
 
 
 def show_command(path: Path) -> int:

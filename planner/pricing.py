@@ -14,11 +14,11 @@ from cost_models.engines import Engine, load_engine
 from cost_models.memory import call_memory
 from cost_models.memory_terms import context_bytes
 from cost_models.reallocation import reallocation_matrix
+from planner.limits import Limits
 from planner.problem import Decision, Dependency, Options, Problem
-from planner.space import Limits, Pruned, Shape, positions, shapes, strategies
+from planner.space import Pruned, Shape, positions, shapes, strategies
 from plans.cluster import GIB, ClusterSpec, DeviceMesh
 from plans.errors import Infeasible
-from plans.graph import CallKind
 from plans.layout import Layout
 from plans.model import ModelSpec
 from plans.plan import ExecutionPlan, PlannedCall
@@ -88,10 +88,12 @@ def build_space(workload: Workload, cluster: ClusterSpec, engine: str, limits: L
         if not len(fits):
             return _too_large(call.name, priced, capacity, cluster)
         priced = priced.take(fits)
-        kept = _undominated(priced, _slack_s(workload, call.name, cluster))
+        kept = _undominated(priced, frozen=call.model not in workload.graph.trainers)
         pruned.note("another layout of the same shape is faster and smaller", len(priced.time_s) - len(kept))
-        priced = priced.take(kept)
-        entries, column = _place(priced, cluster)
+        entries, column = _place(call.name, priced.take(kept), cluster, limits, pruned)
+        if column is None:
+            rules = ", ".join(rule.text for rule in (*limits.pins, *limits.forbids))
+            return Infeasible(f"no layout of `{call.name}` keeps the rules {rules}", "drop a --pin or a --forbid")
         options[call.name] = entries
         columns.append(column)
     names = tuple(options)
@@ -153,38 +155,25 @@ def price_call(
     )
 
 
-def _slack_s(workload: Workload, call: str, cluster: ClusterSpec) -> float:
-    """More than a choice of layout can change the reallocations of a trained model: a whole copy over one node's
-    network and one GPU's link, with a second for messages, for each of its other calls. Zero for frozen models."""
-    role = workload.graph.call(call).model
-    if role not in workload.graph.trainers:
-        return 0.0
-    weights = workload.models[role].params * workload.element_bytes
-    network = cluster.gpus_per_node * cluster.inter_node_gbps * 1e9
-    link = cluster.gpu.link_gbps * 1e9
-    users = sum(c.model == role and c.kind is not CallKind.TRAIN_STEP for c in workload.graph.calls)
-    share = 1 if workload.graph.call(call).kind is not CallKind.TRAIN_STEP else users
-    return share * 1.5 * (weights / network + weights / cluster.gpus_per_node / link)
-
-
-def _undominated(priced: Priced, slack_s: float) -> NDArray[np.intp]:
-    """Indices of layouts that no other of the same shape beats in time, resident and peak memory; one that holds other
-    slices must be faster by more than `slack_s` to count. Of equal ones the first stays."""
+def _undominated(priced: Priced, *, frozen: bool) -> NDArray[np.intp]:
+    """Indices of layouts that no other of the same shape beats in time, resident and peak memory; of equal ones the
+    first stays. A trained model's layouts compete only where they hold the same slices, because others are reallocated
+    in another time: `planner.dominance` compares those."""
     number = {slices: i for i, slices in enumerate({_slices(s): None for s in priced.strategies})}
     slices = np.array([number[_slices(s)] for s in priced.strategies])
     by_shape: dict[Shape, list[int]] = {}
     for i in np.lexsort((priced.transient, priced.resident, priced.time_s)).tolist():
         by_shape.setdefault(priced.shapes[i], []).append(i)
-    kept = [_unbeaten(priced, np.array(members), slices, slack_s) for members in by_shape.values()]
+    kept = [_unbeaten(priced, np.array(members), slices, frozen) for members in by_shape.values()]
     return np.sort(np.concatenate(kept))
 
 
-def _unbeaten(priced: Priced, members: NDArray[np.intp], slices: NDArray[np.intp], slack_s: float) -> NDArray[np.intp]:
+def _unbeaten(priced: Priced, members: NDArray[np.intp], slices: NDArray[np.intp], frozen: bool) -> NDArray[np.intp]:
     """Those of some layouts, ordered by time, that none before them beats."""
     time_s, resident, held = priced.time_s[members], priced.resident[members], slices[members]
     peak = resident + priced.transient[members]
-    slack = np.where(held[:, None] == held, 0.0, slack_s)
-    beats = (resident[:, None] <= resident) & (peak[:, None] <= peak) & (time_s[:, None] + slack <= time_s)
+    beats = (resident[:, None] <= resident) & (peak[:, None] <= peak) & (time_s[:, None] <= time_s)
+    beats &= frozen | (held[:, None] == held)
     return members[~np.triu(beats, 1).any(axis=0)]
 
 
@@ -200,14 +189,22 @@ def _layout_id(strategy: ParallelStrategy) -> int:
     return number
 
 
-def _place(priced: Priced, cluster: ClusterSpec) -> tuple[tuple[Entry, ...], Options]:
-    """Every layout at every position of its shape."""
+def _place(
+    call: str, priced: Priced, cluster: ClusterSpec, limits: Limits, pruned: Pruned
+) -> tuple[tuple[Entry, ...], Options | None]:
+    """Every layout at every position of its shape that the user's rules allow."""
     entries: list[Entry] = []
     source: list[int] = []
     for i, (shape, strategy) in enumerate(zip(priced.shapes, priced.strategies, strict=True)):
         for mesh in positions(shape, cluster):
+            broken = limits.refuses(call, mesh, strategy, cluster)
+            if broken:
+                pruned.note(broken)
+                continue
             entries.append((mesh, strategy))
             source.append(i)
+    if not entries:
+        return (), None
     at = np.array(source, dtype=np.intp)
     column = Options(
         first=np.array([mesh.ranks(cluster).start for mesh, _ in entries]),

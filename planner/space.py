@@ -18,6 +18,7 @@ from plans.workload import Workload
 
 MICRO_BATCH_SAMPLES = (1, 2, 4, 8, 16, 32, 64)
 INTERLEAVINGS = (1, 2, 4)
+EVERY_LENGTH_UP_TO = 16
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -37,29 +38,28 @@ class Shape:
         return DeviceMesh(first_node=node, nodes=self.nodes, first_gpu=gpu, gpus=self.gpus)
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What the user rules in or out. max_memory_gib bounds every GPU below its capacity (0: no further bound)."""
-
-    max_memory_gib: float = 0.0
-
-
 def shapes(cluster: ClusterSpec) -> list[Shape]:
-    """Every legal mesh shape: power-of-two parts of a node, then 1 ... all nodes."""
+    """Mesh shapes to try: power-of-two parts of a node, then runs of whole nodes (every length up to
+    `EVERY_LENGTH_UP_TO` nodes; on larger clusters lengths with few digits in base two, and their complements)."""
     parts = []
     size = 1
     while size < cluster.gpus_per_node:
         parts.append(Shape(size, 1))
         size *= 2
-    return [*parts, *(Shape(cluster.gpus_per_node, nodes) for nodes in range(1, cluster.nodes + 1))]
+    return [*parts, *(Shape(cluster.gpus_per_node, nodes) for nodes in _lengths(cluster.nodes))]
+
+
+def _lengths(nodes: int) -> list[int]:
+    if nodes <= EVERY_LENGTH_UP_TO:
+        return list(range(1, nodes + 1))
+    round_numbers = {digits << shift for digits in (1, 3) for shift in range(nodes.bit_length())}
+    round_numbers = {n for n in round_numbers if n <= nodes}
+    return sorted(round_numbers | {nodes - n for n in round_numbers if n < nodes} | {nodes})
 
 
 def positions(shape: Shape, cluster: ClusterSpec) -> list[DeviceMesh]:
-    """Where a shape is tried: tiles from the left, and flush right. Parts of a node lie on the first and last node.
-
-    Every packing of whole-node rectangles into columns can be slid to such starts when the rectangles beside each
-    other have these sizes; other placements differ only in reallocation distance.
-    """
+    """Where a shape is tried. Whole nodes: every start up to `EVERY_LENGTH_UP_TO` nodes, on larger clusters tiles from
+    the left and from the right. Parts of a node: on the first and on the last node, because nodes are alike."""
     if shape.gpus < cluster.gpus_per_node:
         nodes = sorted({0, cluster.nodes - 1})
         return [
@@ -68,7 +68,9 @@ def positions(shape: Shape, cluster: ClusterSpec) -> list[DeviceMesh]:
             for gpu in range(0, cluster.gpus_per_node - shape.gpus + 1, shape.gpus)
         ]
     last = cluster.nodes - shape.nodes
-    return [shape.at(node) for node in sorted({*range(0, last + 1, shape.nodes), last})]
+    if cluster.nodes <= EVERY_LENGTH_UP_TO:
+        return [shape.at(node) for node in range(last + 1)]
+    return [shape.at(node) for node in sorted({*range(0, last + 1, shape.nodes), *range(last, -1, -shape.nodes)})]
 
 
 @dataclass

@@ -1,0 +1,129 @@
+"""What the user rules in or out of the space: `actor_train.tp=4` pinned, `critic_train.pp>2` forbidden.
+
+A rule names a call (`*`: every call), a field of its mesh or strategy, a comparison and a value.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from plans.cluster import GIB, ClusterSpec, DeviceMesh
+from plans.errors import SpecError, nearest
+from plans.strategy import ParallelStrategy
+
+_COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
+    "=": operator.eq,
+    "==": operator.eq,
+    "!=": operator.ne,
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+}
+_RULE = re.compile(r"\s*([\w*]+)\.(\w+)\s*(>=|<=|!=|==|=|<|>)\s*(.+?)\s*")
+_NUMBERS = ("dp", "tp", "pp", "cp", "ep", "vpp", "micro_batches", "groups", "gpus", "nodes", "first_node")
+_FLAGS = ("sequence_parallel", "offload", "shard_optimizer")
+_WORDS = ("recompute", "mesh")
+_TRUTH = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One comparison; `text` is what the user wrote."""
+
+    call: str
+    field: str
+    comparison: str
+    value: int | bool | str
+    text: str
+
+    def holds(self, mesh: DeviceMesh, strategy: ParallelStrategy, cluster: ClusterSpec) -> bool:
+        """Whether a layout has the property."""
+        return _COMPARISONS[self.comparison](_field(self.field, mesh, strategy, cluster), self.value)
+
+
+def _field(name: str, mesh: DeviceMesh, strategy: ParallelStrategy, cluster: ClusterSpec) -> int | bool | str:
+    if name == "mesh":
+        return mesh.text(cluster)
+    if name == "gpus":
+        return mesh.size
+    if name in ("nodes", "first_node"):
+        return int(getattr(mesh, name))
+    value: int | bool | str = getattr(strategy, name)
+    return str(value) if name == "recompute" else value
+
+
+def parse_rule(text: str, calls: Sequence[str]) -> Rule:
+    """Read a rule; errors name the part that is wrong."""
+    match = _RULE.fullmatch(text)
+    if not match:
+        raise SpecError(f"rule `{text}` is not of the form call.field=value", "for example `actor_train.tp=4`")
+    call, field, comparison, value = match.groups()
+    if call != "*" and call not in calls:
+        raise SpecError(f"rule `{text}`: no call `{call}`", nearest(call, list(calls)))
+    if field in _NUMBERS:
+        if not value.isdigit():
+            raise SpecError(f"rule `{text}`: `{value}` is not a whole number")
+        return Rule(call, field, comparison, int(value), text)
+    if field in _FLAGS:
+        if value.lower() not in _TRUTH:
+            raise SpecError(f"rule `{text}`: `{value}` is not true or false")
+        return Rule(call, field, comparison, _TRUTH[value.lower()], text)
+    if field in _WORDS:
+        if comparison not in ("=", "==", "!="):
+            raise SpecError(f"rule `{text}`: {field} can only be compared with = and !=")
+        return Rule(call, field, comparison, value.strip("\"'"), text)
+    raise SpecError(f"rule `{text}`: unknown field `{field}`", nearest(field, [*_NUMBERS, *_FLAGS, *_WORDS]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The user's bounds on the space. max_memory_gib bounds every GPU below its capacity (0: no further bound).
+    same_mesh: groups of calls that must share their mesh."""
+
+    pins: tuple[Rule, ...] = ()
+    forbids: tuple[Rule, ...] = ()
+    same_mesh: tuple[tuple[str, ...], ...] = ()
+    max_memory_gib: float = 0.0
+
+    def refuses(self, call: str, mesh: DeviceMesh, strategy: ParallelStrategy, cluster: ClusterSpec) -> str:
+        """The rule that a layout of a call breaks, empty when none."""
+        for rule in self.pins:
+            if rule.call in ("*", call) and not rule.holds(mesh, strategy, cluster):
+                return f"pinned: {rule.text}"
+        for rule in self.forbids:
+            if rule.call in ("*", call) and rule.holds(mesh, strategy, cluster):
+                return f"forbidden: {rule.text}"
+        return ""
+
+
+def parse_limits(
+    pins: Sequence[str], forbids: Sequence[str], same_mesh: Sequence[str], max_memory: str, calls: Sequence[str]
+) -> Limits:
+    """The limits of a command line; `same_mesh` are comma-separated names of calls."""
+    groups = tuple(tuple(name.strip() for name in group.split(",")) for group in same_mesh)
+    for group in groups:
+        for name in group:
+            if name not in calls:
+                raise SpecError(f"--same-mesh: no call `{name}`", nearest(name, list(calls)))
+        if len(group) < 2:
+            raise SpecError(f"--same-mesh `{group[0]}` names one call", "two or more names, joined by commas")
+    return Limits(
+        pins=tuple(parse_rule(text, calls) for text in pins),
+        forbids=tuple(parse_rule(text, calls) for text in forbids),
+        same_mesh=groups,
+        max_memory_gib=_gib(max_memory),
+    )
+
+
+def _gib(text: str) -> float:
+    if not text:
+        return 0.0
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GiB|GB)?", text, re.IGNORECASE)
+    if not match or float(match[1]) <= 0:
+        raise SpecError(f"--max-memory `{text}` is not a size", "for example 72GiB")
+    return float(match[1]) * (1e9 / GIB if (match[2] or "").lower() == "gb" else 1.0)
