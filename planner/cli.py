@@ -144,11 +144,18 @@ def check(
 
 
 @app.command()
-def estimate(path: PlanPath, engine: EngineName = "megatron", as_json: AsJson = False) -> None:
+def estimate(
+    path: PlanPath,
+    engine: EngineName = "megatron",
+    what_if: Annotated[
+        list[str] | None, typer.Option(help="gpus=256, inter_node_gbps=200, response_tokens=4096")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Predict time by call and term, and memory by GPU and term with the moment of the peak."""
     from planner.commands import estimate_command
 
-    raise typer.Exit(estimate_command(path, engine=engine, as_json=as_json))
+    raise typer.Exit(estimate_command(path, engine=engine, changes=what_if or [], as_json=as_json))
 
 
 @app.command()

@@ -23,6 +23,7 @@ from planner.progress import SearchProgress
 from planner.report import render_cost
 from planner.request import Request
 from planner.tidy import tidy
+from planner.whatif import what_if
 from plans.checks import check_plan
 from plans.cluster import GIB
 from plans.codec import digest, load_plan, read_plan, save_plan
@@ -121,7 +122,7 @@ def _print_verdict(request: Request, plan: ExecutionPlan, cost: PlanCost, engine
     record = plan.provenance["search"]
     words = f"{cost.iteration_s:.4g} s per iteration"
     if record["gap"] is not None:
-        words += f", at most {record['gap']:.2%} above the optimum"
+        words += f", at most {record['gap']:.2%} from the optimum (lower bound {record['lower_bound_s']:.4g} s)"
     best = symmetric(request.workload, request.cluster, engine)
     if isinstance(best, ExecutionPlan):
         uniform = cost_plan(best, engine).iteration_s
@@ -228,10 +229,14 @@ def _memory_hint(plan: ExecutionPlan, step: str) -> str:
     )
 
 
-def estimate_command(path: Path, *, engine: str, as_json: bool) -> int:
-    """Predicted time by term and memory by moment."""
+def estimate_command(path: Path, *, engine: str, changes: list[str], as_json: bool) -> int:
+    """Predicted time by term and memory by moment, as the plan stands or under what-if changes."""
     plan = _legal(path)
-    cost = cost_plan(plan, engine)
+    before = cost_plan(plan, engine)
+    cost = cost_plan(what_if(plan, changes), engine) if changes else before
+    if changes:
+        ratio = cost.iteration_s / before.iteration_s
+        print(f"with {', '.join(changes)}: {ratio:.2f}x the time of the plan as it stands", file=sys.stderr)
     if as_json:
         print(json.dumps({**asdict(cost.estimate), "terms": cost.terms, "peak_terms_bytes": cost.memory.peak_terms}))
     else:
