@@ -1,0 +1,147 @@
+"""One suite that every solver passes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from small_problems import TESTS, best_objective_s, fits, is_legal, latency_s, period_s, problems, random_table
+
+from planner import exact, kernels, portfolio, schedule, tables
+from planner.portfolio import Answer, Method
+from planner.problem import Decision, Dependency, Options, Problem
+from plans.errors import Infeasible
+
+METHODS = tuple(Method)
+BOUNDED = (Method.EXACT, Method.AUTO)
+
+
+def table_problem(seed: int = 1) -> Problem:
+    return tables.problem_of(random_table(np.random.default_rng(seed)))
+
+
+def solve(problem: Problem, method: Method, **limits: object) -> Answer | Infeasible:
+    return portfolio.search(problem, method, **{"seconds": 20.0, "evaluations": 6000, **limits})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(problem=problems(calls=3, most_options=3))
+def test_equals_brute_force(method: Method, problem: Problem) -> None:
+    best = best_objective_s(problem, kernels.LATENCY_WEIGHT)
+    answer = solve(problem, method)
+    if best is None:
+        assert isinstance(answer, Infeasible) and answer.reason
+        return
+    assert isinstance(answer, Answer)
+    assert is_legal(problem, answer.decision) and fits(problem, answer.decision.choice)
+    period, latency = period_s(problem, answer.decision), latency_s(problem, answer.decision)
+    assert (answer.period_s, answer.latency_s) == (pytest.approx(period), pytest.approx(latency))
+    assert period + kernels.LATENCY_WEIGHT * latency == pytest.approx(best)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(problem=problems(calls=3, most_options=3))
+def test_bound_is_never_above_the_optimum(problem: Problem) -> None:
+    best = best_objective_s(problem, 0.0)
+    answer = exact.search(problem, seconds=10.0)
+    if best is None:
+        assert isinstance(answer, Infeasible)
+    else:
+        assert isinstance(answer, exact.Proved)
+        assert answer.bound_s <= best + 1e-9
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_never_worse_than_its_start(method: Method) -> None:
+    problem = table_problem()
+    best = solve(problem, method)
+    assert isinstance(best, Answer)
+    cost = schedule.evaluate(schedule.tables(problem), best.decision)
+    again = solve(problem, method, start=best.decision, evaluations=16, seed=9)
+    assert isinstance(again, Answer)
+    assert again.period_s <= cost.period_s
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_same_seed_same_plan_in_another_process(method: Method) -> None:
+    script = (
+        "from test_solvers import *;"
+        f"print([solve(table_problem(s), Method('{method.value}'), seed=4).decision for s in (1, 2)])"
+    )
+    path = os.pathsep.join((TESTS, os.path.dirname(__file__), *sys.path))
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("0", "123")
+    }
+    here = [solve(table_problem(s), method, seed=4) for s in (1, 2)]
+    assert said == {f"{[answer.decision for answer in here if isinstance(answer, Answer)]}\n"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_stops_in_its_budget(method: Method) -> None:
+    solve(table_problem(), method)  # compiled
+    began = time.monotonic()
+    solve(table_problem(2), method, seconds=0.5, evaluations=1 << 40)
+    assert time.monotonic() - began < 2.5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_infeasible_says_why(method: Method) -> None:
+    table = random_table(np.random.default_rng(1)) | {"gpu_mem": 19}
+    answer = solve(tables.problem_of(table), method)
+    assert isinstance(answer, Infeasible)
+    assert "GiB" in answer.reason and answer.hint
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_calls_that_fit_only_apart_are_kept_apart(method: Method) -> None:
+    """Two calls that are fastest on all GPUs, where their resident bytes do not fit together."""
+    option = Options(
+        first=np.array([0, 0, 2]),
+        width=np.array([4, 2, 2]),
+        time_s=np.array([1.0, 3.0, 3.0]),
+        resident_bytes=np.array([3.0, 3.0, 3.0]),
+        transient_bytes=np.zeros(3),
+        layout=np.zeros(3),
+    )
+    problem = Problem(gpus=4, capacity_bytes=5.0, names=("a", "b"), options=(option, option), edges=(Dependency(0, 1),))
+    answer = solve(problem, method)
+    assert isinstance(answer, Answer)
+    assert sorted(answer.decision.choice) == [1, 2] and answer.period_s == 3.0
+
+
+@pytest.mark.parametrize("method", BOUNDED)
+def test_gap_is_closed_on_a_small_cluster(method: Method) -> None:
+    answer = solve(table_problem(), method)
+    assert isinstance(answer, Answer) and answer.bound_s is not None
+    assert answer.bound_s <= answer.period_s and answer.gap is not None and answer.gap <= 0.01
+
+
+def test_a_resumed_walk_goes_on_where_it_stopped() -> None:
+    from planner import mcmc
+
+    problem = table_problem()
+    block = mcmc.CHAINS * mcmc.STEPS_PER_ROUND
+    whole = mcmc.search(problem, seed=2, evaluations=2 * block)
+    first = mcmc.search(problem, seed=2, evaluations=block)
+    assert isinstance(first, mcmc.Found) and isinstance(whole, mcmc.Found)
+    rest = mcmc.search(problem, evaluations=block, resume=first.chains)
+    assert isinstance(rest, mcmc.Found)
+    assert (rest.decision, rest.evaluated) == (whole.decision, whole.evaluated)
+    assert (rest.chains.now == whole.chains.now).all()
+
+
+def test_a_decision_in_graph_order_is_legal() -> None:
+    assert schedule.is_legal(table_problem(), Decision.plain((0,) * 5))
