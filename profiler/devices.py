@@ -1,0 +1,90 @@
+"""The device that is profiled: its kind, its driver's name for it, clocks and versions of what runs on it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from plans.errors import RealplanError
+from plans.library import gpu_names
+
+_KINDS = (
+    (r"A100.*40", "a100-40gb"),
+    (r"A100.*80", "a100-80gb"),
+    (r"H100.*PCIe", "h100-80gb-pcie"),
+    (r"H100", "h100-80gb-sxm"),
+    (r"H200", "h200-141gb"),
+    (r"B200", "b200-180gb"),
+    (r"L40S", "l40s"),
+    (r"4090", "rtx-4090"),
+)
+_CLOCKS = {"graphics": "clocks.max.graphics", "memory": "clocks.max.memory", "graphics_now": "clocks.current.graphics"}
+
+
+def parse_device(name: str) -> torch.device:
+    """`cuda` (the first GPU) or `cpu`."""
+    if name == "cpu":
+        return torch.device("cpu")
+    if name != "cuda":
+        raise RealplanError(f"device `{name}` is unknown", "--device cuda or --device cpu")
+    if not torch.cuda.is_available():
+        raise RealplanError("torch finds no CUDA device", "--device cpu, or a torch build with CUDA on a GPU machine")
+    return torch.device("cuda", 0)
+
+
+def device_name(device: torch.device) -> str:
+    """The driver's name of a GPU; the processor's model name of a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    found = re.search(r"^model name\s*:\s*(.+)$", _read(Path("/proc/cpuinfo")), re.MULTILINE)
+    return found[1].strip() if found else "cpu"
+
+
+def hardware_kind(device: torch.device) -> str:
+    """The entry of `realplan clusters` that a device belongs to."""
+    if device.type == "cpu":
+        return "cpu"
+    name = torch.cuda.get_device_name(device)
+    for pattern, kind in _KINDS:
+        if re.search(pattern, name):
+            return kind
+    raise RealplanError(f"GPU `{name}` is of no known kind", f"known kinds: {', '.join(gpu_names())}")
+
+
+def clocks_mhz(device: torch.device) -> dict[str, float]:
+    """Clock rates: of a GPU as nvidia-smi reports them, of a CPU as the kernel does; empty where nobody knows."""
+    if device.type == "cpu":
+        rates = [float(rate) for rate in re.findall(r"^cpu MHz\s*:\s*([\d.]+)$", _read(Path("/proc/cpuinfo")), re.M)]
+        return {"core": max(rates)} if rates else {}
+    query = ["nvidia-smi", f"--query-gpu={','.join(_CLOCKS.values())}", "--format=csv,noheader,nounits", "--id=0"]
+    try:
+        text = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    found = [re.fullmatch(r"\s*([\d.]+)\s*", part) for part in text.strip().split(",")]
+    return {name: float(match[1]) for name, match in zip(_CLOCKS, found, strict=False) if match}
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """Versions of what the operations run on."""
+    found = {"torch": torch.__version__}
+    try:
+        found["megatron-core"] = version("megatron-core")
+    except PackageNotFoundError:
+        from runtime.mcore import __version__
+
+        found["megatron-core"] = __version__
+    if device.type == "cuda":
+        found["cuda"] = str(torch.version.cuda)
+    return found
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

@@ -1,0 +1,225 @@
+"""The operations that are timed: embedding, block, head with loss, optimizer and whole calls of the runtime's models.
+
+A shard is a model of one layer whose sizes are those of one rank of a tp-way cut, built and trained by the runtime on
+this process alone, so that the code that is timed is the code that will run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cost_models.table_schema import CALL_VOCAB
+from plans.layout import Layout
+from plans.model import ModelSpec
+from profiler.timers import Timed
+from runtime.forward import Batch, TokenOutput, pack, token_logprobs, token_output
+from runtime.generation import generate
+from runtime.groups import GroupCache
+from runtime.model import Model, build_model
+from runtime.modules import KVCache
+from runtime.sampling import Sampling
+from runtime.training import AdamSettings, Trainer
+
+STEPS = 8
+"""Decode steps of a `generate_step` measurement."""
+
+Point = Mapping[str, int]
+
+
+def single_rank_model(spec: ModelSpec, groups: GroupCache, device: torch.device, dtype: torch.dtype) -> Model:
+    """A model on this rank alone, weights normal. The process group must hold one rank."""
+    layout = Layout(spec, (0,))
+    model = build_model(layout, groups.collection(layout), dtype=dtype, device=device)
+    with torch.no_grad():
+        for parameter in model.chunks[0].parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 0.02)
+            else:
+                parameter.fill_(1.0)
+    return model
+
+
+class Shard:
+    """Holds the model of a shard with its gradient buffers and optimizer, and gives its operations."""
+
+    def __init__(self, spec: ModelSpec, groups: GroupCache, device: torch.device, dtype: torch.dtype) -> None:
+        self.model = single_rank_model(spec, groups, device, dtype)
+        self.trainer = Trainer(self.model, AdamSettings())
+        self._chunk = self.model.chunks[0]
+        self._device = device
+        self._dtype = dtype
+
+    @property
+    def parameters(self) -> int:
+        """Local parameters."""
+        return sum(parameter.numel() for parameter in self._chunk.parameters())
+
+    def operation(self, name: str, point: Point) -> Timed:
+        """An operation of `cost_models.tables.OPERATIONS` at a point by axis."""
+        made: Timed = getattr(self, f"_{name}")(**point)
+        return made
+
+    def _tokens(self, sequences: int, tokens: int) -> Tensor:
+        return torch.randint(self.model.spec.vocab, (sequences, tokens), device=self._device)
+
+    def _hidden(self, tokens: int, sequences: int, *, grad: bool = True) -> Tensor:
+        shape = (tokens, sequences, self.model.spec.hidden)
+        return torch.randn(shape, device=self._device, dtype=self._dtype, requires_grad=grad)
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        self._chunk.train()
+        return torch.as_tensor(self._chunk.embedding(input_ids=ids, position_ids=None))
+
+    def _embedding_forward(self, tokens: int) -> Timed:
+        ids = self._tokens(1, tokens)
+        return Timed(lambda _: self._embed(ids))
+
+    def _embedding_backward(self, tokens: int) -> Timed:
+        ids = self._tokens(1, tokens)
+        return _backward(lambda: self._embed(ids))
+
+    def _block(self, hidden: Tensor, cache: KVCache | None = None, longest: int = 0) -> Tensor:
+        self._chunk.train(cache is None)
+        angles = self._chunk.rotary_pos_emb(longest or hidden.shape[0])
+        out = self._chunk.decoder.layers[0](
+            hidden_states=hidden, attention_mask=None, inference_context=cache, rotary_pos_emb=angles
+        )
+        return torch.as_tensor(out[0])
+
+    def _block_forward(self, sequences: int, sequence_tokens: int) -> Timed:
+        hidden = self._hidden(sequence_tokens, sequences)
+        return Timed(lambda _: self._block(hidden))
+
+    def _block_backward(self, sequences: int, sequence_tokens: int) -> Timed:
+        hidden = self._hidden(sequence_tokens, sequences)
+        return _backward(lambda: self._block(hidden))
+
+    def _block_recompute(self, sequences: int, sequence_tokens: int) -> Timed:
+        """Backward of a block that is recomputed first; the profile subtracts `block_backward`."""
+        hidden = self._hidden(sequence_tokens, sequences)
+
+        def forward() -> Tensor:
+            self._chunk.train()
+            with _full_recompute(self.model.config):
+                return torch.as_tensor(
+                    self._chunk.decoder(
+                        hidden_states=hidden,
+                        attention_mask=None,
+                        rotary_pos_emb=self._chunk.rotary_pos_emb(sequence_tokens),
+                    )
+                )
+
+        return _backward(forward)
+
+    def _block_prefill(self, sequences: int, sequence_tokens: int) -> Timed:
+        return self._cached_block(sequences, sequence_tokens, 0)
+
+    def _block_decode(self, sequences: int, cached_tokens: int) -> Timed:
+        return self._cached_block(sequences, 1, cached_tokens)
+
+    def _cached_block(self, sequences: int, tokens: int, cached: int) -> Timed:
+        hidden, longest = self._hidden(tokens, sequences, grad=False), tokens + cached
+        cache = KVCache(sequences, longest)
+
+        @torch.inference_mode()
+        def run(_: None = None) -> Tensor:
+            cache.sequence_len_offset = cached
+            return self._block(hidden, cache, longest)
+
+        run()
+        for keys, values in cache.key_value_memory_dict.values():
+            with torch.inference_mode():
+                keys.zero_()
+                values.zero_()
+        return Timed(run)
+
+    def _logprobs(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        self._chunk.train()
+        tied = self.model.spec.tied_embeddings
+        normed = self._chunk.decoder.final_layernorm(hidden)
+        weight = self._chunk.shared_embedding_or_output_weight() if tied else None
+        logits, _ = self._chunk.output_layer(normed, weight=weight)
+        whole = pack(tokens, torch.ones_like(tokens, dtype=torch.bool), tokens.shape[1])
+        return token_output(self.model, logits.transpose(0, 1).contiguous(), whole).logprobs.sum()
+
+    def _head_forward(self, tokens: int) -> Timed:
+        hidden, ids = self._hidden(tokens, 1), self._tokens(1, tokens)
+        return Timed(lambda _: self._logprobs(hidden, ids))
+
+    def _head_backward(self, tokens: int) -> Timed:
+        hidden, ids = self._hidden(tokens, 1), self._tokens(1, tokens)
+        return _backward(lambda: self._logprobs(hidden, ids))
+
+    def optimizer_step(self) -> Timed:
+        """Clip and Adam on all local parameters."""
+        return Timed(lambda _: self.trainer.update(1e-6))
+
+    def _batch(self, sequences: int, tokens: int) -> Batch:
+        ids = self._tokens(sequences, tokens)
+        return {"tokens": ids, "mask": torch.ones_like(ids, dtype=torch.bool)}
+
+    def _train_call(self, sequences: int, sequence_tokens: int) -> Timed:
+        batch = self._batch(sequences, sequence_tokens)
+        return Timed(lambda _: self.trainer.step(batch, _summed))
+
+    def _inference_call(self, sequences: int, sequence_tokens: int) -> Timed:
+        batch = self._batch(sequences, sequence_tokens)
+        return Timed(lambda _: token_logprobs(self.model, batch["tokens"], batch["mask"]))
+
+    def generation(self, sequences: int, prompt_tokens: int, response_tokens: int) -> Timed:
+        """A whole generation; `generate_step` is the difference of two, by their tokens."""
+        prompts = self._tokens(sequences, prompt_tokens)
+        lengths = torch.full((sequences,), prompt_tokens, device=self._device)
+
+        def run(_: None) -> object:
+            return generate(
+                self.model,
+                prompts,
+                lengths,
+                torch.arange(sequences, device=self._device),
+                response_tokens=response_tokens,
+                sampling=Sampling(),
+                seed=0,
+                iteration=0,
+                stop_ids=(),
+                pad_id=0,
+            )
+
+        return Timed(run)
+
+
+def call_spec(spec: ModelSpec) -> ModelSpec:
+    """The shard on which whole calls are timed: its vocabulary is small, so that the head hides nothing."""
+    return replace(spec, name=f"{spec.name}/calls", vocab=CALL_VOCAB)
+
+
+def _backward(forward: Any) -> Timed:
+    """The backward pass alone; the gradients go into the trainer's buffers."""
+
+    def prepare() -> tuple[Tensor, Tensor]:
+        out = forward()
+        return out, torch.ones_like(out)
+
+    return Timed(lambda pair: pair[0].backward(pair[1]), prepare)
+
+
+def _summed(output: TokenOutput, _: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
+    loss = output.logprobs.mean()
+    return loss, {"loss": loss}
+
+
+@contextmanager
+def _full_recompute(config: Any) -> Iterator[None]:
+    """Let Megatron's block recompute every layer while this holds."""
+    before = config.recompute_granularity, config.recompute_method, config.recompute_num_layers
+    config.recompute_granularity, config.recompute_method, config.recompute_num_layers = "full", "uniform", 1
+    try:
+        yield
+    finally:
+        config.recompute_granularity, config.recompute_method, config.recompute_num_layers = before

@@ -1,0 +1,217 @@
+"""Profile a model on this machine: time its operations case by case and keep them in a cost table."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from cost_models.table_schema import OPERATIONS, TableError
+from cost_models.tables import CostTable
+from plans.errors import RealplanError
+from plans.model import ModelSpec
+from profiler.cases import CALLS, CPU, GPU, Axes, Cases, grids, shard_spec
+from profiler.collectives import CPU_BYTES, GPU_BYTES, device_count, measure_collectives
+from profiler.devices import clocks_mhz, device_name, hardware_kind, versions
+from profiler.layers import STEPS, Shard, call_spec
+from profiler.results import Coordinates, Results
+from profiler.timers import Timing, measure, peak_bytes
+from runtime.compat import install
+from runtime.groups import GroupCache
+from runtime.job import DTYPES
+
+Advance = Callable[[str], None]
+ATTEMPTS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to profile: a model in a precision on a device, for some tensor-parallel degrees. cases None: the device's."""
+
+    spec: ModelSpec
+    device: torch.device
+    dtype: str
+    degrees: tuple[int, ...]
+    cases: Cases | None = None
+    collectives: bool = True
+
+    @property
+    def sizes(self) -> Cases:
+        """The cases."""
+        return self.cases or (GPU if self.device.type == "cuda" else CPU)
+
+
+def profile(request: Request, output: Path) -> CostTable:
+    """Time every case that the table at `output` does not have yet, writing it after each group; the finished table.
+
+    One process and one device; collectives use one process per device. Progress goes to stderr.
+    """
+    torch.manual_seed(0)
+    if request.device.type == "cpu":
+        torch.set_num_threads(1)
+    for tp in request.degrees:
+        shard_spec(request.spec, tp)
+    results = Results.resume(_head(request), output)
+    groups = 1 + len(request.degrees) * (len(grids(request.sizes)) + 1)
+    with _progress(groups) as advance, _alone(request.device) as communicators:
+        for tp in request.degrees:
+            _shard(request, tp, results, communicators, advance)
+        advance("collectives")
+        if request.collectives:
+            _collectives(request, results)
+    return results.save()
+
+
+def _head(request: Request) -> CostTable:
+    device = request.device
+    return CostTable(
+        hardware=hardware_kind(device),
+        device=device_name(device),
+        model=request.spec.name,
+        precision=request.dtype,
+        clocks_mhz=clocks_mhz(device),
+        versions=versions(device),
+        date=datetime.now(UTC).date().isoformat(),
+        source="realplan profile",
+    )
+
+
+@contextmanager
+def _progress(groups: int) -> Iterator[Advance]:
+    columns = (TextColumn("{task.description:36}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=groups)
+
+        def advance(what: str) -> None:
+            bar.update(task, advance=1, description=what)
+
+        yield advance
+
+
+@contextmanager
+def _alone(device: torch.device) -> Iterator[GroupCache]:
+    """A world of one rank, which the runtime's models ask for."""
+    install(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    groups = GroupCache(device)
+    try:
+        yield groups
+    finally:
+        groups.close()
+        dist.destroy_process_group()
+
+
+def _shard(request: Request, tp: int, results: Results, communicators: GroupCache, advance: Advance) -> None:
+    """All operations of one shard."""
+    spec = shard_spec(request.spec, tp)
+    device, dtype = request.device, DTYPES[request.dtype]
+    axes = grids(request.sizes)
+    for some, of in ((tuple(n for n in axes if n not in CALLS), spec), (CALLS, call_spec(spec))):
+        wanted = {name: axes[name] for name in some if _missing(results, name, tp, axes[name])}
+        update = some is not CALLS and not _has_update(results, spec)
+        shard = Shard(of, communicators, device, dtype) if wanted or update else None
+        for name in some:
+            advance(f"tp {tp}: {name}")
+            if shard is not None and name in wanted:
+                _group(request, shard, tp, name, axes[name], results)
+        if shard is not None and update:
+            advance(f"tp {tp}: optimizer_step")
+            _update(request, shard, results)
+        del shard
+        _release(device)
+
+
+def _missing(results: Results, name: str, tp: int, axes: Axes) -> bool:
+    return any(not results.has(name, (tp, *sizes)) for sizes in itertools.product(*axes.values()))
+
+
+def _has_update(results: Results, spec: ModelSpec) -> bool:
+    """Whether the optimizer was timed on as many parameters as a shard has (padding of the vocabulary included)."""
+    count = spec.layer_params + spec.norm_params + spec.padded_vocab * spec.hidden * (2 - spec.tied_embeddings)
+    return any(point[0] == count for point in results.points.get("optimizer_step", {}))
+
+
+def _update(request: Request, shard: Shard, results: Results) -> None:
+    timed, point = shard.optimizer_step(), (shard.parameters,)
+    results.add("optimizer_step", point, measure(timed, request.device, request.sizes.budget_s))
+    results.save()
+
+
+def _group(request: Request, shard: Shard, tp: int, name: str, axes: Axes, results: Results) -> None:
+    """Time one operation at all sizes. A table in which time falls where work grows was disturbed: measured again."""
+    for attempt in range(ATTEMPTS):
+        for sizes in itertools.product(*axes.values()):
+            if attempt or not results.has(name, (tp, *sizes)):
+                _point(request, shard, name, (tp, *sizes), dict(zip(axes, sizes, strict=True)), results)
+        try:
+            results.save()
+            return
+        except TableError as error:
+            if attempt == ATTEMPTS - 1:
+                raise RealplanError(
+                    f"measurements of `{name}` contradict each other: {error.message}",
+                    "profile again when the machine is idle; what is measured is kept",
+                ) from None
+
+
+def _point(
+    request: Request, shard: Shard, name: str, point: Coordinates, sizes: dict[str, int], results: Results
+) -> None:
+    device, budget = request.device, request.sizes.budget_s
+    try:
+        timing = _timing(request, shard, name, point, sizes, results)
+        results.add(name, point, timing)
+        if f"{name}_peak" in OPERATIONS and (device.type == "cuda" or name.endswith("_forward")):
+            peak = peak_bytes(shard.operation(name, sizes), device)
+            results.add(f"{name}_peak", point, Timing(max(peak, 1.0), 0.0))
+    except torch.OutOfMemoryError:
+        pass  # the size is left out of the table with its row
+    finally:
+        if device.type == "cuda" and budget:
+            _release(device)
+
+
+def _timing(
+    request: Request, shard: Shard, name: str, point: Coordinates, sizes: dict[str, int], results: Results
+) -> Timing:
+    device, budget = request.device, request.sizes.budget_s
+    if name == "generate_step":
+        prompt = request.sizes.cached_tokens[0]
+        long, short = (
+            measure(shard.generation(sizes["sequences"], prompt, tokens), device, budget) for tokens in (1 + STEPS, 1)
+        )
+        return Timing(max(long.seconds - short.seconds, 1e-9) / STEPS, long.spread)
+    timing = measure(shard.operation(name, sizes), device, budget)
+    if name == "block_recompute":
+        backward = results.points["block_backward"][point].seconds
+        return Timing(max(timing.seconds - backward, 0.1 * timing.seconds), timing.spread)
+    return timing
+
+
+def _collectives(request: Request, results: Results) -> None:
+    device = request.device
+    sizes = GPU_BYTES if device.type == "cuda" else CPU_BYTES
+    for ranks in (2, 4, 8):
+        wanted = ranks <= device_count(device) and not results.has("all_reduce_node", (ranks, sizes[0]))
+        if not wanted:
+            continue
+        for name, points in measure_collectives(device, ranks, sizes).items():
+            for point, timing in points.items():
+                results.add(name, point, timing)
+        results.save()
+
+
+def _release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
