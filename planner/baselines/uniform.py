@@ -1,4 +1,4 @@
-"""Plans that other systems, or a careful engineer, would take; costed by the same models as the searched plan.
+"""Plans with one layout of the whole cluster for all calls, on the engine of the searched plan.
 
 symmetric: the best plan in which all calls share one layout of the whole cluster (what Megatron users do: TP inside the
 node, PP across nodes, DP over the rest, every degree tried). real-heuristic: TP = GPUs per node, PP = nodes, DP 1 for
@@ -7,13 +7,14 @@ all calls, frozen models offloaded (ReaL's `handpicked_model_device_mapping`, mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import product
 
 import numpy as np
 
+from planner.limits import Limits
 from planner.pricing import Priced, price_call, usable_bytes
-from planner.space import Limits, Pruned, Shape
+from planner.space import Pruned, Shape
 from plans.checks import divisors
 from plans.cluster import ClusterSpec
 from plans.errors import Infeasible
@@ -41,12 +42,6 @@ def real_heuristic(workload: Workload, cluster: ClusterSpec, engine: str) -> Exe
     tp = max(t for t in divisors(cluster.gpus_per_node) if all(k % t == 0 for k in kv_heads))
     pp = max(p for p in divisors(cluster.nodes) if all(n % p == 0 for n in layers))
     return _best_uniform(workload, cluster, engine, [(tp, pp)], frozen_offload=(True,))
-
-
-BASELINES: dict[str, Callable[[Workload, ClusterSpec, str], ExecutionPlan | Infeasible]] = {
-    "symmetric": symmetric,
-    "real-heuristic": real_heuristic,
-}
 
 
 def _best_uniform(

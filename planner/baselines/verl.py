@@ -1,0 +1,84 @@
+"""verl: all models on all GPUs, one after the other; the actor trains and generates in different layouts.
+
+From Sheng et al. 2025, "HybridFlow" (sections 5 and 8) and its Megatron examples:
+
+- every role is one worker group over all GPUs; training, log-probs and values run Megatron-like in one (tp, pp) for
+  all models, the best of those that fit; sharded optimizer, full or selective recomputation;
+- rollout: vLLM with CUDA graphs and a small tensor degree inside the node, no pipeline; the weights are resharded
+  between the two layouts every iteration;
+- frozen models and optimizer states may wait in host memory (`param_offload`, `optimizer_offload`).
+
+Old log-probs are recomputed where the workload's graph has that call (`--recompute-logprobs`; verl's default).
+Not modelled: padding removal, dynamic batch sizes, and vLLM's preallocated cache beyond what the batch needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import product
+
+from cost_models.estimate import PlanCost, call_cost, cost_plan
+from planner.baselines.base import Baseline, Ladder, NoLayoutError, best, climb, price_on, settle
+from plans.checks import divisors
+from plans.cluster import ClusterSpec
+from plans.errors import Infeasible
+from plans.graph import Call, CallKind
+from plans.plan import ExecutionPlan
+from plans.strategy import ParallelStrategy
+from plans.workload import Workload
+
+NAME = "verl"
+GENERATION_ENGINE = "cuda-graphs"
+CAVEATS = ("every sample costs its full length: no padding removal",)
+OFFLOADS = ((False, False), (True, False), (True, True))  # frozen models, optimizer states
+TRIED = 6
+
+
+def verl(workload: Workload, cluster: ClusterSpec, engine: str) -> Baseline | Infeasible:
+    """The baseline: `engine` prices training and scoring, its own engine the rollout."""
+
+    def price(plan: ExecutionPlan) -> PlanCost:
+        rollouts = [p.call for p in plan.calls if workload.graph.call(p.call).kind is CallKind.GENERATE]
+        foreign = {call: call_cost(plan, call, GENERATION_ENGINE) for call in rollouts}
+        return cost_plan(plan, engine, foreign=foreign)
+
+    for frozen, state in OFFLOADS:
+        ranked = sorted(_layouts(workload, cluster, engine, frozen, state), key=_fastest_s)
+        if not ranked:
+            return Infeasible(f"no layout of all models on {cluster.size} GPUs", "another number of GPUs")
+        cost = best((settle(workload, cluster, ladders, price) for ladders in ranked), most=TRIED)
+        if cost and (cost.fits or (frozen, state) == OFFLOADS[-1]):
+            break
+    assert cost
+    engines = f"{engine} for training and scoring, {GENERATION_ENGINE} for the rollout"
+    return Baseline(name=NAME, cost=cost, engines=engines, caveats=CAVEATS)
+
+
+def _fastest_s(ladders: list[Ladder]) -> float:
+    return sum(ladder.fastest_s for ladder in ladders)
+
+
+def _layouts(
+    workload: Workload, cluster: ClusterSpec, engine: str, frozen: bool, state: bool
+) -> Iterator[list[Ladder]]:
+    """For each (tp, pp) of the trained layout, the ladders of all calls."""
+    calls = workload.graph.model_calls
+    engines = {c.name: GENERATION_ENGINE if c.kind is CallKind.GENERATE else engine for c in calls}
+    priced = {name: price_on(workload, cluster, name, cluster.whole, pays) for name, pays in engines.items()}
+    for degrees in product(divisors(cluster.gpus_per_node), divisors(cluster.nodes)):
+        keeps = {call.name: partial(_offered, workload, call, degrees, frozen, state) for call in calls}
+        try:
+            yield [climb(name, cluster.whole, priced[name], keep) for name, keep in keeps.items()]
+        except NoLayoutError:
+            continue
+
+
+def _offered(
+    workload: Workload, call: Call, degrees: tuple[int, int], frozen: bool, state: bool, strategy: ParallelStrategy
+) -> bool:
+    if call.kind is CallKind.GENERATE:
+        return strategy.pp == 1
+    trained = call.model in workload.graph.trainers
+    offload = state if call.kind is CallKind.TRAIN_STEP else frozen and not trained
+    return (strategy.tp, strategy.pp, strategy.vpp) == (*degrees, 1) and strategy.offload is offload
