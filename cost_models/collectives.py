@@ -6,8 +6,9 @@ time, so a group with `per_node` ranks on a node has that many GPUs' shares. Tim
 
     latency + wire bytes / bandwidth * (1 + sqrt(half_bytes / bytes))
 
-whose ramp fits NCCL's mid sizes (nccl-tests tables of A100, H100, H200 and B200: mean error 10 to 12 %, 16 KiB to
-512 MiB). The convention of bus bandwidth is that of nccl-tests (PERFORMANCE.md).
+whose ramp fits NCCL's mid sizes. Inside a node the bandwidth is the link's x (1 - 1/n^2) for n ranks: few ranks keep
+fewer channels busy. Against nccl-tests tables of A100, H100, H200 and B200 (16 KiB to 512 MiB) the mean error is 8 to
+10 %. Bus bandwidth is counted as nccl-tests does (PERFORMANCE.md).
 """
 
 from __future__ import annotations
@@ -18,15 +19,18 @@ from cost_models.candidates import Array, Flags
 from cost_models.machine import Machine
 
 
-def _wire(machine: Machine, sent: Array, message: Array, size: Array, per_node: Array, rounds: float) -> Array:
-    """Seconds of a collective whose busiest rank sends `sent` bytes of a `message`; `rounds` passes of the ring."""
+def _wire(
+    machine: Machine, sent: Array, message: Array, size: Array, per_node: Array, rounds: float, share: float = 1.0
+) -> Array:
+    """Seconds of a collective whose busiest rank sends `sent` bytes of a `message` in `rounds` passes of the ring, at
+    a `share` of the links' bandwidth."""
     engine = machine.engine
     across = size > per_node
     latency = engine.link_latency_s + 0.5 * rounds * engine.link_hop_s * np.log2(size)
     latency = latency + across * (0.5 * rounds * engine.network_latency_s * np.log2(size / per_node))
-    bandwidth = np.where(
-        across, np.minimum(machine.link_bytes_per_s, per_node * machine.network_bytes_per_s), machine.link_bytes_per_s
-    )
+    width = np.maximum(per_node, 2.0)
+    links = machine.link_bytes_per_s * share * (1.0 - 1.0 / (width * width))
+    bandwidth = np.where(across, np.minimum(links, per_node * machine.network_bytes_per_s), links)
     half = np.where(across, engine.network_half_bytes, engine.link_half_bytes)
     ramp = 1.0 + np.sqrt(half / np.maximum(message, 1.0))
     return np.where(size > 1, latency + sent / bandwidth * ramp, 0.0)
@@ -39,12 +43,14 @@ def all_reduce(machine: Machine, message: Array, size: Array, per_node: Array) -
 
 def all_gather(machine: Machine, message: Array, size: Array, per_node: Array) -> Array:
     """Seconds to gather `message` bytes in all, message / size from each rank."""
-    return _wire(machine, (size - 1) / size * message, message, size, per_node, 1.0)
+    share = machine.engine.all_gather_efficiency
+    return _wire(machine, (size - 1) / size * message, message, size, per_node, 1.0, share)
 
 
 def reduce_scatter(machine: Machine, message: Array, size: Array, per_node: Array) -> Array:
     """Seconds to sum `message` bytes and leave message / size on each rank; the mirror of all-gather."""
-    return all_gather(machine, message, size, per_node)
+    share = machine.engine.reduce_scatter_efficiency
+    return _wire(machine, (size - 1) / size * message, message, size, per_node, 1.0, share)
 
 
 def all_to_all(machine: Machine, message: Array, size: Array, per_node: Array) -> Array:
@@ -60,6 +66,6 @@ def all_to_all(machine: Machine, message: Array, size: Array, per_node: Array) -
 def point_to_point(machine: Machine, message: Array, across: Flags) -> Array:
     """Seconds to send `message` bytes to one rank, over the network where `across`."""
     engine = machine.engine
-    bandwidth = np.where(across, machine.send_bytes_per_s, machine.link_bytes_per_s)
+    bandwidth = np.where(across, machine.send_bytes_per_s, machine.link_send_bytes_per_s)
     latency = engine.link_latency_s + across * engine.network_latency_s
     return latency + message / bandwidth
