@@ -44,6 +44,7 @@ def realrun(
 
 def _run(path: Path, overrides: list[str], run_path: Path | None, dry_run: bool, allow_stale: bool) -> None:
     from runtime.describe import batch_words, program_words
+    from runtime.entry import prepare_ranks
     from runtime.preflight import check_devices, check_estimate, check_packages, check_weights, legal_plan, read_run
 
     plan = legal_plan(path)
@@ -60,7 +61,10 @@ def _run(path: Path, overrides: list[str], run_path: Path | None, dry_run: bool,
         return
     check_weights(plan, run)
     check_packages()
-    check_devices(plan, int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None)
+    started = int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
+    check_devices(plan, started)
+    if started is None:
+        prepare_ranks(plan)
     from runtime.launch import launch
     from runtime.monitor import summary
 

@@ -1,30 +1,64 @@
-"""Entry of the processes that `runtime.launch` starts; light, so that the launcher need not import megatron."""
+"""Processes of ranks: how they start and how they end. Light: the launcher needs neither torch nor megatron for it."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import multiprocessing
 import os
+import select
 import signal
+from multiprocessing import forkserver
 from pathlib import Path
+from threading import Thread
 
 from plans.plan import ExecutionPlan
 from plans.runfile import RunFile
 
-PR_SET_PDEATHSIG = 1
+
+def start_method(plan: ExecutionPlan) -> str:
+    """On the CPU a server imports torch and megatron once and forks the ranks; CUDA does not survive a fork."""
+    return "forkserver" if plan.cluster.gpu.name == "cpu" else "spawn"
 
 
-def launched_worker(plan: ExecutionPlan, run: RunFile, scratch: Path) -> None:
+def prepare_ranks(plan: ExecutionPlan) -> None:
+    """Set what torch and the ranks read from the environment, where the user has not, and start the fork server, which
+    imports while the launcher does. A second call does nothing."""
+    defaults = {
+        # The agents' store outlives the workers'; sharing it breaks the next rendezvous.
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    }
+    forks = start_method(plan) == "forkserver"
+    if forks:  # threads that wait for each other's cores burn several times the time that they save
+        defaults["OMP_NUM_THREADS"] = "1"
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    if forks:
+        multiprocessing.get_context("forkserver").set_forkserver_preload(
+            ["runtime.worker", "torch._dynamo"]
+        )  # torch.optim imports it
+        forkserver.ensure_running()
+
+
+def launched_worker(plan: ExecutionPlan, run: RunFile, scratch: Path, launcher: int) -> None:
     """Run one rank; an error, which is in `scratch` by then, ends the process at once and without a traceback."""
-    _die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the keyboard interrupts the launcher, which stops the ranks
+    die_with(launcher)
     from runtime.worker import guarded
 
     if guarded(plan, run, scratch) is not None:
         os._exit(1)
 
 
-def _die_with_parent() -> None:
-    """End when the launching process ends, however it does; the keyboard interrupts that process alone."""
-    with contextlib.suppress(OSError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def die_with(pid: int) -> None:
+    """End this process when another one ends, however it does. Not `PR_SET_PDEATHSIG`, because the parent of a forked
+    rank is the fork server, which lives as long as its ranks. Without pidfd (Linux 5.3) nothing is watched."""
+
+    def watch(descriptor: int) -> None:
+        select.select([descriptor], [], [])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with contextlib.suppress(OSError, AttributeError):
+        Thread(target=watch, args=(os.pidfd_open(pid),), daemon=True).start()

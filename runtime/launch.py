@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import shutil
 import uuid
@@ -20,7 +19,7 @@ from plans.errors import RealplanError
 from plans.files import write_atomically
 from plans.plan import ExecutionPlan
 from plans.runfile import RunFile
-from runtime.entry import launched_worker
+from runtime.entry import die_with, launched_worker, prepare_ranks, start_method
 from runtime.failures import RunFailed, find_cause
 from runtime.metrics import Metrics
 from runtime.monitor import Monitor
@@ -55,8 +54,8 @@ def _prepare(plan: ExecutionPlan, run: RunFile, scratch: Path) -> None:
 
 
 def _elastic(plan: ExecutionPlan, run: RunFile, scratch: Path) -> None:
-    cpu = plan.cluster.gpu.name == "cpu"
-    _set_environment(cpu)
+    prepare_ranks(plan)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it knows, find_cause says
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -67,41 +66,23 @@ def _elastic(plan: ExecutionPlan, run: RunFile, scratch: Path) -> None:
         local_addr="127.0.0.1",
         max_restarts=0,
         monitor_interval=0.1,
-        # The server imports torch and megatron once and forks the ranks. CUDA does not survive a fork.
-        start_method="forkserver" if cpu else "spawn",
+        start_method=start_method(plan),
         logs_specs=DefaultLogsSpecs(log_dir=str(scratch / "elastic")),
         shutdown_timeout=5,
     )
-    if cpu:
-        multiprocessing.get_context("forkserver").set_forkserver_preload(["runtime.worker"])
     try:
-        elastic_launch(config, launched_worker)(plan, run, scratch)
+        elastic_launch(config, launched_worker)(plan, run, scratch, os.getpid())
     except ChildFailedError as error:
         raise find_cause(scratch, {rank: f.exitcode for rank, f in error.failures.items()}) from None
     except SignalException as error:
         raise RunFailed(f"stopped by {error.sigval.name}") from None
 
 
-def _set_environment(cpu: bool) -> None:
-    """What torch and its children read. A variable that the user has set stays."""
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    defaults = {
-        # The agents' store outlives the workers'; sharing it breaks the next rendezvous.
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-    }
-    if cpu:  # threads that wait for each other's cores burn several times the time that they save
-        defaults["OMP_NUM_THREADS"] = "1"
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-
-
 def _join(plan: ExecutionPlan, run: RunFile) -> Sequence[Metrics]:
     """One rank under torchrun or srun; all machines see one file system."""
     from runtime.worker import guarded
 
+    die_with(os.getppid())
     output = Path(run.output)
     scratch = output / f".ranks-{os.environ.get('TORCHELASTIC_RUN_ID') or os.environ.get('SLURM_JOB_ID', '0')}"
     lines: Sequence[Metrics] = ()

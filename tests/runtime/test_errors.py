@@ -1,0 +1,197 @@
+"""What `realrun` says when something is wrong: one message that names the place, a non-zero exit, within seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import plan_cases
+import pytest
+import yaml
+from plan_cases import TINY, tiny_plan, tiny_run
+
+from plans.codec import save_plan
+from plans.huggingface import spec_from_folder
+from plans.library import load_cluster
+from plans.plan import Estimate, ExecutionPlan
+from plans.timeline import load_timeline
+from runtime.records import Status, read_status
+
+DISJOINT = {
+    "actor_generate": "d2 t1 p1",
+    "ref_infer": ("node 0 gpu 0", "d1 t1 p1"),
+    "critic_infer": ("node 0 gpu 1", "d1 t1 p1"),
+    "actor_train": ("node 0 gpu 0", "d1 t1 p1"),
+    "critic_train": ("node 0 gpu 1", "d1 t1 p1"),
+}
+PLAN = tiny_plan(2, DISJOINT)
+ROOT = Path(__file__).parents[2]
+
+
+def arguments(folder: Path, *more: str, plan: ExecutionPlan = PLAN, **keys: object) -> list[str]:
+    """The command that runs a plan of the small model in a folder."""
+    save_plan(plan, folder / "plan.json")
+    run = tiny_run(folder / "out", **keys)
+    (folder / "run.yaml").write_text(yaml.safe_dump(run.model_dump(mode="json")))
+    code = "from runtime.cli import main; main()"
+    return [sys.executable, "-c", code, str(folder / "plan.json"), "--run", str(folder / "run.yaml"), *more]
+
+
+def start(command: list[str]) -> subprocess.Popen[str]:
+    """A command in the project's root, with its words on stderr."""
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def fails(command: list[str], code: int = 1) -> str:
+    """Run a command that must fail; what it said."""
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr
+    return result.stderr
+
+
+def test_no_weights(tmp_path: Path) -> None:
+    said = fails(arguments(tmp_path, weights=""))
+    assert "no weights for `actor`" in said and "weights=random" in said
+
+
+def test_weights_of_another_model(tmp_path: Path) -> None:
+    spec = replace(spec_from_folder(TINY), ffn=256)
+    models = {"actor": spec, "ref": spec, "critic": spec.with_value_head()}
+    said = fails(arguments(tmp_path, plan=replace(PLAN, workload=replace(PLAN.workload, models=models))))
+    assert "do not fit `actor`: ffn is 352 there and 256 in the plan" in said
+
+
+def test_too_few_devices(tmp_path: Path) -> None:
+    cluster = replace(load_cluster("local-cpu", gpus=2, gpus_per_node=2), gpu=load_cluster("h100-80gb-sxm").gpu)
+    said = fails(arguments(tmp_path, plan=replace(PLAN, cluster=cluster)))
+    assert "the plan needs 2 ranks, this machine has" in said and "CUDA devices" in said
+
+
+def test_wrong_number_of_ranks_under_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert "the plan needs 2 ranks, 1 were started" in fails(arguments(tmp_path))
+
+
+def test_stale_estimate(tmp_path: Path) -> None:
+    estimate = Estimate(
+        iteration_s=1, latency_s=1, calls_s={}, peak_gib=1, peak_at="", host_gib=1, engine="e", of="sha256:of-another"
+    )
+    said = fails(arguments(tmp_path, plan=PLAN.with_estimate(estimate)))
+    assert "stale" in said and "realplan check --write" in said and "--allow-stale" in said
+
+
+def test_an_illegal_plan_is_located(tmp_path: Path) -> None:
+    command = arguments(tmp_path)
+    file = tmp_path / "plan.json"
+    file.write_text(file.read_text().replace('"node 0", "strategy": "d2 t1 p1"', '"node 0", "strategy": "d4 t1 p1"'))
+    assert f"{file}:7:62: actor_generate: dp 4 = 4 but mesh `node 0` has 2 GPUs" in fails(command)
+
+
+def test_wrong_use(tmp_path: Path) -> None:
+    assert "key=value" in fails(arguments(tmp_path, "iterations"), code=2)
+    assert "itertions" in fails(arguments(tmp_path, "itertions=3"))
+    command = arguments(tmp_path)
+    (tmp_path / "plan.json").unlink()
+    assert "plan.json" in fails(command, code=2)
+
+
+def test_dry_run_starts_nothing(tmp_path: Path) -> None:
+    done = subprocess.run(arguments(tmp_path, "--dry-run"), cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and not (tmp_path / "out").exists()
+    assert "batch 8 prompts x group size 1 = 8 samples" in done.stdout
+    assert "rank 1" in done.stdout and "critic_train (train_step)" in done.stdout
+
+
+def test_a_reward_that_raises(tmp_path: Path) -> None:
+    begin = time.monotonic()
+    said = fails(arguments(tmp_path, reward=f"{plan_cases.__file__}:failing"))
+    assert "iteration 0, step `reward`: reward" in said and "ZeroDivisionError: no reward today" in said
+    assert "rank 0" in said or "rank 1" in said
+    assert "went away" not in said and time.monotonic() - begin < 45
+
+
+@contextlib.contextmanager
+def running(command: list[str], scratch: Path, iteration: int) -> Iterator[tuple[subprocess.Popen[str], list[Status]]]:
+    """A run that has reached an iteration, and where its two ranks are."""
+    process = start(command)
+    try:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            found = [s for rank in (0, 1) if (s := read_status(scratch, rank)) is not None and s.step]
+            if len(found) == 2 and all(s.iteration >= iteration for s in found):
+                break
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.05)
+        yield process, found
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_killed_rank(tmp_path: Path) -> None:
+    command = arguments(tmp_path, iterations=10000, export=False)
+    with running(command, tmp_path / "out" / ".ranks", 2) as (process, status):
+        os.kill(status[1].pid, signal.SIGKILL)
+        begin = time.monotonic()
+        _, said = process.communicate(timeout=30)
+        assert time.monotonic() - begin < 10
+    assert process.returncode == 1
+    error = next(line for line in said.splitlines() if line.startswith("error:"))
+    assert error.startswith("error: rank 1 was killed by SIGKILL in iteration ") and "step `" in error
+    assert "Traceback" not in said and said.count("error:") == 1
+    for rank in status:
+        assert not Path(f"/proc/{rank.pid}").exists()
+
+
+def test_a_killed_launcher_leaves_no_ranks(tmp_path: Path) -> None:
+    command = arguments(tmp_path, iterations=10000, export=False)
+    with running(command, tmp_path / "out" / ".ranks", 0) as (process, status):
+        process.kill()
+        process.wait()
+        deadline = time.monotonic() + 10
+        while any(_alive(s.pid) for s in status) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not any(_alive(s.pid) for s in status)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_run_writes_its_files(tmp_path: Path) -> None:
+    estimate = Estimate(
+        iteration_s=1, latency_s=1, calls_s={"ref_infer": 0.5}, peak_gib=1, peak_at="", host_gib=1, engine="e", of="x"
+    )
+    command = arguments(tmp_path, "--allow-stale", "iterations=2", plan=PLAN.with_estimate(estimate))
+    process = start(command)
+    out, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert not out and "iteration 2/2  reward" in said and "reward: first quarter" in said
+    folder = tmp_path / "out"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [0, 1]
+    assert lines[1]["plan/ref_infer/predicted_s"] == 0.5 and lines[1]["timing_s/realloc_actor"] > 0
+    timeline = load_timeline(folder / "timeline.json")
+    assert {span.ranks for span in timeline.spans} == {(0,), (1,)} and timeline.source == "measured"
+    assert {span.name for span in timeline.iteration(1)} >= {"actor_generate", "reward", "critic_train"}
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "actor",
+        "metrics.jsonl",
+        "plan.json",
+        "run.yaml",
+        "timeline.json",
+    ]
+    assert (folder / "actor" / "model.safetensors").is_file() and (folder / "actor" / "tokenizer.json").is_file()
