@@ -1,11 +1,11 @@
 """What other systems, or a careful engineer, would do: plans like any other, each costed with what it runs on.
 
-Every way takes (workload, cluster, engine of the searched plan) and gives a Baseline, or why it has none.
+Every way takes (workload, cluster, engine of the searched plan) and gives a contender, or why there is none.
 """
 
 from __future__ import annotations
 
-from planner.baselines.base import Baseline, Way, plain
+from planner.baselines.base import Contender, Way, plain
 from planner.baselines.deepspeed_chat import deepspeed_chat
 from planner.baselines.openrlhf import openrlhf
 from planner.baselines.uniform import real_heuristic, symmetric
@@ -19,4 +19,4 @@ BASELINES: dict[str, Way] = {
     "deepspeed-chat": deepspeed_chat,
 }
 
-__all__ = ["BASELINES", "Baseline", "Way", "real_heuristic", "symmetric"]
+__all__ = ["BASELINES", "Contender", "Way", "real_heuristic", "symmetric"]

@@ -1,4 +1,4 @@
-"""A baseline: what another system would do, as a plan like any other, with its cost under that system's engines."""
+"""A contender: a plan in a comparison, with its cost under the engines of the system that would run it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Keep = Callable[[ParallelStrategy], bool]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Baseline:
-    """A plan and its cost. engines: which engine prices what, in words. caveats: what is not modelled."""
+class Contender:
+    """A named plan with its cost. engines: which engine prices what, in words. caveats: what is not modelled."""
 
     name: str
     cost: PlanCost
@@ -103,13 +103,13 @@ def best(costs: Iterable[PlanCost], most: int = 8) -> PlanCost | None:
 def plain(name: str, way: Callable[[Workload, ClusterSpec, str], ExecutionPlan | Infeasible]) -> Way:
     """A baseline that runs on the engine of the searched plan."""
 
-    def costed(workload: Workload, cluster: ClusterSpec, engine: str) -> Baseline | Infeasible:
+    def costed(workload: Workload, cluster: ClusterSpec, engine: str) -> Contender | Infeasible:
         plan = way(workload, cluster, engine)
         if isinstance(plan, Infeasible):
             return plan
-        return Baseline(name=name, cost=cost_plan(plan, engine), engines=engine)
+        return Contender(name=name, cost=cost_plan(plan, engine), engines=engine)
 
     return costed
 
 
-Way = Callable[[Workload, ClusterSpec, str], Baseline | Infeasible]
+Way = Callable[[Workload, ClusterSpec, str], Contender | Infeasible]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from cost_models.estimate import CallCost, PlanCost, call_cost, cost_plan
 from planner.baselines import zero3
-from planner.baselines.base import Baseline, NoLayoutError, best, settle
+from planner.baselines.base import Contender, NoLayoutError, best, settle
 from plans.cluster import ClusterSpec
 from plans.errors import Infeasible
 from plans.graph import CallKind
@@ -28,7 +28,7 @@ CAVEATS = ("weights are gathered once per generate call, not once per token",)
 OFFLOADS = ((False, False), (True, False), (True, True))  # frozen models, optimizer states
 
 
-def deepspeed_chat(workload: Workload, cluster: ClusterSpec, engine: str) -> Baseline | Infeasible:
+def deepspeed_chat(workload: Workload, cluster: ClusterSpec, engine: str) -> Contender | Infeasible:
     """The baseline; its own engines price it, whatever engine prices the searched plan."""
     try:
         cost = best(_settled(workload, cluster, *offload) for offload in OFFLOADS)
@@ -36,7 +36,7 @@ def deepspeed_chat(workload: Workload, cluster: ClusterSpec, engine: str) -> Bas
         return error.reason
     assert cost
     engines = f"{zero3.ENGINE} for training and scoring, {GENERATION_ENGINE} for generation"
-    return Baseline(name=NAME, cost=cost, engines=engines, caveats=CAVEATS)
+    return Contender(name=NAME, cost=cost, engines=engines, caveats=CAVEATS)
 
 
 def _settled(workload: Workload, cluster: ClusterSpec, frozen: bool, state: bool) -> PlanCost:

@@ -19,7 +19,7 @@ from cost_models.engines import load_engine
 from cost_models.estimate import PlanCost, call_cost, cost_plan
 from cost_models.machine import Machine
 from planner.baselines import zero3
-from planner.baselines.base import Baseline, NoLayoutError, best, settle
+from planner.baselines.base import Contender, NoLayoutError, best, settle
 from planner.space import shapes
 from plans.checks import divisors
 from plans.cluster import ClusterSpec, DeviceMesh
@@ -35,7 +35,7 @@ CAVEATS = ("batches travel over the network at once, not through Ray's object st
 ACTOR_ROLES = ("actor", "ref")
 
 
-def openrlhf(workload: Workload, cluster: ClusterSpec, engine: str) -> Baseline | Infeasible:
+def openrlhf(workload: Workload, cluster: ClusterSpec, engine: str) -> Contender | Infeasible:
     """The baseline; its own engines price it, whatever engine prices the searched plan."""
     meshes = groups(workload, cluster)
     if isinstance(meshes, Infeasible):
@@ -46,7 +46,7 @@ def openrlhf(workload: Workload, cluster: ClusterSpec, engine: str) -> Baseline 
         return error.reason
     assert cost
     engines = f"{zero3.ENGINE} for training and scoring, {GENERATION_ENGINE} for generation"
-    return Baseline(name=NAME, cost=cost, engines=engines, caveats=CAVEATS)
+    return Contender(name=NAME, cost=cost, engines=engines, caveats=CAVEATS)
 
 
 def groups(workload: Workload, cluster: ClusterSpec) -> dict[str, DeviceMesh] | Infeasible:

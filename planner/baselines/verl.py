@@ -19,7 +19,7 @@ from functools import partial
 from itertools import product
 
 from cost_models.estimate import PlanCost, call_cost, cost_plan
-from planner.baselines.base import Baseline, Ladder, NoLayoutError, best, climb, price_on, settle
+from planner.baselines.base import Contender, Ladder, NoLayoutError, best, climb, price_on, settle
 from plans.checks import divisors
 from plans.cluster import ClusterSpec
 from plans.errors import Infeasible
@@ -35,7 +35,7 @@ OFFLOADS = ((False, False), (True, False), (True, True))  # frozen models, optim
 TRIED = 6
 
 
-def verl(workload: Workload, cluster: ClusterSpec, engine: str) -> Baseline | Infeasible:
+def verl(workload: Workload, cluster: ClusterSpec, engine: str) -> Contender | Infeasible:
     """The baseline: `engine` prices training and scoring, its own engine the rollout."""
 
     def price(plan: ExecutionPlan) -> PlanCost:
@@ -52,7 +52,7 @@ def verl(workload: Workload, cluster: ClusterSpec, engine: str) -> Baseline | In
             break
     assert cost
     engines = f"{engine} for training and scoring, {GENERATION_ENGINE} for the rollout"
-    return Baseline(name=NAME, cost=cost, engines=engines, caveats=CAVEATS)
+    return Contender(name=NAME, cost=cost, engines=engines, caveats=CAVEATS)
 
 
 def _fastest_s(ladders: list[Ladder]) -> float:
