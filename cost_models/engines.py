@@ -47,6 +47,8 @@ class Engine:
 
     Communication
       link_efficiency, link_latency_s, link_hop_s, link_half_bytes: collectives inside a node (`collectives`).
+      reduce_scatter_efficiency, all_gather_efficiency, send_efficiency: bandwidth of these and of sends inside a node
+        over that of an all-reduce (gloo's differ several times; NCCL's hardly).
       network_efficiency, network_latency_s, network_half_bytes: collectives between nodes.
       tensor_overlap: share of tensor-parallel communication hidden behind GEMMs.
       data_overlap: share of data-parallel communication that may hide behind the backward pass.
@@ -60,6 +62,7 @@ class Engine:
 
     Optimizer
       optimizer_bytes: memory traffic of the update per parameter (masters, two Adam moments, gradient, weight).
+      accumulate_bytes: memory traffic per parameter and micro-batch of adding gradients up in their buffer.
       offload_efficiency: share of PCIe bandwidth in copies from and to host memory.
     """
 
@@ -91,6 +94,9 @@ class Engine:
     link_latency_s: float = 6e-6
     link_hop_s: float = 3e-6
     link_half_bytes: float = 5e6
+    reduce_scatter_efficiency: float = 1.0
+    all_gather_efficiency: float = 1.0
+    send_efficiency: float = 1.0
     network_efficiency: float = 0.8
     network_latency_s: float = 2e-5
     network_half_bytes: float = 1e7
@@ -103,6 +109,7 @@ class Engine:
     shards_weights: bool = False
     message_s: float = 2e-5
     optimizer_bytes: float = 30.0
+    accumulate_bytes: float = 0.0
     offload_efficiency: float = 0.8
 
 

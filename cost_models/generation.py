@@ -89,7 +89,7 @@ def _hazard(mean: float, limit: float) -> float:
 
 
 def decode_step(
-    machine: Machine, spec: ModelSpec, candidates: Candidates, sequences: float, length: float
+    machine: Machine, spec: ModelSpec, candidates: Candidates, sequences: Array | float, length: Array | float
 ) -> dict[str, Array]:
     """Terms of one token for every running sequence, seconds; `sequences` over all dp ranks, `length` tokens of each
     in the KV cache.
@@ -119,7 +119,9 @@ def decode_step(
     return terms
 
 
-def decode_attention(machine: Machine, spec: ModelSpec, candidates: Candidates, rows: Array, length: float) -> Array:
+def decode_attention(
+    machine: Machine, spec: ModelSpec, candidates: Candidates, rows: Array, length: Array | float
+) -> Array:
     """Seconds to read the keys and values of one layer: rows x length x 2 x kv_heads / tp x head_dim elements."""
     width = 2.0 * spec.head_dim * np.maximum(spec.kv_heads / candidates.tp, 1.0)
     bandwidth = 1e9 * machine.cluster.gpu.hbm_gbps * machine.engine.kv_efficiency

@@ -22,9 +22,9 @@ class ForwardPass:
     `scored` says whether log-probs follow it."""
 
     spec: ModelSpec
-    samples: float
-    tokens: float
-    head_tokens: float
+    samples: Array | float
+    tokens: Array | float
+    head_tokens: Array | float
     scored: bool = True
 
 

@@ -53,12 +53,13 @@ def tensor_parallel(machine: Machine, spec: ModelSpec, candidates: Candidates, t
     """Exposed seconds of a layer's two all-reduces of [tokens, hidden] (Megatron-LM 2019, figure 4).
 
     With sequence parallelism each is a reduce-scatter and an all-gather of the same bytes; a ring all-reduce is the
-    two in turn, so that the time is the same.
+    two in turn, so that the time is the same where the library is as good at either.
     """
     c = candidates
     message = tokens * float(spec.hidden * machine.element_bytes)
     seconds = 2.0 * collectives.all_reduce(machine, message, c.tp, c.ranks_per_node(np.ones_like(c.tp), c.tp))
-    return seconds * (1.0 - machine.engine.tensor_overlap)
+    halves = 0.5 / machine.engine.reduce_scatter_efficiency + 0.5 / machine.engine.all_gather_efficiency
+    return seconds * np.where(c.sequence_parallel, halves, 1.0) * (1.0 - machine.engine.tensor_overlap)
 
 
 def context_parallel(

@@ -39,6 +39,11 @@ class Machine:
         return 1e9 * self.cluster.gpu.link_gbps * self.engine.link_efficiency
 
     @property
+    def link_send_bytes_per_s(self) -> float:
+        """Reached bandwidth of one GPU's send to one other of its node."""
+        return self.link_bytes_per_s * self.engine.send_efficiency
+
+    @property
     def network_bytes_per_s(self) -> float:
         """Reached network bandwidth, one direction, as one GPU's share of its node's cards."""
         return 1e9 * self.cluster.inter_node_gbps * self.engine.network_efficiency

@@ -49,7 +49,7 @@ def reallocation_matrix(
     """
     machine = Machine(cluster, engine)
     moved = reallocation_traffic(cluster, sources, targets)
-    link_s = moved.rank_peak * (element_bytes / machine.link_bytes_per_s)
+    link_s = moved.rank_peak * (element_bytes / machine.link_send_bytes_per_s)
     network_s = moved.node_peak * (element_bytes / (machine.network_bytes_per_s * cluster.gpus_per_node))
     seconds: Array = np.maximum(link_s, network_s) + moved.messages * engine.message_s
     return seconds
@@ -220,7 +220,7 @@ def transfer_time(
     busy: dict[tuple[int, str], float] = defaultdict(float)
     for (source, target), size in zip(messages, message_bytes, strict=True):
         across = source // cluster.gpus_per_node != target // cluster.gpus_per_node
-        bandwidth = machine.network_bytes_per_s if across else machine.link_bytes_per_s
+        bandwidth = machine.network_bytes_per_s if across else machine.link_send_bytes_per_s
         seconds = engine.message_s + size / bandwidth
         busy[source, "sends"] += seconds
         busy[target, "receives"] += seconds

@@ -20,8 +20,8 @@ class TrainingStep:
     """One optimizer step on `samples` sequences of `tokens` tokens, over all ranks."""
 
     spec: ModelSpec
-    samples: float
-    tokens: float
+    samples: Array | float
+    tokens: Array | float
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +59,7 @@ def training_time(machine: Machine, step: TrainingStep, candidates: Candidates) 
     terms["pipeline_p2p"] = pipeline_sends(machine, step, c)
     terms["gradient_reduce"] = gradient_reduce(machine, step.spec, c, slot.backward)
     terms["parameter_gather"] = parameter_gather(machine, step.spec, c, slot.backward)
+    terms["accumulation"] = c.micro_batches * accumulation(machine, rank_params(step.spec, c))
     terms["optimizer"] = optimizer(machine, step.spec, c)
     terms["overhead"] = machine.engine.step_s + c.micro_batches * machine.engine.micro_batch_s
     return Terms(terms)
@@ -211,6 +212,11 @@ def weight_gather(machine: Machine, spec: ModelSpec, candidates: Candidates, lay
         return communication - engine.data_overlap * np.minimum(communication, compute)
 
     return exposed(gather, layer.gpu) + exposed(gather + scatter, after)
+
+
+def accumulation(machine: Machine, params: Array | float) -> Array | float:
+    """Seconds to add the gradients of `params` local parameters of one micro-batch up in their buffer."""
+    return params * (machine.engine.accumulate_bytes / machine.memory_bytes_per_s)
 
 
 def optimizer(machine: Machine, spec: ModelSpec, candidates: Candidates) -> Array:
