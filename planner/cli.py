@@ -192,6 +192,19 @@ def clusters(as_json: AsJson = False) -> None:
 
 
 @app.command()
+def validate(
+    files: Annotated[
+        list[Path] | None, typer.Argument(help="files of measurements (default: the shipped ones)")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Recompute published measurements and print the errors."""
+    from cost_models.validation_report import run_validate
+
+    raise typer.Exit(run_validate(files, as_json))
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of a plan file, for editors."""
     from plans.planfile import json_schema
