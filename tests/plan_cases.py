@@ -19,29 +19,44 @@ FIXTURES = Path(__file__).parent / "fixtures"
 TINY = FIXTURES / "tiny-llama"
 CALLS = ("actor_generate", "ref_infer", "critic_infer", "actor_train", "critic_train")
 
+SEVEN_CALLS = (
+    "actor_generate", "reward_infer", "ref_infer", "critic_infer", "actor_infer", "actor_train", "critic_train",
+)  # fmt: skip
+
 Place = str | tuple[str, str] | tuple[str, str, Mapping[str, Any]]
 
 
 def tiny_plan(
-    gpus: int, places: Mapping[str, Place] | str, order: Sequence[str] = CALLS, **sizes: Any
+    gpus: int,
+    places: Mapping[str, Place] | str,
+    *,
+    order: Sequence[str] = CALLS,
+    reward_model: bool = False,
+    **sizes: Any,
 ) -> ExecutionPlan:
     """A PPO plan of the small model on a CPU node of `gpus` ranks.
 
-    places: one strategy for every call on the whole node, or call -> strategy | (mesh, strategy) | with settings.
+    places: one strategy for every call on the whole node, or call -> strategy | (mesh, strategy) | with settings, of
+    which `lag` is the call's. With `reward_model` the graph has all seven calls and no function.
     """
     cluster = load_cluster("local-cpu", gpus=gpus, gpus_per_node=gpus)
     spec = load_model(str(TINY))
+    models = {"actor": spec, "ref": spec, "critic": spec.with_value_head()}
+    graph = algorithm_graph(
+        "ppo", reward_seconds_per_sample=None if reward_model else 1e-4, recompute_logprobs=reward_model
+    )
     workload = Workload(
-        graph=algorithm_graph("ppo", reward_seconds_per_sample=1e-4),
-        models={"actor": spec, "ref": spec, "critic": spec.with_value_head()},
+        graph=graph,
+        models=models | ({"reward": spec.with_value_head()} if reward_model else {}),
         **({"batch_size": 8, "prompt_tokens": 8, "response_tokens": 8, "minibatches": 2, "dtype": "fp32"} | sizes),
     )
     calls = []
     for name in order:
         place = places if isinstance(places, str) else places[name]
         mesh, degrees, settings = (("node 0", place, {}) if isinstance(place, str) else (*place, {}))[:3]
-        strategy = ParallelStrategy(**parse_degrees(degrees), **settings)
-        calls.append(PlannedCall(call=name, mesh=parse_mesh(mesh, cluster), strategy=strategy))
+        lag = settings.get("lag", 0)
+        strategy = ParallelStrategy(**parse_degrees(degrees), **{k: v for k, v in settings.items() if k != "lag"})
+        calls.append(PlannedCall(call=name, mesh=parse_mesh(mesh, cluster), strategy=strategy, lag=lag))
     plan = ExecutionPlan(workload=workload, cluster=cluster, calls=tuple(calls))
     assert not check_plan(plan), check_plan(plan)
     return plan
