@@ -9,6 +9,7 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
+from planner import cli_pictures
 from plans.errors import RealplanError
 
 app = typer.Typer(
@@ -26,18 +27,18 @@ EngineName = Annotated[str, typer.Option(help="named set of cost constants")]
 
 
 def main() -> None:
-    """Entry point: errors become one message and exit code 2."""
+    """Entry point: errors become one message; exit code 1 for a plan with problems, 2 for wrong use."""
     try:
         app()
     except RealplanError as error:
-        fail(str(error), 2)
+        fail(str(error), 1 if hasattr(error, "problems") else 2)
     except BrokenPipeError:
         sys.exit(0)
 
 
 def fail(message: str, code: int) -> NoReturn:
     """Print a message to stderr and exit."""
-    print(message if message.startswith("error") else f"error: {message}", file=sys.stderr)
+    print(f"error: {message}", file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -123,14 +124,6 @@ def search(
 
 
 @app.command()
-def show(path: PlanPath) -> None:
-    """Print a plan: which call runs where, how it is cut, and when."""
-    from planner.commands import show_command
-
-    raise typer.Exit(show_command(path))
-
-
-@app.command()
 def check(
     path: PlanPath,
     write: Annotated[bool, typer.Option("--write", help="write the new estimate into the plan")] = False,
@@ -210,6 +203,9 @@ def schema() -> None:
     from plans.planfile import json_schema
 
     print(json.dumps(json_schema(), indent=2))
+
+
+cli_pictures.register(app)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any
 from cost_models.estimate import PlanCost, cost_plan
 from planner.baselines import symmetric
 from planner.limits import Limits
+from planner.loading import legal_plan
 from planner.portfolio import Answer, Method, search
 from planner.pricing import Space, build_space
 from planner.progress import SearchProgress
@@ -26,7 +27,7 @@ from planner.tidy import tidy
 from planner.whatif import what_if
 from plans.checks import check_plan
 from plans.cluster import GIB
-from plans.codec import digest, load_plan, read_plan, save_plan
+from plans.codec import digest, read_plan, save_plan
 from plans.errors import Infeasible, PlanError
 from plans.plan import ExecutionPlan
 from plans.problems import Problem, locate
@@ -146,25 +147,6 @@ def _infeasible(reason: Infeasible, as_json: bool) -> int:
     return 1
 
 
-def show_command(path: Path) -> int:
-    """Print a legal plan with its predicted timeline."""
-    plan = _legal(path)
-    print(render_plan(plan, cost_plan(plan, _engine(plan)).timeline))
-    return 0
-
-
-def _engine(plan: ExecutionPlan) -> str:
-    return plan.estimate.engine if plan.estimate else "megatron"
-
-
-def _legal(path: Path) -> ExecutionPlan:
-    plan = load_plan(path)
-    problems = locate(path.read_text(), check_plan(plan))
-    if problems:
-        raise PlanError("\n".join(problem.text(str(path)) for problem in problems))
-    return plan
-
-
 def check_command(path: Path, *, write: bool, engine: str, as_json: bool) -> int:
     """Every problem of a plan, or its new estimate."""
     try:
@@ -231,7 +213,7 @@ def _memory_hint(plan: ExecutionPlan, step: str) -> str:
 
 def estimate_command(path: Path, *, engine: str, changes: list[str], as_json: bool) -> int:
     """Predicted time by term and memory by moment, as the plan stands or under what-if changes."""
-    plan = _legal(path)
+    plan = legal_plan(path)
     before = cost_plan(plan, engine)
     cost = cost_plan(what_if(plan, changes), engine) if changes else before
     if changes:
