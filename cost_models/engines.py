@@ -34,7 +34,7 @@ class Engine:
       hidden_passes: reads and writes of a [tokens, hidden] tensor per layer and forward (norms, residuals, dropout).
       ffn_passes: the same of [tokens, ffn] (activation function, gate).
       softmax_passes: the same of the score matrix (unfused attention only).
-      loss_passes: the same of fp32 logits, forward and backward together.
+      loss_passes: the same of fp32 logits, twice those of the forward. loss_backward_ratio: backward over forward.
 
     Host
       host_forward_layer_s, host_backward_layer_s, host_decode_layer_s: time in which the CPU launches one layer;
@@ -79,6 +79,7 @@ class Engine:
     ffn_passes: float = 3.0
     softmax_passes: float = 6.0
     loss_passes: float = 6.0
+    loss_backward_ratio: float = 1.0
     host_forward_layer_s: float = 4e-4
     host_backward_layer_s: float = 6e-4
     host_decode_layer_s: float = 5e-4
@@ -113,13 +114,24 @@ class Engine:
     offload_efficiency: float = 0.8
 
 
+TABLE_SUFFIX = ".json"
+"""An engine whose name ends so is the default engine calibrated with the cost table of that path."""
+
+
 def engine_names() -> tuple[str, ...]:
     """Names in the library."""
     return tuple(dict.fromkeys(entry["engine"] for entry in _entries() if entry["engine"] != "*"))
 
 
 def load_engine(name: str, gpu: str, dtype: str = "bf16") -> Engine:
-    """The constants of an engine on a GPU kind (`GpuSpec.name`) in a precision (`bf16` and `fp16` are one)."""
+    """The constants of an engine on a GPU kind (`GpuSpec.name`) in a precision (`bf16` and `fp16` are one).
+
+    The path of a cost table (`*.json`) names the default engine with the constants of the machine that was measured.
+    """
+    if name.endswith(TABLE_SUFFIX):
+        from cost_models.calibration import table_engine  # it needs the engines itself
+
+        return table_engine(name, gpu, dtype)
     if name not in engine_names():
         raise SpecError(f"unknown engine `{name}`", nearest(name, list(engine_names())))
     wanted = {"engine": name, "gpu": gpu, "precision": "bf16" if dtype == "fp16" else dtype}

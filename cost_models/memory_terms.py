@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cost_models.candidates import Array
-from cost_models.engines import DEFAULT_ENGINE
+from cost_models.engines import DEFAULT_ENGINE, TABLE_SUFFIX
 from plans.cluster import GIB, ClusterSpec
 from plans.errors import SpecError, nearest
 
@@ -74,7 +74,9 @@ MEMORY_ENGINES: Mapping[str, MemoryEngine] = {
 
 
 def memory_engine(name: str) -> MemoryEngine:
-    """The memory habits of a named engine."""
+    """The memory habits of a named engine; those of the default engine where a cost table gives the constants."""
+    if name.endswith(TABLE_SUFFIX):
+        name = DEFAULT_ENGINE
     if name not in MEMORY_ENGINES:
         raise SpecError(f"unknown engine `{name}`", nearest(name, list(MEMORY_ENGINES)))
     return MEMORY_ENGINES[name]

@@ -135,7 +135,8 @@ def host_wait(machine: Machine, forward: Array, backward: Array, recompute: Arra
 def head_and_loss(machine: Machine, spec: ModelSpec, tokens: Array, candidates: Candidates) -> Array:
     """Seconds of the head's three GEMMs and the loss on one micro-batch."""
     gemms = operations.head(machine, spec, tokens, candidates.tp) * (1.0 + machine.engine.backward_gemm_ratio)
-    return gemms + 2.0 * operations.loss(machine, spec, tokens, candidates.tp)
+    loss = operations.loss(machine, spec, tokens, candidates.tp)
+    return gemms + loss * (1.0 + machine.engine.loss_backward_ratio)
 
 
 def pipeline_sends(machine: Machine, step: TrainingStep, candidates: Candidates) -> Array:

@@ -24,6 +24,7 @@ app = typer.Typer(
 PlanPath = Annotated[Path, typer.Argument(metavar="PLAN", help="plan file (JSON)")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 EngineName = Annotated[str, typer.Option(help="named set of cost constants")]
+TablePath = Annotated[Path | None, typer.Option(help="cost table of this machine, as `realplan profile` writes it")]
 
 
 def main() -> None:
@@ -67,6 +68,7 @@ def search(
         bool | None, typer.Option("--recompute-logprobs", help="old log-probs in a call of their own")
     ] = None,
     engine: EngineName = "megatron",
+    table: TablePath = None,
     method: Annotated[Literal["auto", "exact", "mcmc"], typer.Option(help="how to search")] = "auto",
     seconds: Annotated[float, typer.Option(help="search budget")] = 10.0,
     seed: Annotated[int, typer.Option(help="random seed")] = 0,
@@ -111,7 +113,7 @@ def search(
     raise typer.Exit(
         search_command(
             request,
-            engine=engine,
+            engine=str(table or engine),
             method=method,
             seconds=seconds,
             seed=seed,
@@ -128,18 +130,20 @@ def check(
     path: PlanPath,
     write: Annotated[bool, typer.Option("--write", help="write the new estimate into the plan")] = False,
     engine: EngineName = "megatron",
+    table: TablePath = None,
     as_json: AsJson = False,
 ) -> None:
     """Check a plan: is it legal, does it fit, how long will an iteration take."""
     from planner.commands import check_command
 
-    raise typer.Exit(check_command(path, write=write, engine=engine, as_json=as_json))
+    raise typer.Exit(check_command(path, write=write, engine=str(table or engine), as_json=as_json))
 
 
 @app.command()
 def estimate(
     path: PlanPath,
     engine: EngineName = "megatron",
+    table: TablePath = None,
     what_if: Annotated[
         list[str] | None, typer.Option(help="gpus=256, inter_node_gbps=200, response_tokens=4096")
     ] = None,
@@ -148,7 +152,23 @@ def estimate(
     """Predict time by call and term, and memory by GPU and term with the moment of the peak."""
     from planner.commands import estimate_command
 
-    raise typer.Exit(estimate_command(path, engine=engine, changes=what_if or [], as_json=as_json))
+    raise typer.Exit(estimate_command(path, engine=str(table or engine), changes=what_if or [], as_json=as_json))
+
+
+@app.command()
+def profile(
+    model: Annotated[str, typer.Option(help="architecture: a name or a folder")],
+    device: Annotated[Literal["cuda", "cpu"], typer.Option(help="what to measure")] = "cuda",
+    tp: Annotated[str, typer.Option(help="tensor-parallel degrees [those of 1,2,4,8 that divide the model]")] = "",
+    dtype: Annotated[str, typer.Option(help="bf16 or fp32 [bf16 on cuda, fp32 on cpu]")] = "",
+    output: Annotated[Path, typer.Option("--output", "-o", help="cost table; an unfinished one is taken up")] = Path(
+        "table.json"
+    ),
+) -> None:
+    """Measure what a model's operations cost on this machine, on one device for every tp."""
+    from profiler.command import profile_command
+
+    raise typer.Exit(profile_command(model, device, tp, dtype, output))
 
 
 @app.command()

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-
-from plans.errors import SpecError
-from plans.model import ModelSpec
+from dataclasses import dataclass
 
 Sizes = tuple[int, ...]
 Axes = Mapping[str, Sizes]
@@ -65,27 +62,3 @@ def grids(cases: Cases) -> dict[str, Axes]:
     found["block_decode"] = {"sequences": cases.rows, "cached_tokens": cases.cached_tokens}
     found["generate_step"] = {"sequences": cases.rows}
     return found | dict.fromkeys(CALLS, calls)
-
-
-def shard_spec(spec: ModelSpec, tp: int) -> ModelSpec:
-    """One layer with the sizes that a rank of a tp-way cut has: its collectives left out, a model of its own."""
-    for name in ("heads", "kv_heads", "ffn", "padded_vocab"):
-        size = getattr(spec, name)
-        if size % tp:
-            legal = legal_degrees(spec, (1, 2, 3, 4, 5, 6, 8, 16))
-            raise SpecError(f"model `{spec.name}`: {name} {size} is not a multiple of tp {tp}", f"--tp {legal}")
-    return replace(
-        spec,
-        name=f"{spec.name}/tp{tp}",
-        layers=1,
-        heads=spec.heads // tp,
-        kv_heads=spec.kv_heads // tp,
-        ffn=spec.ffn // tp,
-        vocab=spec.padded_vocab // tp if tp > 1 else spec.vocab,
-    )
-
-
-def legal_degrees(spec: ModelSpec, wanted: tuple[int, ...]) -> tuple[int, ...]:
-    """Those tensor-parallel degrees that divide the model."""
-    sizes = (spec.heads, spec.kv_heads, spec.ffn, spec.padded_vocab)
-    return tuple(tp for tp in wanted if not any(size % tp for size in sizes))

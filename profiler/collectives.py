@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import start_processes
 
 from profiler.results import Coordinates
 from profiler.timers import Timing, summary
@@ -35,7 +35,7 @@ def measure_collectives(
 ) -> dict[str, dict[Coordinates, Timing]]:
     """Entry name (`all_reduce_node`) -> (ranks, bytes of the whole vector) -> time, between `ranks` devices."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(  # type: ignore[no-untyped-call]
+        start_processes(  # type: ignore[no-untyped-call]
             _rank, (ranks, device.type, sizes, folder), nprocs=ranks, start_method="spawn"
         )
         rows = json.loads((Path(folder) / "rows").read_text())

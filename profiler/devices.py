@@ -71,7 +71,7 @@ def clocks_mhz(device: torch.device) -> dict[str, float]:
 
 def versions(device: torch.device) -> dict[str, str]:
     """Versions of what the operations run on."""
-    found = {"torch": torch.__version__}
+    found = {"torch": str(torch.__version__)}
     try:
         found["megatron-core"] = version("megatron-core")
     except PackageNotFoundError:

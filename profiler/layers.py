@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cost_models.table_schema import CALL_VOCAB
 from plans.layout import Layout
 from plans.model import ModelSpec
 from profiler.timers import Timed
@@ -192,11 +190,6 @@ class Shard:
             )
 
         return Timed(run)
-
-
-def call_spec(spec: ModelSpec) -> ModelSpec:
-    """The shard on which whole calls are timed: its vocabulary is small, so that the head hides nothing."""
-    return replace(spec, name=f"{spec.name}/calls", vocab=CALL_VOCAB)
 
 
 def _backward(forward: Any) -> Timed:

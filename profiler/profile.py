@@ -15,14 +15,15 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cost_models.table_schema import OPERATIONS, TableError
+from cost_models.shards import call_spec, shard_spec
+from cost_models.table_schema import CALL_VOCAB, OPERATIONS, TableError
 from cost_models.tables import CostTable
 from plans.errors import RealplanError
 from plans.model import ModelSpec
-from profiler.cases import CALLS, CPU, GPU, Axes, Cases, grids, shard_spec
+from profiler.cases import CALLS, CPU, GPU, Axes, Cases, grids
 from profiler.collectives import CPU_BYTES, GPU_BYTES, device_count, measure_collectives
 from profiler.devices import clocks_mhz, device_name, hardware_kind, versions
-from profiler.layers import STEPS, Shard, call_spec
+from profiler.layers import STEPS, Shard
 from profiler.results import Coordinates, Results
 from profiler.timers import Timing, measure, peak_bytes
 from runtime.compat import install
@@ -35,7 +36,7 @@ ATTEMPTS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What to profile: a model in a precision on a device, for some tensor-parallel degrees. cases None: the device's."""
+    """What to profile: a model in a precision on a device, for some tensor-parallel degrees. cases None: of the device."""
 
     spec: ModelSpec
     device: torch.device
@@ -116,7 +117,7 @@ def _shard(request: Request, tp: int, results: Results, communicators: GroupCach
     spec = shard_spec(request.spec, tp)
     device, dtype = request.device, DTYPES[request.dtype]
     axes = grids(request.sizes)
-    for some, of in ((tuple(n for n in axes if n not in CALLS), spec), (CALLS, call_spec(spec))):
+    for some, of in ((tuple(n for n in axes if n not in CALLS), spec), (CALLS, call_spec(spec, CALL_VOCAB))):
         wanted = {name: axes[name] for name in some if _missing(results, name, tp, axes[name])}
         update = some is not CALLS and not _has_update(results, spec)
         shard = Shard(of, communicators, device, dtype) if wanted or update else None
