@@ -1,0 +1,76 @@
+"""The options of the commands that look at plans: show, trace, compare, diff, headline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+PlanPath = Annotated[Path, typer.Argument(metavar="PLAN", help="plan file (JSON)")]
+Html = Annotated[Path | None, typer.Option(metavar="FILE", help="write one HTML page that needs no network")]
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object")]
+TimelinePath = Annotated[
+    Path | None, typer.Option("--timeline", metavar="FILE", help="measured timeline (timeline.json of realrun)")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    for command in (show, trace, compare, diff, headline):
+        app.command()(command)
+
+
+def show(path: PlanPath, html: Html = None, timeline: TimelinePath = None) -> None:
+    """Print a plan: which call runs where, how it is cut, and when; or write it as a page."""
+    from planner.commands_pictures import show_command
+
+    raise typer.Exit(show_command(path, html=html, measured=timeline))
+
+
+def trace(
+    path: Annotated[Path, typer.Argument(metavar="PLAN", help="plan file, or timeline.json beside its plan.json")],
+    timeline: TimelinePath = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="default: beside the file")] = None,
+) -> None:
+    """Write a timeline as a trace for Perfetto or chrome://tracing."""
+    from planner.commands_pictures import trace_command
+
+    raise typer.Exit(trace_command(path, measured=timeline, output=output))
+
+
+def compare(
+    paths: Annotated[list[Path], typer.Argument(metavar="PLAN...", help="plan files; ratios are to the first")],
+    baselines: Annotated[bool, typer.Option("--baselines", help="add what other systems would do")] = False,
+    html: Html = None,
+    engine: Annotated[str, typer.Option(help="named set of cost constants [that of the first plan]")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Compare plans with each other and with the baselines."""
+    from planner.commands_pictures import compare_command
+
+    raise typer.Exit(compare_command(paths, baselines=baselines, html=html, engine=engine, as_json=as_json))
+
+
+def diff(
+    before: Annotated[Path, typer.Argument(metavar="A", help="plan file")],
+    after: Annotated[Path, typer.Argument(metavar="B", help="plan file")],
+    as_json: AsJson = False,
+) -> None:
+    """Say what the second plan does differently, and what that does to time and memory."""
+    from planner.commands_pictures import diff_command
+
+    raise typer.Exit(diff_command(before, after, as_json=as_json))
+
+
+def headline(
+    engine: Annotated[str, typer.Option(help="engine of the searched plan and the uniform baselines")] = "",
+    seconds: Annotated[float, typer.Option(help="search budget")] = 10.0,
+    seed: Annotated[int, typer.Option(help="random seed")] = 0,
+    html: Html = None,
+    as_json: AsJson = False,
+) -> None:
+    """Search the published case (four 70B models, 128 A100) and print its hours beside the published ones."""
+    from planner.commands_pictures import headline_command
+
+    raise typer.Exit(headline_command(engine=engine, seconds=seconds, seed=seed, html=html, as_json=as_json))

@@ -1,0 +1,26 @@
+"""Plans from files, as commands want them: legal, or an error that names every problem."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cost_models.engines import DEFAULT_ENGINE
+from plans.checks import check_plan
+from plans.codec import load_plan
+from plans.errors import PlanError
+from plans.plan import ExecutionPlan
+from plans.problems import locate
+
+
+def legal_plan(path: Path) -> ExecutionPlan:
+    """A plan that keeps every rule of `plans.checks`; raises PlanError with all that it breaks."""
+    plan = load_plan(path)
+    problems = locate(path.read_text(), check_plan(plan))
+    if problems:
+        raise PlanError("\n".join(problem.text(str(path)) for problem in problems))
+    return plan
+
+
+def plan_engine(plan: ExecutionPlan) -> str:
+    """The engine of the plan's own estimate."""
+    return plan.estimate.engine if plan.estimate else DEFAULT_ENGINE
