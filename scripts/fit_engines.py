@@ -35,12 +35,14 @@ PULL = 0.1
 
 @dataclass(frozen=True)
 class Fit:
-    """Constants of an engine on a GPU kind, and the quantities of the rows that determine them."""
+    """Constants of an engine on a GPU kind, and the quantities of the rows that determine them; `also` names groups
+    whose rows take part although they do not count for the figures."""
 
     engine: str
     gpu: str
     constants: tuple[str, ...]
     quantities: tuple[str, ...]
+    also: tuple[str, ...] = ()
 
 
 DENSE = ("gemm_efficiency", "hidden_passes", "attention_efficiency")
@@ -64,10 +66,11 @@ FITS = (
             "hidden_passes",
         ),
         STEP,
+        also=("vtrain-single",),
     ),
     Fit("megatron-te", "a100-80gb", ("gemm_efficiency",), STEP),
     Fit("megatron-te", "h100-80gb-sxm", ("gemm_efficiency", "hidden_passes", "attention_efficiency"), STEP),
-    Fit("megatron-te", "b200-180gb", DENSE, STEP),
+    Fit("megatron-te", "b200-180gb", (*DENSE, "layer_gap_s"), STEP),
     Fit("fsdp", "a100-40gb", (*DENSE, "network_efficiency", "data_overlap"), STEP),
     Fit("fsdp", "a100-80gb", (*DENSE, "data_overlap"), STEP),
     Fit("fsdp", "h100-80gb-sxm", (*DENSE, "network_efficiency", "data_overlap"), STEP),
@@ -121,7 +124,8 @@ def cases_of(fit: Fit) -> list[Case]:
     for path in published.library_files():
         for row in published.read_rows(path):
             for quantity in set(row["measured"]) & set(fit.quantities):
-                if counts(row, quantity) and _belongs(row, quantity, fit):
+                taken = counts(row, quantity) or row.get("group") in fit.also
+                if taken and _belongs(row, quantity, fit):
                     found.append((row, quantity))
     return sorted(found, key=lambda case: (case[0]["id"], case[1]))
 
