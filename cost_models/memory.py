@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from cost_models.candidates import Array, Candidates
+from cost_models.candidates import Candidates
 from cost_models.engines import DEFAULT_ENGINE
 from cost_models.memory_inference import generation_terms, inference_terms
 from cost_models.memory_terms import MemoryEngine, MemoryTerms, context_bytes, is_cpu, memory_engine
@@ -25,11 +25,10 @@ def call_memory(
     cluster: ClusterSpec,
     candidates: Candidates,
     engine: str = DEFAULT_ENGINE,
-    kv_gib: Array | float = 0.0,
 ) -> MemoryTerms:
     """Memory of a model call, bytes, shape [candidates].
 
-    kv_gib: cap of the KV cache per GPU in generation (0: none). A trained model's training call holds the home copy:
+    A trained model's training call holds the home copy:
     weights, gradients, masters and optimizer stay. Offloaded, only the weights do: masters and optimizer live in host
     memory and are loaded for the call, and the gradient buffers are freed between calls. Its other calls read a copy
     that lives only while they run. A frozen model's weights stay unless offloaded. The CUDA context is not in here: add
@@ -43,7 +42,7 @@ def call_memory(
         state = np.where(candidates.offload, terms.masters + terms.optimizer, 0.0)
         return replace(terms, state_stays=~candidates.offload, host=state)
     if kind is CallKind.GENERATE:
-        terms = generation_terms(workload, spec, candidates, habits, kv_gib)
+        terms = generation_terms(workload, spec, candidates, habits)
     else:
         terms = inference_terms(workload, spec, candidates, habits)
     if role in workload.graph.trainers:

@@ -11,7 +11,6 @@ from cost_models.candidates import Array, Candidates
 from cost_models.memory_terms import MemoryEngine, MemoryTerms
 from cost_models.memory_training import communicator_bytes, fullest_stage
 from cost_models.training_case import StageParts, stage_parts
-from plans.cluster import GIB
 from plans.model import ModelSpec
 from plans.workload import Workload
 
@@ -22,17 +21,12 @@ def weight_bytes(stage: StageParts, candidates: Candidates, element: float) -> A
     return (dense + stage.experts / (candidates.tp * candidates.ep)) * element
 
 
-def kv_cache_bytes(
-    spec: ModelSpec, candidates: Candidates, sequences: Array, tokens: int, element: float, kv_gib: Array | float = 0.0
-) -> Array:
-    """KV cache of a rank: key and value of every layer of the stage, kv_heads / tp heads, all sequences of the replica.
-
-    kv_gib caps it (0: no cap): the sequences then generate in several rounds.
-    """
+def kv_cache_bytes(spec: ModelSpec, candidates: Candidates, sequences: Array, tokens: int, element: float) -> Array:
+    """KV cache of a rank: key and value of every layer of the stage, kv_heads / tp heads, all sequences of the
+    replica."""
     per_token = 2.0 * spec.layers / candidates.pp * spec.kv_heads / candidates.tp * spec.head_dim * element
-    need = per_token * tokens * sequences
-    cap = np.asarray(kv_gib, dtype=np.float64) * GIB
-    return np.where(cap > 0, np.minimum(need, cap), need)
+    cache: Array = per_token * tokens * sequences
+    return cache
 
 
 def inference_terms(workload: Workload, spec: ModelSpec, candidates: Candidates, engine: MemoryEngine) -> MemoryTerms:
@@ -44,17 +38,14 @@ def inference_terms(workload: Workload, spec: ModelSpec, candidates: Candidates,
     return _fullest(spec, candidates, engine, element, activations, engine.forward_logit_bytes / candidates.tp * tokens)
 
 
-def generation_terms(
-    workload: Workload, spec: ModelSpec, candidates: Candidates, engine: MemoryEngine, kv_gib: Array | float = 0.0
-) -> MemoryTerms:
+def generation_terms(workload: Workload, spec: ModelSpec, candidates: Candidates, engine: MemoryEngine) -> MemoryTerms:
     """Memory of generation: KV cache at full length, prefill of one group of sequences at once with its attention mask,
     logits of one token per sequence of a group.
     """
     element = float(workload.element_bytes)
     sequences = np.ceil(workload.samples / candidates.dp)
-    need = kv_cache_bytes(spec, candidates, sequences, workload.tokens, element)
-    cache = kv_cache_bytes(spec, candidates, sequences, workload.tokens, element, kv_gib)
-    group = np.ceil(sequences * cache / need / candidates.groups)
+    cache = kv_cache_bytes(spec, candidates, sequences, workload.tokens, element)
+    group = np.ceil(sequences / candidates.groups)
     block = forward_block_bytes(spec, element, candidates.tp, fused_pointwise=engine.fused_pointwise)
     activations = block * group * workload.prompt_tokens
     logits = engine.sampling_bytes / candidates.tp * group

@@ -143,8 +143,8 @@ def kind_settings(plan: ExecutionPlan, planned: PlannedCall, spec: ModelSpec) ->
     """Settings that the kind of the call does not have keep their defaults."""
     kind, s, plain = _kind(plan, planned), planned.strategy, ParallelStrategy()
     foreign = {
-        CallKind.TRAIN_STEP: ("groups", "kv_gib"),
-        CallKind.INFERENCE: ("groups", "kv_gib", "recompute", "shard_optimizer"),
+        CallKind.TRAIN_STEP: ("groups",),
+        CallKind.INFERENCE: ("groups", "recompute", "shard_optimizer"),
         CallKind.GENERATE: ("micro_batches", "recompute", "shard_optimizer", "sequence_parallel", "cp"),
     }[kind]
     for key in foreign:

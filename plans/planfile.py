@@ -135,7 +135,6 @@ class CallFile(_Closed):
     offload: Annotated[
         bool, Field(description="frozen model: weights in host memory between calls; trained model: optimizer state")
     ] = False
-    kv_gib: Annotated[float, Field(ge=0, description="cap of the KV cache per GPU; 0: as the batch needs")] = 0.0
     lag: Annotated[int, Field(ge=0, le=1, description="run this many periods later than the rest")] = 0
 
 

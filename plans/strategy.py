@@ -29,8 +29,7 @@ class ParallelStrategy:
     per pipeline stage (interleaving). micro_batches: forward passes per dp rank, per minibatch in training.
     groups: groups of sequences in flight in pipelined generation. shard_optimizer: masters and Adam
     states sharded over dp (Megatron's distributed optimizer). offload: the weights of a frozen model, or the
-    optimizer state of a trained one, live in host memory between calls. kv_gib: cap of the KV cache per GPU
-    (0: as much as the batch needs).
+    optimizer state of a trained one, live in host memory between calls.
     """
 
     dp: int = 1
@@ -45,7 +44,6 @@ class ParallelStrategy:
     recompute: Recompute = Recompute.NONE
     shard_optimizer: bool = True
     offload: bool = False
-    kv_gib: float = 0.0
 
     def __post_init__(self) -> None:
         for field in ("dp", "tp", "pp", "cp", "ep", "vpp", "micro_batches", "groups"):
