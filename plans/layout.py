@@ -95,6 +95,11 @@ def _layer_parameters(spec: ModelSpec, index: int) -> tuple[Parameter, ...]:
         local = f"{at}.mlp.experts.local_experts.{expert}"
         parameters += _linear(f"{local}.linear_fc1", gates * spec.ffn, spec.hidden, 0, False, gates)
         parameters += _linear(f"{local}.linear_fc2", spec.hidden, spec.ffn, 1, False)
+    if spec.shared_ffn:
+        shared = f"{at}.mlp.shared_experts"
+        parameters += _linear(f"{shared}.linear_fc1", gates * spec.shared_ffn, spec.hidden, 0, False, gates)
+        parameters += _linear(f"{shared}.linear_fc2", spec.hidden, spec.shared_ffn, 1, False)
+        parameters.append(Parameter(f"{shared}.gate_weight", (1, spec.hidden)))
     return tuple(parameters)
 
 

@@ -35,7 +35,9 @@ def test_there_are_forty_architectures_and_every_cluster() -> None:
     assert load_model("llama-70b").name == "llama2-70b"
 
 
-@pytest.mark.parametrize("name", ["llama2-7b", "llama3.1-8b", "qwen2-0.5b", "qwen3-4b", "smollm2-135m"])
+@pytest.mark.parametrize(
+    "name", ["llama2-7b", "llama3.1-8b", "qwen2-0.5b", "qwen3-4b", "mixtral-8x7b", "qwen2-57b-a14b"]
+)
 def test_units_add_up_to_the_parameters(name: str) -> None:
     spec = load_model(name)
     padding = (spec.padded_vocab - spec.vocab) * spec.hidden * (1 if spec.tied_embeddings else 2)
