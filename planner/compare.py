@@ -92,7 +92,8 @@ def render_rows(rows: Sequence[Row], missing: Mapping[str, Infeasible]) -> str:
     lines = [_line(heads)]
     for row in rows:
         *figures, engines = row.cells()
-        lines.append(_line((*figures, engines.replace(" for training and scoring", "").replace(" for", ":"))))
+        short = engines.replace(" for training and scoring,", " +").replace(" for generation", " (gen)")
+        lines.append(_line((*figures, short)))
     lines += [f"{name[:19]:20}  no plan: {reason.reason}"[:WIDTH] for name, reason in missing.items()]
     notes = [f"  {row.name}: {caveat}"[:WIDTH] for row in rows for caveat in row.caveats]
     return "\n".join([*lines, *(["not modelled:", *notes] if notes else []), SAME_ENGINE])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from cost_models.estimate import PlanCost
 from plans.cluster import GIB
 from plans.plan import ExecutionPlan, PlannedCall
+from plans.render import WIDTH
 from plans.strategy import ParallelStrategy
 
 _DEGREES = ("dp", "tp", "pp", "cp", "ep", "vpp")
@@ -97,7 +99,9 @@ def render_diff(found: Sequence[Change], a: PlanCost, b: PlanCost) -> str:
     for change in found:
         where, words = change.call or "(plan)", f"{change.before} -> {change.after}"
         if len(words) > 62:
-            lines += [f"{where:18}{change.field:20}{change.before}", f"{'':35}-> {change.after}"]
+            indent = " " * 38
+            lines += textwrap.wrap(f"{where:18}{change.field:20}{change.before}", WIDTH, subsequent_indent=indent)
+            lines += textwrap.wrap(f"{'':35}-> {change.after}", WIDTH, subsequent_indent=indent)
         else:
             lines.append(f"{where:18}{change.field:20}{words}")
     lines += ["", f"{'':34}{'seconds':>24}{'GiB on the fullest GPU':>32}"]

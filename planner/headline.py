@@ -94,9 +94,9 @@ def render_headline(rows: Sequence[HeadlineRow], engine: str) -> str:
             *lines,
             "",
             "Our estimates: none of these was run. The searched plan, symmetric and real-heuristic are priced with",
-            f"engine `{engine}`, the others with engines of their own; `same engine` is what their plans take on `{engine}`",
-            "(-: does not fit there). Estimates say what a plan needs where everything runs well; the releases that were",
-            "measured in 2024 took longer than their plans need.",
+            f"engine `{engine}`, the others with engines of their own; `same engine`: their plans on `{engine}` (-: do",
+            "not fit there). An estimate is what a plan needs where everything runs well; the releases that",
+            "were measured in 2024 took longer than their plans need.",
             "Measured by others: Mei et al. 2024 (arXiv 2406.14088v1); the GPU kind is not published there,",
             "A100-80GB is the reading. 21.2 h follows from its 47.64 s per iteration.",
         ]

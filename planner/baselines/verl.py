@@ -51,7 +51,7 @@ def verl(workload: Workload, cluster: ClusterSpec, engine: str) -> Contender | I
         if cost and (cost.fits or (frozen, state) == OFFLOADS[-1]):
             break
     assert cost
-    engines = f"{engine} for training and scoring, {GENERATION_ENGINE} for the rollout"
+    engines = f"{engine} for training and scoring, {GENERATION_ENGINE} for generation"
     return Contender(name=NAME, cost=cost, engines=engines, caveats=CAVEATS)
 
 
