@@ -64,7 +64,7 @@ def _until_s(pictures: Sequence[Picture]) -> float:
     """One plan: all of its timeline. Several: a period of the slowest, during which faster ones go on."""
     if len(pictures) == 1:
         return shown_until_s(pictures[0].timeline)
-    periods = [picture.timeline.period_s for picture in pictures]
+    periods = [picture.timeline.period_s or shown_until_s(picture.timeline) for picture in pictures]
     return max(1.02 * max(periods), 2.0 * min(periods))
 
 

@@ -39,11 +39,12 @@ svg text{font-size:12px;fill:var(--ink);pointer-events:none}svg .n{opacity:.7;fo
 .k0>rect{fill:var(--c0)}.k1>rect{fill:var(--c1)}.k2>rect{fill:var(--c2)}.k3>rect{fill:var(--c3)}
 .k4>rect{fill:var(--c4)}.k5>rect{fill:var(--c5)}.k6>rect{fill:var(--c6)}.k7>rect{fill:var(--c7)}
 .b text{fill:#111}.k0 text{fill:#fff}
-.reallocate>rect,.load>rect{fill:url(#hatch)}.transfer{overflow:visible}.transfer>rect{fill:var(--move);stroke:var(--move);rx:0}.over>rect{fill:var(--over)}
+.reallocate>rect,.load>rect{fill:url(#hatch)}
+.transfer{overflow:visible}svg.transfer>rect{fill:var(--move);stroke:var(--move);rx:0}.over>rect{fill:var(--over)}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:14px}
 th,td{padding:5px 10px;text-align:right;border-bottom:1px solid var(--line)}
 th{color:var(--soft);font-weight:600;font-size:12px;vertical-align:bottom}
-td:first-child,th:first-child{text-align:left;padding-left:0}.table{overflow-x:auto}
+.table td{white-space:nowrap}td:first-child,th:first-child{text-align:left;padding-left:0}.table{overflow-x:auto}
 .calls td,.calls th{text-align:left}.calls td:last-child,.calls th:last-child{text-align:right}
 .zoom{display:flex;align-items:center;gap:8px;font-size:13px;color:var(--soft);margin-left:auto}
 #tip{position:fixed;z-index:9;max-width:min(380px,90vw);background:var(--ink);color:var(--bg);padding:8px 11px;
