@@ -156,6 +156,21 @@ def estimate(
 
 
 @app.command()
+def explain(
+    path: PlanPath,
+    engine: EngineName = "megatron",
+    table: TablePath = None,
+    seconds: Annotated[float, typer.Option(help="for the short searches in all", min=0.1)] = 20.0,
+    seed: Annotated[int, typer.Option(help="random seed")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Why this plan: its critical path, what binds, what each call would cost elsewhere, what hardware would bring."""
+    from planner.commands_explain import explain_command
+
+    raise typer.Exit(explain_command(path, engine=str(table or engine), seconds=seconds, seed=seed, as_json=as_json))
+
+
+@app.command()
 def profile(
     model: Annotated[str, typer.Option(help="architecture: a name or a folder")],
     device: Annotated[Literal["cuda", "cpu"], typer.Option(help="what to measure")] = "cuda",
