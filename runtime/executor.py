@@ -25,18 +25,20 @@ from runtime.job import Job
 from runtime.ppo_training import train_call
 from runtime.records import Recorder
 from runtime.stats import Stat
-from runtime.transfer import BatchStore, Rows
+from runtime.transfer import BatchStore, LateError, Rows
 
 _PEER_GONE = ("Connection closed by peer", "Connection reset", "Connection refused", "Broken pipe", "Read error")
 _TIMED_OUT = ("Timed out", "timed out", "Timeout", "timeout")
 
 
 class StepError(RealplanError):
-    """A step that failed on a rank. `secondary`: a peer went away, so another rank knows the cause."""
+    """A step that failed on a rank. `secondary`: a peer went away, so another rank knows the cause; `late`: a peer did
+    not come in time."""
 
-    def __init__(self, message: str, hint: str = "", *, secondary: bool = False) -> None:
+    def __init__(self, message: str, hint: str = "", *, secondary: bool = False, late: bool = False) -> None:
         super().__init__(message, hint)
         self.secondary = secondary
+        self.late = late
 
 
 class Executor:
@@ -150,19 +152,19 @@ class Executor:
         if isinstance(error, RealplanError):
             return StepError(f"{where}: {error.message}", error.hint)
         text = str(error).strip()
+        peers = (error.source,) if isinstance(error, LateError) else step.ranks
         if any(word in text for word in _PEER_GONE):
-            return StepError(f"{where}: a rank of {_shown(step.ranks)} went away", secondary=True)
+            return StepError(f"{where}: {_shown(peers)} went away", secondary=True)
         if any(word in text for word in _TIMED_OUT):
-            limit = f"{self._job.run.timeout_s:g} s"
-            message = f"{where}: ranks {_shown(step.ranks)} waited for each other for longer than timeout_s = {limit}"
-            return StepError(message, "a rank hangs or is slower than that: raise timeout_s in the run file")
+            limit = f"timeout_s = {self._job.run.timeout_s:g} s"
+            message = f"{where}: waited for {_shown(peers)} for longer than {limit}"
+            return StepError(message, "a rank hangs or is slower than that: raise timeout_s in the run file", late=True)
         return StepError(f"{where}: {type(error).__name__}: {text}")
 
 
 def _shown(ranks: tuple[int, ...]) -> str:
     """Ranks as a person writes them."""
-    return (
-        f"{ranks[0]}-{ranks[-1]}"
-        if ranks == tuple(range(ranks[0], ranks[-1] + 1)) and len(ranks) > 1
-        else (", ".join(map(str, ranks)))
-    )
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    run = ranks == tuple(range(ranks[0], ranks[-1] + 1))
+    return f"ranks {ranks[0]}-{ranks[-1]}" if run else "ranks " + ", ".join(map(str, ranks))

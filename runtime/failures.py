@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import signal
 import time
 import traceback
@@ -11,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from plans.errors import RealplanError
-from runtime.records import read_status
+from runtime.records import Status, read_status
 
 
 class RunFailed(RealplanError):
@@ -24,11 +26,12 @@ class RunFailed(RealplanError):
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """One rank's error. `secondary`: it only noticed that another rank went away."""
+    """One rank's error. `secondary`: it only noticed that another rank went away; `late`: it waited too long."""
 
     message: str
     hint: str
     secondary: bool
+    late: bool
     at_s: float
     details: str
 
@@ -42,6 +45,7 @@ def write_failure(folder: Path, rank: int, error: Exception) -> Failure:
         message=message,
         hint=hint,
         secondary=getattr(error, "secondary", False),
+        late=getattr(error, "late", False),
         at_s=time.time(),
         details="".join(traceback.format_exception(error)),
     )
@@ -64,8 +68,32 @@ def find_cause(folder: Path, exit_codes: Mapping[int, int]) -> RunFailed:
             return _vanished(folder, rank, code)
     if not failures:
         return RunFailed("the run ended without a word from any rank", "run again with --debug")
-    first = min(failures.values(), key=lambda f: (f.secondary, f.at_s))
-    return RunFailed(first.message, first.hint, first.details)
+    first = min(failures.values(), key=lambda f: (f.secondary, f.late, f.at_s))
+    where = _places(folder) if first.late else ""
+    return RunFailed(first.message + where, first.hint, first.details)
+
+
+def kill_ranks(folder: Path) -> None:
+    """End every rank that still runs, also one that is stopped or deaf to requests."""
+    for status in _statuses(folder).values():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(status.pid, signal.SIGKILL)
+
+
+def has_failed(folder: Path) -> bool:
+    """Whether a rank has left an error."""
+    return bool(_errors(folder))
+
+
+def _statuses(folder: Path) -> dict[int, Status]:
+    ranks = sorted(int(path.name.removeprefix("status-")) for path in folder.glob("status-*"))
+    found = {rank: read_status(folder, rank) for rank in ranks}
+    return {rank: status for rank, status in found.items() if status is not None}
+
+
+def _places(folder: Path) -> str:
+    places = [f"rank {r} was in iteration {s.iteration}, step `{s.step}`" for r, s in _statuses(folder).items()]
+    return "\n" + "\n".join(places)
 
 
 def _errors(folder: Path) -> list[Path]:

@@ -8,6 +8,7 @@ import shutil
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Event, Thread
 
 import yaml
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
@@ -20,9 +21,12 @@ from plans.files import write_atomically
 from plans.plan import ExecutionPlan
 from plans.runfile import RunFile
 from runtime.entry import die_with, launched_worker, prepare_ranks, start_method
-from runtime.failures import RunFailed, find_cause
+from runtime.failures import RunFailed, find_cause, has_failed, kill_ranks
 from runtime.metrics import Metrics
 from runtime.monitor import Monitor
+
+POLL_S = 0.5
+GRACE_S = 3.0  # longer than a rank that lost a peer waits before it ends itself
 
 
 def launch(plan: ExecutionPlan, run: RunFile) -> Sequence[Metrics]:
@@ -35,9 +39,11 @@ def launch(plan: ExecutionPlan, run: RunFile) -> Sequence[Metrics]:
     output = Path(run.output)
     scratch = output / ".ranks"
     _prepare(plan, run, scratch)
-    with Monitor(plan, run.iterations, scratch, output) as monitor:
-        _elastic(plan, run, scratch)
-    shutil.rmtree(scratch)
+    try:
+        with Monitor(plan, run.iterations, scratch, output) as monitor:
+            _elastic(plan, run, scratch)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     return monitor.lines
 
 
@@ -55,7 +61,8 @@ def _prepare(plan: ExecutionPlan, run: RunFile, scratch: Path) -> None:
 
 def _elastic(plan: ExecutionPlan, run: RunFile, scratch: Path) -> None:
     prepare_ranks(plan)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it knows, find_cause says
+    for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what they know, `find_cause` says
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -70,12 +77,26 @@ def _elastic(plan: ExecutionPlan, run: RunFile, scratch: Path) -> None:
         logs_specs=DefaultLogsSpecs(log_dir=str(scratch / "elastic")),
         shutdown_timeout=5,
     )
+    over = Event()
+    reaper = Thread(target=_reap, args=(scratch, over), daemon=True)
+    reaper.start()
     try:
         elastic_launch(config, launched_worker)(plan, run, scratch, os.getpid())
     except ChildFailedError as error:
         raise find_cause(scratch, {rank: f.exitcode for rank, f in error.failures.items()}) from None
     except SignalException as error:
         raise RunFailed(f"stopped by {error.sigval.name}") from None
+    finally:
+        over.set()
+        reaper.join()
+
+
+def _reap(scratch: Path, over: Event) -> None:
+    """Kill the ranks that outlive an error: elastic would give a stopped process half a minute."""
+    while not over.wait(POLL_S):
+        if has_failed(scratch) and not over.wait(GRACE_S):
+            kill_ranks(scratch)
+            return
 
 
 def _join(plan: ExecutionPlan, run: RunFile) -> Sequence[Metrics]:

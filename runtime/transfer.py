@@ -53,8 +53,17 @@ def fields(key: str, workload: Workload) -> tuple[Field, ...]:
     return (Field(key, torch.float32, shape),)
 
 
+class LateError(RuntimeError):
+    """Rows from rank `source` did not arrive."""
+
+    def __init__(self, source: int, reason: str) -> None:
+        super().__init__(reason)
+        self.source = source
+
+
 @dataclass(frozen=True, slots=True)
 class _Arrival:
+    source: int
     work: Any
     buffer: Tensor
     rows: tuple[int, ...]
@@ -96,7 +105,7 @@ class BatchStore:
             elif rank == target:
                 width = sum(f.row_bytes for key in keys for f in fields(key, self._plan.workload))
                 buffer = torch.empty(width * len(rows), dtype=torch.uint8, device=self._device)
-                arrival = _Arrival(dist.irecv(buffer, source), buffer, rows, keys)
+                arrival = _Arrival(source, dist.irecv(buffer, source), buffer, rows, keys)
                 self._arrivals.setdefault((iteration, consumer), []).append(arrival)
 
     def _plan_messages(self, producer: str, consumer: str) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
@@ -114,9 +123,12 @@ class BatchStore:
         return torch.cat([values[key][f.name].contiguous().view(-1).view(torch.uint8) for key, f in self._fields(keys)])
 
     def arrive(self, iteration: int, consumer: str) -> None:
-        """Wait for everything that was sent to a call, and keep it."""
+        """Wait for everything that was sent to a call, and keep it. Raises LateError when a sender does not send."""
         for arrival in self._arrivals.pop((iteration, consumer), []):
-            arrival.work.wait()
+            try:
+                arrival.work.wait()
+            except RuntimeError as error:
+                raise LateError(arrival.source, str(error)) from error
             start, found = 0, dict[str, dict[str, Tensor]]()
             for key, field in self._fields(arrival.keys):
                 stop = start + field.row_bytes * len(arrival.rows)

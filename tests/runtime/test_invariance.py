@@ -41,6 +41,13 @@ SHIFTED = {
     "actor_train": ("node 0 gpus 0-1", "d1 t1 p2", {"micro_batches": 4}),
     "critic_train": ("node 0 gpus 2-3", "d1 t2 p1"),
 }
+SHARED = {  # generation and training share a copy, through models with and without sequence parallelism
+    "actor_generate": "d1 t2 p1",
+    "ref_infer": ("node 0", "d1 t2 p1", {"sequence_parallel": True}),
+    "critic_infer": "d1 t2 p1",
+    "actor_train": ("node 0", "d1 t2 p1", {"sequence_parallel": True}),
+    "critic_train": ("node 0", "d1 t2 p1", {"sequence_parallel": True, "micro_batches": 2}),
+}
 LAGGED = {
     "actor_generate": ("node 0 gpu 0", "d1 t1 p1"),
     "ref_infer": ("node 0 gpu 0", "d1 t1 p1", {"offload": True}),
@@ -65,6 +72,7 @@ PLANS: dict[str, ExecutionPlan] = {
     "tp2 pp2": tiny_plan(4, "d1 t2 p2"),
     "disjoint": tiny_plan(4, DISJOINT),
     "shifted": tiny_plan(4, SHIFTED),
+    "shared": tiny_plan(2, SHARED),
     "lagged": tiny_plan(2, LAGGED, order=LAGGED_ORDER),
 }
 Tokens = dict[tuple[int, int], list[int]]
@@ -196,3 +204,11 @@ def test_the_exported_actor_is_the_trained_one(tmp_path: Path, tmp_path_factory:
     with torch.no_grad():
         torch.testing.assert_close(found(ids).logits, wanted(ids).logits, atol=1e-3, rtol=0)
         assert (before(ids).logits - wanted(ids).logits).abs().max() > 0.05
+
+
+def test_random_weights_need_no_files(tmp_path: Path) -> None:
+    plan = tiny_plan(2, "d1 t1 p2", order=SEVEN_CALLS, reward_model=True)
+    run = tiny_run(tmp_path, weights="random", data={"source": ""}, iterations=1)
+    metrics, tokens = execute(plan, run, tmp_path, export=True)
+    assert len(tokens) == 8 and metrics[0]["prompt_length/min"] == plan.workload.prompt_tokens
+    assert (tmp_path / "actor" / "config.json").is_file()
