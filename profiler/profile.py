@@ -36,7 +36,7 @@ ATTEMPTS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What to profile: a model in a precision on a device, for some tensor-parallel degrees. cases None: of the device."""
+    """What to profile: a model in a precision on a device, for some tensor-parallel degrees; no cases: the usual ones."""
 
     spec: ModelSpec
     device: torch.device

@@ -70,7 +70,7 @@ def _cpu_seconds(timed: Timed, _: torch.device) -> float:
 
 def _cuda_seconds(timed: Timed, device: torch.device) -> float:
     given = timed.prepare()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda.synchronize(device)
     start.record()
     timed.run(given)
