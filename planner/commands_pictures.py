@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -150,7 +151,7 @@ def _searched(engine: str, seconds: float, seed: int) -> Contender | Infeasible:
     if isinstance(space, Infeasible):
         return space
     with SearchProgress() as progress:
-        found = search(space.problem, seconds=seconds, seed=seed, workers=2, progress=progress.update)
+        found = search(space.problem, seconds=seconds, seed=seed, workers=os.cpu_count() or 1, progress=progress.update)
     if isinstance(found, Infeasible):
         return found
     plan = replace(space.plan(tidy(space.problem, found.decision)), notes=published.SEARCHED)

@@ -109,12 +109,12 @@ def test_zero3_holds_shares_and_gathers_no_faster_than_the_network(contenders: d
     assert state == pytest.approx(16 * spec.params / 128, rel=0.1)
 
 
-def test_estimates_never_exceed_what_was_measured(contenders: dict[str, Contender]) -> None:
-    """They model a well-running system; the measured ones had overheads besides. Order of sizes for the heuristic."""
-    for name, hours in PUBLISHED_HOURS.items():
-        if name in contenders:
-            assert contenders[name].cost.iteration_s * STEPS / 3600 < hours
-    assert contenders["real-heuristic"].cost.iteration_s * STEPS / 3600 > 0.5 * PUBLISHED_HOURS["real-heuristic"]
+def test_estimates_against_the_published_hours(contenders: dict[str, Contender]) -> None:
+    """The heuristic's engine is modelled; of the others only a well-running system is, which must be no slower."""
+    hours = {name: contender.cost.iteration_s * STEPS / 3600 for name, contender in contenders.items()}
+    assert hours["real-heuristic"] == pytest.approx(PUBLISHED_HOURS["real-heuristic"], rel=0.35)
+    for name in ("deepspeed-chat", "openrlhf"):
+        assert hours[name] < PUBLISHED_HOURS[name]
 
 
 @pytest.mark.parametrize("gpus", [8, 16, 32])
