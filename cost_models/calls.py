@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from cost_models.candidates import Candidates
+from cost_models.data_parallel import state_load
 from cost_models.engines import Engine
 from cost_models.generation import Sampling, generation_time
 from cost_models.inference import ForwardPass, inference_time, weight_load
 from cost_models.machine import Machine
 from cost_models.terms import Terms
-from cost_models.training import TrainingStep, state_load, training_time
+from cost_models.training import TrainingStep, training_time
 from plans.cluster import ClusterSpec
 from plans.graph import CallKind
 from plans.workload import Workload

@@ -8,11 +8,11 @@ import numpy as np
 
 from cost_models import operations
 from cost_models.candidates import Array, Candidates
+from cost_models.data_parallel import forward_weight_gather, rank_params
 from cost_models.layer import forward_layer
 from cost_models.machine import Machine
 from cost_models.pipeline import fill_and_drain, stage_layers, stage_send
 from cost_models.terms import Terms
-from cost_models.training import rank_params
 from plans.model import ModelSpec
 
 
@@ -40,7 +40,6 @@ def forward_terms(machine: Machine, work: ForwardPass, candidates: Candidates, p
     tokens = sequences * work.tokens / c.cp
     layer = forward_layer(machine, spec, c, tokens, work.tokens)
     layers, last_layers = stage_layers(spec, c.pp)
-    host = np.maximum(machine.engine.host_forward_layer_s - layer.gpu, 0.0)
     parts = {
         "linears": layer.linears,
         "attention": layer.attention,
@@ -49,10 +48,11 @@ def forward_terms(machine: Machine, work: ForwardPass, candidates: Candidates, p
         "context_parallel": layer.context_parallel,
         "expert_parallel": layer.expert_parallel,
         "gaps": layer.gaps,
-        "host": host,
+        "weight_gather": forward_weight_gather(machine, spec, c, layer),
+        "host": np.maximum(machine.engine.host_forward_layer_s - layer.gpu, 0.0),
     }
-    inner = layers * (layer.gpu + host)
-    last = last_layers * (layer.gpu + host) + head_time(machine, work, sequences, c)
+    one_layer = layer.gpu + parts["weight_gather"] + parts["host"]
+    inner, last = layers * one_layer, last_layers * one_layer + head_time(machine, work, sequences, c)
     terms = {name: seconds * layers * passes for name, seconds in parts.items()}
     terms["head_and_loss"] = np.maximum(last - inner, 0.0) * passes
     terms["bubble"] = fill_and_drain(c.pp, np.ones_like(c.pp), inner, last)

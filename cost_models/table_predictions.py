@@ -15,7 +15,7 @@ from cost_models.machine import Machine
 from cost_models.shards import call_spec, shard_spec
 from cost_models.table_schema import CALL_VOCAB
 from cost_models.tables import Entry
-from cost_models.training import TrainingStep, accumulation, backward_time, training_time
+from cost_models.training import TrainingStep, backward_time, training_time
 from plans.cluster import DeviceMesh
 from plans.model import ModelSpec
 from plans.strategy import ParallelStrategy

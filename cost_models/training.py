@@ -6,13 +6,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cost_models import collectives, operations
+from cost_models import operations
 from cost_models.candidates import FULL_RECOMPUTE, SELECTIVE_RECOMPUTE, Array, Candidates
+from cost_models.data_parallel import (
+    accumulation,
+    gradient_reduce,
+    optimizer,
+    parameter_gather,
+    rank_params,
+    weight_gather,
+)
 from cost_models.layer import LayerTime, forward_layer
 from cost_models.machine import Machine
 from cost_models.pipeline import fill_and_drain, stage_layers, stage_send
 from cost_models.terms import Terms
-from plans.model import Head, ModelSpec
+from plans.model import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,90 +154,3 @@ def pipeline_sends(machine: Machine, step: TrainingStep, candidates: Candidates)
     one = stage_send(machine, step.spec, c, micro_batch_tokens(step, c))
     slots = c.micro_batches + (c.pp - 1) / c.vpp
     return np.where(c.pp > 1, 2.0 * one * slots * c.vpp * (1.0 - machine.engine.pipeline_overlap), 0.0)
-
-
-def rank_params(spec: ModelSpec, candidates: Candidates) -> Array:
-    """Parameters of the fullest rank: an inner stage with an embedding (and the head too, without a pipeline)."""
-    c = candidates
-    layers, _ = stage_layers(spec, c.pp)
-    experts = 0.0
-    if spec.experts:
-        experts = (3.0 if spec.gated_mlp else 2.0) * spec.hidden * spec.ffn * spec.experts
-    vocabulary = float(spec.padded_vocab * spec.hidden)
-    own_head = spec.head is Head.LM and not spec.tied_embeddings
-    ends = vocabulary * np.where(c.pp == 1, 1.0 + own_head, 1.0)
-    params: Array = (layers * (spec.layer_params - experts + experts / c.ep) + ends) / c.tp
-    return params
-
-
-def _data_group(candidates: Candidates) -> tuple[Array, Array]:
-    """Size of the group that reduces gradients (dp x cp, tp ranks apart), and its ranks on one node."""
-    size = candidates.dp * candidates.cp
-    return size, candidates.ranks_per_node(candidates.tp, size)
-
-
-def gradient_reduce(machine: Machine, spec: ModelSpec, candidates: Candidates, backward: Array) -> Array:
-    """Exposed seconds of the gradient all-reduce, or reduce-scatter with a sharded optimizer.
-
-    It may hide behind the backward pass of the last micro-batch, `data_overlap` of it.
-    """
-    engine, (size, per_node) = machine.engine, _data_group(candidates)
-    if engine.shards_weights:
-        return np.zeros_like(size)
-    message = rank_params(spec, candidates) * engine.gradient_bytes
-    whole = collectives.all_reduce(machine, message, size, per_node)
-    scattered = collectives.reduce_scatter(machine, message, size, per_node)
-    seconds = np.where(candidates.shard_optimizer, scattered, whole)
-    return seconds - np.minimum(engine.data_overlap * seconds, backward)
-
-
-def parameter_gather(machine: Machine, spec: ModelSpec, candidates: Candidates, backward: Array) -> Array:
-    """Exposed seconds of gathering updated weights after a sharded optimizer step; hides behind the next forward,
-    taken as half of a backward."""
-    engine, (size, per_node) = machine.engine, _data_group(candidates)
-    if engine.shards_weights:
-        return np.zeros_like(size)
-    message = rank_params(spec, candidates) * machine.element_bytes
-    seconds = np.where(candidates.shard_optimizer, collectives.all_gather(machine, message, size, per_node), 0.0)
-    return seconds - np.minimum(engine.data_overlap * seconds, 0.5 * backward)
-
-
-def weight_gather(machine: Machine, spec: ModelSpec, candidates: Candidates, layer: LayerTime, after: Array) -> Array:
-    """Exposed seconds per layer and micro-batch where weights are sharded over dp (ZeRO-3): gather before forward,
-    gather again and scatter gradients in backward, prefetched one layer ahead.
-
-    What is not hidden: the excess of communication over compute, and the share 1 - data_overlap of the rest.
-    """
-    engine, (size, per_node) = machine.engine, _data_group(candidates)
-    if not engine.shards_weights:
-        return np.zeros_like(size)
-    message = spec.layer_params / candidates.tp * machine.element_bytes
-    gather = collectives.all_gather(machine, message, size, per_node)
-    scatter = collectives.reduce_scatter(
-        machine, message * engine.gradient_bytes / machine.element_bytes, size, per_node
-    )
-
-    def exposed(communication: Array, compute: Array) -> Array:
-        return communication - engine.data_overlap * np.minimum(communication, compute)
-
-    return exposed(gather, layer.gpu) + exposed(gather + scatter, after)
-
-
-def accumulation(machine: Machine, params: Array | float) -> Array | float:
-    """Seconds to add the gradients of `params` local parameters of one micro-batch up in their buffer."""
-    return params * (machine.engine.accumulate_bytes / machine.memory_bytes_per_s)
-
-
-def optimizer(machine: Machine, spec: ModelSpec, candidates: Candidates) -> Array:
-    """Seconds of clipping and Adam, on the local shard where the optimizer is sharded."""
-    params = rank_params(spec, candidates)
-    size, _ = _data_group(candidates)
-    sharded = candidates.shard_optimizer | machine.engine.shards_weights
-    return operations.optimizer_update(machine, params / np.where(sharded, size, 1.0))
-
-
-def state_load(machine: Machine, spec: ModelSpec, candidates: Candidates) -> Array:
-    """Seconds to bring an offloaded optimizer state (fp32 masters and two moments) to the GPU and back."""
-    size, _ = _data_group(candidates)
-    params = rank_params(spec, candidates) / np.where(candidates.shard_optimizer, size, 1.0)
-    return np.where(candidates.offload, 2.0 * 12.0 * params / machine.host_bytes_per_s, 0.0)

@@ -268,3 +268,11 @@ def test_unknown_engine_offers_names() -> None:
         load_engine("megatron-tee", "a100-80gb")
     assert load_engine("fsdp", "h100-80gb-sxm", "fp16") == load_engine("fsdp", "h100-80gb-sxm", "bf16")
     assert isinstance(load_engine("megatron", "h200-141gb"), Engine)
+
+
+def test_sharded_weights_are_gathered_for_inference_and_prefill() -> None:
+    cluster = load_cluster("a100-80gb", gpus=16)
+    candidates = layout(16, dp=16, micro_batches=8)
+    plain, sharded = load_engine("megatron", cluster.gpu.name), load_engine("fsdp", cluster.gpu.name)
+    assert call_time(workload(), "ref_infer", cluster, candidates, plain)["weight_gather"][0] == 0
+    assert call_time(workload(), "ref_infer", cluster, candidates, sharded)["weight_gather"][0] > 0
