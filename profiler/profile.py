@@ -36,7 +36,8 @@ ATTEMPTS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What to profile: a model in a precision on a device, for some tensor-parallel degrees; no cases: the usual ones."""
+    """What to profile: a model in a precision on a device, for some tensor-parallel degrees, at the device's usual or
+    other cases."""
 
     spec: ModelSpec
     device: torch.device

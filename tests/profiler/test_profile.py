@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ranks import run_ranks
 
 from cost_models.shards import shard_spec
 from cost_models.tables import load_table
@@ -18,7 +19,6 @@ from profiler.cases import Cases, grids
 from profiler.profile import Request, profile
 from profiler.results import full_grid
 from profiler.timers import Timed, Timing, measure, peak_bytes
-from ranks import run_ranks
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "tiny-llama"
 CPU = torch.device("cpu")
