@@ -20,15 +20,13 @@ from plans.runfile import RANDOM
 from runtime.calls import generate_call, inference_call, reward_call
 from runtime.copies import Copies
 from runtime.export import export
+from runtime.failures import lost_peer, timed_out
 from runtime.groups import GroupCache
 from runtime.job import Job
 from runtime.ppo_training import train_call
 from runtime.records import Recorder
 from runtime.stats import Stat
 from runtime.transfer import BatchStore, LateError, Rows
-
-_PEER_GONE = ("Connection closed by peer", "Connection reset", "Connection refused", "Broken pipe", "Read error")
-_TIMED_OUT = ("Timed out", "timed out", "Timeout", "timeout")
 
 
 class StepError(RealplanError):
@@ -153,9 +151,9 @@ class Executor:
             return StepError(f"{where}: {error.message}", error.hint)
         text = str(error).strip()
         peers = (error.source,) if isinstance(error, LateError) else step.ranks
-        if any(word in text for word in _PEER_GONE):
+        if lost_peer(text):
             return StepError(f"{where}: {_shown(peers)} went away", secondary=True)
-        if any(word in text for word in _TIMED_OUT):
+        if timed_out(text):
             limit = f"timeout_s = {self._job.run.timeout_s:g} s"
             message = f"{where}: waited for {_shown(peers)} for longer than {limit}"
             return StepError(message, "a rank hangs or is slower than that: raise timeout_s in the run file", late=True)

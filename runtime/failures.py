@@ -15,6 +15,20 @@ from pathlib import Path
 from plans.errors import RealplanError
 from runtime.records import Status, read_status
 
+# What gloo and NCCL say; torch has no types for it.
+_LOST_PEER = ("Connection closed by peer", "Connection reset", "Connection refused", "Broken pipe", "Read error")
+_TIMED_OUT = ("Timed out", "timed out", "Timeout", "timeout")
+
+
+def lost_peer(text: str) -> bool:
+    """Whether an error says that another rank went away."""
+    return any(words in text for words in _LOST_PEER)
+
+
+def timed_out(text: str) -> bool:
+    """Whether an error says that another rank did not come in time."""
+    return any(words in text for words in _TIMED_OUT)
+
 
 class RunFailed(RealplanError):
     """A run that ended on some rank. `details`: that rank's traceback, where it had one."""
@@ -38,13 +52,13 @@ class Failure:
 
 def write_failure(folder: Path, rank: int, error: Exception) -> Failure:
     """Keep a rank's error for the launching process."""
-    message, hint = f"rank {rank}: {type(error).__name__}: {error}", ""
+    message, hint, secondary = f"rank {rank}: {type(error).__name__}: {error}", "", lost_peer(str(error))
     if isinstance(error, RealplanError):
-        message, hint = error.message, error.hint
+        message, hint, secondary = error.message, error.hint, getattr(error, "secondary", False)
     failure = Failure(
         message=message,
         hint=hint,
-        secondary=getattr(error, "secondary", False),
+        secondary=secondary,
         late=getattr(error, "late", False),
         at_s=time.time(),
         details="".join(traceback.format_exception(error)),

@@ -111,6 +111,8 @@ def prepare_job(plan: ExecutionPlan, run: RunFile) -> Job:
     weights = run.weights_of("actor")
     folder = run.tokenizer or ("" if weights == RANDOM else weights)
     tokenizer = Tokenizer.of_folder(Path(folder)) if folder else None
+    if tokenizer is not None:
+        _check_vocabulary(plan, tokenizer)
     reward = _reward(plan, run, tokenizer)
     if not run.data.source:
         if weights != RANDOM:
@@ -123,6 +125,15 @@ def prepare_job(plan: ExecutionPlan, run: RunFile) -> Job:
     texts = texts[: run.data.max_prompts or None]
     prompts = PromptSet(tuple(texts), workload.batch_size, run.seed)
     return Job(plan, run, TextPrompts(prompts, tokenizer, workload.prompt_tokens), tokenizer, reward)
+
+
+def _check_vocabulary(plan: ExecutionPlan, tokenizer: Tokenizer) -> None:
+    for role, spec in plan.workload.models.items():
+        if tokenizer.size > spec.padded_vocab:
+            raise RealplanError(
+                f"the tokenizer has {tokenizer.size} ids, `{role}` embeds {spec.vocab}",
+                "tokenizer=FOLDER of the models, which share one vocabulary",
+            )
 
 
 def _reward(plan: ExecutionPlan, run: RunFile, tokenizer: Tokenizer | None) -> Reward | None:

@@ -29,6 +29,7 @@ class Monitor:
         self._reader = RecordReader(scratch, ranks)
         self._log = MetricsLog(program, output / "metrics.jsonl")
         self._timeline = output / "timeline.json"
+        self._ranks = plan.cluster.size
         self._iterations = iterations
         self._stop = Event()
         self._thread = Thread(target=self._follow, daemon=True)
@@ -38,6 +39,7 @@ class Monitor:
         self._task = self._bar.add_task("", total=iterations)
 
     def __enter__(self) -> Monitor:
+        self._console.print(f"starting {self._ranks} rank{'s' if self._ranks > 1 else ''}")
         self._bar.start()
         self._thread.start()
         return self

@@ -1,0 +1,48 @@
+"""Which of several errors is the cause."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from plans.errors import RealplanError
+from runtime.executor import StepError
+from runtime.failures import find_cause, write_failure
+from runtime.records import Recorder
+
+
+def test_the_first_error_that_is_not_a_lost_peer(tmp_path: Path) -> None:
+    write_failure(tmp_path, 2, StepError("rank 2, iteration 0, step `x`: rank 1 went away", secondary=True))
+    write_failure(tmp_path, 3, RuntimeError("gloo: Connection closed by peer [127.0.0.1]:1234"))
+    write_failure(tmp_path, 1, RealplanError("rank 1: the reward failed", "mend it"))
+    write_failure(tmp_path, 0, RealplanError("rank 0: the reward failed", "mend it"))
+    cause = find_cause(tmp_path, {2: 1})
+    assert cause.message == "rank 1: the reward failed" and cause.hint == "mend it"
+    assert "RealplanError: rank 1: the reward failed" in cause.details
+
+
+def test_a_killed_rank_comes_before_those_that_lost_it(tmp_path: Path) -> None:
+    write_failure(tmp_path, 0, StepError("rank 0: rank 1 went away", secondary=True))
+    Recorder(tmp_path, 1, time.time()).say("critic_train", 7)
+    cause = find_cause(tmp_path, {0: 1, 1: -9})
+    assert cause.message == "rank 1 was killed by SIGKILL in iteration 7, step `critic_train`"
+    assert "memory" in cause.hint
+
+
+def test_a_rank_that_never_started(tmp_path: Path) -> None:
+    assert find_cause(tmp_path, {3: 127}).message == "rank 3 exited with code 127 while it started"
+
+
+def test_waiting_too_long_says_where_everybody_was(tmp_path: Path) -> None:
+    for rank, step in enumerate(("actor_train", "ref_infer")):
+        Recorder(tmp_path, rank, time.time()).say(step, 4)
+    write_failure(tmp_path, 0, StepError("rank 0: waited for rank 1 for longer than timeout_s = 5 s", late=True))
+    assert "rank 1 was in iteration 4, step `ref_infer`" in find_cause(tmp_path, {0: 1}).message
+
+
+def test_only_lost_peers(tmp_path: Path) -> None:
+    write_failure(tmp_path, 0, StepError("rank 0: rank 1 went away", secondary=True))
+    assert find_cause(tmp_path, {0: 1}).message == "rank 0: rank 1 went away"
+    assert find_cause(tmp_path / "empty", {}).hint == "run again with --debug"
+    assert os.listdir(tmp_path) == ["error-0.json"]
