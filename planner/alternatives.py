@@ -56,8 +56,8 @@ class TooLarge:
 
 @dataclass(frozen=True, kw_only=True)
 class Elsewhere:
-    """What one call would cost elsewhere; `too_large` is the best of what lacks memory, None where memory is no
-    bound."""
+    """What one call would cost elsewhere; `too_large` would be better than all that fits, None where memory is no
+    bound and where the plan lacks memory as it is."""
 
     call: str
     seconds: float
@@ -73,12 +73,14 @@ def elsewhere(cost: PlanCost, call: str, space: Space | None) -> Elsewhere:
         where = _where(now, neighbour.mesh_and_strategy)
         if where:
             groups[where].append(neighbour)
-    best = [_best(cost, call, where, found) for where, found in groups.items()]
+    found = [_best(cost, call, where, members) for where, members in groups.items()]
+    best = tuple(alternative for alternative in found if alternative)
+    least_s = min([cost.iteration_s, *(alternative.iteration_s for alternative in best)])
     return Elsewhere(
         call=call,
         seconds=cost.durations.seconds[call],
-        best=tuple(alternative for alternative in best if alternative),
-        too_large=_too_large(cost, call, [n for found in groups.values() for n in found]),
+        best=best,
+        too_large=_too_large(cost, call, [n for members in groups.values() for n in members], least_s),
     )
 
 
@@ -117,13 +119,16 @@ def _alternative(cost: PlanCost, other: PlanCost, call: str, where: Where, entry
     )
 
 
-def _too_large(cost: PlanCost, call: str, found: Sequence[Neighbour]) -> TooLarge | None:
-    """Of what would shorten the period at least half as much as the best, if it fitted, what lacks the least."""
+def _too_large(cost: PlanCost, call: str, found: Sequence[Neighbour], least_s: float) -> TooLarge | None:
+    """Of what would shorten the period below `least_s` at least half as much as the best, if it fitted, what lacks the
+    least."""
+    if not cost.fits:
+        return None
     plan = cost.program.plan
-    heavy = [n for n in found if n.over_bytes > 0 and n.period_s < cost.iteration_s * (1 - TOLERANCE)]
+    heavy = [n for n in found if n.over_bytes > 0 and n.period_s < least_s * (1 - TOLERANCE)]
     if not heavy:
         return None
-    enough = (min(n.period_s for n in heavy) + cost.iteration_s) / 2
+    enough = (min(n.period_s for n in heavy) + least_s) / 2
     wanted = min((n for n in heavy if n.period_s <= enough), key=lambda n: (n.over_bytes, n.period_s))
     mesh, strategy = wanted.mesh_and_strategy
     other = cost_plan(moved(plan, call, wanted.mesh_and_strategy), cost.engine)
@@ -159,7 +164,7 @@ def _blocked(before: PlanCost, after: PlanCost, call: str) -> tuple[str, ...]:
 def _words(strategy: ParallelStrategy, now: ParallelStrategy) -> str:
     """Degrees, and the settings that differ from the present ones."""
     words = [strategy.degrees]
-    for key in ("micro_batches", "groups", "vpp"):
+    for key in ("micro_batches", "groups"):
         if getattr(strategy, key) != getattr(now, key):
             words.append(f"{key} {getattr(strategy, key)}")
     if strategy.recompute != now.recompute:

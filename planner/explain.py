@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cost_models.estimate import PlanCost, cost_plan
+from cost_models.simulate import Durations, simulate
 from planner.alternatives import Elsewhere, TooLarge, elsewhere
 from planner.binding import BindingTerm, binding_terms, by_resource
 from planner.critical import CriticalPath, critical_path
@@ -20,6 +21,7 @@ from plans.graph import CallKind
 from plans.plan import ExecutionPlan
 
 KINDS = 5
+SPARE = 0.01  # of the period
 SEARCH_SHARE, UPGRADE_SHARE, KINDS_SHARE = 0.1, 0.1, 0.6  # of the seconds: present cluster, each upgrade, all kinds
 
 
@@ -48,12 +50,14 @@ class KindSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """Why this plan. idle shares are parts of 1; `best_found_s` is the best of the short searches on this cluster."""
+    """Why this plan. idle shares are parts of 1. spare: calls that could take `SPARE` of a period longer
+    at no cost. `best_found_s` is the best of the short searches on this cluster."""
 
     iteration_s: float
     latency_s: float
     fits: bool
     path: CriticalPath
+    spare: tuple[str, ...]
     idle: float
     idle_by_mesh: dict[str, float]
     calls: tuple[Elsewhere, ...]
@@ -92,6 +96,7 @@ def explain(
         latency_s=cost.latency_s,
         fits=cost.fits,
         path=path,
+        spare=tuple(planned.call for planned in plan.calls if _spare(cost, planned.call)),
         idle=idle_share(cost.timeline, plan.cluster),
         idle_by_mesh=idle_by_mesh(cost.timeline, plan),
         calls=tuple(calls),
@@ -102,6 +107,13 @@ def explain(
         upgrades=upgrades(best, plan, effort.part(UPGRADE_SHARE), progress),
         kinds=tuple(_summary(found, cost) for found in kinds),
     )
+
+
+def _spare(cost: PlanCost, call: str) -> bool:
+    """Whether a call that takes longer by a little leaves the period as it is."""
+    seconds = dict(cost.durations.seconds)
+    seconds[call] += SPARE * cost.iteration_s
+    return simulate(cost.program, Durations(seconds)).period_s <= cost.iteration_s * (1 + 1e-9)
 
 
 def _headroom(cost: PlanCost, calls: list[Elsewhere]) -> Headroom:

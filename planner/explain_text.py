@@ -7,10 +7,11 @@ from collections.abc import Iterator
 
 from planner.alternatives import Alternative, Elsewhere, TooLarge, Where
 from planner.critical import Link, Wait
-from planner.explain import Explanation
+from planner.explain import SPARE, Explanation
 from plans.program import StepKind
 
 WIDTH = 100
+TERMS = 3  # shown of each resource
 _WHERE = {
     Where.SETTINGS: "same mesh and degrees, other settings",
     Where.STRATEGY: "same mesh, other degrees",
@@ -45,11 +46,12 @@ def _path(e: Explanation) -> Iterator[str]:
     for link in path.links:
         share = f"{link.seconds / path.seconds:.0%}"
         iteration = f", iteration t+{link.iteration}" if link.iteration else ""
-        yield f"{link.seconds:>9.4g} s {share:>4}  {_step(link.step)}{iteration}"[:WIDTH]
+        seconds = f"{link.seconds:.4g}" if link.seconds >= 1e-3 else "<0.001"
+        yield f"{seconds:>9} s {share:>4}  {_step(link.step)}{iteration}"[:WIDTH]
         yield _wrap(reason(link), " " * 18)
-    spare = [call.call for call in e.calls if call.call not in path.calls]
-    if spare:
-        yield _wrap(f"Not on the path, so that a little longer would cost nothing: {', '.join(spare)}.", later="")
+    if e.spare:
+        words = f"{SPARE:.0%} of an iteration longer at no cost: {', '.join(e.spare)}"
+        yield _wrap(f"Each of these calls could take {words}.", later="")
 
 
 def reason(link: Link) -> str:
@@ -61,6 +63,8 @@ def reason(link: Link) -> str:
         return f"waits until {other}{when} frees GPUs that it needs"
     if link.wait is Wait.DATA and link.kind == StepKind.TRANSFER:
         return f"moves what {other}{when} has made to the GPUs that need it"
+    if link.waits_for.startswith(StepKind.TRANSFER):
+        return f"waits for the {other}"
     if link.wait is Wait.DATA:
         return f"waits for the data of {other}{when}"
     if link.waits_for.startswith(StepKind.REALLOCATE):
@@ -74,15 +78,21 @@ def _step(name: str) -> str:
     if kind == StepKind.REALLOCATE:
         role, _, call = copy.partition("@")
         return f"reallocation of {role} for {call}"
+    if kind == StepKind.TRANSFER:
+        return f"transfer from {copy.replace(' -> ', ' to ')}"
     return name
 
 
 def _binding(e: Explanation) -> Iterator[str]:
     yield "WHAT BINDS: the seconds of the critical path by what would have to be faster"
     for resource, seconds in e.binding_by_resource.items():
-        terms = [t for t in e.binding if t.resource == resource][:3]
-        words = ", ".join(f"{t.term} of {t.step} {t.seconds:.3g}" if " " not in t.step else t.step for t in terms)
-        yield f"{seconds:>9.4g} s {seconds / e.iteration_s:>4.0%}  {resource:17} {words}"[:WIDTH]
+        line = f"{seconds:>9.4g} s {seconds / e.iteration_s:>4.0%}  {resource:16}"
+        for term in [t for t in e.binding if t.resource == resource][:TERMS]:
+            moves = term.term in (StepKind.REALLOCATE, StepKind.TRANSFER)
+            words = _step(term.step) if moves else f"{term.term} of {term.step}"
+            more = f"  {words} {term.seconds:.3g}"
+            line += more if len(line + more) <= WIDTH else ""
+        yield line
 
 
 def _idle(e: Explanation) -> Iterator[str]:
@@ -93,9 +103,10 @@ def _idle(e: Explanation) -> Iterator[str]:
 
 def _memory(e: Explanation) -> Iterator[str]:
     m = e.memory
+    free = m.capacity_gib - m.peak_gib
     yield _wrap(
         f"MEMORY: at most {m.peak_gib:.1f} of {m.capacity_gib:g} GiB, during {_step(m.at_step)} on rank {m.on_rank}; "
-        f"{max(0.0, m.capacity_gib - m.peak_gib):.1f} GiB stay free.",
+        + (f"{free:.1f} GiB stay free." if free >= 0 else f"{-free:.1f} GiB are missing."),
         later="",
     )
     if m.wanted:
@@ -104,7 +115,7 @@ def _memory(e: Explanation) -> Iterator[str]:
             f"and lacks {m.wanted.over_gib:.1f} GiB.",
             later="",
         )
-    else:
+    elif e.fits:
         yield "No call alone would be put in a faster layout if it had more."
 
 
