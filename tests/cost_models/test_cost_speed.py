@@ -1,0 +1,30 @@
+"""Vectorised costs are as many per second as a search needs."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from cost_models.calls import call_time
+from cost_models.candidates import Candidates
+from cost_models.engines import load_engine
+from plans.algorithms import ppo
+from plans.library import load_cluster, load_model
+from plans.strategy import ParallelStrategy
+from plans.workload import Workload
+
+
+@pytest.mark.parametrize("call", ["actor_generate", "ref_infer", "actor_train"])
+def test_half_a_million_costs_per_second(call: str) -> None:
+    cluster = load_cluster("h100-80gb-sxm", gpus=128)
+    graph, engine = ppo(), load_engine("megatron", "h100-80gb-sxm")
+    workload = Workload(graph=graph, models=dict.fromkeys(graph.roles, load_model("llama-70b")))
+    strategies = [ParallelStrategy(dp=128 // (t * p), tp=t, pp=p, groups=p) for t in (1, 2, 4, 8) for p in (1, 2, 4, 8)]
+    candidates = Candidates.of([(cluster.whole, s) for s in strategies] * 1000)
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        call_time(workload, call, cluster, candidates, engine)
+        best = min(best, time.perf_counter() - started)
+    assert len(candidates) / best >= 500_000
