@@ -19,7 +19,7 @@ from cost_models.engines import Engine, load_engine
 from cost_models.machine import Machine
 from plans.cluster import ClusterSpec, DeviceMesh
 from plans.errors import SpecError
-from plans.library import load_cluster
+from plans.library import load_cluster, load_model, model_names
 from plans.model import ModelSpec, Norm, Position
 from plans.strategy import ParallelStrategy, Recompute
 from plans.workload import DTYPE_BYTES
@@ -95,8 +95,10 @@ def whole(row: Row, key: str, default: int | None = None) -> int:
 
 
 def row_spec(row: Row) -> ModelSpec:
-    """The architecture of a row."""
+    """The architecture of a row; of a row that only names its model, the library's."""
     arch = row.get("arch") or {}
+    if not arch and row.get("model") in model_names():
+        return load_model(str(row["model"]))
     missing = [key for key in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab") if not arch.get(key)]
     if missing:
         raise Unpredictable(f"architecture without {', '.join(missing)}")

@@ -152,7 +152,8 @@ def _family(result: RowResult) -> str:
 
 def _plans_of(result: RowResult) -> str:
     row = result.row
-    return f"{row.get('model')} | {row.get('gpus')} x {row.get('gpu')} | gbs {row.get('gbs')} seq {row.get('seq_len')}"
+    cluster = f"{row.get('gpus')} x {row.get('gpu')}"
+    return f"{row.get('model')} | {_kind(result)}, {cluster} | gbs {row.get('gbs')} seq {row.get('seq_len')}"
 
 
 def _groups(results: Sequence[RowResult], key: Callable[[RowResult], str]) -> list[GroupResult]:
