@@ -9,7 +9,6 @@ import numpy as np
 from cost_models import operations
 from cost_models.candidates import Array, Candidates
 from cost_models.data_parallel import accumulation
-from cost_models.data_parallel import accumulation
 from cost_models.generation import decode_step
 from cost_models.inference import ForwardPass, inference_time
 from cost_models.layer import LayerTime, forward_layer
