@@ -41,7 +41,7 @@ class Quadrature:
 
 
 def generation_time(machine: Machine, work: Sampling, candidates: Candidates) -> Terms:
-    """Terms of a generate call, seconds. Prefill runs in as many passes as there are groups, or micro-batches if more."""
+    """Terms of a generate call, seconds. Prefill takes a pass per group, or per micro-batch where those are more."""
     c = candidates
     prompts = ForwardPass(work.spec, work.samples, work.prompt_tokens, head_tokens=1.0, scored=False)
     prefill = Terms(forward_terms(machine, prompts, c, np.maximum(c.groups, c.micro_batches)))
