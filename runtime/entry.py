@@ -44,7 +44,7 @@ def prepare_ranks(plan: ExecutionPlan) -> None:
 
 def launched_worker(plan: ExecutionPlan, run: RunFile, scratch: Path, launcher: int) -> None:
     """Run one rank; an error, which is in `scratch` by then, ends the process at once and without a traceback."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the keyboard interrupts the launcher, which stops the ranks
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback when the keyboard interrupts launcher and ranks
     die_with(launcher)
     from runtime.worker import guarded
 

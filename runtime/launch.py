@@ -61,8 +61,9 @@ def _prepare(plan: ExecutionPlan, run: RunFile, scratch: Path) -> None:
 
 def _elastic(plan: ExecutionPlan, run: RunFile, scratch: Path) -> None:
     prepare_ranks(plan)
-    for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # what they know, `find_cause` says
+    for name in logging.root.manager.loggerDict:  # each has a level of its own; what they know, `find_cause` says
+        if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

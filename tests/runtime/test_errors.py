@@ -19,10 +19,12 @@ import yaml
 from plan_cases import TINY, tiny_plan, tiny_run
 
 from plans.codec import save_plan
+from plans.errors import RealplanError
 from plans.huggingface import spec_from_folder
 from plans.library import load_cluster
 from plans.plan import Estimate, ExecutionPlan
 from plans.timeline import load_timeline
+from runtime import preflight
 from runtime.records import Status, read_status
 
 DISJOINT = {
@@ -74,6 +76,13 @@ def test_too_few_devices(tmp_path: Path) -> None:
     cluster = replace(load_cluster("local-cpu", gpus=2, gpus_per_node=2), gpu=load_cluster("h100-80gb-sxm").gpu)
     said = fails(arguments(tmp_path, plan=replace(PLAN, cluster=cluster)))
     assert "the plan needs 2 ranks, this machine has" in said and "CUDA devices" in said
+
+
+def test_missing_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None if name == "megatron" else object())
+    with pytest.raises(RealplanError, match="megatron-core") as raised:
+        preflight.check_packages()
+    assert raised.value.hint == "pip install 'realplan[run]'"
 
 
 def test_wrong_number_of_ranks_under_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
