@@ -7,6 +7,7 @@ the same minibatches whatever the layout; inside a block the dp ranks take conti
 from __future__ import annotations
 
 from plans.graph import CallKind
+from plans.layout import Layout
 from plans.plan import ExecutionPlan
 from plans.workload import Workload
 
@@ -37,23 +38,30 @@ def batch_transfer(plan: ExecutionPlan, producer: str, consumer: str) -> tuple[t
     """Messages that bring a producer's rows to a consumer: (source rank, target rank, samples), without what a
     target rank made itself. Every rank of a producing replica holds its rows; senders on the target's node come
     first, then the one that has sent least."""
-    have, need = rank_rows(plan, producer), rank_rows(plan, consumer)
-    owners: dict[int, list[int]] = {}
-    for rank, rows in have.items():
-        for row in rows:
-            owners.setdefault(row, []).append(rank)
-    per_node = plan.cluster.gpus_per_node
-    sent = dict.fromkeys(have, 0)
+    layout = plan.layout(host_call(plan, producer))
+    made = dp_rows(plan.workload, host_call(plan, producer), layout.dp)
+    replica_of = {row: replica for replica, rows in enumerate(made) for row in rows}
+    replicas = _replicas(layout, plan.cluster.gpus_per_node)
+    sent = dict.fromkeys(layout.ranks, 0)
     messages: list[tuple[int, int, tuple[int, ...]]] = []
-    for target in sorted(need):
-        own = set(have.get(target, ()))
-        batch: dict[tuple[int, ...], list[int]] = {}
-        for row in need[target]:
-            if row not in own:
-                batch.setdefault(tuple(owners[row]), []).append(row)
-        for candidates, missing in batch.items():
-            near = [r for r in candidates if r // per_node == target // per_node] or candidates
-            source = min(near, key=lambda r: (sent[r], r))
-            sent[source] += len(missing)
-            messages.append((source, target, tuple(missing)))
+    for target, needed in sorted(rank_rows(plan, consumer).items()):
+        own = layout.places[target].dp if target in layout.places else None
+        missing: dict[int, list[int]] = {}
+        for row in needed:
+            if replica_of[row] != own:
+                missing.setdefault(replica_of[row], []).append(row)
+        for replica, rows in missing.items():
+            by_node = replicas[replica]
+            candidates = by_node.get(target // plan.cluster.gpus_per_node) or [r for rs in by_node.values() for r in rs]
+            source = min(candidates, key=lambda r: (sent[r], r))
+            sent[source] += len(rows)
+            messages.append((source, target, tuple(rows)))
     return tuple(messages)
+
+
+def _replicas(layout: Layout, per_node: int) -> list[dict[int, list[int]]]:
+    """For each dp replica its ranks by node."""
+    replicas: list[dict[int, list[int]]] = [{} for _ in range(layout.dp)]
+    for rank, place in layout.places.items():
+        replicas[place.dp].setdefault(rank // per_node, []).append(rank)
+    return replicas
