@@ -142,7 +142,7 @@ def search(
     began = time.monotonic()
     t, frame = schedule.tables(problem), cyclic.Frame.of(problem)
     first = hint or Decision.plain(tuple(int(options.time_s.argmin()) for options in problem.options))
-    at = _Range(0.0, _longest(problem), _polished(t, problem, [first], seed, seconds), FIRST_STEP)
+    at = _Range(_shortest(frame), _longest(problem), _polished(t, problem, [first], seed, seconds), FIRST_STEP)
     unit_s = at.top_s / TICKS
     while not at.closed and (left := seconds - (time.monotonic() - began)) > 0:
         m = cyclic.model(frame, int(at.target_s / unit_s), unit_s)
@@ -158,6 +158,17 @@ def search(
         if progress and at.best:
             progress(at.answer(time.monotonic() - began))
     return at.answer(time.monotonic() - began) if at.best else mcmc.overfull(problem, 0)
+
+
+def _shortest(frame: cyclic.Frame) -> float:
+    """A period that no plan beats: every call at its least area on all GPUs, every cycle at its least times."""
+    area_s = sum(float((s.time_s * s.width).min()) for s in frame.shapes) / frame.problem.gpus
+    quickest = [float(s.time_s.min()) for s in frame.shapes]
+    cycles = (
+        sum(quickest[u] for u, _ in cycle) / max(1, sum(frame.distance(u, v) for u, v in cycle))
+        for cycle in frame.cycles
+    )
+    return max([area_s, *quickest, *cycles]) * (1 - 1e-9)
 
 
 def _longest(problem: Problem) -> float:

@@ -39,7 +39,7 @@ class Tables(NamedTuple):
     """A problem as arrays; option i of call c is row `call[c, OFFSET] + i` of option and price.
 
     Edges are sorted by target, those into call c are the rows `call[c, EDGES]` up to `call[c, EDGES_END]`. `ranked`
-    lists a call's options sorted by mesh or layout id, `starts` [2, n, ids + 1] where each id begins there.
+    lists a call's options sorted by mesh or layout id and time, `starts` [2, n, ids + 1] where each id begins there.
     """
 
     option: IntArray
@@ -107,9 +107,7 @@ def memory_overflow(t: Tables, x: IntArray) -> float:
 def move_seconds(t: Tables, x: IntArray, c: int) -> float:
     """Seconds of the reallocation before call c."""
     u = t.call[c, TRAINER]
-    if u < 0:
-        return 0.0
-    return t.moves[t.call[c, MOVE_OFFSET] + x[CHOICE, u] * t.call[c, COUNT] + x[CHOICE, c]]
+    return t.moves[t.call[c, MOVE_OFFSET] + x[CHOICE, u] * t.call[c, COUNT] + x[CHOICE, c]] if u >= 0 else 0.0
 
 
 @compiled
@@ -245,7 +243,7 @@ def lone_latency(t: Tables, x: IntArray, s: Scratch, count: int) -> float:
 
 
 @compiled
-def is_ready(t: Tables, s: Scratch, c: int, done: IntArray) -> float:
+def ready_time(t: Tables, s: Scratch, c: int, done: IntArray) -> float:
     """When the next iteration of call c is ready, infinite while it waits for a call that has not run."""
     ready = 0.0
     for e in range(t.call[c, EDGES], t.call[c, EDGES_END]):
@@ -262,21 +260,23 @@ def readiness_makespan(t: Tables, x: IntArray, s: Scratch) -> float:
     """Seconds of READY_ITERATIONS iterations when ready calls start in order of readiness, ties in graph order.
 
     A move and its call are one step here. WAITS counts finished iterations; row i of `ends` holds those of iteration i,
-    row READY_ITERATIONS the last end of each node.
+    row READY_ITERATIONS the last end of each node, the row after it when a call is ready.
     """
     n, last, makespan = x.shape[1], READY_ITERATIONS, 0.0
     list_nodes(t, x, s)
-    done = s.node[WAITS]
+    done, ready = s.node[WAITS], s.ends[READY_ITERATIONS + 1]
     for c in range(n):
-        done[c] = 0
+        done[c], ready[c] = 0, np.inf
         s.ends[last, c], s.ends[last, n + c] = 0.0, 0.0
     for _ in range(n * READY_ITERATIONS):
         c, start = -1, np.inf
         for candidate in range(n):
             if done[candidate] < READY_ITERATIONS:
-                ready = is_ready(t, s, candidate, done)
-                if ready < start:
-                    c, start = candidate, ready
+                if ready[candidate] == np.inf:
+                    ready[candidate] = ready_time(t, s, candidate, done)
+                if ready[candidate] < start:
+                    c, start = candidate, ready[candidate]
+        ready[c] = np.inf
         moved = move_seconds(t, x, c)
         u = t.call[c, TRAINER] if moved > 0.0 else c
         meets, holds = s.node[COVER, c] | s.node[COVER, u], s.node[MEMBER, c] | s.node[MEMBER, u]
@@ -302,8 +302,7 @@ def measure(t: Tables, x: IntArray, s: Scratch, costs: FloatArray, rule: int) ->
         costs[PERIOD], costs[LATENCY] = readiness_makespan(t, x, s), 0.0
     else:
         count = list_nodes(t, x, s)
-        deepest = link_nodes(t, x, s, count)
-        costs[PERIOD] = steady_period(s, count, deepest)
+        costs[PERIOD] = steady_period(s, count, link_nodes(t, x, s, count))
         costs[LATENCY] = lone_latency(t, x, s, count)
     cost = costs[PERIOD] + LATENCY_WEIGHT * costs[LATENCY]
     return cost * (1.0 + MEMORY_PENALTY * costs[OVERFLOW] / t.capacity)
@@ -320,19 +319,21 @@ def draw(random: IntArray, bound: int) -> int:
 
 @compiled
 def pick_option(t: Tables, random: IntArray, x: IntArray, c: int, like: int) -> int:
-    """A new option for call c: on the mesh of call `like` unless that is -1, else near the present one or anywhere."""
+    """A new option for call c, on the mesh of call `like` unless that is -1; the faster ones of a group more often."""
     kind = draw(random, 10)
-    by, other = BY_MESH, c  # 5, 6: another layout on the same mesh
+    by, row = BY_MESH, t.call[c, OFFSET] + x[CHOICE, c]  # 5, 6: another layout on the same mesh
     if like >= 0 or kind >= 7:  # the mesh of another call
         other = like if like >= 0 else draw(random, x.shape[1])
-    elif kind >= 3:  # the same layout elsewhere
-        by = BY_LAYOUT if kind < 5 else BY_MESH
-    row = t.call[other, OFFSET] + x[CHOICE, other]
+        row = t.call[other, OFFSET] + x[CHOICE, other]
+    elif kind < 3:  # anywhere
+        row = t.call[c, OFFSET] + draw(random, t.call[c, COUNT])
+    elif kind < 5:  # the same layout elsewhere
+        by = BY_LAYOUT
     group = t.option[row, MESH] if by == BY_MESH else t.option[row, LAYOUT]
     low, high = t.starts[by, c, group], t.starts[by, c, group + 1]
-    if low == high or (like < 0 and kind < 3):
+    if low == high:
         return draw(random, t.call[c, COUNT])
-    return t.ranked[by, t.call[c, OFFSET] + low + draw(random, high - low)]
+    return t.ranked[by, t.call[c, OFFSET] + low + draw(random, 1 + draw(random, high - low))]
 
 
 @compiled
@@ -353,21 +354,21 @@ def reorder(random: IntArray, x: IntArray, c: int) -> None:
 
 @compiled
 def propose(t: Tables, random: IntArray, x: IntArray, rule: int) -> None:
-    """Change one or two options, or a call's place in the order and its lag."""
-    c = draw(random, x.shape[1])
+    """Change one option, or two (two calls may exchange meshes), or a call's place in the order and its lag."""
+    c, other = draw(random, x.shape[1]), draw(random, x.shape[1])
     kind = draw(random, 100 if rule == STEADY else 75)
     if kind >= 75:
         reorder(random, x, c)
     if kind < 80:
-        x[CHOICE, c] = pick_option(t, random, x, c, -1)
-    if kind < 20:
-        other = draw(random, x.shape[1])
-        x[CHOICE, other] = pick_option(t, random, x, other, c if kind < 10 else -1)
+        trades = kind < 15
+        picked = pick_option(t, random, x, c, other if trades else -1)
+        if kind < 30:
+            x[CHOICE, other] = pick_option(t, random, x, other, c if trades else -1)
+        x[CHOICE, c] = picked
 
 
 @compiled
-def copy_decision(source: IntArray, target: IntArray) -> None:
-    """Element by element, which compiles in a tenth of the time of a slice."""
+def copy_decision(source: IntArray, target: IntArray) -> None:  # compiles faster than a slice
     for k in range(3):
         for c in range(source.shape[1]):
             target[k, c] = source[k, c]
@@ -383,8 +384,7 @@ def metropolis(
     now, best [3, n]: choice, order, lag. costs [5]: PRESENT of `now` (a NaN is measured first, an illegal decision
     stays NaN), BEST of the decisions that fit, and PERIOD, LATENCY and OVERFLOW of the decision measured last.
     """
-    measured_first = np.isnan(costs[PRESENT])
-    for step in range(-1 if measured_first else 0, steps):
+    for step in range(-1 if np.isnan(costs[PRESENT]) else 0, steps):
         copy_decision(now, s.tried)
         if step >= 0:
             propose(t, random, s.tried, rule)

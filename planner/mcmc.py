@@ -18,9 +18,9 @@ from planner.kernels import Tables
 from planner.problem import Decision, FloatArray, IntArray, Problem
 from plans.errors import Infeasible
 
-CHAINS = 8
-STEPS_PER_ROUND = 512
-COLDEST, HOTTEST = 1e-3, 3e-2  # temperatures as parts of the best cost
+CHAINS = 24
+STEPS_PER_ROUND = 256
+COLDEST, HOTTEST = 5e-4, 3e-2  # temperatures as parts of the best cost
 UNLIMITED = 1 << 60
 
 

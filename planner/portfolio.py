@@ -11,7 +11,8 @@ from planner import dominance, exact, mcmc, schedule
 from planner.problem import Decision, Problem
 from plans.errors import Infeasible
 
-MCMC_EVALUATIONS = 1_000_000
+ALONE_EVALUATIONS = 3_000_000
+START_EVALUATIONS = 300_000  # of a walk whose result is only the exact search's start
 MCMC_SHARE = 0.4  # of the time, where an exact search follows
 
 
@@ -61,7 +62,7 @@ def search(
     seconds: float,
     seed: int = 0,
     workers: int = 1,
-    evaluations: int = MCMC_EVALUATIONS,
+    evaluations: int | None = None,
     start: Decision | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Answer | Infeasible:
@@ -70,6 +71,7 @@ def search(
     The walk has `evaluations` at most (a number that is reached gives the same plan in every process).
     """
     began, method = time.monotonic(), Method(method)
+    evaluations = evaluations or (ALONE_EVALUATIONS if method is Method.MCMC else START_EVALUATIONS)
     smaller = dominance.filtered(problem)
     if smaller is None:
         return mcmc.overfull(problem, 0)

@@ -36,13 +36,13 @@ class Cost:
         return self.period_s + kernels.LATENCY_WEIGHT * self.latency_s
 
 
-def _groups(offset: IntArray, ids: IntArray, n_ids: int) -> tuple[IntArray, IntArray]:
-    """Options of each call sorted by id, and where each id starts: [n, n_ids + 1]."""
+def _groups(offset: IntArray, ids: IntArray, time_s: FloatArray, n_ids: int) -> tuple[IntArray, IntArray]:
+    """Options of each call sorted by id and time, and where each id starts: [n, n_ids + 1]."""
     n = len(offset) - 1
     ranked, starts = np.empty_like(ids), np.zeros((n, n_ids + 1), np.int64)
     for c in range(n):
         rows = ids[offset[c] : offset[c + 1]]
-        ranked[offset[c] : offset[c + 1]] = np.argsort(rows, kind="stable")
+        ranked[offset[c] : offset[c + 1]] = np.lexsort((time_s[offset[c] : offset[c + 1]], rows))
         starts[c] = np.searchsorted(np.sort(rows), np.arange(n_ids + 1))
     return ranked, starts
 
@@ -76,7 +76,8 @@ def tables(problem: Problem) -> Tables:
     mesh = _dense(first * (problem.gpus + 1) + width)
     layout = _dense(np.concatenate([o.layout for o in options]))
     n_ids = 1 + int(max(mesh.max(), layout.max()))
-    by_mesh, by_layout = _groups(offset, mesh, n_ids), _groups(offset, layout, n_ids)
+    time_s = np.concatenate([o.time_s for o in options])
+    by_mesh, by_layout = (_groups(offset, ids, time_s, n_ids) for ids in (mesh, layout))
     prices = [(o.time_s, o.resident_bytes, o.transient_bytes, o.shared_bytes) for o in options]
     calls, moves = _call_rows(problem, offset)
     edges = _sorted_edges(problem)

@@ -1,4 +1,4 @@
-"""Options of a call that differ only in position are one shape with several places: what the exact model chooses from."""
+"""Options of a call that differ only in position are one shape with several places, as the exact model sees them."""
 
 from __future__ import annotations
 

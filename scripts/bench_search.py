@@ -23,7 +23,7 @@ from planner import dominance, mcmc, tables  # noqa: E402
 from planner.problem import Problem  # noqa: E402
 from plans.errors import Infeasible, RealplanError  # noqa: E402
 
-RUN_EVALUATIONS = 400_000  # an independent run; several of them escape more often than one long one
+RUN_EVALUATIONS = 300_000  # an independent run; several of them escape more often than one long one
 STARTUP_S = 0.5  # spent before BEGAN, and writing the answer
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from small_problems import TESTS, best_objective_s, fits, is_legal, latency_s, period_s, problems, random_table
 
-from planner import exact, kernels, portfolio, schedule, tables
+from planner import exact, kernels, mcmc, portfolio, schedule, tables
 from planner.portfolio import Answer, Method
 from planner.problem import Decision, Dependency, Options, Problem
 from plans.errors import Infeasible
@@ -130,8 +130,6 @@ def test_gap_is_closed_on_a_small_cluster(method: Method) -> None:
 
 
 def test_a_resumed_walk_goes_on_where_it_stopped() -> None:
-    from planner import mcmc
-
     problem = table_problem()
     block = mcmc.CHAINS * mcmc.STEPS_PER_ROUND
     whole = mcmc.search(problem, seed=2, evaluations=2 * block)
@@ -145,3 +143,12 @@ def test_a_resumed_walk_goes_on_where_it_stopped() -> None:
 
 def test_a_decision_in_graph_order_is_legal() -> None:
     assert schedule.is_legal(table_problem(), Decision.plain((0,) * 5))
+
+
+@pytest.mark.skipif(not hasattr(kernels.metropolis, "py_func"), reason="numba is not there or not enabled")
+def test_evaluations_per_cpu_second() -> None:
+    problem = table_problem()
+    mcmc.search(problem, evaluations=1)  # compiled
+    began = time.process_time()
+    mcmc.search(problem, evaluations=200_000)
+    assert time.process_time() - began < 1.0
