@@ -36,9 +36,8 @@ def prepare_ranks(plan: ExecutionPlan) -> None:
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     if forks:
-        multiprocessing.get_context("forkserver").set_forkserver_preload(
-            ["runtime.worker", "torch._dynamo"]
-        )  # torch.optim imports it
+        preload = ["runtime.worker", "torch._dynamo"]  # torch.optim imports the second
+        multiprocessing.get_context("forkserver").set_forkserver_preload(preload)
         forkserver.ensure_running()
 
 
@@ -54,11 +53,12 @@ def launched_worker(plan: ExecutionPlan, run: RunFile, scratch: Path, launcher: 
 
 def die_with(pid: int) -> None:
     """End this process when another one ends, however it does. Not `PR_SET_PDEATHSIG`, because the parent of a forked
-    rank is the fork server, which lives as long as its ranks. Without pidfd (Linux 5.3) nothing is watched."""
+    rank is the fork server, which lives as long as its ranks. Without pidfd (Linux 5.3) nothing is watched; raises
+    ProcessLookupError when the other one is gone already."""
 
     def watch(descriptor: int) -> None:
         select.select([descriptor], [], [])
         os.kill(os.getpid(), signal.SIGKILL)
 
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(AttributeError, PermissionError):
         Thread(target=watch, args=(os.pidfd_open(pid),), daemon=True).start()
