@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
 from plans.errors import SpecError
 from plans.model import ModelSpec
 
 
+@lru_cache(maxsize=64)
 def shard_spec(spec: ModelSpec, tp: int) -> ModelSpec:
     """One layer with the sizes that a rank of a tp-way cut has: on one device it does what the rank does between
     collectives."""

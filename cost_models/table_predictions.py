@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 
 import numpy as np
 
@@ -37,6 +38,7 @@ def predict_entry(machine: Machine, spec: ModelSpec, operation: str, entry: Entr
     return np.stack(rows).reshape(entry.values.shape)
 
 
+@cache
 def _alone(count: int) -> Candidates:
     """One device without any parallelism, `count` times."""
     mesh = DeviceMesh(first_node=0, nodes=1, first_gpu=0, gpus=1)

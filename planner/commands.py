@@ -14,6 +14,7 @@ from os.path import relpath
 from pathlib import Path
 from typing import Any
 
+from cost_models.cost_sources import cost_sources
 from cost_models.estimate import PlanCost, cost_plan
 from planner.baselines import symmetric
 from planner.limits import Limits
@@ -97,7 +98,7 @@ def _finished(
         "engine": engine,
     }
     run = relpath(request.run.resolve(), output.resolve().parent) if request.run else ""
-    plan = replace(cost.program.plan, run=run, provenance={"search": search_record})
+    plan = replace(cost.program.plan, run=run, provenance={"search": search_record, "costs": cost_sources(cost)})
     return plan.with_estimate(cost.estimate)
 
 

@@ -13,9 +13,8 @@ from cost_models.shards import legal_degrees
 from cost_models.tables import CostTable
 from plans.errors import RealplanError
 from plans.library import load_model
-from profiler.devices import parse_device
+from profiler.devices import DTYPES, parse_device
 from profiler.profile import Request, profile
-from runtime.job import DTYPES
 
 DEGREES = (1, 2, 4, 8)
 

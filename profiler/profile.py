@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,13 +23,12 @@ from plans.errors import RealplanError
 from plans.model import ModelSpec
 from profiler.cases import CALLS, CPU, GPU, Axes, Cases, grids
 from profiler.collectives import CPU_BYTES, GPU_BYTES, device_count, measure_collectives
-from profiler.devices import clocks_mhz, device_name, hardware_kind, versions
+from profiler.devices import DTYPES, clocks_mhz, device_name, hardware_kind, versions
 from profiler.layers import STEPS, Shard
 from profiler.results import Coordinates, Results
 from profiler.timers import Timing, measure, peak_bytes
 from runtime.compat import install
 from runtime.groups import GroupCache
-from runtime.job import DTYPES
 
 Advance = Callable[[str], None]
 ATTEMPTS = 3
@@ -169,7 +169,7 @@ def _group(request: Request, shard: Shard, tp: int, name: str, axes: Axes, resul
 def _point(
     request: Request, shard: Shard, name: str, point: Coordinates, sizes: dict[str, int], results: Results
 ) -> None:
-    device, budget = request.device, request.sizes.budget_s
+    device = request.device
     try:
         timing = _timing(request, shard, name, point, sizes, results)
         results.add(name, point, timing)
@@ -177,10 +177,8 @@ def _point(
             peak = peak_bytes(shard.operation(name, sizes), device)
             results.add(f"{name}_peak", point, Timing(max(peak, 1.0), 0.0))
     except torch.OutOfMemoryError:
-        pass  # the size is left out of the table with its row
-    finally:
-        if device.type == "cuda" and budget:
-            _release(device)
+        print(f"{name} {sizes}: out of memory, left out with its row", file=sys.stderr)
+    _release(device, always=False)
 
 
 def _timing(
@@ -213,7 +211,12 @@ def _collectives(request: Request, results: Results) -> None:
         results.save()
 
 
-def _release(device: torch.device) -> None:
-    gc.collect()
+def _release(device: torch.device, *, always: bool = True) -> None:
+    """Give memory back: what cycles hold, and on a GPU what the allocator caches, once it is half of the device's."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(device)
+        if always or free < total / 2:
+            gc.collect()
+            torch.cuda.empty_cache()
+    elif always:
+        gc.collect()

@@ -1,0 +1,136 @@
+"""Calibration finds the constants that made a table, and the commands use the table."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cost_models import collectives
+from cost_models.calibration import calibrate, table_engine
+from cost_models.cost_sources import cost_sources
+from cost_models.engines import Engine, load_engine
+from cost_models.estimate import cost_plan
+from cost_models.machine import Machine
+from cost_models.table_predictions import PREDICTORS, predict_entry
+from cost_models.table_schema import OPERATIONS, TableError
+from cost_models.tables import CostTable, Entry, save_table
+from plans.algorithms import algorithm_graph
+from plans.library import load_cluster, load_model
+from plans.plan import ExecutionPlan, PlannedCall
+from plans.strategy import ParallelStrategy
+from plans.workload import Workload
+
+MODEL = "llama-7b"
+GPU = "h100-80gb-sxm"
+AXES = {
+    "tp": (1, 2, 4),
+    "sequences": (1, 4, 16),
+    "sequence_tokens": (256, 1024, 4096),
+    "cached_tokens": (256, 1024, 4096),
+    "tokens": (256, 2048, 8192),
+    "parameters": (1e7, 1e8, 1e9),
+}
+
+
+def truth() -> Engine:
+    """A machine that nobody has: constants far from the library's."""
+    return replace(
+        load_engine("megatron", GPU),
+        gemm_efficiency=0.5,
+        backward_gemm_ratio=2.3,
+        attention_efficiency=0.25,
+        attention_backward_ratio=3.5,
+        memory_efficiency=0.6,
+        kv_efficiency=0.3,
+        loss_passes=20.0,
+        decode_step_s=2e-3,
+        decode_row_s=5e-5,
+        optimizer_bytes=60.0,
+        accumulate_bytes=12.0,
+        link_efficiency=0.4,
+        all_gather_efficiency=0.5,
+        reduce_scatter_efficiency=0.25,
+        send_efficiency=2.0,
+    )
+
+
+def table_of(engine: Engine, noise: float = 0.0) -> CostTable:
+    """The table that a profile of that machine would write."""
+    machine = Machine(load_cluster(GPU), engine, "bf16")
+    random = np.random.default_rng(0)
+    entries = {}
+    for name in PREDICTORS:
+        axes = {axis: np.array(AXES[axis], dtype=np.float64) for axis in OPERATIONS[name].axes}
+        blank = Entry(axes=axes, values=np.ones([len(points) for points in axes.values()]))
+        values = predict_entry(machine, load_model(MODEL), name, blank)
+        entries[name] = replace(blank, values=values * np.exp(noise * random.standard_normal(values.shape)))
+    ranks, size = np.array([2.0, 4.0, 8.0]), np.array([2.0**16, 2.0**20, 2.0**24, 2.0**28])
+    grid = np.meshgrid(ranks, size, indexing="ij")
+    made = {
+        "all_reduce_node": collectives.all_reduce(machine, grid[1], grid[0], grid[0]),
+        "all_gather_node": collectives.all_gather(machine, grid[1], grid[0], grid[0]),
+        "reduce_scatter_node": collectives.reduce_scatter(machine, grid[1], grid[0], grid[0]),
+        "send_recv_node": collectives.point_to_point(machine, grid[1], np.zeros_like(grid[1], dtype=np.bool_)),
+    }
+    entries |= {name: Entry(axes={"ranks": ranks, "bytes": size}, values=values) for name, values in made.items()}
+    return CostTable(
+        hardware=GPU, device="none", model=MODEL, precision="bf16", date="2026-01-01", source="test", entries=entries
+    )
+
+
+def test_constants_of_a_synthetic_machine_are_found() -> None:
+    wanted, start = truth(), load_engine("megatron", GPU)
+    found = calibrate(table_of(wanted), start)
+    assert max(found.errors.values()) < 0.05, found.errors
+    for name in ("gemm_efficiency", "backward_gemm_ratio", "kv_efficiency"):
+        assert getattr(found.engine, name) == pytest.approx(getattr(wanted, name), rel=0.15), name
+    for name in ("optimizer_bytes", "loss_passes"):  # bytes over bandwidth: only the quotient shows
+        per_byte = getattr(found.engine, name) / found.engine.memory_efficiency
+        assert per_byte == pytest.approx(getattr(wanted, name) / wanted.memory_efficiency, rel=0.1), name
+    for name in ("link_efficiency", "all_gather_efficiency", "reduce_scatter_efficiency", "send_efficiency"):
+        assert getattr(found.engine, name) == pytest.approx(getattr(wanted, name), rel=0.1), name
+    assert found.engine.network_efficiency == start.network_efficiency  # the table does not tell
+
+
+def test_noise_moves_little() -> None:
+    found = calibrate(table_of(truth(), noise=0.1), load_engine("megatron", GPU))
+    clean = table_of(truth())
+    machine = Machine(load_cluster(GPU), found.engine, "bf16")
+    for name in ("block_forward", "block_backward", "head_forward"):
+        ratio = predict_entry(machine, load_model(MODEL), name, clean.entries[name]) / clean.entries[name].values
+        assert np.mean(np.abs(ratio - 1.0)) < 0.1, name
+
+
+def test_a_table_names_an_engine(tmp_path: Path) -> None:
+    path = tmp_path / "h100.json"
+    save_table(table_of(truth()), path)
+    engine = load_engine(str(path), GPU, "bf16")
+    assert engine.name == str(path) and engine.backward_gemm_ratio == pytest.approx(2.3, rel=0.1)
+    with pytest.raises(TableError, match="hardware: the table was measured on `h100-80gb-sxm`, the plan needs `cpu`"):
+        table_engine(str(path), "cpu", "bf16")
+    with pytest.raises(TableError, match="precision"):
+        table_engine(str(path), GPU, "fp32")
+    with pytest.raises(TableError, match="no such cost table"):
+        load_engine(str(tmp_path / "none.json"), GPU)
+
+
+def test_a_plan_says_where_its_costs_come_from(tmp_path: Path) -> None:
+    path, spec = tmp_path / "h100.json", load_model(MODEL)
+    save_table(table_of(truth()), path)
+    models = {"actor": spec, "ref": spec, "critic": spec.with_value_head(), "reward": spec.with_value_head()}
+    sizes = {"batch_size": 16, "prompt_tokens": 512, "response_tokens": 512, "minibatches": 1}
+    workload = Workload(graph=algorithm_graph("ppo"), models=models, **sizes)
+    cluster = load_cluster(GPU)
+
+    def shares(tp: int, dp: int) -> dict[str, float]:
+        strategy = ParallelStrategy(tp=tp, dp=dp)
+        calls = [PlannedCall(call=c.name, mesh=cluster.whole, strategy=strategy) for c in workload.graph.calls]
+        return cost_sources(cost_plan(ExecutionPlan(workload=workload, cluster=cluster, calls=tuple(calls)), str(path)))
+
+    measured = shares(2, 4)  # 4 sequences of 1,024 tokens are in the table; generation lies between its points
+    assert sum(measured.values()) == pytest.approx(1.0, abs=2e-3)
+    assert measured["measured"] > 0.1 and measured["interpolated"] > 0.1 and measured["analytic"] == 0
+    assert shares(8, 1) == {"measured": 0.0, "interpolated": 0.0, "analytic": 1.0}
