@@ -41,6 +41,7 @@ class Candidates:
     vpp: Array
     micro_batches: Array
     groups: Array
+    waves: Array
     sequence_parallel: Flags
     recompute: NDArray[np.int8]
     shard_optimizer: Flags
@@ -75,6 +76,7 @@ class Candidates:
             vpp=floats([s.vpp for s in strategies]),
             micro_batches=floats([s.micro_batches for s in strategies]),
             groups=floats([s.groups for s in strategies]),
+            waves=floats([s.waves for s in strategies]),
             sequence_parallel=flags([s.sequence_parallel for s in strategies]),
             recompute=np.array([RECOMPUTE_CODE[s.recompute] for s in strategies], dtype=np.int8),
             shard_optimizer=flags([s.shard_optimizer for s in strategies]),

@@ -41,22 +41,25 @@ class Quadrature:
 
 
 def generation_time(machine: Machine, work: Sampling, candidates: Candidates) -> Terms:
-    """Terms of a generate call, seconds. Prefill takes a pass per group, or per micro-batch where those are more."""
+    """Terms of a generate call, seconds. Prefill takes a pass per group and wave, or per micro-batch where those are
+    more; waves decode one after the other."""
     c = candidates
     prompts = ForwardPass(work.spec, work.samples, work.prompt_tokens, head_tokens=1.0, scored=False)
-    prefill = Terms(forward_terms(machine, prompts, c, np.maximum(c.groups, c.micro_batches)))
-    terms = {"prefill": prefill.total_s} | decode_terms(machine, work, c)
+    prefill = Terms(forward_terms(machine, prompts, c, np.maximum(c.groups * c.waves, c.micro_batches)))
+    decode = {name: seconds * c.waves for name, seconds in decode_terms(machine, work, c).items()}
+    terms = {"prefill": prefill.total_s} | decode
     terms["overhead"] = np.full(len(c), machine.engine.graph_capture_s)
     return Terms(terms)
 
 
 def decode_terms(machine: Machine, work: Sampling, candidates: Candidates) -> dict[str, Array]:
-    """Terms of all decode steps after the first token, which prefill makes."""
+    """Terms of all decode steps of one wave after the first token, which prefill makes."""
+    samples = work.samples / candidates.waves
     sums: dict[str, Array] = {}
     points = response_quadrature(work)
     for position, weight, alive in zip(points.position, points.weight, points.alive, strict=True):
-        running = 1.0 if alive >= 1.0 else 1.0 - (1.0 - alive) ** work.samples
-        step = decode_step(machine, work.spec, candidates, work.samples * alive, work.prompt_tokens + position)
+        running = 1.0 if alive >= 1.0 else 1.0 - (1.0 - alive) ** samples
+        step = decode_step(machine, work.spec, candidates, samples * alive, work.prompt_tokens + position)
         for name, seconds in step.items():
             sums[name] = sums.get(name, 0.0) + seconds * (weight * running)
     return sums

@@ -43,7 +43,7 @@ def generation_terms(workload: Workload, spec: ModelSpec, candidates: Candidates
     logits of one token per sequence of a group.
     """
     element = float(workload.element_bytes)
-    sequences = np.ceil(workload.samples / candidates.dp)
+    sequences = np.ceil(workload.samples / (candidates.dp * candidates.waves))
     cache = kv_cache_bytes(spec, candidates, sequences, workload.tokens, element)
     group = np.ceil(sequences / candidates.groups)
     block = forward_block_bytes(spec, element, candidates.tp, fused_pointwise=engine.fused_pointwise)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 from plans.checks import divisors
 from plans.cluster import ClusterSpec, DeviceMesh
@@ -18,6 +19,7 @@ from plans.workload import Workload
 
 MICRO_BATCH_SAMPLES = (1, 2, 4, 8, 16, 32, 64)
 INTERLEAVINGS = (1, 2, 4)
+WAVES = (1, 2, 4, 8, 16, 32)
 EVERY_LENGTH_UP_TO = 16
 
 
@@ -109,11 +111,11 @@ def _settings(
     workload: Workload, call: str, kind: CallKind, base: ParallelStrategy, share: int, pruned: Pruned
 ) -> Iterator[ParallelStrategy]:
     if kind is CallKind.GENERATE:
-        for groups in sorted({1, base.pp}):
-            if share % groups == 0:
-                yield replace(base, groups=groups)
+        for groups, waves in product(sorted({1, base.pp}), WAVES):
+            if share % (groups * waves) == 0:
+                yield replace(base, groups=groups, waves=waves)
             else:
-                pruned.note("groups in flight must divide the samples of a dp rank")
+                pruned.note("groups in flight and waves must divide the samples of a dp rank")
         return
     counts = [share // size for size in MICRO_BATCH_SAMPLES if share % size == 0]
     parallel = base.tp > 1 and workload.tokens % base.tp == 0

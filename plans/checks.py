@@ -116,8 +116,11 @@ def batch(plan: ExecutionPlan, planned: PlannedCall, spec: ModelSpec) -> Iterato
             f"dp {closest_divisor(samples, s.dp)}",
         )
         return
-    key = "groups" if kind is CallKind.GENERATE else "micro_batches"
+    generates = kind is CallKind.GENERATE
+    key = "micro_batches" if not generates else "waves" if s.waves > 1 else "groups"
     parts, share = getattr(s, key), samples // s.dp
+    if generates and s.waves > 1 and s.groups > 1:
+        share //= s.groups
     if share % parts:
         yield _problem(
             "batch",
@@ -143,8 +146,8 @@ def kind_settings(plan: ExecutionPlan, planned: PlannedCall, spec: ModelSpec) ->
     """Settings that the kind of the call does not have keep their defaults."""
     kind, s, plain = _kind(plan, planned), planned.strategy, ParallelStrategy()
     foreign = {
-        CallKind.TRAIN_STEP: ("groups",),
-        CallKind.INFERENCE: ("groups", "recompute", "shard_optimizer"),
+        CallKind.TRAIN_STEP: ("groups", "waves"),
+        CallKind.INFERENCE: ("groups", "waves", "recompute", "shard_optimizer"),
         CallKind.GENERATE: ("micro_batches", "recompute", "shard_optimizer", "sequence_parallel", "cp"),
     }[kind]
     for key in foreign:

@@ -31,7 +31,7 @@ from plans.strategy import ParallelStrategy, parse_degrees
 from plans.workload import Workload
 
 VALUE_ROLES = ("critic", "reward")
-_SETTINGS = ("micro_batches", "groups", "sequence_parallel", "recompute", "shard_optimizer", "offload")
+_SETTINGS = ("micro_batches", "groups", "waves", "sequence_parallel", "recompute", "shard_optimizer", "offload")
 T = TypeVar("T")
 
 

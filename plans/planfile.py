@@ -129,6 +129,7 @@ class CallFile(_Closed):
     strategy: str
     micro_batches: Annotated[int, Field(ge=1, description="forward passes per dp rank and minibatch")] = 1
     groups: Annotated[int, Field(ge=1, description="groups of sequences in flight in pipelined generation")] = 1
+    waves: Annotated[int, Field(ge=1, description="parts that generate one after the other")] = 1
     sequence_parallel: bool = False
     recompute: Recompute = Field(default=Recompute.NONE, strict=False)
     shard_optimizer: bool = True

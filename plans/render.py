@@ -85,6 +85,8 @@ def settings(planned: PlannedCall) -> str:
     words = [f"{name} {getattr(s, name)}" for name in ("cp", "ep", "vpp") if getattr(s, name) > 1]
     if s.micro_batches > 1:
         words.append(f"{s.micro_batches} micro-batches")
+    if s.waves > 1:
+        words.append(f"{s.waves} waves")
     if s.groups > 1:
         words.append(f"{s.groups} groups in flight")
     if s.recompute != "none":

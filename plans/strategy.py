@@ -27,9 +27,10 @@ class ParallelStrategy:
 
     dp, tp, pp, cp, ep: data, tensor, pipeline, context, expert degrees (ep lies inside dp x cp); vpp: model chunks
     per pipeline stage (interleaving). micro_batches: forward passes per dp rank, per minibatch in training.
-    groups: groups of sequences in flight in pipelined generation. shard_optimizer: masters and Adam
-    states sharded over dp (Megatron's distributed optimizer). offload: the weights of a frozen model, or the
-    optimizer state of a trained one, live in host memory between calls.
+    groups: groups of sequences in flight in pipelined generation; waves: parts of a dp rank's samples that generate one
+    after the other, so that the KV cache holds one part at a time. shard_optimizer: masters and Adam states sharded
+    over dp (Megatron's distributed optimizer). offload: the weights of a frozen model, or the optimizer state of a
+    trained one, live in host memory between calls.
     """
 
     dp: int = 1
@@ -40,13 +41,14 @@ class ParallelStrategy:
     vpp: int = 1
     micro_batches: int = 1
     groups: int = 1
+    waves: int = 1
     sequence_parallel: bool = False
     recompute: Recompute = Recompute.NONE
     shard_optimizer: bool = True
     offload: bool = False
 
     def __post_init__(self) -> None:
-        for field in ("dp", "tp", "pp", "cp", "ep", "vpp", "micro_batches", "groups"):
+        for field in ("dp", "tp", "pp", "cp", "ep", "vpp", "micro_batches", "groups", "waves"):
             value = getattr(self, field)
             if not isinstance(value, int) or value < 1:
                 raise SpecError(f"{field} is {value!r}; it must be a whole number of at least 1")

@@ -19,7 +19,18 @@ from runtime.transfer import Rows
 
 
 def generate_call(job: Job, planned: PlannedCall, model: Model, rows: Sequence[int], iteration: int) -> dict[str, Rows]:
-    """Responses to the prompts of samples `rows`; sample i belongs to prompt i // group_size."""
+    """Responses to the prompts of samples `rows`, wave after wave; sample i belongs to prompt i // group_size."""
+    wave = len(rows) // planned.strategy.waves
+    parts = [_generate_wave(job, planned, model, rows[at : at + wave], iteration) for at in range(0, len(rows), wave)]
+    return {
+        name: {key: torch.cat([part[name][key] for part in parts]) for key in tensors}
+        for name, tensors in parts[0].items()
+    }
+
+
+def _generate_wave(
+    job: Job, planned: PlannedCall, model: Model, rows: Sequence[int], iteration: int
+) -> dict[str, Rows]:
     workload = job.plan.workload
     prompts, lengths = job.prompts.tokens(iteration, [row // workload.group_size for row in rows])
     made = generate(

@@ -21,7 +21,8 @@ def batch_words(plan: ExecutionPlan) -> Iterator[str]:
         s, kind = planned.strategy, w.graph.call(planned.call).kind
         samples = w.samples_per_step(planned.call)
         what = "minibatch" if kind is CallKind.TRAIN_STEP else "batch"
-        part, parts = ("group in flight", s.groups) if kind is CallKind.GENERATE else ("micro-batch", s.micro_batches)
+        generates = kind is CallKind.GENERATE
+        part, parts = ("group in flight", s.groups * s.waves) if generates else ("micro-batch", s.micro_batches)
         yield (
             f"  {planned.call:<16} {what} {samples} / dp {s.dp} / {parts} = {samples // s.dp // parts} per {part}"
             f"  on {planned.mesh.text(plan.cluster)}, {s.degrees}"

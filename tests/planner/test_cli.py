@@ -1,0 +1,177 @@
+"""The `realplan` command as a user types it: what it prints, what it writes, what it says of wrong input."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from planner.cli import main
+from plans.checks import check_plan
+from plans.codec import load_plan
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def realplan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command line in this process: exit code, stdout, stderr."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["realplan", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A searched plan of four 7B models on two nodes."""
+    path = tmp_path_factory.mktemp("plans") / "plan.json"
+    from planner.commands import search_command
+    from planner.limits import Limits
+    from planner.request import build_request
+
+    request = build_request(
+        models={"actor": "llama-7b"}, sizes={}, cluster="h100-80gb-sxm", gpus=16, gpus_per_node=None, run=None
+    )
+    code = search_command(
+        request,
+        engine="megatron",
+        method="mcmc",
+        seconds=20.0,
+        seed=0,
+        limits=Limits(),
+        output=path,
+        as_json=True,
+        verbose=False,
+    )
+    assert code == 0
+    return path
+
+
+def test_search_prints_what_a_program_needs(realplan: Run, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    code, out, _ = realplan(
+        "search", "--model", "llama-7b", "--gpus", "8", "--method", "mcmc", "--seconds", "20", "-o", str(path), "--json"
+    )
+    assert code == 0
+    answer = json.loads(out)
+    keys = {"iteration_s", "lower_bound_s", "gap", "search_s", "method", "evaluated", "peak_gib", "plan"}
+    assert keys <= set(answer)
+    assert answer["gap"] is None and answer["lower_bound_s"] is None and answer["method"] == "mcmc"
+    plan = load_plan(path)
+    assert check_plan(plan) == [] and answer["peak_gib"] <= 79.1
+    assert plan.estimate is not None and plan.estimate.iteration_s == pytest.approx(answer["iteration_s"], rel=1e-3)
+
+
+def test_show_fits_a_hundred_columns_and_names_every_call(realplan: Run, found: Path) -> None:
+    code, out, _ = realplan("show", str(found))
+    assert code == 0
+    assert max(len(line) for line in out.splitlines()) <= 100
+    for call in ("actor_generate", "reward_infer", "ref_infer", "critic_infer", "actor_train", "critic_train"):
+        assert call in out
+
+
+def test_a_legal_edit_gets_a_new_estimate(realplan: Run, found: Path, tmp_path: Path) -> None:
+    edited = tmp_path / "edited.json"
+    text = found.read_text().replace('"response_tokens": 1024', '"response_tokens": 512')
+    edited.write_text(text)
+    code, out, err = realplan("check", str(edited))
+    assert code == 0 and out.startswith("ok: ") and "out of date" in err
+    old = load_plan(found).estimate
+    assert realplan("check", "--write", str(edited))[0] == 0
+    new = load_plan(edited).estimate
+    assert old and new and new.iteration_s < old.iteration_s and new.of != old.of
+    assert "out of date" not in realplan("check", str(edited))[2]
+
+
+def test_check_reports_problems_as_json(realplan: Run, found: Path, tmp_path: Path) -> None:
+    code, out, _ = realplan("check", str(found), "--json")
+    assert code == 0 and json.loads(out) == {"ok": True, "problems": []}
+    bad = tmp_path / "bad.json"
+    bad.write_text(found.read_text().replace('"minibatches": 4', '"minibatches": 5'))
+    code, out, _ = realplan("check", str(bad), "--json")
+    (problem,) = json.loads(out)["problems"]
+    assert code == 1 and set(problem) == {"line", "column", "rule", "message", "hint"}
+
+
+def test_out_of_memory_names_the_call_the_place_and_the_terms(realplan: Run, found: Path, tmp_path: Path) -> None:
+    huge = tmp_path / "huge.json"
+    huge.write_text(found.read_text().replace('"prompt_tokens": 1024', '"prompt_tokens": 131072'))
+    code, _, err = realplan("check", str(huge))
+    assert code == 1
+    assert "[memory]" in err and "GiB" in err and "largest:" in err and "hint:" in err
+    assert err.startswith(f"{huge}:")
+
+
+def test_estimate_and_what_if(realplan: Run, found: Path) -> None:
+    code, out, _ = realplan("estimate", str(found))
+    assert code == 0 and "memory: peak" in out
+    assert max(len(line) for line in out.splitlines()) <= 100
+    longer = realplan("estimate", str(found), "--what-if", "response_tokens=2048", "--json")
+    base = realplan("estimate", str(found), "--json")
+    assert json.loads(longer[1])["iteration_s"] > json.loads(base[1])["iteration_s"]
+    bigger = realplan("estimate", str(found), "--what-if", "gpus=32", "--json")
+    assert json.loads(bigger[1])["iteration_s"] < json.loads(base[1])["iteration_s"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["search", "--model", "lama-7b"], 2, "did you mean `llama-7b`"),
+        (["search"], 2, "--model llama-70b"),
+        (["search", "--model", "llama-7b", "--gpus", "12"], 2, "8 or 16 GPUs"),
+        (["search", "--model", "llama-7b", "--cluster", "h100"], 2, "h100-80gb-sxm"),
+        (["search", "--model", "llama-7b", "--algorithm", "pppo"], 2, "`ppo`"),
+        (["search", "--model", "llama-7b", "--pin", "actor_train.tp"], 2, "call.field=value"),
+        (["search", "--model", "llama-7b", "--forbid", "actor_trian.tp>2"], 2, "`actor_train`"),
+        (["search", "--model", "llama-7b", "--max-memory", "lots"], 2, "72GiB"),
+        (["search", "--model", "llama-7b", "--engine", "megatorn"], 2, "`megatron`"),
+        (["search", "--model", "llama-70b", "--gpus", "8"], 1, "infeasible"),
+        (["show", "nowhere.json"], 2, "cannot read plan"),
+        (["estimate", "nowhere.json"], 2, "cannot read plan"),
+    ],
+)
+def test_wrong_use_is_one_clear_error(
+    realplan: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ended, _, err = realplan(*arguments)
+    assert ended == code, err
+    assert words in err and "hint:" in err and "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pins_and_bounds_are_kept(realplan: Run, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    rules = ["--pin", "actor_train.tp=4", "--forbid", "*.pp>1", "--max-memory", "60GiB"]
+    search = ["search", "--model", "llama-7b", "--gpus", "16", "--method", "mcmc", "--seconds", "20"]
+    code, out, err = realplan(*search, *rules, "-o", str(path), "--json", "-v")
+    assert code == 0, err
+    plan = load_plan(path)
+    assert plan.planned("actor_train").strategy.tp == 4
+    assert all(planned.strategy.pp == 1 for planned in plan.calls)
+    assert json.loads(out)["peak_gib"] <= 60.0
+    assert "forbidden: *.pp>1" in err
+
+
+def test_every_algorithm_can_be_planned(realplan: Run, tmp_path: Path) -> None:
+    for algorithm in ("grpo", "remax", "dpo", "sft", "reward-modelling"):
+        path = tmp_path / f"{algorithm}.json"
+        arguments = ["--algorithm", algorithm, "--group-size", "2", "--method", "mcmc", "--seconds", "5"]
+        code, _, err = realplan("search", "--model", "llama-7b", "--gpus", "8", *arguments, "-o", str(path), "--json")
+        assert code == 0, (algorithm, err)
+        assert check_plan(load_plan(path)) == []
+
+
+def test_models_clusters_and_schema(realplan: Run) -> None:
+    assert "llama-70b" in realplan("models")[1]
+    assert "local-cpu" in realplan("clusters")[1]
+    assert json.loads(realplan("schema")[1])["title"] == "PlanFile"
