@@ -31,8 +31,12 @@ def prepare_ranks(plan: ExecutionPlan) -> None:
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     }
     forks = start_method(plan) == "forkserver"
-    if forks:  # threads that wait for each other's cores burn several times the time that they save
+    if forks:
+        # Threads that wait for each other's cores burn several times the time that they save.
         defaults["OMP_NUM_THREADS"] = "1"
+        # glibc keeps freed activations instead of giving their pages back to the system and faulting them in again:
+        # 17 % of a training step of SmolLM2-135M with 8 micro-batches. 32 MiB is the largest legal threshold.
+        defaults |= {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     if forks:
