@@ -28,7 +28,7 @@ from runtime.transfer import BatchStore, Rows
 
 CPU = torch.device("cpu")
 DISJOINT = {
-    "actor_generate": ("node 0", "d4 t1 p1"),
+    "actor_generate": ("node 0", "d4 t1 p1", {"waves": 2}),
     "ref_infer": ("node 0 gpus 0-1", "d1 t1 p2", {"micro_batches": 2}),
     "critic_infer": ("node 0 gpus 2-3", "d1 t2 p1"),
     "actor_train": ("node 0 gpus 0-1", "d1 t2 p1", {"sequence_parallel": True, "micro_batches": 2}),
