@@ -79,7 +79,7 @@ def test_policy_loss_and_its_gradient() -> None:
             clipped = (a > 0 and ratio > 1.2) or (a < 0 and ratio < 0.8)
             expected = 0.0 if clipped or not MASK[n, t] else -a * ratio / 9
             assert float(logprobs.grad[n, t]) == pytest.approx(expected)  # type: ignore[index]
-    assert float(terms["ppo_kl"]) == pytest.approx(float(((old - logprobs.detach()) * MASK).sum()) / 9)
+    assert float(terms["ppo_kl"].detach()) == pytest.approx(float(((old - logprobs.detach()) * MASK).sum()) / 9)
 
 
 def test_value_loss_takes_the_larger_error() -> None:
