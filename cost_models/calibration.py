@@ -136,7 +136,7 @@ def _with(engine: Engine, names: list[str], logs: Array) -> Engine:
 
 
 def _fit_links(table: CostTable, engine: Engine, cluster: ClusterSpec) -> Engine:
-    """Latency and bandwidth from all-reduces; the other operations' bandwidths from their largest messages."""
+    """Latency and bandwidth from all-reduces; the other operations' bandwidths from their largest message."""
     entry = table.entries.get("all_reduce_node")
     if entry is None:
         return engine
@@ -159,13 +159,14 @@ def _fit_links(table: CostTable, engine: Engine, cluster: ClusterSpec) -> Engine
 
 
 def _share(table: CostTable, engine: Engine, cluster: ClusterSpec, operation: str) -> float:
-    """Bandwidth over the all-reduce's, from the largest messages of every group size (geometric mean)."""
+    """Bandwidth over the all-reduce's, of the largest message (geometric mean over group sizes): gradients and weights
+    are what is scattered and gathered."""
     entry = table.entries.get(operation)
     if entry is None:
         return 1.0
     equal = replace(engine, all_gather_efficiency=1.0, reduce_scatter_efficiency=1.0, send_efficiency=1.0)
     predicted = _collective(Machine(cluster, equal, table.precision), operation, entry)
-    return float(np.exp(np.mean(np.log(predicted / entry.values)[:, -2:])))
+    return float(np.exp(np.mean(np.log(predicted / entry.values)[:, -1])))
 
 
 def _collective(machine: Machine, operation: str, entry: Entry) -> Array:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import tempfile
 import time
 import warnings
@@ -18,10 +17,10 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
 from profiler.results import Coordinates
-from profiler.timers import Timing, summary
+from profiler.timers import WARM_UPS, Timing, summary
 
 KIB, MIB = 2**10, 2**20
-CPU_BYTES = (4 * KIB, 64 * KIB, MIB, 8 * MIB, 64 * MIB)
+CPU_BYTES = (4 * KIB, 64 * KIB, MIB, 16 * MIB, 128 * MIB)
 GPU_BYTES = (64 * KIB, MIB, 16 * MIB, 256 * MIB)
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "send_recv")
 
@@ -65,9 +64,9 @@ def _rank(rank: int, ranks: int, kind: str, sizes: tuple[int, ...], folder: str)
 def _time(name: str, size: int, ranks: int, device: torch.device) -> tuple[float, float]:
     """Median seconds of the slowest rank, and the spread."""
     run = _operation(name, size // 4, ranks, device)
-    repeats = 5 if size >= 8 * MIB and device.type == "cpu" else 20
+    repeats = 4 if size >= 64 * MIB and device.type == "cpu" else 20
     samples: list[float] = []
-    for _ in range(repeats + 2):
+    for _ in range(repeats + WARM_UPS):
         dist.barrier()
         _wait(device)
         began = time.perf_counter()
@@ -76,8 +75,8 @@ def _time(name: str, size: int, ranks: int, device: torch.device) -> tuple[float
         slowest = torch.tensor([time.perf_counter() - began], device=device)
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
         samples.append(float(slowest))
-    timing = summary(samples[2:])
-    return statistics.median(samples[2:]), timing.spread
+    timing = summary(samples[WARM_UPS:])
+    return timing.seconds, timing.spread
 
 
 def _operation(name: str, elements: int, ranks: int, device: torch.device) -> Callable[[], Any]:

@@ -150,11 +150,20 @@ def _update(request: Request, shard: Shard, results: Results) -> None:
 
 
 def _group(request: Request, shard: Shard, tp: int, name: str, axes: Axes, results: Results) -> None:
-    """Time one operation at all sizes. A table in which time falls where work grows was disturbed: measured again."""
-    for attempt in range(ATTEMPTS):
+    """Time one operation at all sizes."""
+
+    def fill(again: bool) -> None:
         for sizes in itertools.product(*axes.values()):
-            if attempt or not results.has(name, (tp, *sizes)):
+            if again or not results.has(name, (tp, *sizes)):
                 _point(request, shard, name, (tp, *sizes), dict(zip(axes, sizes, strict=True)), results)
+
+    _consistent(results, name, fill)
+
+
+def _consistent(results: Results, name: str, fill: Callable[[bool], None]) -> None:
+    """Measure and save. Where time falls though work grows, something disturbed the points: they are measured again."""
+    for attempt in range(ATTEMPTS):
+        fill(attempt > 0)
         try:
             results.save()
             return
@@ -162,7 +171,7 @@ def _group(request: Request, shard: Shard, tp: int, name: str, axes: Axes, resul
             if attempt == ATTEMPTS - 1:
                 raise RealplanError(
                     f"measurements of `{name}` contradict each other: {error.message}",
-                    "profile again when the machine is idle; what is measured is kept",
+                    "profile again when the machine is idle; what was measured before is kept",
                 ) from None
 
 
@@ -202,13 +211,15 @@ def _collectives(request: Request, results: Results) -> None:
     device = request.device
     sizes = GPU_BYTES if device.type == "cuda" else CPU_BYTES
     for ranks in (2, 4, 8):
-        wanted = ranks <= device_count(device) and not results.has("all_reduce_node", (ranks, sizes[0]))
-        if not wanted:
+        if ranks > device_count(device) or results.has("all_reduce_node", (ranks, sizes[0])):
             continue
-        for name, points in measure_collectives(device, ranks, sizes).items():
-            for point, timing in points.items():
-                results.add(name, point, timing)
-        results.save()
+
+        def fill(_: bool, ranks: int = ranks) -> None:
+            for name, points in measure_collectives(device, ranks, sizes).items():
+                for point, timing in points.items():
+                    results.add(name, point, timing)
+
+        _consistent(results, f"collectives of {ranks} ranks", fill)
 
 
 def _release(device: torch.device, *, always: bool = True) -> None:
