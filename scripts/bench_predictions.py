@@ -241,8 +241,9 @@ def _watch(process: subprocess.Popen[bytes], folder: Path, ranks: int, iteration
             pids[rank] = _pid(folder, rank) or pids.get(rank, 0)
         metrics = folder / "metrics.jsonl"
         done = metrics.read_text().count("\n") if metrics.exists() else 0
-        if 0 < done <= iterations and done not in seen:
-            seen[done] = [_cpu_seconds(pids.get(rank, 0)) for rank in range(ranks)]
+        now = [_cpu_seconds(pids.get(rank, 0)) for rank in range(ranks)]
+        if 0 < done <= iterations and done not in seen and all(now):  # a rank that has ended has no time any more
+            seen[done] = now
     if len(seen) < 2:
         return None
     (first, before), (last, after) = min(seen.items()), max(seen.items())
