@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from cost_models.calls import call_time
@@ -128,19 +128,16 @@ def _step_seconds(program: Program, step: Step, engine: Engine) -> float:
         return rows * plan.workload.graph.call(step.subject).seconds_per_sample
     if step.kind is StepKind.TRANSFER:
         messages = batch_transfer(plan, step.subject, step.consumer)
-        row_bytes = _row_bytes(plan, step.subject, step.consumer)
-        pairs, sizes = [(s, t) for s, t, _ in messages], [len(rows) * row_bytes for *_, rows in messages]
-        return transfer_time(plan.cluster, engine, pairs, sizes)
+        sizes = [len(m.rows) * _row_bytes(plan, m.keys) for m in messages]
+        return transfer_time(plan.cluster, engine, [(m.source, m.target) for m in messages], sizes)
     assert step.kind is StepKind.REALLOCATE, step.kind
     copy = program.copy_of[step.subject]
     pair = program.homes[copy.role].layout, copy.layout
     return float(reallocation_time(plan.cluster, engine, plan.workload.element_bytes, [pair])[0])
 
 
-def _row_bytes(plan: ExecutionPlan, producer: str, consumer: str) -> float:
-    """Bytes of one sample of what the consumer reads of the producer: tokens as int64 with a mask byte, else fp32."""
-    graph = plan.workload.graph
-    keys = set(graph.call(producer).outputs) & set(graph.call(consumer).inputs)
+def _row_bytes(plan: ExecutionPlan, keys: Iterable[str]) -> float:
+    """Bytes of one sample of tensors of a batch: tokens as int64 with a mask byte, else fp32."""
     return sum(BYTES_PER_TOKEN.get(key, SCORE_BYTES) * plan.workload.tokens for key in keys)
 
 

@@ -1,7 +1,8 @@
 """Graphs of the common RLHF algorithms by name. A graph holds no sizes: those are the workload's.
 
 `sequences` are prompt + response tokens with their lengths; log-probs, values and rewards are per sample or token.
-`pairs` are chosen and rejected responses (two samples per prompt), `examples` are prompt + answer tokens.
+`pairs` are chosen and rejected responses (two samples per prompt), `examples` are prompt + answer tokens. Names that
+end in `_greedy` are of the greedy response to the same prompt.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, replace
 from plans.errors import SpecError, nearest
 from plans.graph import Call, CallKind, DataflowGraph
 
+GREEDY = "_greedy"
 GEN, INF, TRAIN, FN = CallKind.GENERATE, CallKind.INFERENCE, CallKind.TRAIN_STEP, CallKind.FUNCTION
 
 
@@ -90,8 +92,8 @@ def reinforce_pp(variant: Variant) -> DataflowGraph:
 
 def remax(variant: Variant) -> DataflowGraph:
     """ReMax (Li et al. 2024): the reward of a greedy response to the same prompt is the baseline."""
-    greedy = _generate("actor_greedy", "_greedy")
-    return _critic_free("remax", variant, (greedy, _reward(variant, "_greedy")), ("rewards_greedy",))
+    greedy = _generate("actor_greedy", GREEDY)
+    return _critic_free("remax", variant, (greedy, _reward(variant, GREEDY)), (f"rewards{GREEDY}",))
 
 
 def dpo(variant: Variant) -> DataflowGraph:

@@ -6,10 +6,23 @@ the same minibatches whatever the layout; inside a block the dp ranks take conti
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
 from plans.graph import CallKind
 from plans.layout import Layout
 from plans.plan import ExecutionPlan
 from plans.workload import Workload
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Message:
+    """Samples `rows` of the tensors `keys`, from one rank to another."""
+
+    source: int
+    target: int
+    rows: tuple[int, ...]
+    keys: tuple[str, ...]
 
 
 def dp_rows(workload: Workload, call: str, dp: int) -> tuple[tuple[int, ...], ...]:
@@ -34,28 +47,58 @@ def host_call(plan: ExecutionPlan, call: str) -> str:
     return plan.workload.graph.host(call)
 
 
-def batch_transfer(plan: ExecutionPlan, producer: str, consumer: str) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
-    """Messages that bring a producer's rows to a consumer: (source rank, target rank, samples), without what a
-    target rank made itself. Every rank of a producing replica holds its rows; senders on the target's node come
-    first, then the one that has sent least."""
-    layout = plan.layout(host_call(plan, producer))
-    made = dp_rows(plan.workload, host_call(plan, producer), layout.dp)
-    replica_of = {row: replica for replica, rows in enumerate(made) for row in rows}
-    replicas = _replicas(layout, plan.cluster.gpus_per_node)
+def consumers(plan: ExecutionPlan, producer: str) -> tuple[str, ...]:
+    """Calls of the same iteration that read what a call makes, in the order in which they are served."""
+    found = (edge.target for edge in plan.workload.graph.edges if edge.source == producer and not edge.distance)
+    return tuple(dict.fromkeys(found))
+
+
+def batch_transfer(plan: ExecutionPlan, producer: str, consumer: str) -> tuple[Message, ...]:
+    """Messages that bring a producer's rows to a consumer, without what a target rank made itself or has been sent for
+    an earlier consumer of the producer."""
+    graph, host = plan.workload.graph, host_call(plan, producer)
+    held: dict[tuple[int, str], set[int]] = {}
+    for other in consumers(plan, producer):
+        if host_call(plan, other) == host:
+            continue
+        keys = tuple(key for key in graph.call(other).inputs if key in graph.call(producer).outputs)
+        messages = _messages(plan, host, rank_rows(plan, other), keys, held)
+        if other == consumer:
+            return messages
+        for message in messages:
+            for key in message.keys:
+                held.setdefault((message.target, key), set()).update(message.rows)
+    return ()
+
+
+def _messages(
+    plan: ExecutionPlan,
+    host: str,
+    needed: Mapping[int, tuple[int, ...]],
+    keys: tuple[str, ...],
+    held: Mapping[tuple[int, str], Collection[int]],
+) -> tuple[Message, ...]:
+    """Messages for the rows that ranks need and do not hold. Every rank of a producing replica holds its rows; senders
+    on the target's node come first, then the one that has sent least."""
+    layout, per_node = plan.layout(host), plan.cluster.gpus_per_node
+    replica_of = {row: d for d, rows in enumerate(dp_rows(plan.workload, host, layout.dp)) for row in rows}
+    replicas = _replicas(layout, per_node)
     sent = dict.fromkeys(layout.ranks, 0)
-    messages: list[tuple[int, int, tuple[int, ...]]] = []
-    for target, needed in sorted(rank_rows(plan, consumer).items()):
+    messages: list[Message] = []
+    for target, rows in sorted(needed.items()):
         own = layout.places[target].dp if target in layout.places else None
-        missing: dict[int, list[int]] = {}
-        for row in needed:
-            if replica_of[row] != own:
-                missing.setdefault(replica_of[row], []).append(row)
-        for replica, rows in missing.items():
+        has = [(key, held.get((target, key), ())) for key in keys]
+        missing: dict[tuple[int, tuple[str, ...]], list[int]] = {}
+        for row in rows:
+            lacking = tuple(key for key, there in has if row not in there)
+            if lacking and replica_of[row] != own:
+                missing.setdefault((replica_of[row], lacking), []).append(row)
+        for (replica, lacking), part in missing.items():
             by_node = replicas[replica]
-            candidates = by_node.get(target // plan.cluster.gpus_per_node) or [r for rs in by_node.values() for r in rs]
+            candidates = by_node.get(target // per_node) or [r for rs in by_node.values() for r in rs]
             source = min(candidates, key=lambda r: (sent[r], r))
-            sent[source] += len(rows)
-            messages.append((source, target, tuple(rows)))
+            sent[source] += len(part)
+            messages.append(Message(source, target, tuple(part), lacking))
     return tuple(messages)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 
-from plans.batches import batch_transfer, host_call
+from plans.batches import batch_transfer, consumers, host_call
 from plans.graph import CallKind
 from plans.layout import Layout
 from plans.plan import ExecutionPlan
@@ -178,9 +178,8 @@ def _functions(plan: ExecutionPlan, placed: set[str], call: str) -> list[str]:
 
 
 def _transfers(plan: ExecutionPlan, producer: str, lag: int) -> list[Step]:
-    graph = plan.workload.graph
     steps = []
-    for consumer in dict.fromkeys(edge.target for edge in graph.edges if edge.source == producer and not edge.distance):
+    for consumer in consumers(plan, producer):
         source, target = host_call(plan, producer), host_call(plan, consumer)
         if source == target or not batch_transfer(plan, producer, consumer):
             continue

@@ -72,7 +72,11 @@ class Optimizer(_Closed):
 
 
 class Ppo(_Closed):
-    """PPO (Schulman et al. 2017) with a KL penalty in the reward (Ouyang et al. 2022)."""
+    """The clipped objective (Schulman et al. 2017) with a KL to the reference, for PPO and the critic-free algorithms.
+
+    The KL is a penalty in the reward (Ouyang et al. 2022), for GRPO a term of the loss. reward_clip bounds scores.
+    gamma: PPO, REINFORCE++ and ReMax. value_clip, gae_lambda, whiten_advantages, critic_warmup_iterations: PPO.
+    """
 
     clip: Annotated[float, Field(gt=0)] = 0.2
     value_clip: Annotated[float, Field(gt=0)] = 0.2

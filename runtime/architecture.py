@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from plans.errors import SpecError
 from plans.layout import Layout
-from plans.model import Head, ModelSpec, Norm, Position
+from plans.model import Head, ModelSpec, Norm
 from plans.strategy import Recompute
 from runtime.mcore import (
     MLP,
@@ -41,26 +40,6 @@ _FUSIONS = (
     "apply_rope_fusion",
     "gradient_accumulation_fusion",
 )
-
-
-def check_runnable(layout: Layout) -> None:
-    """Raise unless this runtime can run the architecture under the layout."""
-    spec = layout.spec
-    reasons = {
-        f"position encoding `{spec.position}`; only rotary positions run": spec.position is not Position.ROPE,
-        f"activation `{spec.activation}`; one of {', '.join(_ACTIVATIONS)} runs": spec.activation not in _ACTIVATIONS,
-        f"{spec.norms_per_layer} norms per layer; 2 run": spec.norms_per_layer != 2,
-        f"{spec.experts} experts; only dense models run": spec.experts > 0,
-        f"context parallel degree {layout.cp}; only 1 runs": layout.cp > 1,
-        f"kv_heads {spec.kv_heads}, not a multiple of tp {layout.tp}": spec.kv_heads % layout.tp != 0,
-        f"{spec.layers} layers, not a multiple of pp x vpp {layout.pp * layout.vpp}": bool(
-            spec.layers % (layout.pp * layout.vpp)
-        ),
-        f"vpp {layout.vpp} without a pipeline": layout.vpp > 1 and layout.pp == 1,
-    }
-    for reason, broken in reasons.items():
-        if broken:
-            raise SpecError(f"model `{spec.name}` has {reason}")
 
 
 def _keep(weight: Tensor) -> Tensor:

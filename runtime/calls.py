@@ -8,29 +8,36 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from plans.algorithms import GREEDY
 from plans.graph import Call
 from plans.plan import PlannedCall
+from runtime.algorithms.samples import response_mask
 from runtime.forward import token_logprobs, token_values
 from runtime.generation import generate
 from runtime.job import Job
 from runtime.model import Model
-from runtime.ppo import response_mask
+from runtime.sampling import Sampling
 from runtime.transfer import Rows
 
 
-def generate_call(job: Job, planned: PlannedCall, model: Model, rows: Sequence[int], iteration: int) -> dict[str, Rows]:
+def generate_call(
+    job: Job, call: Call, planned: PlannedCall, model: Model, rows: Sequence[int], iteration: int
+) -> dict[str, Rows]:
     """Responses to the prompts of samples `rows`, wave after wave; sample i belongs to prompt i // group_size."""
     wave = len(rows) // planned.strategy.waves
-    parts = [_generate_wave(job, planned, model, rows[at : at + wave], iteration) for at in range(0, len(rows), wave)]
-    return {
-        name: {key: torch.cat([part[name][key] for part in parts]) for key in tensors}
-        for name, tensors in parts[0].items()
-    }
+    sequences, logprobs = call.outputs
+    sampling = Sampling(temperature=0) if sequences.endswith(GREEDY) else job.sampling
+    parts = [
+        _generate_wave(job, planned, model, sampling, rows[at : at + wave], iteration)
+        for at in range(0, len(rows), wave)
+    ]
+    made = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    return {logprobs: {logprobs: made.pop("logprobs")}, sequences: made}
 
 
 def _generate_wave(
-    job: Job, planned: PlannedCall, model: Model, rows: Sequence[int], iteration: int
-) -> dict[str, Rows]:
+    job: Job, planned: PlannedCall, model: Model, sampling: Sampling, rows: Sequence[int], iteration: int
+) -> Rows:
     workload = job.plan.workload
     prompts, lengths = job.prompts.tokens(iteration, [row // workload.group_size for row in rows])
     made = generate(
@@ -40,15 +47,17 @@ def _generate_wave(
         torch.tensor(rows, device=model.device),
         response_tokens=workload.response_tokens,
         groups=planned.strategy.groups,
-        sampling=job.sampling,
+        sampling=sampling,
         seed=job.run.seed,
         iteration=iteration,
         stop_ids=job.stop_ids,
         pad_id=job.pad_id,
     )
     return {
-        "sequences": {"tokens": made.tokens, "prompt_lengths": lengths, "response_lengths": made.lengths},
-        "gen_logprobs": {"gen_logprobs": made.logprobs},
+        "tokens": made.tokens,
+        "prompt_lengths": lengths.to(model.device),
+        "response_lengths": made.lengths,
+        "logprobs": made.logprobs,
     }
 
 
@@ -66,10 +75,10 @@ def inference_call(
 
     values[:, t] is the prediction before response token t; the score is the value after the last token.
     """
-    sequences, width = inputs["sequences"], job.plan.workload.prompt_tokens
+    sequences, width = inputs[call.inputs[0]], job.plan.workload.prompt_tokens
     tokens, mask = sequences["tokens"], sequence_mask(sequences, width)
     parts, (key,) = planned.strategy.micro_batches, call.outputs
-    if key == "rewards":
+    if key.removesuffix(GREEDY) == "rewards":
         last = (width + sequences["response_lengths"] - 1)[:, None]
         return {key: {key: token_values(model, tokens, mask, micro_batches=parts).gather(1, last).squeeze(1)}}
     if key == "values":
@@ -80,7 +89,7 @@ def inference_call(
 
 def reward_call(job: Job, call: Call, host: Model, inputs: Mapping[str, Rows]) -> dict[str, Rows]:
     """Scores of the user's function, computed by the first rank of each replica of the host call's model."""
-    sequences, (key,) = inputs["sequences"], call.outputs
+    sequences, (key,) = inputs[call.inputs[0]], call.outputs
     count = len(sequences["tokens"])
     scores = torch.zeros(count, device=host.device)
     group = host.groups.mp

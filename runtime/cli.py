@@ -46,6 +46,7 @@ def _run(path: Path, overrides: list[str], run_path: Path | None, dry_run: bool,
     from runtime.describe import batch_words, program_words
     from runtime.entry import prepare_ranks
     from runtime.preflight import check_devices, check_estimate, check_packages, check_weights, legal_plan, read_run
+    from runtime.support import check_supported
 
     plan = legal_plan(path)
     if not allow_stale:
@@ -59,6 +60,7 @@ def _run(path: Path, overrides: list[str], run_path: Path | None, dry_run: bool,
         for line in program_words(plan):
             print(line)
         return
+    check_supported(plan)
     check_weights(plan, run)
     check_packages()
     started = int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None

@@ -23,9 +23,9 @@ from runtime.export import export
 from runtime.failures import lost_peer, timed_out
 from runtime.groups import GroupCache
 from runtime.job import Job
-from runtime.ppo_training import train_call
 from runtime.records import Recorder
 from runtime.stats import Stat
+from runtime.train_call import train_call
 from runtime.transfer import BatchStore, LateError, Rows
 
 
@@ -119,7 +119,7 @@ class Executor:
     ) -> Mapping[str, Rows]:
         job, model, rows = self._job, self._copies.model(planned.call), self._rows[call.name]
         if call.kind is CallKind.GENERATE:
-            return generate_call(job, planned, model, rows, iteration)
+            return generate_call(job, call, planned, model, rows, iteration)
         if call.kind is CallKind.INFERENCE:
             return inference_call(job, call, planned, model, inputs)
         if call.kind is CallKind.FUNCTION:

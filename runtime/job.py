@@ -21,7 +21,7 @@ from runtime.sampling import Sampling
 from runtime.tokenizer import Tokenizer
 from runtime.training import AdamSettings
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class Prompts(Protocol):
@@ -106,8 +106,6 @@ class Job:
 def prepare_job(plan: ExecutionPlan, run: RunFile) -> Job:
     """Read tokenizer, prompts and reward; errors name the key of the run file."""
     workload = plan.workload
-    if workload.dtype == "fp16":
-        raise RealplanError("dtype fp16 needs loss scaling, which this runtime does not have", "dtype bf16 or fp32")
     weights = run.weights_of("actor")
     folder = run.tokenizer or ("" if weights == RANDOM else weights)
     tokenizer = Tokenizer.of_folder(Path(folder)) if folder else None

@@ -15,17 +15,21 @@ from runtime.stats import Stat, merge_stats
 # verl's names of the phases of an iteration, by the names of our calls.
 TIMING_NAMES = {
     "actor_generate": "gen",
+    "actor_greedy": "gen_max",
     "actor_infer": "old_log_prob",
     "ref_infer": "ref",
     "critic_infer": "values",
     "reward": "reward",
     "reward_infer": "reward",
+    "reward_greedy": "reward_max",
+    "reward_infer_greedy": "reward_max",
     "actor_train": "update_actor",
     "critic_train": "update_critic",
 }
 # Statistics of which the mean, the maximum and the minimum are reported; of the others the mean.
 SPREAD = (
     "critic/score",
+    "critic/score_greedy",
     "critic/rewards",
     "critic/advantages",
     "critic/returns",

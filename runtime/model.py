@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from plans.layout import Layout, Parameter, Place, model_units
 from plans.model import ModelSpec
 from plans.strategy import Recompute
-from runtime.architecture import build_chunk, check_runnable, transformer_config
+from runtime.architecture import build_chunk, transformer_config
 from runtime.mcore import get_cuda_rng_tracker, get_transformer_layer_offset, model_parallel_cuda_manual_seed
+from runtime.support import check_runnable
 
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"

@@ -23,6 +23,9 @@ SEVEN_CALLS = (
     "actor_generate", "reward_infer", "ref_infer", "critic_infer", "actor_infer", "actor_train", "critic_train",
 )  # fmt: skip
 
+CRITIC_FREE = ("actor_generate", "ref_infer", "actor_train")
+REMAX = ("actor_generate", "actor_greedy", "ref_infer", "actor_train")
+
 Place = str | tuple[str, str] | tuple[str, str, Mapping[str, Any]]
 
 
@@ -30,24 +33,24 @@ def tiny_plan(
     gpus: int,
     places: Mapping[str, Place] | str,
     *,
+    algorithm: str = "ppo",
     order: Sequence[str] = CALLS,
     reward_model: bool = False,
     **sizes: Any,
 ) -> ExecutionPlan:
-    """A PPO plan of the small model on a CPU node of `gpus` ranks.
+    """A plan of the small model on a CPU node of `gpus` ranks.
 
     places: one strategy for every call on the whole node, or call -> strategy | (mesh, strategy) | with settings, of
-    which `lag` is the call's. With `reward_model` the graph has all seven calls and no function.
+    which `lag` is the call's. With `reward_model` the graph has no function and recomputes log-probabilities.
     """
     cluster = load_cluster("local-cpu", gpus=gpus, gpus_per_node=gpus)
     spec = load_model(str(TINY))
-    models = {"actor": spec, "ref": spec, "critic": spec.with_value_head()}
     graph = algorithm_graph(
-        "ppo", reward_seconds_per_sample=None if reward_model else 1e-4, recompute_logprobs=reward_model
+        algorithm, reward_seconds_per_sample=None if reward_model else 1e-4, recompute_logprobs=reward_model
     )
     workload = Workload(
         graph=graph,
-        models=models | ({"reward": spec.with_value_head()} if reward_model else {}),
+        models={role: spec.with_value_head() if role in ("critic", "reward") else spec for role in graph.roles},
         **({"batch_size": 8, "prompt_tokens": 8, "response_tokens": 8, "minibatches": 2, "dtype": "fp32"} | sizes),
     )
     calls = []

@@ -1,0 +1,39 @@
+"""Baselines from the other responses to the same prompt: GRPO and RLOO. No critic."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from plans.runfile import Ppo
+from runtime.algorithms.samples import Samples, Signal, token_rewards
+
+STD_EPS = 1e-6
+
+
+def grpo(samples: Samples, settings: Ppo) -> Signal:
+    """GRPO (Shao et al. 2024, section 4.1.2): the score's distance to the group's mean in standard deviations, at every
+    token. The standard deviation divides by group size - 1, as those of verl and TRL do."""
+    rewards = token_rewards(samples, 0.0, settings.reward_clip)
+    scores = _groups(samples, rewards)
+    std = scores.std(1, keepdim=True)
+    return _signal(samples, rewards, (scores - scores.mean(1, keepdim=True)) / (std + STD_EPS))
+
+
+def rloo(samples: Samples, settings: Ppo) -> Signal:
+    """RLOO (Ahmadian et al. 2024, eq. 8): the reward of a response, less its KL penalty, against the mean of the
+    group's other responses, at every token."""
+    rewards = token_rewards(samples, settings.kl_coefficient, settings.reward_clip)
+    totals = _groups(samples, rewards)
+    others = (totals.sum(1, keepdim=True) - totals) / (samples.group_size - 1)
+    return _signal(samples, rewards, totals - others)
+
+
+def _groups(samples: Samples, rewards: Tensor) -> Tensor:
+    """The reward of every response of the batch, one row per prompt, float64 [prompts, group size]."""
+    return samples.gather(rewards.double().sum(1, keepdim=True)).view(-1, samples.group_size)
+
+
+def _signal(samples: Samples, rewards: Tensor, advantages: Tensor) -> Signal:
+    """The signal of advantages [prompts, group size] that hold for whole responses."""
+    own = advantages.view(-1, 1)[samples.rows].to(rewards.dtype) * samples.mask
+    return Signal(rewards=rewards, advantages=own, returns=own)

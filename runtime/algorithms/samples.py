@@ -1,0 +1,117 @@
+"""What an algorithm learns from, what it finds, and the sums that algorithms share.
+
+Tensors are [n] or [n, R]: n samples of this replica with R response tokens, `mask` True at real response tokens.
+Statistics over the batch come from exact float64 numbers of every sample, gathered in sample order, so that no result
+depends on how samples are spread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from plans.runfile import Ppo
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """This replica's samples.
+
+    rows: their numbers [n] in the batch; sample i belongs to prompt i // group_size. old_logprobs, ref_logprobs,
+    values: [n, R]; values[:, t] is the critic's prediction before token t. scores: the rewards [n];
+    greedy_scores: those of the greedy responses. gather: numbers of every sample [batch, k] from this replica's [n, k].
+    """
+
+    rows: Tensor
+    group_size: int
+    mask: Tensor
+    old_logprobs: Tensor
+    ref_logprobs: Tensor
+    scores: Tensor
+    values: Tensor | None = None
+    greedy_scores: Tensor | None = None
+    gather: Callable[[Tensor], Tensor]
+
+    @property
+    def kl(self) -> Tensor:
+        """log p - log p_ref of each real token [n, R], whose mean is the KL to the reference."""
+        return (self.old_logprobs - self.ref_logprobs) * self.mask
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signal:
+    """What an algorithm makes of samples, all [n, R] and 0 at padding."""
+
+    rewards: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Algorithm:
+    """advantages: the signal of a replica's samples; collective over its dp group. kl_in_loss: the KL to the reference
+    is a term of the loss and not of the reward."""
+
+    advantages: Callable[[Samples, Ppo], Signal]
+    kl_in_loss: bool = False
+
+
+def response_mask(lengths: Tensor, tokens: int) -> Tensor:
+    """Mask [n, tokens] of responses of the given lengths [n]."""
+    return torch.arange(tokens, device=lengths.device) < lengths[:, None]
+
+
+def token_rewards(samples: Samples, kl_coefficient: float, clip: float) -> Tensor:
+    """Rewards [n, R]: -kl_coefficient (log p - log p_ref) at every token, plus the clipped score at the last."""
+    rewards = -kl_coefficient * samples.kl
+    last = samples.mask.sum(1) - 1
+    rows = (last >= 0).nonzero().squeeze(1)
+    rewards[rows, last[rows]] += samples.scores[rows].clamp(-clip, clip)
+    return rewards
+
+
+def discounted(rewards: Tensor, gamma: float) -> Tensor:
+    """Sums of the rewards [n, R] from each token on, discounted by gamma per token."""
+    sums = torch.zeros_like(rewards)
+    following = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        following = rewards[:, t] + gamma * following
+        sums[:, t] = following
+    return sums
+
+
+def whiten(samples: Samples, values: Tensor) -> Tensor:
+    """Values [n, R] shifted to mean 0 and scaled to variance 1 over the real tokens of the whole batch."""
+    mean, variance = moments(samples.gather(sample_sums(values, samples.mask)))
+    scale: float = (variance + 1e-8) ** -0.5
+    return (values - mean) * scale * samples.mask
+
+
+def sample_sums(values: Tensor, mask: Tensor) -> Tensor:
+    """Per sample: count, sum and sum of squares over real tokens, float64 [n, 3]."""
+    exact = values.double() * mask
+    return torch.stack([mask.sum(1).double(), exact.sum(1), (exact * exact).sum(1)], dim=1)
+
+
+def moments(sums: Tensor) -> tuple[float, float]:
+    """Mean and variance over all tokens, from `sample_sums` of all samples."""
+    count, total, squares = sums.sum(0).tolist()
+    mean = total / max(count, 1.0)
+    return mean, max(squares / max(count, 1.0) - mean * mean, 0.0)
+
+
+def gather_samples(own: Tensor, rows: Tensor, samples: int, group: Any) -> Tensor:
+    """Per-sample numbers of the whole batch [samples, k] from those of this dp rank [n, k].
+
+    Each number is added to zeros only, so that the result is exact and the same under every layout.
+    """
+    whole = own.new_zeros(samples, own.shape[1])
+    whole[rows] = own
+    if group.size() > 1:
+        dist.all_reduce(whole, group=group)
+    return whole

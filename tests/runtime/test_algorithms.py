@@ -1,0 +1,197 @@
+"""The algorithms' arithmetic against sums written out, and against autograd of the textbook formula."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from torch import Tensor
+
+from plans.runfile import Ppo
+from runtime.algorithms import GROUPED, TRAINABLE
+from runtime.algorithms.losses import kl_loss, policy_loss, value_loss
+from runtime.algorithms.ppo import gae
+from runtime.algorithms.samples import Samples, gather_samples, moments, response_mask, sample_sums, token_rewards
+from runtime.algorithms.table import ALGORITHMS
+
+LENGTHS = torch.tensor([5, 1, 3, 0])
+R = 5
+MASK = response_mask(LENGTHS, R)
+
+
+def random(seed: int) -> Tensor:
+    return torch.randn(len(LENGTHS), R, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def samples(**more: Any) -> Samples:
+    """The whole batch on one replica, two samples per prompt."""
+    fields: dict[str, Any] = {
+        "rows": torch.arange(4),
+        "group_size": 2,
+        "mask": MASK,
+        "old_logprobs": random(0),
+        "ref_logprobs": random(1),
+        "scores": torch.tensor([1.0, -20.0, 0.5, 9.0]).double(),
+        "gather": lambda own: own,
+    }
+    return Samples(**fields | more)
+
+
+def test_reward_stands_at_the_last_token() -> None:
+    logprobs, ref = random(0), random(1)
+    rewards = token_rewards(samples(), 0.1, 10.0)
+    expected = -0.1 * (logprobs - ref)
+    expected[0, 4] += 1.0
+    expected[1, 0] -= 10.0
+    expected[2, 2] += 0.5
+    torch.testing.assert_close(rewards, expected * MASK)
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 1.0), (0.99, 0.0)])
+def test_gae_is_the_weighted_sum_of_errors(gamma: float, lam: float) -> None:
+    rewards, values = random(2) * MASK, random(3)
+    result = gae(rewards, values, MASK, gamma, lam)
+    for n, length in enumerate(LENGTHS.tolist()):
+        v = [*values[n, :length].tolist(), 0.0]
+        delta = [float(rewards[n, t]) + gamma * v[t + 1] - v[t] for t in range(length)]
+        for t in range(R):
+            expected = sum((gamma * lam) ** (k - t) * delta[k] for k in range(t, length))
+            assert float(result[n, t]) == pytest.approx(expected)
+
+
+SETTINGS = Ppo(kl_coefficient=0.1, gamma=0.9)
+
+
+def kl_rewards() -> list[float]:
+    """Clipped score less the KL penalty of each sample."""
+    kl = ((random(0) - random(1)) * MASK).sum(1).tolist()
+    # The last sample has no token that could carry its score.
+    return [score - 0.1 * k for score, k in zip([1.0, -10.0, 0.5, 0.0], kl, strict=True)]
+
+
+def test_grpo_compares_with_the_group() -> None:
+    signal = ALGORITHMS["grpo"].advantages(samples(), SETTINGS)
+    for low, high, a, b in [(1, 0, -10.0, 1.0), (3, 2, 0.0, 0.5)]:
+        half = (b - a) / 2  # two samples lie half their distance from the mean, and its square root of 2 is their std
+        expected = half / (half * 2**0.5 + 1e-6)
+        torch.testing.assert_close(signal.advantages[high], expected * MASK[high].double())
+        torch.testing.assert_close(signal.advantages[low], -expected * MASK[low].double())
+    assert float(signal.rewards.sum()) == pytest.approx(1.0 - 10.0 + 0.5), "the KL is not in the reward"
+    assert ALGORITHMS["grpo"].kl_in_loss and not ALGORITHMS["rloo"].kl_in_loss
+
+
+def test_rloo_leaves_the_sample_out() -> None:
+    together = samples(group_size=4)
+    signal, rewards = ALGORITHMS["rloo"].advantages(together, SETTINGS), kl_rewards()
+    for n in range(4):
+        others = [reward for i, reward in enumerate(rewards) if i != n]
+        expected = (rewards[n] - sum(others) / 3) * MASK[n].double()
+        torch.testing.assert_close(signal.advantages[n], expected)
+
+
+def following(n: int, t: int) -> float:
+    """Discounted rewards of a sample from token t on, as REINFORCE++ and ReMax have them."""
+    score, length = [1.0, -10.0, 0.5, 0.0][n], int(LENGTHS[n])
+    kl = (random(0) - random(1))[n].tolist()
+    return sum(0.9 ** (k - t) * (-0.1 * kl[k] + score * (k == length - 1)) for k in range(t, length))
+
+
+def test_reinforce_pp_normalises_over_the_batch() -> None:
+    signal = ALGORITHMS["reinforce++"].advantages(samples(), SETTINGS)
+    returns = torch.tensor([following(n, t) for n in range(4) for t in range(int(LENGTHS[n]))]).double()
+    torch.testing.assert_close(signal.returns[MASK], returns)
+    expected = (returns - returns.mean()) / returns.std(correction=0)
+    torch.testing.assert_close(signal.advantages[MASK], expected)
+    assert not signal.advantages[~MASK].any()
+
+
+def test_remax_compares_with_the_greedy_response() -> None:
+    greedy = torch.tensor([0.5, -30.0, 1.0, 2.0]).double()
+    signal = ALGORITHMS["remax"].advantages(samples(greedy_scores=greedy), SETTINGS)
+    for n in range(4):
+        for t in range(R):
+            expected = following(n, t) - max(float(greedy[n]), -10.0) if MASK[n, t] else 0.0
+            assert float(signal.advantages[n, t]) == pytest.approx(expected)
+
+
+def test_ppo_whitens_over_real_tokens_only() -> None:
+    values = random(4)
+    signal = ALGORITHMS["ppo"].advantages(samples(values=values), SETTINGS)
+    real = signal.advantages[MASK]
+    assert float(real.mean()) == pytest.approx(0, abs=1e-12)
+    assert float(real.var(unbiased=False)) == pytest.approx(1, abs=1e-6)
+    plain = gae(signal.rewards, values, MASK, 0.9, SETTINGS.gae_lambda)
+    torch.testing.assert_close(signal.returns, (plain + values) * MASK)
+    mean, variance = moments(sample_sums(plain, MASK))
+    torch.testing.assert_close(real, (plain[MASK] - mean) / variance**0.5)
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_a_group_may_be_spread(name: str) -> None:
+    whole = ALGORITHMS[name].advantages(samples(), SETTINGS).advantages
+
+    def part() -> Tensor:
+        rows = torch.tensor([[0, 2], [1, 3]])[dist.get_rank()]
+        every = samples()
+        own = samples(
+            rows=rows,
+            **{key: getattr(every, key)[rows] for key in ("mask", "old_logprobs", "ref_logprobs", "scores")},
+            gather=lambda own: gather_samples(own, rows, 4, dist.group.WORLD),
+        )
+        return ALGORITHMS[name].advantages(own, SETTINGS).advantages
+
+    first, second = run_ranks(2, part)
+    assert torch.equal(torch.stack([first, second], 1).view(4, R), whole)
+
+
+def test_every_algorithm_has_a_name() -> None:
+    assert tuple(ALGORITHMS) == TRAINABLE and set(GROUPED) <= set(TRAINABLE)
+
+
+def test_samples_gather_in_their_places() -> None:
+    def gathered() -> list[list[float]]:
+        rows = torch.tensor([[0, 2], [1, 3]])[dist.get_rank()]
+        return gather_samples(rows.double()[:, None] * 10, rows, 4, dist.group.WORLD).tolist()
+
+    assert run_ranks(2, gathered) == [[[0], [10], [20], [30]]] * 2
+
+
+def test_policy_loss_and_its_gradient() -> None:
+    old, advantages = random(5), random(6)
+    logprobs = (old + 0.5 * random(7)).requires_grad_()
+    loss, terms = policy_loss(logprobs, old, advantages, MASK, 0.2, 9.0)
+    loss.backward()
+    for n in range(len(LENGTHS)):
+        for t in range(R):
+            ratio = float((logprobs.detach()[n, t] - old[n, t]).exp())
+            a = float(advantages[n, t])
+            clipped = (a > 0 and ratio > 1.2) or (a < 0 and ratio < 0.8)
+            expected = 0.0 if clipped or not MASK[n, t] else -a * ratio / 9
+            assert float(logprobs.grad[n, t]) == pytest.approx(expected)  # type: ignore[index]
+    assert float(terms["ppo_kl"].detach()) == pytest.approx(float(((old - logprobs.detach()) * MASK).sum()) / 9)
+
+
+def test_kl_loss_estimates_the_kl() -> None:
+    """k3 is unbiased: its mean over samples of p is KL(p, p_ref); and it is 0 only where both agree."""
+    generator = torch.Generator().manual_seed(8)
+    p, ref = (torch.randn(6, generator=generator, dtype=torch.float64).log_softmax(0) for _ in range(2))
+    tokens = torch.multinomial(p.exp(), 200_000, replacement=True, generator=generator)
+    mask = torch.ones(1, len(tokens), dtype=torch.bool)
+    loss, _ = kl_loss(p[tokens][None], ref[tokens][None], mask, len(tokens))
+    assert float(loss) == pytest.approx(float((p.exp() * (p - ref)).sum()), rel=0.02)
+    logprobs = random(0).requires_grad_()
+    kl_loss(logprobs, random(1), MASK, 9.0)[0].backward()
+    expected = (1 - (random(1) - random(0)).exp()) * MASK / 9
+    torch.testing.assert_close(logprobs.grad, expected)
+
+
+def test_value_loss_takes_the_larger_error() -> None:
+    old = torch.zeros(1, 3)
+    values = torch.tensor([[1.0, 0.1, -1.0]])
+    returns = torch.tensor([[2.0, 0.0, -0.5]])
+    loss, terms = value_loss(values, old, returns, torch.ones(1, 3, dtype=torch.bool), 0.2, 3.0)
+    assert float(loss) == pytest.approx(0.5 * (1.8**2 + 0.1**2 + 0.5**2) / 3)
+    assert float(terms["vf_clipfrac"]) == pytest.approx(1 / 3)
