@@ -127,7 +127,7 @@ def _fit_operations(
 
 def _weights(seconds: Array) -> Array:
     """Weights of an operation's points, of norm 1: long ones count for more, since calls consist of them."""
-    weights: Array = (seconds / seconds.max()) ** 0.75
+    weights: Array = (seconds / seconds.max()) ** 0.5
     return weights / np.linalg.norm(weights)
 
 
