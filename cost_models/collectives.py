@@ -8,14 +8,17 @@ time, so a group with `per_node` ranks on a node has that many GPUs' shares. Tim
 
 whose ramp fits NCCL's mid sizes. Inside a node the bandwidth is the link's x (1 - 1/n^2) for n ranks: few ranks keep
 fewer channels busy. Against nccl-tests tables of A100, H100, H200 and B200 (16 KiB to 512 MiB) the mean error is 8 to
-10 %. Bus bandwidth is counted as nccl-tests does (PERFORMANCE.md).
+10 %; engines that go by measured kernels take the tables themselves. Bus bandwidth is counted as nccl-tests does
+(PERFORMANCE.md).
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from cost_models import measured
 from cost_models.candidates import Array, Flags
+from cost_models.distinct import on_distinct
 from cost_models.machine import Machine
 
 
@@ -36,21 +39,41 @@ def _wire(
     return np.where(size > 1, latency + sent / bandwidth * ramp, 0.0)
 
 
+def _measured_inside(
+    machine: Machine, operation: str, message: Array, size: Array, per_node: Array, analytic: Array
+) -> Array:
+    """The measured seconds, in place, where the engine goes by kernel tables and the group is inside a node."""
+    if machine.kernels is None or f"{operation}_node" not in machine.kernels.entries:
+        return analytic
+    message, size, per_node = np.broadcast_arrays(message, size, per_node)
+    inside = (size == per_node) & np.isin(size, measured.RANKS)
+
+    def seconds(message: Array, size: Array) -> Array:
+        return measured.collective(machine, operation, message, size).value
+
+    if inside.any():
+        analytic[inside] = on_distinct(seconds, message[inside], size[inside])
+    return analytic
+
+
 def all_reduce(machine: Machine, message: Array, size: Array, per_node: Array) -> Array:
     """Seconds to sum `message` bytes over a group; every rank ends with the sum."""
-    return _wire(machine, 2.0 * (size - 1) / size * message, message, size, per_node, 2.0)
+    analytic = _wire(machine, 2.0 * (size - 1) / size * message, message, size, per_node, 2.0)
+    return _measured_inside(machine, "all_reduce", message, size, per_node, analytic)
 
 
 def all_gather(machine: Machine, message: Array, size: Array, per_node: Array) -> Array:
     """Seconds to gather `message` bytes in all, message / size from each rank."""
     share = machine.engine.all_gather_efficiency
-    return _wire(machine, (size - 1) / size * message, message, size, per_node, 1.0, share)
+    analytic = _wire(machine, (size - 1) / size * message, message, size, per_node, 1.0, share)
+    return _measured_inside(machine, "all_gather", message, size, per_node, analytic)
 
 
 def reduce_scatter(machine: Machine, message: Array, size: Array, per_node: Array) -> Array:
     """Seconds to sum `message` bytes and leave message / size on each rank; the mirror of all-gather."""
     share = machine.engine.reduce_scatter_efficiency
-    return _wire(machine, (size - 1) / size * message, message, size, per_node, 1.0, share)
+    analytic = _wire(machine, (size - 1) / size * message, message, size, per_node, 1.0, share)
+    return _measured_inside(machine, "reduce_scatter", message, size, per_node, analytic)
 
 
 def all_to_all(machine: Machine, message: Array, size: Array, per_node: Array) -> Array:

@@ -22,10 +22,17 @@ DEFAULT_ENGINE = "megatron"
 class Engine:
     """Constants of one engine on one GPU kind in one precision. Fractions are of vendor peaks.
 
+    Measured kernels
+      measured_kernels: GEMM, fused attention, the reading of the KV cache and collectives inside a node take their time
+        from the GPU's kernel table (`kernels`) where it has them; the efficiencies below answer elsewhere.
+      throttle: seconds that a stream of matrix kernels takes beyond measured ones that run alone, per second of its
+        FLOPs at vendor peak (clocks under the power limit, caches shared with neighbours).
+
     Arithmetic
       gemm_efficiency: share of peak matrix throughput that a large GEMM sustains.
       gemm_half_extent: m, n or k at which a GEMM's efficiency falls to half, elements (tiles that are not full).
-      backward_gemm_ratio: time of dgrad and wgrad together over that of the forward GEMM.
+      backward_gemm_ratio: time of dgrad and wgrad together over that of the forward GEMM. With measured kernels their
+        shapes are looked up, and half of this ratio multiplies the two.
       attention_efficiency: share of peak of the attention core, forward.
       attention_backward_ratio: its backward over its forward time (fused: 2.5 times the FLOPs, at a lower rate).
       flash_attention: fused causal kernel; otherwise scores are materialised and nothing is saved by causality.
@@ -67,6 +74,8 @@ class Engine:
     """
 
     name: str = DEFAULT_ENGINE
+    measured_kernels: bool = False
+    throttle: float = 0.0
     gemm_efficiency: float = 0.75
     gemm_half_extent: float = 64.0
     backward_gemm_ratio: float = 2.0

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cost_models import collectives, operations
+from cost_models import collectives, measured, operations
 from cost_models.candidates import Array, Candidates
+from cost_models.distinct import distinct
 from cost_models.inference import ForwardPass, forward_terms
 from cost_models.layer import expert_parallel
 from cost_models.machine import Machine
@@ -103,32 +104,45 @@ def decode_step(
     c, engine = candidates, machine.engine
     rows = np.maximum(sequences / (c.dp * c.groups), 1.0)
     layers, last_layers = stage_layers(spec, c.pp)
-    parts = {
-        "decode_linears": operations.attention_linears(machine, spec, rows, c.tp)
-        + operations.mlp_linears(machine, spec, rows, c.tp, c.ep),
-        "decode_attention": decode_attention(machine, spec, c, rows, length),
-        "decode_tensor_parallel": decode_all_reduce(machine, spec, c, rows) + expert_parallel(machine, spec, c, rows),
-        "decode_kernels": np.full_like(rows, engine.decode_layer_s),
-    }
+    lengths = np.broadcast_to(np.asarray(length, dtype=np.float64), rows.shape)
+    first, inverse = distinct(rows, lengths, c.tp, c.ep, c.gpus_per_node)
+    each = _decode_parts(machine, spec, c.take(first), rows[first], lengths[first])
+    spread = {name: seconds[inverse] for name, seconds in each.items()}
+    logits = spread.pop("head")
+    parts = spread | {"decode_kernels": np.full_like(rows, engine.decode_layer_s)}
     layer = sum(parts.values(), np.zeros_like(rows))
     parts["decode_host"] = np.maximum(engine.host_decode_layer_s - layer, 0.0)
     turns = np.maximum(c.groups, c.pp) * layers
     terms = {name: seconds * turns for name, seconds in parts.items()}
     short = (layers - last_layers) * np.maximum(layer, engine.host_decode_layer_s)
-    head = operations.head(machine, spec, rows, c.tp) + engine.decode_step_s + rows * engine.decode_row_s
+    head = logits + engine.decode_step_s + rows * engine.decode_row_s
     steady = np.where(c.groups >= c.pp, np.maximum(head - short, 0.0), head - short)
     terms["decode_head"] = steady * np.where(c.groups >= c.pp, c.groups, 1.0)
     terms["decode_p2p"] = decode_sends(machine, spec, c, rows)
     return terms
 
 
-def decode_attention(
-    machine: Machine, spec: ModelSpec, candidates: Candidates, rows: Array, length: Array | float
-) -> Array:
+def _decode_parts(
+    machine: Machine, spec: ModelSpec, candidates: Candidates, rows: Array, length: Array
+) -> dict[str, Array]:
+    """Seconds of one layer's parts, and of the head."""
+    c = candidates
+    return {
+        "decode_linears": operations.linears(machine, spec, rows, c.tp, c.ep)[0],
+        "decode_attention": decode_attention(machine, spec, c, rows, length),
+        "decode_tensor_parallel": decode_all_reduce(machine, spec, c, rows) + expert_parallel(machine, spec, c, rows),
+        "head": operations.head(machine, spec, rows, c.tp),
+    }
+
+
+def decode_attention(machine: Machine, spec: ModelSpec, candidates: Candidates, rows: Array, length: Array) -> Array:
     """Seconds to read the keys and values of one layer: rows x length x 2 x kv_heads / tp x head_dim elements."""
-    width = 2.0 * spec.head_dim * np.maximum(spec.kv_heads / candidates.tp, 1.0)
+    kv_heads = np.maximum(spec.kv_heads / candidates.tp, 1.0)
+    if machine.kernels is not None:
+        return measured.decode_attention(machine, spec.head_dim, rows, length, kv_heads).value
     bandwidth = 1e9 * machine.cluster.gpu.hbm_gbps * machine.engine.kv_efficiency
-    return rows * width * (length * machine.element_bytes / bandwidth)
+    seconds: Array = rows * (2.0 * spec.head_dim * kv_heads) * (length * machine.element_bytes / bandwidth)
+    return seconds
 
 
 def decode_all_reduce(machine: Machine, spec: ModelSpec, candidates: Candidates, rows: Array) -> Array:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cost_models import collectives, operations
 from cost_models.candidates import Array, Candidates
+from cost_models.distinct import distinct
 from cost_models.machine import Machine
 from plans.model import ModelSpec
 
 
 @dataclass(frozen=True, eq=False)
 class LayerTime:
-    """Forward seconds of one layer, arrays [candidates]; communication is what is not hidden."""
+    """Forward seconds of one layer, arrays [candidates], and the backward ones of its GEMMs; communication is what is
+    not hidden."""
 
     linears: Array
+    linears_backward: Array
     attention: Array
     streaming: Array
     tensor_parallel: Array
@@ -30,16 +34,30 @@ class LayerTime:
         compute = self.linears + self.attention + self.streaming
         return compute + self.tensor_parallel + self.context_parallel + self.expert_parallel + self.gaps
 
+    def take(self, indices: NDArray[np.intp]) -> LayerTime:
+        """The candidates at `indices`, in that order."""
+        return LayerTime(**{f.name: getattr(self, f.name)[indices] for f in fields(self)})
+
 
 def forward_layer(
     machine: Machine, spec: ModelSpec, candidates: Candidates, tokens: Array, length: Array | float
 ) -> LayerTime:
-    """Forward time of a layer on `tokens` tokens of one rank (already divided by cp) in sequences of `length`."""
+    """Forward time of a layer on `tokens` tokens of one rank (already divided by cp) in sequences of `length`.
+
+    Few candidates differ in what a layer sees: each such case is costed once.
+    """
+    c, lengths = candidates, np.broadcast_to(np.asarray(length, dtype=np.float64), tokens.shape)
+    first, inverse = distinct(tokens, lengths, c.tp, c.cp, c.ep, c.nodes, c.gpus_per_node, c.sequence_parallel)
+    return _layer_time(machine, spec, c.take(first), tokens[first], lengths[first]).take(inverse)
+
+
+def _layer_time(machine: Machine, spec: ModelSpec, candidates: Candidates, tokens: Array, length: Array) -> LayerTime:
     c = candidates
-    attention = operations.attention_core(machine, spec, tokens, np.asarray(length, dtype=np.float64), c.tp, c.cp)
-    linears = operations.attention_linears(machine, spec, tokens, c.tp)
+    attention = operations.attention_core(machine, spec, tokens, length, c.tp, c.cp)
+    linears, linears_backward = operations.linears(machine, spec, tokens, c.tp, c.ep)
     return LayerTime(
-        linears=linears + operations.mlp_linears(machine, spec, tokens, c.tp, c.ep),
+        linears=linears,
+        linears_backward=linears_backward,
         attention=attention,
         streaming=operations.streaming(machine, spec, tokens, c.tp, c.sequence_parallel),
         tensor_parallel=tensor_parallel(machine, spec, c, tokens),
@@ -57,7 +75,11 @@ def tensor_parallel(machine: Machine, spec: ModelSpec, candidates: Candidates, t
     """
     c = candidates
     message = tokens * float(spec.hidden * machine.element_bytes)
-    seconds = 2.0 * collectives.all_reduce(machine, message, c.tp, c.ranks_per_node(np.ones_like(c.tp), c.tp))
+    group = c.tp, c.ranks_per_node(np.ones_like(c.tp), c.tp)
+    seconds = 2.0 * collectives.all_reduce(machine, message, *group)
+    if machine.kernels is not None:
+        cut = collectives.reduce_scatter(machine, message, *group) + collectives.all_gather(machine, message, *group)
+        return np.where(c.sequence_parallel, 2.0 * cut, seconds) * (1.0 - machine.engine.tensor_overlap)
     halves = 0.5 / machine.engine.reduce_scatter_efficiency + 0.5 / machine.engine.all_gather_efficiency
     return seconds * np.where(c.sequence_parallel, halves, 1.0) * (1.0 - machine.engine.tensor_overlap)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cost_models.engines import Engine
+from cost_models.kernels import kernel_table
+from cost_models.tables import CostTable
 from plans.cluster import ClusterSpec
 from plans.workload import DTYPE_BYTES
 
@@ -21,6 +23,11 @@ class Machine:
     def element_bytes(self) -> int:
         """Bytes of one weight or activation."""
         return DTYPE_BYTES[self.dtype]
+
+    @property
+    def kernels(self) -> CostTable | None:
+        """The GPU's measured kernels, where the engine goes by them: they are of two-byte precisions."""
+        return kernel_table(self.cluster.gpu.name) if self.engine.measured_kernels and self.dtype != "fp32" else None
 
     @property
     def peak_flops(self) -> float:

@@ -87,7 +87,7 @@ def _slot(machine: Machine, step: TrainingStep, candidates: Candidates) -> _Slot
     backward = backward_time(machine, layer)
     layers, last_layers = stage_layers(spec, c.pp)
     terms = {
-        "linears": layer.linears * (1.0 + machine.engine.backward_gemm_ratio),
+        "linears": layer.linears + layer.linears_backward,
         "attention": layer.attention * (1.0 + machine.engine.attention_backward_ratio),
         "streaming": layer.streaming * 3.0,
         "recompute": recompute,
@@ -111,7 +111,7 @@ def backward_time(machine: Machine, layer: LayerTime) -> Array:
     """Backward seconds of a layer: two GEMMs for each, the attention core's ratio, twice the streamed bytes, and the
     same communication as forward."""
     return (
-        layer.linears * machine.engine.backward_gemm_ratio
+        layer.linears_backward
         + layer.attention * machine.engine.attention_backward_ratio
         + layer.streaming * 2.0
         + layer.tensor_parallel
@@ -142,8 +142,9 @@ def host_wait(machine: Machine, forward: Array, backward: Array, recompute: Arra
 
 def head_and_loss(machine: Machine, spec: ModelSpec, tokens: Array, candidates: Candidates) -> Array:
     """Seconds of the head's three GEMMs and the loss on one micro-batch."""
-    gemms = operations.head(machine, spec, tokens, candidates.tp) * (1.0 + machine.engine.backward_gemm_ratio)
-    loss = operations.loss(machine, spec, tokens, candidates.tp)
+    tp = candidates.tp
+    gemms = operations.head(machine, spec, tokens, tp) + operations.head_backward(machine, spec, tokens, tp)
+    loss = operations.loss(machine, spec, tokens, tp)
     return gemms + loss * (1.0 + machine.engine.loss_backward_ratio)
 
 
