@@ -46,8 +46,10 @@ def _run(path: Path, overrides: list[str], run_path: Path | None, dry_run: bool,
     from runtime.describe import batch_words, program_words
     from runtime.entry import prepare_ranks
     from runtime.preflight import check_devices, check_estimate, check_packages, check_weights, legal_plan, read_run
+    from runtime.slurm import rank_variables
     from runtime.support import check_supported
 
+    os.environ.update(rank_variables(os.environ))
     plan = legal_plan(path)
     if not allow_stale:
         check_estimate(plan, path)

@@ -24,7 +24,6 @@ SEVEN_CALLS = (
 )  # fmt: skip
 
 CRITIC_FREE = ("actor_generate", "ref_infer", "actor_train")
-REMAX = ("actor_generate", "actor_greedy", "ref_infer", "actor_train")
 
 Place = str | tuple[str, str] | tuple[str, str, Mapping[str, Any]]
 

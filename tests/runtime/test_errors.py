@@ -12,20 +12,24 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import plan_cases
 import pytest
 import yaml
-from plan_cases import TINY, tiny_plan, tiny_run
+from plan_cases import CRITIC_FREE, TINY, tiny_plan, tiny_run
 
 from plans.codec import save_plan
 from plans.errors import RealplanError
 from plans.huggingface import spec_from_folder
 from plans.library import load_cluster
+from plans.model import Head, Position
 from plans.plan import Estimate, ExecutionPlan
 from plans.timeline import load_timeline
 from runtime import preflight
 from runtime.records import Status, read_status
+from runtime.slurm import first_host, rank_variables
+from runtime.support import check_supported
 
 DISJOINT = {
     "actor_generate": "d2 t1 p1",
@@ -70,6 +74,63 @@ def test_weights_of_another_model(tmp_path: Path) -> None:
     models = {"actor": spec, "ref": spec, "critic": spec.with_value_head()}
     said = fails(arguments(tmp_path, plan=replace(PLAN, workload=replace(PLAN.workload, models=models))))
     assert "do not fit `actor`: ffn is 352 there and 256 in the plan" in said
+
+
+def test_an_algorithm_that_is_not_trained(tmp_path: Path) -> None:
+    plan = tiny_plan(1, "d1 t1 p1", algorithm="dpo", order=("ref_infer", "actor_train"))
+    said = fails(arguments(tmp_path, plan=plan))
+    assert "does not train `dpo`" in said and "ppo, grpo, rloo, remax, reinforce++" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("change", "rule", "hint"), [
+    ({"group_size": 1}, "grpo compares the samples of one prompt, and the plan's group_size is 1", "2 or more"),
+    ({"dtype": "fp16"}, "dtype fp16 needs loss scaling", "bf16 or fp32"),
+    ({"experts": 4}, "4 experts", "dense"),
+    ({"position": Position.ALIBI}, "position encoding `alibi`", "rotary"),
+    ({"activation": "relu2"}, "activation `relu2`", "silu"),
+    ({"norms_per_layer": 4}, "4 norms per layer", "2 norms"),
+    ({"head": Head.VALUE}, "a value head tied to its embedding", "tied_embeddings"),
+])  # fmt: skip
+def test_what_cannot_run_is_refused(change: dict[str, Any], rule: str, hint: str) -> None:
+    plan = tiny_plan(1, "d1 t1 p1", algorithm="grpo", order=CRITIC_FREE, batch_size=2, group_size=4)
+    workload = plan.workload
+    check_supported(plan)
+    if change.keys() & {"group_size", "dtype"}:
+        workload = replace(workload, **change)
+    else:
+        workload = replace(workload, models={**workload.models, "actor": replace(workload.models["actor"], **change)})
+    with pytest.raises(RealplanError) as raised:
+        check_supported(replace(plan, workload=workload))
+    assert rule in raised.value.message and hint in raised.value.hint
+
+
+def test_context_parallelism_is_refused() -> None:
+    plan = tiny_plan(2, {"actor_generate": "d2 t1 p1", "ref_infer": "d1 t1 p1 c2", "actor_train": "d2 t1 p1"},
+                     algorithm="rloo", order=CRITIC_FREE, batch_size=4, group_size=2)  # fmt: skip
+    with pytest.raises(RealplanError, match="ref_infer: model `tiny-llama` has context parallel degree 2") as raised:
+        check_supported(plan)
+    assert "leave out `c`" in raised.value.hint
+
+
+SRUN = {
+    "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8", "SLURM_JOB_ID": "4711",
+    "SLURM_STEP_ID": "2", "SLURM_JOB_NODELIST": "gpu[017-019,033]", "SLURM_STEP_NODELIST": "gpu[018-019]",
+}  # fmt: skip
+
+
+def test_ranks_of_srun() -> None:
+    found = rank_variables(SRUN)
+    assert (found["RANK"], found["LOCAL_RANK"], found["WORLD_SIZE"], found["MASTER_ADDR"]) == ("5", "1", "8", "gpu018")
+    assert 1024 < int(found["MASTER_PORT"]) < 2**16
+    assert rank_variables(SRUN | {"SLURM_PROCID": "0"})["MASTER_PORT"] == found["MASTER_PORT"]
+    assert "MASTER_PORT" not in rank_variables(SRUN | {"MASTER_PORT": "29500"})
+    assert rank_variables(SRUN | {"RANK": "0"}) == {}, "torchrun has said"
+    batch_script = {name: value for name, value in SRUN.items() if not name.startswith("SLURM_STEP")}
+    assert rank_variables(batch_script) == {}, "the script starts the ranks itself"
+    assert [first_host(nodes) for nodes in ("a1", "a1,b2", "a[3,5],b2", "r[1-2]n[04-07]-ib")] == [
+        "a1", "a1", "a3", "r1n04-ib",
+    ]  # fmt: skip
 
 
 def test_too_few_devices(tmp_path: Path) -> None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from plan_cases import CRITIC_FREE, REMAX, SEVEN_CALLS, TINY, Place, tiny_plan, tiny_run
+from plan_cases import SEVEN_CALLS, TINY, Place, tiny_plan, tiny_run
 from ranks import run_ranks
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from plans.algorithms import algorithm_graph
 from plans.plan import ExecutionPlan
 from plans.program import compile_program
 from plans.runfile import RunFile
@@ -151,19 +153,26 @@ def test_same_tokens_and_losses(name: str, alone: Outcome, tmp_path: Path) -> No
     compare(execute(PLANS[name], tiny_run(tmp_path), tmp_path), alone, samples=3 * 8)
 
 
-@pytest.mark.parametrize(("algorithm", "order", "sizes"), [
-    ("grpo", CRITIC_FREE, {"batch_size": 2, "group_size": 4}),
-    ("remax", REMAX, {}),
+@pytest.mark.parametrize(("algorithm", "layouts", "sizes"), [
+    ("grpo", CRITIC_FREE_LAYOUTS, {"batch_size": 2, "group_size": 4}),
+    ("rloo", ["dp2"], {"batch_size": 2, "group_size": 4}),
+    ("reinforce++", ["dp2"], {}),
+    ("remax", CRITIC_FREE_LAYOUTS, {}),
+    ("remax", ["dp2"], {"reward_model": True}),
 ])  # fmt: skip
-def test_critic_free_algorithms(algorithm: str, order: tuple[str, ...], sizes: dict[str, int], tmp_path: Path) -> None:
+def test_critic_free_algorithms(algorithm: str, layouts: Sequence[str], sizes: dict[str, Any], tmp_path: Path) -> None:
     def outcome(name: str, gpus: int, places: str | dict[str, Place]) -> Outcome:
+        graph = algorithm_graph(algorithm, reward_seconds_per_sample=None if "reward_model" in sizes else 0.0,
+                                recompute_logprobs="reward_model" in sizes)  # fmt: skip
+        order = [call.name for call in graph.model_calls]
         plan = tiny_plan(gpus, places, algorithm=algorithm, order=order, **sizes)
-        return execute(plan, tiny_run(tmp_path / name, iterations=2), tmp_path / name)
+        run = tiny_run(tmp_path / name, iterations=2, weights={"actor": str(TINY), "reward": "random"})
+        return execute(plan, run, tmp_path / name)
 
     wanted = outcome("alone", 1, "d1 t1 p1")
     assert wanted[0][0]["actor/grad_norm"] > 0 and wanted[0][0]["critic/advantages/max"] > 0
-    for name, (gpus, places) in CRITIC_FREE_LAYOUTS.items():
-        compare(outcome(name, gpus, places), wanted, samples=2 * 8)
+    for name in layouts:
+        compare(outcome(name, *CRITIC_FREE_LAYOUTS[name]), wanted, samples=2 * 8)
 
 
 def test_reward_model_groups_and_recomputed_logprobs(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from plans.algorithms import algorithm_graph
-from plans.batches import rank_rows
+from plans.batches import batch_transfer, consumers, rank_rows
 from plans.cluster import parse_mesh
 from plans.library import load_cluster
 from plans.model import ModelSpec
@@ -83,3 +83,20 @@ def transfers() -> None:
 
 def test_rows_reach_the_ranks_that_need_them() -> None:
     run_ranks(4, transfers)
+
+
+def test_rows_are_sent_once_and_nothing_is_missing() -> None:
+    p = plan()
+    graph = p.workload.graph
+    for producer in ("actor_generate", "reward", "ref_infer", "critic_infer"):
+        made = rank_rows(p, producer)
+        held = {(rank, key, row) for rank, rows in made.items() for key in graph.call(producer).outputs for row in rows}
+        for consumer in consumers(p, producer):
+            for message in batch_transfer(p, producer, consumer):
+                for key in message.keys:
+                    for row in message.rows:
+                        assert row in made[message.source] and (message.target, key, row) not in held
+                        held.add((message.target, key, row))
+            keys = set(graph.call(consumer).inputs) & set(graph.call(producer).outputs)
+            wanted = {(r, key, row) for r, rows in rank_rows(p, consumer).items() for key in keys for row in rows}
+            assert wanted <= held
