@@ -130,12 +130,16 @@ def _row_terms(row: Mapping[str, Any]) -> MemoryTerms:
         recompute=recompute,
         sequence_parallel=bool(row.get("seq_parallel")),
         zero=row.get("zero") or 0,
-        precision=row["precision"],
+        precision=str(row.get("precision") or "of the row (not published)"),
         flash=row.get("attention") != "unfused",
         dropout=_megatron_defaults(row),
     )
-    if row["model"] in LATENT_MODELS:
-        return latent_training_terms(LATENT_MODELS[row["model"]], row["arch"]["layers"], case, row_engine(row))
+    model = str(row.get("model") or "")
+    if model in LATENT_MODELS:
+        layers = (row.get("arch") or {}).get("layers")
+        if not layers:
+            raise SpecError("not published: layers of the model")
+        return latent_training_terms(LATENT_MODELS[model], layers, case, row_engine(row))
     return training_terms(row_spec(row), case, row_engine(row))
 
 
@@ -153,13 +157,13 @@ def row_engine(row: Mapping[str, Any]) -> MemoryEngine:
 
 def row_spec(row: Mapping[str, Any]) -> ModelSpec:
     """The architecture of a row; Megatron's own test models are GPT-3 blocks where it does not say otherwise."""
-    arch = row["arch"]
+    arch = row.get("arch") or {}
     missing = [key for key in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab") if not arch.get(key)]
     if missing:
         raise SpecError(f"not published: {', '.join(missing)} of the model")
     gpt3 = _megatron_defaults(row) and not arch.get("gated_mlp")
     return ModelSpec(
-        name=row["model"],
+        name=str(row.get("model") or row["id"]),
         layers=arch["layers"],
         hidden=arch["hidden"],
         heads=arch["heads"],

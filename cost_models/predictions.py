@@ -71,6 +71,8 @@ def iteration_s(row: Row) -> float:
     """Seconds of a PPO iteration of `real-heuristic`: six calls in turn on all GPUs, TP in the node, PP over nodes."""
     if row.get("plan") != "real-heuristic":
         raise Unpredictable(f"plan `{row.get('plan')}` is not a known layout")
+    if set(row.get("models") or ()) < {"actor", "ref", "critic", "reward"}:
+        raise Unpredictable("models must name actor, ref, critic and reward")
     nodes = whole(row, "gpus") // whole(row, "gpus_per_node", 8)
     cluster = load_cluster(PPO_GPU, gpus=whole(row, "gpus"), gpus_per_node=whole(row, "gpus_per_node", 8))
     workload = _ppo_workload(row)

@@ -17,6 +17,7 @@ from typing import Any
 from cost_models.candidates import Candidates
 from cost_models.engines import Engine, load_engine
 from cost_models.machine import Machine
+from cost_models.row_schema import is_number
 from plans.cluster import ClusterSpec, DeviceMesh
 from plans.errors import SpecError
 from plans.library import load_cluster, load_model, model_names
@@ -59,19 +60,40 @@ def library_files() -> list[Path]:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Rows of a measurements file: `{"rows": [{"id", "measured", ...}]}` or a bare list of rows."""
+    """Rows of a measurements file: `{"rows": [{"id", "measured", ...}]}` or a bare list of rows (`row_schema`)."""
     try:
         document = json.loads(path.read_text())
+    except OSError as error:
+        raise SpecError(
+            f"{path}: cannot be read: {error.strerror}", "a file of measurements, or none: the shipped"
+        ) from None
+    except UnicodeDecodeError:
+        raise SpecError(f"{path}: not a text file", FORM) from None
     except json.JSONDecodeError as error:
-        raise SpecError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from error
+        raise SpecError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}", FORM) from None
     rows = document.get("rows") if isinstance(document, dict) else document
     if not isinstance(rows, list):
-        raise SpecError(f"{path}: no list of rows", 'the form {"rows": [{"id": ..., "measured": {...}}, ...]}')
+        raise SpecError(f"{path}: rows: there is no list of rows", FORM)
     for index, row in enumerate(rows):
-        for key in ("id", "measured"):
-            if not isinstance(row, dict) or key not in row:
-                raise SpecError(f"{path}: row {index} has no `{key}`")
+        _check_row(row, f"{path}: rows[{index}]")
     return rows
+
+
+FORM = 'the form is {"rows": [{"id": ..., "measured": {...}, ...}, ...]}'
+
+
+def _check_row(row: Any, where: str) -> None:
+    """What makes a row one at all; the rest makes it unpredictable at worst."""
+    if not isinstance(row, dict):
+        raise SpecError(f"{where}: {type(row).__name__} where an object must stand", FORM)
+    for key in ("id", "measured"):
+        if key not in row:
+            raise SpecError(f"{where}: there is no `{key}`", FORM)
+    if not isinstance(row["id"], str) or not row["id"]:
+        raise SpecError(f"{where}: id: {row['id']!r} must be a text that is not empty")
+    if not isinstance(row["measured"], dict):
+        kind = type(row["measured"]).__name__
+        raise SpecError(f"{where} ({row['id']}): measured: {kind} where an object must stand", '{"step_time_s": 1.5}')
 
 
 def number(row: Row, key: str) -> float:
@@ -79,7 +101,7 @@ def number(row: Row, key: str) -> float:
     value = row.get(key)
     if value is None:
         raise Unpredictable(f"{key} is not published")
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+    if not is_number(value) or not value > 0:
         raise Unpredictable(f"{key} is {value!r}; it must be a positive number")
     return float(value)
 
@@ -127,11 +149,11 @@ def row_spec(row: Row) -> ModelSpec:
 def row_cluster(row: Row) -> ClusterSpec:
     """The cluster of a row: the catalogue's, with the network that the row states ("800 Gb/s per node")."""
     name = str(row.get("gpu"))
-    if name not in GPU_NAMES:
-        raise Unpredictable(f"GPU `{name}` is not in the catalogue")
-    gpus, per_node = whole(row, "gpus"), whole(row, "gpus_per_node", 8)
+    if name not in GPU_NAMES and name not in GPU_NAMES.values():
+        raise Unpredictable(f"gpu is `{name}`, which is not in the catalogue (`realplan clusters`)")
+    gpus, per_node = row_gpus(row), whole(row, "gpus_per_node", 8)
     per_node = min(per_node, gpus)
-    cluster = load_cluster(GPU_NAMES[name], gpus=-(-gpus // per_node) * per_node, gpus_per_node=per_node)
+    cluster = load_cluster(GPU_NAMES.get(name, name), gpus=-(-gpus // per_node) * per_node, gpus_per_node=per_node)
     stated = re.search(r"(\d+) Gb/s per node", str(row.get("notes") or ""))
     if not stated:
         return cluster
@@ -144,17 +166,27 @@ def row_cluster(row: Row) -> ClusterSpec:
     )
 
 
+def row_gpus(row: Row) -> int:
+    """All GPUs of a row: as published, or the product of its degrees."""
+    if row.get("gpus") is None and row.get("dp") is None:
+        raise Unpredictable("gpus is not published")
+    product = whole(row, "tp", 1) * whole(row, "pp", 1) * whole(row, "cp", 1) * whole(row, "dp", 1)
+    return whole(row, "gpus", product)
+
+
 def row_dtype(row: Row) -> str:
     """The precision of a row."""
-    precision = str(row.get("precision"))
+    precision = row.get("precision")
+    if precision is None:
+        raise Unpredictable("precision is not published")
     if precision not in DTYPE_BYTES:
         raise Unpredictable(f"precision `{precision}` is not modelled")
-    return precision
+    return str(precision)
 
 
 def train_engine_name(row: Row) -> str:
     """The engine of a training row."""
-    key = (str(row.get("engine")), str(row.get("attention", "flash")))
+    key = (str(row.get("engine") or "megatron"), str(row.get("attention") or "flash"))
     if key not in TRAIN_ENGINES:
         raise Unpredictable(f"engine `{key[0]}` with {key[1]} attention is not modelled")
     return TRAIN_ENGINES[key]
@@ -162,13 +194,13 @@ def train_engine_name(row: Row) -> str:
 
 def inference_engine_name(row: Row) -> str:
     """The engine of an inference row: by its host, TensorRT-LLM and TurboMind by name."""
-    if row.get("mode", "static") != "static":
+    if (row.get("mode") or "static") != "static":
         raise Unpredictable("continuous batching at maximal load: queueing is not modelled")
     if str(row.get("engine")).startswith("TensorRT-LLM"):
         return "trt-llm"
     if "TurboMind" in str(row.get("engine")):
         return "turbomind"
-    host = str(row.get("host"))
+    host = str(row.get("host") or "eager")
     if host not in HOST_ENGINES:
         raise Unpredictable(f"host `{host}` (serving stack in the path) is not modelled")
     return HOST_ENGINES[host]
@@ -187,7 +219,7 @@ def row_engine(name: str, cluster: ClusterSpec, dtype: str) -> Engine:
 
 def row_mesh(row: Row, cluster: ClusterSpec) -> DeviceMesh:
     """All GPUs of a row."""
-    gpus = whole(row, "gpus")
+    gpus = row_gpus(row)
     return DeviceMesh(
         first_node=0, nodes=cluster.nodes, first_gpu=0, gpus=cluster.gpus_per_node if cluster.nodes > 1 else gpus
     )
@@ -196,7 +228,7 @@ def row_mesh(row: Row, cluster: ClusterSpec) -> DeviceMesh:
 def train_candidates(row: Row, cluster: ClusterSpec) -> Candidates:
     """The layout of a training row; what is not published takes the engine's usual setting."""
     tp, pp, cp = (whole(row, key, 1) for key in ("tp", "pp", "cp"))
-    dp = whole(row, "dp", whole(row, "gpus") // (tp * pp * cp))
+    dp = whole(row, "dp", row_gpus(row) // (tp * pp * cp))
     per_rank = number(row, "gbs") / (dp * number(row, "mbs"))
     modern = train_engine_name(row) == "megatron-te"
     recompute = str(row.get("recompute") or "none")

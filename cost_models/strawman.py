@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from cost_models.published import Row, number, row_cluster, row_spec, whole
+from cost_models.published import Row, number, row_cluster, row_gpus, row_spec, whole
 from plans.library import load_model
 from plans.model import ModelSpec
 
@@ -22,7 +22,7 @@ def naive_cost(row: Row, quantity: str) -> float:
     batch, prompt = number(row, "batch"), number(row, "input_len")
     decoded = {"prefill_ms": 0.0, "decode_ms_per_token": 1.0}.get(quantity, number(row, "output_len") - 1)
     tokens = batch * (decoded + (prompt if quantity != "decode_ms_per_token" else 0.0))
-    return forward_flops(spec, tokens, prompt) / (whole(row, "gpus") * cluster.gpu.bf16_tflops)
+    return forward_flops(spec, tokens, prompt) / (row_gpus(row) * cluster.gpu.bf16_tflops)
 
 
 def forward_flops(spec: ModelSpec, tokens: float, length: float) -> float:
@@ -38,11 +38,11 @@ def _training(row: Row) -> float:
     tokens = number(row, "gbs") * number(row, "seq_len")
     passes = 4.0 if row.get("recompute") == "full" else 3.0
     pp, vpp = whole(row, "pp", 1), whole(row, "vpp", 1)
-    dp = whole(row, "dp", whole(row, "gpus") // (whole(row, "tp", 1) * pp * whole(row, "cp", 1)))
+    dp = whole(row, "dp", row_gpus(row) // (whole(row, "tp", 1) * pp * whole(row, "cp", 1)))
     slots = number(row, "gbs") / (dp * number(row, "mbs"))
     flops = passes * forward_flops(row_spec(row), tokens, number(row, "seq_len"))
     peak = row_cluster(row).gpu.bf16_tflops
-    return flops / (whole(row, "gpus") * peak) * (1.0 + (pp - 1) / (vpp * slots))
+    return flops / (row_gpus(row) * peak) * (1.0 + (pp - 1) / (vpp * slots))
 
 
 def _iteration(row: Row) -> float:
@@ -50,7 +50,7 @@ def _iteration(row: Row) -> float:
     length = number(row, "prompt_tokens") + number(row, "response_tokens")
     tokens = number(row, "batch_size") * length
     passes = {"actor": 1.0 + 4.0, "critic": 1.0 + 4.0, "ref": 1.0, "reward": 1.0}
-    return sum(passes[r] * forward_flops(m, tokens, length) for r, m in models.items()) / whole(row, "gpus")
+    return sum(passes[r] * forward_flops(m, tokens, length) for r, m in models.items()) / row_gpus(row)
 
 
 def fitted(costs: Sequence[float], measured: Sequence[float]) -> NDArray[np.float64]:

@@ -38,7 +38,7 @@ def _row_document(row: RowResult) -> dict[str, Any]:
         "source": "analytic",
     }
     if row.predicted is None:
-        return document | {"source": None, "reason": row.reason}
+        return document | {"measured": row.measured or None, "reason": row.reason}
     return document | {"error": row.error, "counted": row.counted}
 
 
