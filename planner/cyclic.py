@@ -16,17 +16,16 @@ Relaxations; each can only let in more plans, so an infeasible model is a proof:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-import networkx as nx
 import numpy as np
 from ortools.sat.python import cp_model
 
-from planner.problem import Problem
+from planner.problem import FloatArray, Problem
+from planner.relaxation import Relaxation, Window, binding_edge, cycles, windows
 from planner.shapes import MoveTable, Shapes, gpu_unit, move_table, shapes_of
 
 BYTES_STEPS = 1 << 16
-MAX_CYCLES = 200
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +36,7 @@ class Frame:
     shapes: tuple[Shapes, ...]
     moves: dict[tuple[int, int], MoveTable]
     cycles: tuple[tuple[tuple[int, int], ...], ...]  # simple cycles of dependencies, as edges (u, v)
+    windows: tuple[Window, ...]
     unit: int
 
     @classmethod
@@ -44,17 +44,27 @@ class Frame:
         """Shapes, reallocation between them, and the cycles of the dependency graph."""
         shapes = tuple(shapes_of(problem, call) for call in range(problem.n_calls))
         moves = {(u, v): move_table(problem, u, v, shapes[u], shapes[v]) for u, v in problem.moves}
-        graph = nx.DiGraph((e.source, e.target) for e in problem.edges if e.source != e.target)
-        cycles = []
-        for nodes in nx.simple_cycles(graph):
-            cycles.append(tuple(zip(nodes, (*nodes[1:], nodes[0]), strict=True)))
-            if len(cycles) == MAX_CYCLES:
-                break
-        return cls(problem, shapes, moves, tuple(cycles), gpu_unit(problem))
+        found = tuple(tuple(zip(c, (*c[1:], c[0]), strict=True)) for c in cycles(problem, []))
+        return cls(problem, shapes, moves, found, tuple(windows(problem)), gpu_unit(problem))
+
+    def within(self, relaxed: Relaxation, period_s: float) -> Frame | None:
+        """Only the shapes that plans of a period can have; None where that leaves a call nothing."""
+        keep = [
+            np.array([s for s, members in enumerate(shapes.members) if bounds[members].min() <= period_s], np.int64)
+            for shapes, bounds in zip(self.shapes, relaxed.option_s, strict=True)
+        ]
+        if not all(map(len, keep)):
+            return None
+        moves = {
+            (u, v): MoveTable(table.anywhere_s[np.ix_(keep[u], keep[v])], table.apart_s[np.ix_(keep[u], keep[v])])
+            for (u, v), table in self.moves.items()
+        }
+        shapes = tuple(shapes.take(kept) for shapes, kept in zip(self.shapes, keep, strict=True))
+        return replace(self, shapes=shapes, moves=moves)
 
     def distance(self, u: int, v: int) -> int:
         """Least distance of an edge u -> v, which is the one that binds."""
-        return min(e.distance for e in self.problem.edges if (e.source, e.target) == (u, v))
+        return binding_edge(self.problem, u, v).distance
 
 
 @dataclass(eq=False)
@@ -121,10 +131,25 @@ def _add_moves(m: Model) -> None:
         for i, pick in enumerate(m.picks[u]):
             alike = (consumer.layout == trainer.layout[i]) & (consumer.width == trainer.width[i])
             m.cp.add_bool_or([m.picks[v][j] for j in np.flatnonzero(alike)]).only_enforce_if(together, pick)
-            for seconds, enforced in ((table.anywhere_s[i], [pick]), (table.apart_s[i], [pick, together.negated()])):
-                row = [m.ticks(float(x)) for x in seconds]
-                if any(row):
-                    m.cp.add(move >= _chosen(m.picks[v], row)).only_enforce_if(*enforced)
+        _add_move_times(m, u, v, table.anywhere_s, [])
+        _add_move_times(m, u, v, table.apart_s, [together.negated()])
+
+
+def _add_move_times(m: Model, u: int, v: int, seconds: FloatArray, enforced: list[cp_model.IntVar]) -> None:
+    """The move before v takes the time of the shapes chosen; shapes of u with equal times are one condition."""
+    ticks = (seconds / m.unit_s * (1 - 1e-12)).astype(np.int64)
+    rows, of_shape = np.unique(ticks, axis=0, return_inverse=True)
+    of_shape = of_shape.reshape(-1)
+    for k, row in enumerate(rows):
+        if not row.any():
+            continue
+        members = [m.picks[u][i] for i in np.flatnonzero(of_shape == k)]
+        condition = members[0]
+        if len(members) > 1:
+            condition = m.cp.new_bool_var("")
+            for pick in members:
+                m.cp.add_implication(pick, condition)
+        m.cp.add(m.move[v] >= _chosen(m.picks[v], row.tolist())).only_enforce_if(condition, *enforced)
 
 
 def _add_dependencies(m: Model) -> None:
@@ -161,13 +186,17 @@ def _add_gpus(m: Model) -> None:
         for picks, s in zip(m.picks, m.frame.shapes, strict=True)
     ]
     m.cp.add(sum(area) <= capacity * m.period)
+    for window in m.frame.windows:
+        u, w = window.source, window.target
+        free = m.start[w] + m.move[w] + (m.turn[w] - m.turn[u]) * m.period - m.end[u]
+        m.cp.add(sum(area[call] for call in window.inside) <= capacity * free)
 
 
 def _add_places(m: Model) -> None:
     """Where each call's mesh begins, among the places of its shape."""
     for call, shapes in enumerate(m.frame.shapes):
         first = m.frame.problem.options[call].first // m.frame.unit
-        places = [sorted(set(first[shapes.of_option == s].tolist())) for s in range(len(shapes))]
+        places = [sorted(set(first[members].tolist())) for members in shapes.members]
         place = m.cp.new_int_var_from_domain(
             cp_model.Domain.from_values(sorted({x for some in places for x in some})), f"place{call}"
         )
@@ -179,6 +208,10 @@ def _add_places(m: Model) -> None:
             m.cp.add_linear_expression_in_domain(place, domain).only_enforce_if(pick)
     for (u, v), same in m.together.items():
         m.cp.add(m.place[u] == m.place[v]).only_enforce_if(same)
+    for call, leader in enumerate(m.frame.problem.leader):
+        if call != leader:
+            m.cp.add(m.place[call] == m.place[leader])
+            m.cp.add(m.width[call] == m.width[leader])
 
 
 def _steps(m: Model, size: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> list[int]:

@@ -27,18 +27,32 @@ class Filtered:
         """A choice of the smaller problem in the numbers of the original."""
         return tuple(int(kept[i]) for kept, i in zip(self.keep, choice, strict=True))
 
+    def whole(self, decision: Decision) -> Decision:
+        """A decision of the smaller problem in the numbers of the original."""
+        return Decision(self.original(decision.choice), decision.order, decision.lag)
+
     def begin(self, start: Decision) -> Decision | None:
         """A decision of the original in the smaller problem's numbers; None where one of its options was dropped."""
         at = [int(np.searchsorted(kept, i)) for kept, i in zip(self.keep, start.choice, strict=True)]
         same = all(k < len(kept) and kept[k] == i for kept, k, i in zip(self.keep, at, start.choice, strict=True))
         return Decision(tuple(at), start.order, start.lag) if same else None
 
+    def narrowed(self, keep: tuple[IntArray, ...], reason: str) -> Filtered:
+        """Only the options `keep` of the smaller problem."""
+        dropped = sum(len(options) - len(kept) for options, kept in zip(self.problem.options, keep, strict=True))
+        original = tuple(before[kept] for before, kept in zip(self.keep, keep, strict=True))
+        return Filtered(self.problem.restrict(keep), original, {**self.counts, reason: dropped})
+
+
+def _mesh(problem: Problem, options: Options) -> IntArray:
+    """One number per mesh."""
+    return np.asarray(options.first * (problem.gpus + 1) + options.width)
+
 
 def _mesh_key(problem: Problem, options: Options) -> IntArray:
     """One number per (mesh, layout)."""
-    mesh = options.first * (problem.gpus + 1) + options.width
     highest = max(int(o.layout.max()) for o in problem.options) + 1
-    return np.asarray(mesh * highest + options.layout)
+    return _mesh(problem, options) * highest + options.layout
 
 
 def _move_columns(problem: Problem, call: int) -> FloatArray:
@@ -77,11 +91,14 @@ def undominated(problem: Problem, call: int) -> IntArray:
     least[shares] -= options.shared_bytes[shares]
     is_trainer = any(call == u for u, _ in problem.moves)
     protected = set(map(int, shares)) if is_trainer else set()
+    grouped = problem.leader.count(problem.leader[call]) > 1
     kept = np.ones(len(options), bool)
     for o in range(len(options)):
         rivals = (first >= first[o]) & (end <= end[o]) & (options.time_s <= options.time_s[o]) & kept
         rivals &= (options.resident_bytes <= options.resident_bytes[o]) & (options.transient_bytes <= least[o])
         rivals[o] = False
+        if grouped:
+            rivals &= (first == first[o]) & (end == end[o])
         found = np.flatnonzero(rivals)
         if o in protected or not len(found):
             continue
@@ -97,19 +114,32 @@ def overweight(problem: Problem, call: int) -> IntArray:
     return np.flatnonzero(least > problem.capacity_bytes)
 
 
+def stray(problem: Problem, call: int) -> IntArray:
+    """Indices of the options of `call` on meshes that a call which must share its mesh has not."""
+    options, kept = problem.options[call], np.ones(len(problem.options[call]), bool)
+    for other in range(problem.n_calls):
+        if problem.leader[other] == problem.leader[call]:
+            has = problem.options[other]
+            kept &= np.isin(_mesh(problem, options), _mesh(problem, has))
+    return np.flatnonzero(~kept)
+
+
+def light(problem: Problem) -> Filtered | None:
+    """Drop what cannot fit, then what cannot share its mesh as asked; None where that leaves a call nothing."""
+    left = Filtered(problem, tuple(np.arange(len(options)) for options in problem.options), {})
+    for reason, useless in (("exceeds a GPU's memory alone", overweight), ("a call must share its mesh", stray)):
+        dropped = [useless(left.problem, call) for call in range(problem.n_calls)]
+        keep = tuple(np.setdiff1d(np.arange(len(o)), d) for o, d in zip(left.problem.options, dropped, strict=True))
+        if not all(map(len, keep)):
+            return None
+        left = left.narrowed(keep, reason) if any(map(len, dropped)) else left
+    return left
+
+
 def filtered(problem: Problem) -> Filtered | None:
     """Drop what cannot fit, then what is dominated; None where a call has no option that fits alone."""
-    heavy = [overweight(problem, call) for call in range(problem.n_calls)]
-    light = tuple(np.setdiff1d(np.arange(len(o)), h) for o, h in zip(problem.options, heavy, strict=True))
-    if not all(map(len, light)):
+    lighter = light(problem)
+    if lighter is None:
         return None
-    smaller = problem.restrict(light)
-    keep = tuple(undominated(smaller, call) for call in range(problem.n_calls))
-    counts = {
-        "exceeds a GPU's memory alone": sum(map(len, heavy)),
-        "another option is as good in time, memory, mesh and reallocation": sum(
-            len(a) - len(b) for a, b in zip(light, keep, strict=True)
-        ),
-    }
-    original = tuple(a[b] for a, b in zip(light, keep, strict=True))
-    return Filtered(smaller.restrict(keep), original, counts)
+    keep = tuple(undominated(lighter.problem, call) for call in range(problem.n_calls))
+    return lighter.narrowed(keep, "another option is as good in time, memory, mesh and reallocation")

@@ -1,7 +1,8 @@
 """Search with a proof: the shortest period for which `planner.cyclic` cannot rule out a plan.
 
-Periods are tried from the top: a model that is infeasible raises the bound, a feasible one gives a plan, which is
-costed by `planner.schedule`. The bound holds for the period of any order and lag, not for the tie-break by latency.
+The bound begins at `planner.relaxation`'s. Periods are tried from the top: a model that is infeasible raises the bound,
+a feasible one gives a plan, which is costed by `planner.schedule`; one that is not decided in time is followed by a
+shorter period. A model has only the options that the relaxation does not rule out for its period. The bound holds for the period of any order and lag, not for the tie-break by latency.
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ from enum import StrEnum
 import numpy as np
 from ortools.sat.python import cp_model
 
-from planner import cyclic, mcmc, schedule
-from planner.kernels import Tables
+from planner import beginnings, cyclic, mcmc, schedule
+from planner.arrays import Tables
 from planner.problem import Decision, Problem
+from planner.relaxation import relax
 from plans.errors import Infeasible
 
 TICKS = 1 << 14  # time steps in the first plan's period: rounding costs the bound less than 0.1 %
-TOLERANCE = 1e-3
-FIRST_STEP = 0.01
+GAP = 0.008
 POLISH_EVALUATIONS = 20_000
+SHARE = 0.6  # of the time that is left, for one model
+LEAST_S = 2.0  # for the first model where there is no plan yet
 
 
 class Status(StrEnum):
@@ -53,13 +56,16 @@ class Proved:
 class _Range:
     """Where the best period can be: above `bound_s`; `best` is the plan so far, `open_s` the least feasible model.
 
-    step: how far below the top the next period to try lies, as a part of it; it doubles while models are feasible.
+    hard_s: the least period whose model was given up. step: how far below the top the next period to try lies, as a part
+    of it; it doubles while models are feasible.
     """
 
     bound_s: float
     open_s: float
     best: mcmc.Found | None
+    gap: float
     step: float
+    hard_s: float = np.inf
 
     @property
     def top_s(self) -> float:
@@ -68,28 +74,32 @@ class _Range:
 
     @property
     def closed(self) -> bool:
-        """Whether bound and top are within the tolerance, and the rounding of two periods to ticks."""
-        return self.top_s - self.bound_s <= 1.25 * TOLERANCE * self.top_s
+        """Whether bound and top are within the gap, and the rounding of two periods to ticks."""
+        return self.top_s - self.bound_s <= (self.gap + 2 / TICKS) * self.top_s
 
     @property
     def target_s(self) -> float:
         """The next period to try."""
-        return self.top_s if self.best is None else max(self.top_s * (1 - self.step), (self.bound_s + self.top_s) / 2)
+        if self.best is None and self.hard_s == np.inf:
+            return self.top_s
+        middle = (self.bound_s + min(self.top_s, self.hard_s)) / 2
+        return middle if self.hard_s < np.inf else max(self.top_s * (1 - self.step), middle)
 
     def after(self, period_s: float, feasible: bool, found: mcmc.Found | None) -> _Range:
         """The range once the model of `period_s` is decided, with the plan that came of it."""
         if not feasible:
-            return replace(self, bound_s=max(self.bound_s, period_s), step=TOLERANCE)
+            return replace(self, bound_s=max(self.bound_s, period_s), step=self.gap)
         best = min((f for f in (self.best, found) if f), key=lambda f: f.objective_s, default=None)
         return replace(self, open_s=min(self.open_s, period_s), best=best, step=min(0.5, 2 * self.step))
 
     def answer(self, seconds: float) -> Proved:
         """The plan so far with the bound."""
         assert self.best is not None
-        proved = self.best.period_s - self.bound_s <= 1.25 * TOLERANCE * self.best.period_s
+        period_s = self.best.period_s
+        proved = period_s - self.bound_s <= (self.gap + 2 / TICKS) * period_s
         status = Status.PROVED if proved else Status.STOPPED
-        bound = min(self.bound_s, self.best.period_s)
-        return Proved(self.best.decision, self.best.period_s, self.best.latency_s, bound, status, seconds)
+        bound = min(self.bound_s, period_s)
+        return Proved(self.best.decision, period_s, self.best.latency_s, bound, status, seconds)
 
 
 def decode(solver: cp_model.CpSolver, m: cyclic.Model) -> list[Decision]:
@@ -99,8 +109,8 @@ def decode(solver: cp_model.CpSolver, m: cyclic.Model) -> list[Decision]:
     choice = []
     for call, options in enumerate(problem.options):
         first = solver.value(m.place[call]) * m.frame.unit
-        fits = (m.frame.shapes[call].of_option == shape[call]) & (options.first == first)
-        choice.append(int(np.flatnonzero(fits)[0]))
+        members = m.frame.shapes[call].members[shape[call]]
+        choice.append(int(members[options.first[members] == first][0]))
     start = [solver.value(m.start[c]) + solver.value(m.turn[c]) * m.period for c in range(n)]
     decisions = [Decision.plain(tuple(choice))]
     for cut in {s % m.period for s in start}:
@@ -116,7 +126,7 @@ def decode(solver: cp_model.CpSolver, m: cyclic.Model) -> list[Decision]:
 def _polished(t: Tables, problem: Problem, decisions: list[Decision], seed: int, seconds: float) -> mcmc.Found | None:
     """The best of the decisions after a short walk; None where memory rounding let in one that does not fit."""
     best = min(decisions, key=lambda d: schedule.evaluate(t, d).objective_s)
-    found = mcmc.search(problem, seed=seed, evaluations=POLISH_EVALUATIONS, seconds=seconds, start=best)
+    found = mcmc.search(problem, seed=seed, evaluations=POLISH_EVALUATIONS, seconds=seconds, start=best, tables=t)
     return found if isinstance(found, mcmc.Found) else None
 
 
@@ -135,40 +145,48 @@ def search(
     seconds: float,
     seed: int = 0,
     workers: int = 1,
+    gap: float = GAP,
     hint: Decision | None = None,
     progress: Callable[[Proved], None] | None = None,
 ) -> Proved | Infeasible:
-    """The best decision and a bound within about `seconds`, never worse than `hint`. Infeasible is proved."""
+    """The best decision and a bound within about `seconds`, never worse than `hint`; done as soon as the gap is at most
+    `gap`. Infeasible is proved, or nothing was found in time, as its reason says."""
     began = time.monotonic()
-    t, frame = schedule.tables(problem), cyclic.Frame.of(problem)
-    first = hint or Decision.plain(tuple(int(options.time_s.argmin()) for options in problem.options))
-    at = _Range(_shortest(frame), _longest(problem), _polished(t, problem, [first], seed, seconds), FIRST_STEP)
+    first = hint or beginnings.fastest(problem)
+    if first is None:
+        return mcmc.apart(problem)
+    t, relaxed, frame = schedule.tables(problem), relax(problem), cyclic.Frame.of(problem)
+    best = _polished(t, problem, [first], seed, seconds)
+    at = _Range(relaxed.bound_s, _longest(problem), best, gap, gap)
+    if best is None:
+        seconds = max(seconds, time.monotonic() - began + LEAST_S)
     unit_s = at.top_s / TICKS
-    while not at.closed and (left := seconds - (time.monotonic() - began)) > 0:
-        m = cyclic.model(frame, int(at.target_s / unit_s), unit_s)
-        solver = _solver(left, seed, workers)
-        status = solver.solve(m.cp)
+    while not at.closed and (left := seconds - (time.monotonic() - began)) > 0.1:
+        period = int(at.target_s / unit_s)
+        status, decisions = _solved(
+            frame.within(relaxed, at.target_s), period, unit_s, _solver(SHARE * left, seed, workers)
+        )
         if status == cp_model.INFEASIBLE and at.best is None:
             return mcmc.overfull(problem, 0)
         if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE, cp_model.INFEASIBLE):
-            break
-        feasible = status != cp_model.INFEASIBLE
-        found = _polished(t, problem, decode(solver, m), seed, left) if feasible else None
-        at = at.after(m.period * unit_s, feasible, found)
+            at = replace(at, hard_s=period * unit_s)
+            continue
+        found = _polished(t, problem, decisions, seed, left) if decisions else None
+        at = at.after(period * unit_s, bool(decisions), found)
         if progress and at.best:
             progress(at.answer(time.monotonic() - began))
-    return at.answer(time.monotonic() - began) if at.best else mcmc.overfull(problem, 0)
+    return at.answer(time.monotonic() - began) if at.best else mcmc.overfull(problem, POLISH_EVALUATIONS)
 
 
-def _shortest(frame: cyclic.Frame) -> float:
-    """A period that no plan beats: every call at its least area on all GPUs, every cycle at its least times."""
-    area_s = sum(float((s.time_s * s.width).min()) for s in frame.shapes) / frame.problem.gpus
-    quickest = [float(s.time_s.min()) for s in frame.shapes]
-    cycles = (
-        sum(quickest[u] for u, _ in cycle) / max(1, sum(frame.distance(u, v) for u, v in cycle))
-        for cycle in frame.cycles
-    )
-    return max([area_s, *quickest, *cycles]) * (1 - 1e-9)
+def _solved(
+    frame: cyclic.Frame | None, period: int, unit_s: float, solver: cp_model.CpSolver
+) -> tuple[int, list[Decision]]:
+    """Status of the model of a period, and the decisions of its solution; without a frame there is none."""
+    if frame is None:
+        return int(cp_model.INFEASIBLE), []
+    m = cyclic.model(frame, period, unit_s)
+    status = int(solver.solve(m.cp))
+    return status, decode(solver, m) if status in (cp_model.OPTIMAL, cp_model.FEASIBLE) else []
 
 
 def _longest(problem: Problem) -> float:

@@ -11,10 +11,9 @@ ends of the same period and of earlier ones by maxima and sums only, so ends gro
 # mypy: disable-error-code="no-any-return"
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
+from planner.arrays import Scratch, Tables
 from planner.compiled import compiled
 from planner.problem import FloatArray, IntArray
 
@@ -27,7 +26,7 @@ STEADY, READINESS = 0, 1  # rules
 
 FIRST, WIDTH, MESH, LAYOUT = range(4)  # columns of Tables.option
 TIME, RESIDENT, TRANSIENT, SHARED = range(4)  # of Tables.price
-OFFSET, COUNT, TRAINER, MOVE_OFFSET, EDGES, EDGES_END = range(6)  # of Tables.call
+OFFSET, COUNT, TRAINER, MOVE_OFFSET, EDGES, EDGES_END, LEADER = range(7)  # of Tables.call
 SOURCE, TARGET, DISTANCE = range(3)  # of Tables.edge
 BY_MESH, BY_LAYOUT = range(2)  # of Tables.ranked and Tables.starts
 CHOICE, ORDER, LAG = range(3)  # rows of a decision
@@ -35,45 +34,20 @@ SEQUENCE, POSITION, COVER, MEMBER, WAITS = range(5)  # rows of Scratch.node
 PRESENT, BEST, PERIOD, LATENCY, OVERFLOW = range(5)  # columns of costs
 
 
-class Tables(NamedTuple):
-    """A problem as arrays; option i of call c is row `call[c, OFFSET] + i` of option and price.
-
-    Edges are sorted by target, those into call c are the rows `call[c, EDGES]` up to `call[c, EDGES_END]`. `ranked`
-    lists a call's options sorted by mesh or layout id and time, `starts` [2, n, ids + 1] where each id begins there.
-    """
-
-    option: IntArray
-    price: FloatArray
-    call: IntArray
-    edge: IntArray
-    delay: FloatArray
-    moves: FloatArray  # [n_options(u), n_options(v)] flattened, at MOVE_OFFSET of v
-    ranked: IntArray
-    starts: IntArray
-    capacity: float
-
-
-class Scratch(NamedTuple):
-    """Working arrays of one thread, for n calls and 2n nodes.
-
-    node [5, 2n]: nodes in order of a period; position of each call in the order; bits of the calls whose meshes a
-    node's meshes meet; bits of the calls whose meshes it holds; how many nodes it waits for. wait [2n, k, 2]: those
-    nodes, and how many periods earlier.
-    """
-
-    node: IntArray
-    wait: IntArray
-    delay: FloatArray  # [2n, k]
-    duration: FloatArray  # [2n]
-    ends: FloatArray  # [PERIODS + deepest, 2n]
-    tried: IntArray  # [3, n]
+@compiled
+def mesh_of(t: Tables, x: IntArray, c: int) -> int:
+    """Mesh id of call c."""
+    return t.option[t.call[c, OFFSET] + x[CHOICE, c], MESH]
 
 
 @compiled
 def is_legal(t: Tables, x: IntArray, s: Scratch) -> bool:
-    """Whether every dependency comes first in the sequence of periods; fills POSITION."""
+    """Whether every dependency comes first in the sequence of periods, and calls share meshes as they must; fills
+    POSITION."""
     for k in range(x.shape[1]):
         s.node[POSITION, x[ORDER, k]] = k
+        if mesh_of(t, x, k) != mesh_of(t, x, t.call[k, LEADER]):
+            return False
     for e in range(t.edge.shape[0]):
         u, v = t.edge[e, SOURCE], t.edge[e, TARGET]
         ahead = x[LAG, v] + t.edge[e, DISTANCE] - x[LAG, u]
@@ -365,6 +339,9 @@ def propose(t: Tables, random: IntArray, x: IntArray, rule: int) -> None:
         if kind < 30:
             x[CHOICE, other] = pick_option(t, random, x, other, c if trades else -1)
         x[CHOICE, c] = picked
+        for b in range(x.shape[1]):  # calls that must have its mesh follow
+            if b != c and t.call[b, LEADER] == t.call[c, LEADER] and mesh_of(t, x, b) != mesh_of(t, x, c):
+                x[CHOICE, b] = pick_option(t, random, x, b, c)
 
 
 @compiled

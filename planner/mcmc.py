@@ -13,13 +13,14 @@ from enum import IntEnum
 
 import numpy as np
 
-from planner import kernels, schedule
-from planner.kernels import Tables
+from planner import beginnings, kernels, schedule
+from planner.arrays import Tables
 from planner.problem import Decision, FloatArray, IntArray, Problem
 from plans.errors import Infeasible
 
 CHAINS = 24
 STEPS_PER_ROUND = 256
+LEAST_EVALUATIONS = 50_000  # before a search that found nothing gives up, whatever the clock says
 COLDEST, HOTTEST = 5e-4, 3e-2  # temperatures as parts of the best cost
 UNLIMITED = 1 << 60
 
@@ -68,14 +69,13 @@ def _seeded(seed: int, count: int) -> IntArray:
     return words
 
 
-def _start(problem: Problem, seed: int, start: Decision | None, count: int) -> Chains:
-    """Chains at `start`, or at the fastest option of every call; every second one somewhere random."""
+def _start(problem: Problem, seed: int, first: Decision, count: int) -> Chains:
+    """Chains at `first`; every second one somewhere random."""
     random = _seeded(seed, count + 1)
-    first = start or Decision.plain(tuple(int(o.time_s.argmin()) for o in problem.options))
     assert schedule.is_legal(problem, first), "the start is not a legal decision"
     now = np.tile(schedule.rows(first), (count, 1, 1))
     for k in range(1, count, 2):
-        now[k, 0] = [kernels.draw(random[k], len(options)) for options in problem.options]
+        now[k, 0] = beginnings.anywhere(problem, lambda bound, row=random[k]: kernels.draw(row, bound))  # type: ignore[misc]
     costs = np.full((count, 5), np.nan)
     costs[:, kernels.BEST] = np.inf
     return Chains(now, now.copy(), random[:count], costs, random[count])
@@ -124,15 +124,26 @@ def _found(t: Tables, chains: Chains, seconds: float) -> Found | None:
 
 
 def overfull(problem: Problem, evaluated: int) -> Infeasible:
-    """Why nothing fits, as far as the options tell."""
+    """Why nothing fits, as far as the options tell; `evaluated` is zero where it is proved."""
     capacity = problem.capacity_bytes / 2**30
     for name, options in zip(problem.names, problem.options, strict=True):
         least = float((options.resident_bytes + options.transient_bytes - options.shared_bytes).min()) / 2**30
         if least > capacity:
             reason = f"`{name}` needs at least {least:.1f} GiB on a GPU of {capacity:.1f} GiB"
             return Infeasible(reason, "use more GPUs, a GPU with more memory, or options that need less")
-    reason = f"no plan within {capacity:.1f} GiB per GPU was found in {evaluated:,} evaluations"
-    return Infeasible(reason, "each call fits alone, but not together: use more GPUs, or offload frozen models")
+    if beginnings.fastest(problem) is None:
+        return apart(problem)
+    how = f"none was found in {evaluated:,} evaluations" if evaluated else "this is proved"
+    reason = f"there is no plan within {capacity:.1f} GiB per GPU: each call fits alone, but not all together ({how})"
+    return Infeasible(reason, "use more GPUs, or a GPU with more memory")
+
+
+def apart(problem: Problem) -> Infeasible:
+    """Calls that must share a mesh have none in common."""
+    groups = "; ".join(", ".join(f"`{problem.names[c]}`" for c in group) for group in problem.same_mesh)
+    return Infeasible(
+        f"no mesh suits all calls that must share one ({groups})", "drop a --same-mesh, --pin or --forbid"
+    )
 
 
 def search(
@@ -145,16 +156,23 @@ def search(
     resume: Chains | None = None,
     rule: Rule = Rule.STEADY,
     workers: int = 1,
+    tables: Tables | None = None,
     progress: Callable[[Found], None] | None = None,
 ) -> Found | Infeasible:
     """The best decision within `seconds` and `evaluations` (at least one of them finite), never worse than `start`.
 
-    Goes on from `resume` where given. `progress` hears of every improvement. Infeasible: nothing seen fits.
+    Goes on from `resume` where given. `progress` hears of every improvement. Infeasible: nothing seen fits. The clock
+    starts once the inner loop is compiled, and as long as nothing fits the seconds are no limit until
+    `LEAST_EVALUATIONS` are done. tables: those of the problem, where they are at hand.
     """
     assert np.isfinite(seconds) or evaluations < UNLIMITED, "a search needs a limit"
+    first = start or beginnings.fastest(problem)
+    if first is None:
+        return apart(problem)
+    t = tables or schedule.tables(problem)
+    schedule.evaluate(t, first)
     began = time.monotonic()
-    t = schedule.tables(problem)
-    chains = resume or _start(problem, seed, start, CHAINS)
+    chains = resume or _start(problem, seed, first, CHAINS)
     told = np.inf
     for state in rounds(problem, chains, t, evaluations, workers, rule):
         chains, spent = state, time.monotonic() - began
@@ -163,6 +181,7 @@ def search(
             found = _found(t, chains, spent)
             if found:
                 progress(found)
-        if spent >= seconds:
+        fits = bool(np.isfinite(chains.costs[:, kernels.BEST]).any())
+        if spent >= seconds and (fits or chains.evaluated >= LEAST_EVALUATIONS):
             break
     return _found(t, chains, time.monotonic() - began) or overfull(problem, chains.evaluated)

@@ -88,7 +88,8 @@ class Problem:
     """Calls in graph order with their options, dependencies and reallocation times.
 
     moves: (trainer u, consumer v) -> seconds [n_options(u), n_options(v)], zero where v can use the trainer's own copy.
-    A consumer has one trainer, and a dependency on it that says whose version it reads.
+    A consumer has one trainer, and a dependency on it that says whose version it reads. same_mesh: groups of calls that
+    must have one mesh.
     """
 
     gpus: int
@@ -97,6 +98,7 @@ class Problem:
     options: tuple[Options, ...]
     edges: tuple[Dependency, ...]
     moves: Mapping[tuple[int, int], FloatArray] = field(default_factory=lambda: MappingProxyType({}))
+    same_mesh: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         n = len(self.names)
@@ -112,6 +114,8 @@ class Problem:
             assert seconds.shape == (len(self.options[u]), len(self.options[v])) and u != v
             assert (seconds >= 0).all() and np.isfinite(seconds).all()
             assert any((e.source, e.target) == (u, v) and e.distance > 0 for e in self.edges), "a move needs a version"
+        grouped = [call for group in self.same_mesh for call in group]
+        assert len(set(grouped)) == len(grouped) and all(0 <= call < n for call in grouped), "a call in two groups"
 
     @property
     def n_calls(self) -> int:
@@ -123,6 +127,20 @@ class Problem:
         """Consumer -> the call whose weights it reads."""
         return {v: u for u, v in self.moves}
 
+    @cached_property
+    def leader(self) -> tuple[int, ...]:
+        """For each call the first one of those that must have its mesh (most often itself)."""
+        group_of = {call: group for group in self.same_mesh for call in group}
+        return tuple(min(group_of.get(call, (call,))) for call in range(self.n_calls))
+
+    def mesh(self, call: int, option: int) -> tuple[int, int]:
+        """First GPU and width of an option."""
+        return int(self.options[call].first[option]), int(self.options[call].width[option])
+
+    def keeps_meshes(self, choice: tuple[int, ...]) -> bool:
+        """Whether calls that must share a mesh do."""
+        return all(self.mesh(c, choice[c]) == self.mesh(u, choice[u]) for c, u in enumerate(self.leader))
+
     def restrict(self, keep: tuple[IntArray, ...]) -> Problem:
         """The problem with only the options `keep[call]` of every call, renumbered."""
         return Problem(
@@ -132,6 +150,7 @@ class Problem:
             options=tuple(options.take(kept) for options, kept in zip(self.options, keep, strict=True)),
             edges=self.edges,
             moves={(u, v): seconds[np.ix_(keep[u], keep[v])] for (u, v), seconds in self.moves.items()},
+            same_mesh=self.same_mesh,
         )
 
 

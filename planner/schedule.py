@@ -5,7 +5,7 @@ negative). Before a call that reads a trained model's weights from another layou
 GPUs of the trainer's and of the call's mesh are free and the trainer's version is there, and holds both meshes. A call
 starts when the GPUs of its mesh are free and every source of an edge into it has ended (edges from iterations before
 the first are met). An order and lags are legal when every edge u -> v has (lag[u] - distance, position[u]) before
-(lag[v], position[v]); edges from a call to itself always hold.
+(lag[v], position[v]); edges from a call to itself always hold. Calls that must share a mesh do.
 
 The period is the growth of the ends per period in the long run, the latency the time of one iteration alone. A GPU's
 memory is the resident bytes of all calls on it and the largest transient bytes of one of them.
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner import kernels
-from planner.kernels import Scratch, Tables
+from planner.arrays import Scratch, Tables
 from planner.problem import Decision, Dependency, FloatArray, IntArray, Problem
 
 
@@ -64,7 +64,7 @@ def _call_rows(problem: Problem, offset: IntArray) -> tuple[IntArray, FloatArray
         if u >= 0:
             flat.append(np.asarray(problem.moves[u, c], np.float64).ravel())
         into = np.searchsorted([e.target for e in _sorted_edges(problem)], [c, c + 1])
-        rows.append((offset[c], len(options), u, at, *into))
+        rows.append((offset[c], len(options), u, at, *into, problem.leader[c]))
     return np.array(rows, np.int64), np.concatenate(flat)
 
 
@@ -121,14 +121,15 @@ def _measured(t: Tables, decision: Decision, rule: int) -> FloatArray:
 
 
 def is_legal(problem: Problem, decision: Decision) -> bool:
-    """Whether the decision's order and lags respect every edge."""
+    """Whether the decision's order and lags respect every edge, and calls share their meshes as they must."""
     position = {call: k for k, call in enumerate(decision.order)}
     lag = decision.lag
-    return sorted(decision.order) == list(range(problem.n_calls)) and all(
+    in_order = sorted(decision.order) == list(range(problem.n_calls)) and all(
         (lag[e.source] - e.distance, position[e.source]) < (lag[e.target], position[e.target])
         for e in problem.edges
         if e.source != e.target
     )
+    return in_order and problem.keeps_meshes(decision.choice)
 
 
 def evaluate(t: Tables, decision: Decision) -> Cost:
@@ -136,6 +137,12 @@ def evaluate(t: Tables, decision: Decision) -> Cost:
     costs = _measured(t, decision, kernels.STEADY)
     assert not np.isnan(costs[kernels.PRESENT]), f"illegal order {decision.order} with lags {decision.lag}"
     return Cost(*(float(costs[k]) for k in (kernels.PERIOD, kernels.LATENCY, kernels.OVERFLOW)))
+
+
+def cost(problem: Problem, decision: Decision) -> Cost:
+    """Cost of one legal decision, without tables of all options."""
+    alone = problem.restrict(tuple(np.array([option], np.int64) for option in decision.choice))
+    return evaluate(tables(alone), Decision(problem.n_calls * (0,), decision.order, decision.lag))
 
 
 def readiness_makespan(t: Tables, choice: tuple[int, ...]) -> float:
