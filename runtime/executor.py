@@ -110,6 +110,10 @@ class Executor:
             self._rows[name] = rank_rows(self._job.plan, name)[self._rank]
         rows = self._rows[name]
         inputs = {key: self._store.get(iteration, key, rows) for key in call.inputs if key not in graph.sources}
+        if self._job.examples is not None:
+            examples = self._job.examples.sequences(iteration, rows)
+            on_device = {name: values.to(self._device) for name, values in examples.items()}
+            inputs |= {key: on_device for key in call.inputs if key in graph.sources}
         made = self._compute(call, self._job.plan.planned(host), inputs, iteration)
         for key, values in made.items():
             self._store.put(iteration, key, rows, values)

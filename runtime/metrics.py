@@ -25,6 +25,7 @@ TIMING_NAMES = {
     "reward_infer_greedy": "reward_max",
     "actor_train": "update_actor",
     "critic_train": "update_critic",
+    "reward_train": "update_reward",
 }
 # Statistics of which the mean, the maximum and the minimum are reported; of the others the mean.
 SPREAD = (

@@ -68,7 +68,7 @@ class Monitor:
 
 
 def progress_line(metrics: Metrics, iterations: int) -> str:
-    """One iteration: reward, KL to the reference, seconds, and the share of each call."""
+    """One iteration: reward and KL to the reference, or the loss, seconds, and the share of each call."""
     step_s = metrics["timing_s/step"]
     names = [name for name in dict.fromkeys(TIMING_NAMES.values()) if f"timing_s/{name}" in metrics]
     parts = [f"{name} {metrics[f'timing_s/{name}'] / step_s:.0%}" for name in names]
@@ -78,6 +78,7 @@ def progress_line(metrics: Metrics, iterations: int) -> str:
     number = f"{int(metrics['iteration']) + 1:>{len(str(iterations))}}/{iterations}"
     reward, kl = metrics.get("critic/score/mean"), metrics.get("actor/reward_kl_penalty")
     learnt = f"  reward {reward:+.3f}  kl {kl:.4f}" if reward is not None and kl is not None else ""
+    learnt += "".join(f"  loss {value:.4f}" for key, value in metrics.items() if key.endswith("/loss"))
     return f"iteration {number}{learnt}  {step_s:.2f} s  ({', '.join(parts)})"
 
 

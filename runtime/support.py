@@ -6,7 +6,7 @@ from plans.errors import RealplanError, SpecError
 from plans.layout import Layout
 from plans.model import Head, Position
 from plans.plan import ExecutionPlan
-from runtime.algorithms import GROUPED, TRAINABLE
+from runtime.algorithms import GROUPED, OFFLINE, TRAINABLE
 
 ACTIVATIONS = ("silu", "gelu", "relu")
 DTYPES = ("bf16", "fp32")
@@ -26,6 +26,8 @@ def check_supported(plan: ExecutionPlan) -> None:
             f"{name} compares the samples of one prompt, and the plan's group_size is {workload.group_size}",
             "plan with group_size 2 or more",
         )
+    if name in OFFLINE:
+        _check_examples(plan)
     if workload.dtype not in DTYPES:
         raise RealplanError(
             f"dtype {workload.dtype} needs loss scaling, which this runtime does not have",
@@ -36,6 +38,25 @@ def check_supported(plan: ExecutionPlan) -> None:
             check_runnable(plan.layout(planned.call))
         except SpecError as error:
             raise RealplanError(f"{planned.call}: {error.message}", error.hint) from None
+
+
+def _check_examples(plan: ExecutionPlan) -> None:
+    """A sample per given response, and both responses of a pair in one micro-batch."""
+    workload, columns = plan.workload, OFFLINE[plan.workload.graph.name]
+    if workload.group_size != len(columns):
+        raise RealplanError(
+            f"{workload.graph.name} has {len(columns)} responses per prompt ({', '.join(columns)}), the plan's "
+            f"group_size is {workload.group_size}",
+            f"plan with group_size {len(columns)}",
+        )
+    for call in workload.graph.trainers.values():
+        s = plan.planned(call).strategy
+        size = workload.samples // workload.minibatches // s.dp // s.micro_batches
+        if size % len(columns):
+            raise RealplanError(
+                f"{call}: micro-batches of {size} samples cut pairs of chosen and rejected responses apart",
+                "fewer micro_batches, minibatches or dp ranks, so that a micro-batch is even",
+            )
 
 
 def check_runnable(layout: Layout) -> None:

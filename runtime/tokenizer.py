@@ -50,9 +50,9 @@ class Tokenizer:
         """Ids of a text, with the special tokens that the tokenizer itself adds (Llama's begin-of-text)."""
         return self._backend.encode(text).ids
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of several texts."""
-        return [encoding.ids for encoding in self._backend.encode_batch(list(texts))]
+    def encode_batch(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
+        """Ids of several texts, with or without the special tokens of `encode`."""
+        return [encoding.ids for encoding in self._backend.encode_batch(list(texts), add_special_tokens=special)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, without special tokens."""

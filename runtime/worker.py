@@ -58,7 +58,8 @@ def work(plan: ExecutionPlan, run: RunFile, scratch: Path) -> None:
     executor.run(run.iterations)
     if run.export:
         recorder.say("export", run.iterations)
-        executor.export("actor", Path(run.output) / "actor")
+        role = next(iter(executor.program.homes))
+        executor.export(role, Path(run.output) / role)
     store.set(f"realplan/done/{rank}", "")
     if rank == 0:  # it holds the store, which the others may still need
         store.wait([f"realplan/done/{other}" for other in range(world)], FOREVER)

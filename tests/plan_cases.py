@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,17 @@ def tiny_run(output: Path, **keys: Any) -> RunFile:
         "output": str(output),
     }
     return RunFile.model_validate(data | keys)
+
+
+def examples(path: Path) -> Path:
+    """A data file with given responses of different lengths for the prompts of the tests."""
+    rows = []
+    for number, line in enumerate((FIXTURES / "prompts.jsonl").read_text().splitlines()):
+        good, bad = ["good"] * (1 + number % 4), ["the", "bad"] * (1 + number % 3)
+        texts = {"response": " ".join(good), "chosen": " ".join(good), "rejected": " ".join(bad)}
+        rows.append(json.dumps(json.loads(line) | texts) + "\n")
+    path.write_text("".join(rows))
+    return path
 
 
 def vowels(prompts: list[str], responses: list[str]) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ from ranks import run_ranks
 from torch import Tensor
 
 from plans.runfile import Ppo
-from runtime.algorithms import GROUPED, TRAINABLE
+from runtime.algorithms import GROUPED, ONLINE
 from runtime.algorithms.losses import kl_loss, policy_loss, value_loss
+from runtime.algorithms.offline import dpo_loss, sft_loss
 from runtime.algorithms.ppo import gae
 from runtime.algorithms.samples import Samples, gather_samples, moments, response_mask, sample_sums, token_rewards
 from runtime.algorithms.table import ALGORITHMS
@@ -148,7 +150,7 @@ def test_a_group_may_be_spread(name: str) -> None:
 
 
 def test_every_algorithm_has_a_name() -> None:
-    assert tuple(ALGORITHMS) == TRAINABLE and set(GROUPED) <= set(TRAINABLE)
+    assert tuple(ALGORITHMS) == ONLINE and set(GROUPED) <= set(ONLINE)
 
 
 def test_samples_gather_in_their_places() -> None:
@@ -186,6 +188,27 @@ def test_kl_loss_estimates_the_kl() -> None:
     kl_loss(logprobs, random(1), MASK, 9.0)[0].backward()
     expected = (1 - (random(1) - random(0)).exp()) * MASK / 9
     torch.testing.assert_close(logprobs.grad, expected)
+
+
+def test_dpo_is_the_textbook_formula() -> None:
+    logprobs, ref = random(9).requires_grad_(), random(10)
+    loss, terms = dpo_loss(logprobs, ref, MASK, 0.3, 2)
+    total, right = 0.0, 0
+    for chosen, rejected in [(0, 1), (2, 3)]:
+        ratios = [float(((logprobs - ref).detach() * MASK)[n].sum()) for n in (chosen, rejected)]
+        margin = 0.3 * (ratios[0] - ratios[1])
+        total += math.log1p(math.exp(-margin)) / 2
+        right += margin > 0
+    assert float(loss.detach()) == pytest.approx(total)
+    assert float(terms["rewards/accuracies"]) == right / 2
+    loss.backward()
+    assert logprobs.grad is not None and not logprobs.grad[~MASK].any()
+
+
+def test_sft_is_the_cross_entropy() -> None:
+    logprobs = random(11)
+    expected = -sum(float(logprobs[n, t]) for n in range(4) for t in range(int(LENGTHS[n]))) / 9
+    assert float(sft_loss(logprobs, MASK, 9.0)[0]) == pytest.approx(expected)
 
 
 def test_value_loss_takes_the_larger_error() -> None:

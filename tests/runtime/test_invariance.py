@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from plan_cases import SEVEN_CALLS, TINY, Place, tiny_plan, tiny_run
+from plan_cases import SEVEN_CALLS, TINY, Place, examples, tiny_plan, tiny_run
 from ranks import run_ranks
 from torch import Tensor
 from transformers import LlamaForCausalLM
@@ -26,6 +26,7 @@ from runtime.groups import GroupCache
 from runtime.job import prepare_job
 from runtime.metrics import Metrics, iteration_metrics
 from runtime.records import Recorder, RecordReader
+from runtime.support import check_supported
 from runtime.transfer import BatchStore, Rows
 
 CPU = torch.device("cpu")
@@ -173,6 +174,33 @@ def test_critic_free_algorithms(algorithm: str, layouts: Sequence[str], sizes: d
     assert wanted[0][0]["actor/grad_norm"] > 0 and wanted[0][0]["critic/advantages/max"] > 0
     for name in layouts:
         compare(outcome(name, *CRITIC_FREE_LAYOUTS[name]), wanted, samples=2 * 8)
+
+
+OFFLINE_LAYOUTS = {
+    "sft": ("d2 t1 p1", {"actor_train": ("node 0", "d1 t1 p2", {"micro_batches": 4})}),
+    "dpo": ({"ref_infer": ("node 0 gpu 1", "d1 t1 p1", {"micro_batches": 8}), "actor_train": "d2 t1 p1"},),
+    "reward-modelling": ("d1 t2 p1",),
+}
+
+
+@pytest.mark.parametrize("algorithm", OFFLINE_LAYOUTS)
+def test_algorithms_with_given_responses(algorithm: str, tmp_path: Path) -> None:
+    order = [call.name for call in algorithm_graph(algorithm).calls]
+    sizes = {"batch_size": 8} if algorithm == "sft" else {"batch_size": 4, "group_size": 2}
+    run = tiny_run(tmp_path, data={"source": str(examples(tmp_path / "examples.jsonl"))}, iterations=6)
+
+    def metrics(name: str, gpus: int, places: Any) -> list[Metrics]:
+        plan = tiny_plan(gpus, places, algorithm=algorithm, order=order, **sizes)
+        check_supported(plan)
+        return execute(plan, run, tmp_path / name)[0]
+
+    wanted, role = metrics("alone", 1, "d1 t1 p1"), order[-1].removesuffix("_train")
+    assert wanted[-1][f"{role}/loss"] < 0.8 * wanted[0][f"{role}/loss"]
+    for number, places in enumerate(OFFLINE_LAYOUTS[algorithm]):
+        for iteration, (ours, theirs) in enumerate(zip(metrics(str(number), 2, places), wanted, strict=True)):
+            for key in [key for key in theirs if key.startswith((f"{role}/", "response_length"))]:
+                limit = (1e-5 if iteration == 0 else 1e-4) * max(1.0, abs(theirs[key]))
+                assert abs(ours[key] - theirs[key]) <= limit, f"iteration {iteration}: {key}"
 
 
 def test_reward_model_groups_and_recomputed_logprobs(tmp_path: Path) -> None:
