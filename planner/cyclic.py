@@ -125,7 +125,7 @@ def _add_moves(m: Model) -> None:
     """Reallocation before each consumer, pair by pair of shapes."""
     m.move.extend(0 for _ in m.frame.shapes)
     for (u, v), table in m.frame.moves.items():
-        m.move[v] = move = m.cp.new_int_var(0, m.period, f"move{v}")
+        m.move[v] = m.cp.new_int_var(0, m.period, f"move{v}")
         m.together[u, v] = together = m.cp.new_bool_var(f"together{v}")
         consumer, trainer = m.frame.shapes[v], m.frame.shapes[u]
         for i, pick in enumerate(m.picks[u]):

@@ -2,7 +2,8 @@
 
 The bound begins at `planner.relaxation`'s. Periods are tried from the top: a model that is infeasible raises the bound,
 a feasible one gives a plan, which is costed by `planner.schedule`; one that is not decided in time is followed by a
-shorter period. A model has only the options that the relaxation does not rule out for its period. The bound holds for the period of any order and lag, not for the tie-break by latency.
+shorter period. A model has only the options that the relaxation does not rule out for its period. The bound holds for
+the period of any order and lag, not for the tie-break by latency.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ class Proved:
 class _Range:
     """Where the best period can be: above `bound_s`; `best` is the plan so far, `open_s` the least feasible model.
 
-    hard_s: the least period whose model was given up. step: how far below the top the next period to try lies, as a part
-    of it; it doubles while models are feasible.
+    hard_s: the least period whose model was given up. step: how far below the top the next period to try lies, as a
+    part of it; it doubles while models are feasible.
     """
 
     bound_s: float

@@ -104,6 +104,7 @@ def build_space(workload: Workload, cluster: ClusterSpec, engine: str, limits: L
         options=tuple(columns),
         edges=_dependencies(workload, names),
         moves=_moves(workload, cluster, constants, names, options),
+        same_mesh=tuple(tuple(names.index(call) for call in group) for group in _joined(limits.same_mesh)),
     )
     return Space(
         workload=workload,
@@ -216,6 +217,16 @@ def _place(
         copy_bytes=priced.copy[at],
     )
     return tuple(entries), column
+
+
+def _joined(groups: tuple[tuple[str, ...], ...]) -> list[list[str]]:
+    """Groups of calls, those that have a call in common made one."""
+    joined: list[list[str]] = []
+    for group in groups:
+        apart = [other for other in joined if not set(other) & set(group)]
+        met = [call for other in joined if set(other) & set(group) for call in other]
+        joined = [*apart, list(dict.fromkeys([*met, *group]))]
+    return joined
 
 
 def _dependencies(workload: Workload, names: tuple[str, ...]) -> tuple[Dependency, ...]:

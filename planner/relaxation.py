@@ -59,12 +59,12 @@ class _Rows:
 
 def windows(problem: Problem) -> list[Window]:
     """All windows that two or more calls share; with one call inside, its own time says more."""
-    graph = nx.DiGraph((e.source, e.target) for e in problem.edges if e.distance == 0)
+    graph: nx.DiGraph[int] = nx.DiGraph((e.source, e.target) for e in problem.edges if e.distance == 0)
     found = []
-    for source in sorted(graph):
-        after = nx.descendants(graph, source)
-        for target in sorted(after):
-            inside = tuple(sorted(after & nx.ancestors(graph, target)))
+    after: dict[int, set[int]] = {call: nx.descendants(graph, call) for call in sorted(graph)}
+    for source in after:
+        for target in sorted(after[source]):
+            inside = tuple(sorted(call for call in after[source] if target in after[call]))
             if len(inside) > 1:
                 found.append(Window(source, target, inside))
     return found
@@ -78,7 +78,7 @@ def binding_edge(problem: Problem, u: int, v: int) -> Dependency:
 
 def cycles(problem: Problem, through: list[Window]) -> list[list[int]]:
     """Simple cycles of dependencies as lists of calls; number n_calls + k stands for the window k between two calls."""
-    graph = nx.DiGraph((e.source, e.target) for e in problem.edges if e.source != e.target)
+    graph: nx.DiGraph[int] = nx.DiGraph((e.source, e.target) for e in problem.edges if e.source != e.target)
     for k, window in enumerate(through):
         nx.add_path(graph, (window.source, problem.n_calls + k, window.target))
     found = []

@@ -92,8 +92,11 @@ def latency_s(problem: Problem, decision: Decision) -> float:
 
 
 def fits(problem: Problem, choice: tuple[int, ...]) -> bool:
-    """Memory of every GPU: all resident bytes, and the most transient ones, less what a shared copy saves."""
+    """Memory of every GPU: all resident bytes, and the most transient ones, less what a shared copy saves; and one mesh
+    where there must be one."""
     decision = Decision.plain(choice)
+    if any(len({gpus_of(problem, decision, c) for c in group}) > 1 for group in problem.same_mesh):
+        return False
     for gpu in range(problem.gpus):
         resident, transient = 0.0, [0.0]
         for c, i in enumerate(choice):
@@ -168,8 +171,9 @@ def moves_between(draw: st.DrawFn, a: Options, b: Options) -> np.ndarray:
 
 
 @st.composite
-def problems(draw: st.DrawFn, calls: int = 3, most_options: int = 3) -> Problem:
-    """A random graph: forward data edges, the last call may train a model that earlier calls read."""
+def problems(draw: st.DrawFn, calls: int = 3, most_options: int = 3, together: bool = True) -> Problem:
+    """A random graph: forward data edges, the last call may train a model that earlier calls read. With `together`, the
+    first and the last call may have to share a mesh."""
     n = draw(st.integers(1, calls))
     candidates = tuple(draw(options(most_options)) for _ in range(n))
     edges = [
@@ -192,6 +196,7 @@ def problems(draw: st.DrawFn, calls: int = 3, most_options: int = 3) -> Problem:
         options=candidates,
         edges=tuple(edges),
         moves=moves,
+        same_mesh=((0, n - 1),) if together and n > 1 and draw(st.integers(0, 3)) == 0 else (),
     )
 
 

@@ -20,7 +20,7 @@ QUICK = settings(max_examples=60, deadline=None, suppress_health_check=list(Heal
 
 
 @QUICK
-@given(problem=problems(calls=4), data=st.data())
+@given(problem=problems(calls=4, together=False), data=st.data())
 def test_cost_equals_play_on_gpus(problem: Problem, data: st.DataObject) -> None:
     n = problem.n_calls
     choice = tuple(data.draw(st.integers(0, len(o) - 1)) for o in problem.options)

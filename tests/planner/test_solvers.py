@@ -6,15 +6,28 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
-from small_problems import TESTS, best_objective_s, fits, is_legal, latency_s, period_s, problems, random_table
+from hypothesis import strategies as st
+from small_problems import (
+    TESTS,
+    best_objective_s,
+    decisions,
+    fits,
+    is_legal,
+    latency_s,
+    period_s,
+    problems,
+    random_table,
+)
 
 from planner import exact, kernels, mcmc, portfolio, schedule, tables
 from planner.portfolio import Answer, Method
 from planner.problem import Decision, Dependency, Options, Problem
+from planner.relaxation import Window, relax, windows
 from plans.errors import Infeasible
 
 METHODS = tuple(Method)
@@ -46,15 +59,70 @@ def test_equals_brute_force(method: Method, problem: Problem) -> None:
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-@given(problem=problems(calls=3, most_options=3))
+@given(problem=st.one_of(problems(calls=3, most_options=3), problems(calls=4, most_options=2)))
 def test_bound_is_never_above_the_optimum(problem: Problem) -> None:
     best = best_objective_s(problem, 0.0)
-    answer = exact.search(problem, seconds=10.0)
+    answer = exact.search(problem, seconds=10.0, gap=1e-3)
     if best is None:
         assert isinstance(answer, Infeasible)
     else:
         assert isinstance(answer, exact.Proved)
         assert answer.bound_s <= best + 1e-9
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(problem=problems(calls=4, most_options=2))
+def test_relaxation_is_never_above_any_plan(problem: Problem) -> None:
+    relaxed = relax(problem)
+    for decision in decisions(problem):
+        period = period_s(problem, decision) + 1e-9
+        assert relaxed.bound_s <= period
+        assert max(bounds[i] for bounds, i in zip(relaxed.option_s, decision.choice, strict=True)) <= period
+
+
+def test_calls_between_two_others_share_the_gpus() -> None:
+    """Three calls of area 4 between a source and a sink of one second each, every iteration after the one before."""
+
+    def option(width: int, time_s: float) -> Options:
+        nothing = np.zeros(1)
+        return Options(first=nothing, width=np.array([width]), time_s=np.array([time_s]), resident_bytes=nothing,
+                       transient_bytes=nothing, layout=nothing)  # fmt: skip
+
+    between = [Dependency(0, c) for c in (1, 2, 3)] + [Dependency(c, 4) for c in (1, 2, 3)]
+    problem = Problem(
+        gpus=4,
+        capacity_bytes=1.0,
+        names=tuple("abcde"),
+        options=(option(4, 1.0), option(2, 2.0), option(2, 2.0), option(2, 2.0), option(1, 1.0)),
+        edges=(*between, Dependency(4, 0, 1)),
+    )
+    assert windows(problem) == [Window(0, 4, (1, 2, 3))]
+    assert relax(problem).bound_s == pytest.approx(1.0 + 3.0 + 1.0)
+
+
+def test_calls_that_must_share_a_mesh_do() -> None:
+    problem = table_problem()
+    apart = solve(problem, Method.AUTO)
+    together = [solve(replace(problem, same_mesh=((0, 1, 2),)), method) for method in METHODS]
+    assert isinstance(apart, Answer)
+    for answer in together:
+        assert isinstance(answer, Answer)
+        assert len({problem.mesh(call, answer.decision.choice[call]) for call in (0, 1, 2)}) == 1
+        assert answer.period_s >= (apart.bound_s or 0.0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_infeasible_shared_mesh_is_named(method: Method) -> None:
+    problem = table_problem()
+    first = [np.flatnonzero(o.first == 0) for o in problem.options]
+    kept = (np.flatnonzero(problem.options[0].first != 0), *first[1:])
+    answer = solve(replace(problem.restrict(kept), same_mesh=((0, 1),)), method)
+    assert isinstance(answer, Infeasible) and problem.names[0] in answer.reason
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_search_without_time_still_finds_a_plan(method: Method) -> None:
+    assert isinstance(solve(table_problem(), method, seconds=0.0), Answer)
 
 
 @pytest.mark.parametrize("method", METHODS)
