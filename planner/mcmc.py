@@ -15,7 +15,7 @@ import numpy as np
 
 from planner import beginnings, kernels, schedule
 from planner.arrays import Tables
-from planner.problem import Decision, FloatArray, IntArray, Problem
+from planner.problem import Decision, FloatArray, IntArray, Options, Problem
 from plans.errors import Infeasible
 
 CHAINS = 24
@@ -123,11 +123,21 @@ def _found(t: Tables, chains: Chains, seconds: float) -> Found | None:
     return Found(decision, cost.period_s, cost.latency_s, objective, chains.evaluated, seconds, chains.copy())
 
 
+def least_bytes(options: Options) -> float:
+    """What a call needs on each of its GPUs at least."""
+    return float((options.resident_bytes + options.transient_bytes - options.shared_bytes).min())
+
+
+def fits_alone(problem: Problem) -> bool:
+    """Whether every call has an option that fits on its GPUs by itself."""
+    return all(least_bytes(options) <= problem.capacity_bytes for options in problem.options)
+
+
 def overfull(problem: Problem, evaluated: int) -> Infeasible:
     """Why nothing fits, as far as the options tell; `evaluated` is zero where it is proved."""
     capacity = problem.capacity_bytes / 2**30
     for name, options in zip(problem.names, problem.options, strict=True):
-        least = float((options.resident_bytes + options.transient_bytes - options.shared_bytes).min()) / 2**30
+        least = least_bytes(options) / 2**30
         if least > capacity:
             reason = f"`{name}` needs at least {least:.1f} GiB on a GPU of {capacity:.1f} GiB"
             return Infeasible(reason, "use more GPUs, a GPU with more memory, or options that need less")
