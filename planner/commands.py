@@ -19,6 +19,7 @@ from cost_models.estimate import PlanCost, cost_plan
 from planner.baselines import symmetric
 from planner.limits import Limits
 from planner.loading import legal_plan
+from planner.nearest import with_nearest
 from planner.portfolio import Answer, Method, search
 from planner.pricing import Space, build_space
 from planner.progress import SearchProgress
@@ -51,7 +52,7 @@ def search_command(
     began = time.perf_counter()
     space = build_space(request.workload, request.cluster, engine, limits)
     if isinstance(space, Infeasible):
-        return _infeasible(space, as_json)
+        return _infeasible(with_nearest(space, request.workload, request.cluster, engine, limits), as_json)
     if verbose:
         _print_space(space)
     with SearchProgress() as progress:
@@ -64,7 +65,7 @@ def search_command(
             progress=progress.update,
         )
     if isinstance(found, Infeasible):
-        return _infeasible(found, as_json)
+        return _infeasible(with_nearest(found, request.workload, request.cluster, engine, limits), as_json)
     cost = cost_plan(space.plan(tidy(space.problem, found.decision)), engine)
     plan = _finished(cost, request, output, found, method, engine, seed, time.perf_counter() - began)
     save_plan(plan, output)
