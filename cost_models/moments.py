@@ -6,7 +6,7 @@ placed on it, the other copies that are alive at that moment, and what the step 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,11 +46,22 @@ class Moment:
     terms: Mapping[str, float]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankGroup:
+    """Ranks of equal memory: their peak, the step in which it is, and its bytes by term, largest first."""
+
+    ranks: tuple[int, ...]
+    peak_bytes: float
+    step: str
+    terms: Mapping[str, float]
+
+
 @dataclass(frozen=True, kw_only=True)
 class MemoryProfile:
     """Memory of a plan. `peak_terms` are the bytes by term on the fullest rank at its peak."""
 
     moments: tuple[Moment, ...]
+    groups: tuple[RankGroup, ...]
     peak_bytes: float
     peak_rank: int
     peak_step: str
@@ -90,12 +101,33 @@ def memory_profile(program: Program, calls: Mapping[str, CallMemory], context_by
     rank = int(best.bytes_by_rank.argmax())
     return MemoryProfile(
         moments=tuple(moments),
+        groups=tuple(_groups(program, calls, moments, context_bytes)),
         peak_bytes=float(best.bytes_by_rank[rank]),
         peak_rank=rank,
         peak_step=best.step.name,
         peak_terms=best.terms,
         host_bytes_by_node=_host(program, calls),
     )
+
+
+def _groups(
+    program: Program, calls: Mapping[str, CallMemory], moments: list[Moment], context_bytes: float
+) -> Iterator[RankGroup]:
+    """Ranks that are alike at every moment, in the order of their first; idle ones are left out."""
+    stacked = np.stack([moment.bytes_by_rank for moment in moments])
+    _, first, inverse = np.unique(stacked, axis=1, return_index=True, return_inverse=True)
+    inverse = inverse.reshape(-1)
+    for number in np.argsort(first):
+        rank = int(first[number])
+        at = int(stacked[:, rank].argmax())
+        if stacked[at, rank] > 0:
+            step = moments[at].step
+            yield RankGroup(
+                ranks=tuple(np.flatnonzero(inverse == number).tolist()),
+                peak_bytes=float(stacked[at, rank]),
+                step=step.name,
+                terms=_terms_at(program, calls, step, rank, context_bytes),
+            )
 
 
 def _at(

@@ -14,9 +14,12 @@ from os.path import relpath
 from pathlib import Path
 from typing import Any
 
-from cost_models.cost_sources import cost_sources
+from cost_models.error_band import error_band
 from cost_models.estimate import PlanCost, cost_plan
+from cost_models.sources import plan_sources
 from planner.baselines import symmetric
+from planner.binding import binding_terms
+from planner.critical import critical_path
 from planner.limits import Limits
 from planner.loading import legal_plan
 from planner.nearest import with_nearest
@@ -99,7 +102,7 @@ def _finished(
         "engine": engine,
     }
     run = relpath(request.run.resolve(), output.resolve().parent) if request.run else ""
-    plan = replace(cost.program.plan, run=run, provenance={"search": search_record, "costs": cost_sources(cost)})
+    plan = replace(cost.program.plan, run=run, provenance={"search": search_record, "costs": plan_sources(cost).shares})
     return plan.with_estimate(cost.estimate)
 
 
@@ -221,8 +224,13 @@ def estimate_command(path: Path, *, engine: str, changes: list[str], as_json: bo
     if changes:
         ratio = cost.iteration_s / before.iteration_s
         print(f"with {', '.join(changes)}: {ratio:.2f}x the time of the plan as it stands", file=sys.stderr)
+    sources, band = plan_sources(cost), error_band(cost)
+    binding = binding_terms(cost, critical_path(cost.program, cost.durations))
     if as_json:
-        print(json.dumps({**asdict(cost.estimate), "terms": cost.terms, "peak_terms_bytes": cost.memory.peak_terms}))
+        found: dict[str, Any] = {"terms": cost.terms, "peak_terms_bytes": cost.memory.peak_terms}
+        found |= {"costs": sources.shares, "beyond_measured": sources.beyond, "band": asdict(band)}
+        found |= {"binding": [asdict(term) for term in binding[:10]]}
+        print(json.dumps({**asdict(cost.estimate), **found}))
     else:
-        print(render_cost(cost))
+        print(render_cost(cost, sources, band, binding))
     return 0

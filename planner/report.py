@@ -1,35 +1,119 @@
-"""A plan's cost as text: time by call and term, memory by call and term at its peak."""
+"""A plan's cost as text: time by call and term and what binds, memory by group of ranks and moment. 100 columns."""
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
+
+from cost_models.error_band import ErrorBand
 from cost_models.estimate import PlanCost
+from cost_models.moments import RankGroup
+from cost_models.sources import Sources
+from planner.binding import BindingTerm, by_resource
 from plans.cluster import GIB
 
+WIDTH = 100
+CALLS_PER_TABLE = 7
+SHOWN_SHARE = 0.002
+"""Terms below this share of every call are added up as `others`."""
 
-def render_cost(cost: PlanCost) -> str:
-    """Tables of at most 100 columns."""
-    plan = cost.program.plan
-    lines = [f"{cost.iteration_s:.4g} s per iteration (one alone: {cost.latency_s:.4g} s), engine {cost.engine}", ""]
-    lines.append(f"{'call':18}{'seconds':>10}{'share':>8}  largest terms, seconds")
-    for planned in plan.calls:
-        terms = sorted(cost.terms[planned.call].items(), key=lambda item: -item[1])
-        seconds = sum(value for _, value in terms)
-        words = ", ".join(f"{name} {value:.3g}" for name, value in terms[:4] if value > 0)
-        lines.append(f"{planned.call:18}{seconds:>10.4g}{seconds / cost.iteration_s:>8.0%}  {words}"[:100])
-    for name, seconds in cost.durations.seconds.items():
-        if name not in cost.terms and seconds > 1e-4:
-            lines.append(f"{name[:30]:30}{seconds:>10.4g} s")
-    memory = cost.memory
-    capacity = plan.cluster.gpu.memory_gib
-    lines += [
-        "",
-        f"memory: peak {memory.peak_gib:.1f} of {capacity:g} GiB on rank {memory.peak_rank}, {memory.peak_step}",
-    ]
+
+def render_cost(cost: PlanCost, sources: Sources, band: ErrorBand, binding: Sequence[BindingTerm]) -> str:
+    """Everything that `realplan estimate` prints."""
+    lines = [*_heading(cost, sources, band), "", *_times(cost), "", *_binding(cost, binding), "", *_memory(cost)]
+    return "\n".join(lines)
+
+
+def _heading(cost: PlanCost, sources: Sources, band: ErrorBand) -> Iterator[str]:
+    yield (
+        f"{cost.iteration_s:.4g} s per iteration, 80 % band {band.low_s:.3g} to {band.high_s:.3g} s "
+        f"(one iteration alone: {cost.latency_s:.4g} s)"
+    )
+    yield from _wrapped(f"engine {cost.engine}; band: {band.origin}")
+    shares = [f"{share:.0%} {name}" for name, share in sources.shares.items()]
+    reach = f", sizes up to {sources.beyond:.1f}x beyond the measured ones" if sources.beyond > 1.05 else ""
+    yield from _wrapped(f"seconds of the calls: {', '.join(shares)}{reach}")
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, subsequent_indent="  ")
+
+
+def _times(cost: PlanCost) -> Iterator[str]:
+    """Seconds by term and call, and of the steps between the calls."""
+    calls = [planned.call for planned in cost.program.plan.calls]
+    for start in range(0, len(calls), CALLS_PER_TABLE):
+        yield from _time_table(cost, calls[start : start + CALLS_PER_TABLE])
+    between = [(name, s) for name, s in cost.durations.seconds.items() if name not in cost.terms and s > 1e-4]
+    if between:
+        yield ""
+        yield "between the calls, seconds:"
+        yield from (f"  {name[:70]:70}{seconds:>11.4g}" for name, seconds in between)
+
+
+def _time_table(cost: PlanCost, calls: Sequence[str]) -> Iterator[str]:
+    totals = {call: sum(cost.terms[call].values()) for call in calls}
+    large: list[str] = []
+    sums: dict[str, float] = {}
+    for call in calls:
+        for name, seconds in cost.terms[call].items():
+            sums[name] = sums.get(name, 0.0) + seconds
+            if name not in large and seconds > SHOWN_SHARE * totals[call]:
+                large.append(name)
+    heads = [call.rsplit("_", 1) for call in calls]
+    yield f"{'seconds by term':24}" + "".join(f"{head[0][:10]:>10}" for head in heads)
+    yield f"{'':24}" + "".join(f"{head[-1][:10] if len(head) > 1 else '':>10}" for head in heads)
+    for name in sorted(large, key=lambda name: -sums[name]):
+        yield f"  {name[:22]:22}" + _cells(cost.terms[call].get(name, 0.0) for call in calls)
+    others = [sum(s for name, s in cost.terms[call].items() if name not in large) for call in calls]
+    if any(others):
+        yield f"  {'others':22}" + _cells(others)
+    yield f"{'all':24}" + _cells(totals.values())
+    yield f"{'share of an iteration':24}" + "".join(f"{totals[call] / cost.iteration_s:>10.0%}" for call in calls)
+
+
+def _cells(values: Iterable[float]) -> str:
+    return "".join(f"{value:>10.3g}" if value else f"{'.':>10}" for value in values)
+
+
+def _binding(cost: PlanCost, terms: Sequence[BindingTerm]) -> Iterator[str]:
+    """The resources of the critical path, and its largest terms."""
+    shares = [f"{name} {s / cost.iteration_s:.0%}" for name, s in by_resource(tuple(terms)).items()]
+    yield from _wrapped(f"the critical path waits for: {', '.join(shares)}")
+    largest = [f"{t.term} of {t.step} {t.seconds:.3g} s" for t in terms[:3]]
+    yield from _wrapped(f"bounding terms: {'; '.join(largest)}")
+
+
+def _memory(cost: PlanCost) -> Iterator[str]:
+    memory, cluster = cost.memory, cost.program.plan.cluster
+    capacity = cluster.gpu.memory_gib
+    yield f"memory: peak {memory.peak_gib:.1f} of {capacity:g} GiB on rank {memory.peak_rank}, in {memory.peak_step}"
     for moment in memory.moments:
         peak = float(moment.bytes_by_rank.max()) / GIB
-        lines.append(f"  {moment.step.name[:34]:34}{peak:>8.1f} GiB  " + "#" * round(40 * min(1.0, peak / capacity)))
-    lines += ["", "on that rank at its peak, GiB:"]
-    lines += [f"  {name[:44]:44}{size / GIB:>8.2f}" for name, size in list(memory.peak_terms.items())[:12]]
+        yield f"  {moment.step.name[:44]:44}{peak:>8.1f} GiB  " + "#" * round(40 * min(1.0, peak / capacity))
+    yield "by ranks, GiB at their peak:"
+    for group in memory.groups:
+        yield from _rank_group(group)
     host = float(memory.host_bytes_by_node.max()) / GIB
-    lines.append(f"host memory: {host:.0f} of {plan.cluster.host_memory_gib:g} GiB on the fullest node")
-    return "\n".join(lines)
+    yield f"host memory: {host:.0f} of {cluster.host_memory_gib:g} GiB on the fullest node"
+
+
+def _rank_group(group: RankGroup) -> Iterator[str]:
+    yield f"  ranks {ranges(group.ranks)}: {group.peak_bytes / GIB:.1f} in {group.step}"[:WIDTH]
+    parts = [f"{name} {size / GIB:.1f}" for name, size in _rounded(group.terms).items()]
+    yield from textwrap.wrap(", ".join(parts), WIDTH, initial_indent="    ", subsequent_indent="    ")
+
+
+def _rounded(terms: Mapping[str, float]) -> dict[str, float]:
+    """Terms of at least 0.05 GiB; the rest together."""
+    large = {name: size for name, size in terms.items() if size >= 0.05 * GIB}
+    rest = sum(terms.values()) - sum(large.values())
+    return large | ({"others": rest} if rest >= 0.05 * GIB else {})
+
+
+def ranges(ranks: Sequence[int]) -> str:
+    """Ascending ranks as `0-7, 16-23`."""
+    starts = [ranks[0], *(b for a, b in pairwise(ranks) if b != a + 1)]
+    ends = [*(a for a, b in pairwise(ranks) if b != a + 1), ranks[-1]]
+    return ", ".join(f"{a}-{b}" if a != b else f"{a}" for a, b in zip(starts, ends, strict=True))

@@ -1,10 +1,11 @@
 """Fit the constants of the engines to the published measurements, and write them to the library.
 
-    python scripts/fit_engines.py [--only ENGINE[/GPU]] [--check] [--write]
+    python scripts/fit_engines.py [--only ENGINE[/GPU]] [--check] [--write] [--residuals]
 
 Each fit takes all rows of one engine on one GPU kind and a handful of constants, by least squares on the logarithm of
 predicted / measured (soft L1, so that a few bad runs do not rule), with a weak pull of each constant towards its
 analytic start. `--check` also fits on a random half of the rows and reports the error on the other half.
+`--residuals` writes how measured times scatter around such predictions (`cost_models.error_band`), and nothing else.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -24,6 +26,7 @@ from scipy.optimize import least_squares, minimize_scalar
 
 from cost_models import published
 from cost_models.engines import DEFAULT_ENGINE, Engine, load_engine
+from cost_models.error_band import ANY_ENGINE, KINDS, RESIDUALS
 from cost_models.predictions import PREDICTORS
 from cost_models.published import Row, Unpredictable
 from cost_models.validation import counts
@@ -31,6 +34,7 @@ from plans.cluster import ClusterSpec
 
 LIBRARY = Path(published.__file__).parent / "library" / "engines.json"
 PULL = 0.1
+FEWEST_TO_HALVE = 6
 
 
 @dataclass(frozen=True)
@@ -193,12 +197,35 @@ def mape(engine: Engine, cases: Sequence[Case]) -> float:
     return 100 * float(np.mean(np.abs(np.expm1(errors(engine, cases)))))
 
 
-def held_out(fit: Fit, cases: Sequence[Case], start: Engine) -> float:
-    """Error on one random half of the rows of constants fitted to the other half, both ways."""
+def held_out(fit: Fit, cases: Sequence[Case], start: Engine) -> tuple[list[Case], NDArray[np.float64]]:
+    """Cases and log(predicted / measured) under constants fitted to the random half that a case is not in."""
     shuffled = list(cases)
     random.Random(0).shuffle(shuffled)
     halves = shuffled[::2], shuffled[1::2]
-    return (mape(solve(fit, halves[0], start), halves[1]) + mape(solve(fit, halves[1], start), halves[0])) / 2
+    found = [errors(solve(fit, other, start), half) for half, other in (halves, halves[::-1])]
+    return [*halves[0], *halves[1]], np.concatenate(found)
+
+
+def write_residuals() -> None:
+    """Quantiles of measured / predicted by engine and kind of work, over rows that the constants were not fitted to."""
+    ratios: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for fit in FITS:
+        cases, start = cases_of(fit), general_engine(fit)
+        if len(cases) < FEWEST_TO_HALVE:
+            continue
+        ordered, logs = held_out(fit, cases, start)
+        for (_, quantity), log in zip(ordered, logs.tolist(), strict=True):
+            ratios[fit.engine, KINDS[quantity]].append(float(np.exp(-log)))
+            ratios[ANY_ENGINE, KINDS[quantity]].append(float(np.exp(-log)))
+        print(f"{fit.engine} on {fit.gpu}: {100 * np.mean(np.abs(np.expm1(logs))):.1f} % on rows not fitted")
+    entries = []
+    for (engine, kind), values in sorted(ratios.items()):
+        low, middle, high = (round(float(q), 4) for q in np.quantile(values, (0.1, 0.5, 0.9)))
+        entries.append(
+            {"engine": engine, "kind": kind, "rows": len(values), "low": low, "middle": middle, "high": high}
+        )
+    lines = ",\n".join("    " + json.dumps(entry) for entry in entries)
+    RESIDUALS.write_text('{\n  "entries": [\n' + lines + "\n  ]\n}\n")
 
 
 def write(fit: Fit, engine: Engine, rows: int, of: str = "") -> None:
@@ -244,7 +271,11 @@ def main() -> None:
     parser.add_argument("--only", default="")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--residuals", action="store_true")
     args = parser.parse_args()
+    if args.residuals:
+        write_residuals()
+        return
     for fit in FITS:
         if not f"{fit.engine}/{fit.gpu}".startswith(args.only):
             continue
@@ -254,8 +285,9 @@ def main() -> None:
             f"{fit.engine} on {fit.gpu}: {len(cases)} rows, {mape(start, cases):.1f} % -> {mape(engine, cases):.1f} %"
         )
         print("   ", ", ".join(f"{n} {getattr(start, n):.3g} -> {getattr(engine, n):.3g}" for n in fit.constants))
-        if args.check and len(cases) >= 6:
-            print(f"    on the half not fitted: {held_out(fit, cases, start):.1f} %")
+        if args.check and len(cases) >= FEWEST_TO_HALVE:
+            missed = np.mean(np.abs(np.expm1(held_out(fit, cases, start)[1])))
+            print(f"    on the half not fitted: {100 * missed:.1f} %")
         if args.write:
             write(fit, engine, len(cases))
     for gpus, engines in THROTTLED.items():
