@@ -13,7 +13,7 @@ from cost_models.memory_terms import context_bytes
 from cost_models.moments import CallMemory, MemoryProfile, memory_profile
 from cost_models.reallocation import reallocation_time, transfer_time
 from cost_models.simulate import Durations, latency_s, simulate
-from plans.batches import batch_transfer, rank_rows
+from plans.batches import rank_rows
 from plans.cluster import GIB
 from plans.codec import digest
 from plans.graph import CallKind
@@ -127,7 +127,7 @@ def _step_seconds(program: Program, step: Step, engine: Engine) -> float:
         rows = max(len(rows) for rows in rank_rows(plan, step.subject).values())
         return rows * plan.workload.graph.call(step.subject).seconds_per_sample
     if step.kind is StepKind.TRANSFER:
-        messages = batch_transfer(plan, step.subject, step.consumer)
+        messages = program.messages[step.subject, step.consumer]
         sizes = [len(m.rows) * _row_bytes(plan, m.keys) for m in messages]
         return transfer_time(plan.cluster, engine, [(m.source, m.target) for m in messages], sizes)
     assert step.kind is StepKind.REALLOCATE, step.kind

@@ -47,28 +47,22 @@ def host_call(plan: ExecutionPlan, call: str) -> str:
     return plan.workload.graph.host(call)
 
 
-def consumers(plan: ExecutionPlan, producer: str) -> tuple[str, ...]:
-    """Calls of the same iteration that read what a call makes, in the order in which they are served."""
-    found = (edge.target for edge in plan.workload.graph.edges if edge.source == producer and not edge.distance)
-    return tuple(dict.fromkeys(found))
-
-
-def batch_transfer(plan: ExecutionPlan, producer: str, consumer: str) -> tuple[Message, ...]:
-    """Messages that bring a producer's rows to a consumer, without what a target rank made itself or has been sent for
-    an earlier consumer of the producer."""
+def batch_transfers(plan: ExecutionPlan, producer: str) -> dict[str, tuple[Message, ...]]:
+    """Consumer -> messages that bring it a producer's rows, without what a target rank made itself or has been sent for
+    a consumer before. Consumers on the producer's ranks need none and are left out."""
     graph, host = plan.workload.graph, host_call(plan, producer)
     held: dict[tuple[int, str], set[int]] = {}
-    for other in consumers(plan, producer):
-        if host_call(plan, other) == host:
+    found: dict[str, tuple[Message, ...]] = {}
+    for edge in graph.edges:
+        consumer = edge.target
+        if edge.source != producer or edge.distance or consumer in found or host_call(plan, consumer) == host:
             continue
-        keys = tuple(key for key in graph.call(other).inputs if key in graph.call(producer).outputs)
-        messages = _messages(plan, host, rank_rows(plan, other), keys, held)
-        if other == consumer:
-            return messages
-        for message in messages:
+        keys = tuple(key for key in graph.call(consumer).inputs if key in graph.call(producer).outputs)
+        found[consumer] = _messages(plan, host, rank_rows(plan, consumer), keys, held)
+        for message in found[consumer]:
             for key in message.keys:
                 held.setdefault((message.target, key), set()).update(message.rows)
-    return ()
+    return found
 
 
 def _messages(
@@ -87,10 +81,10 @@ def _messages(
     messages: list[Message] = []
     for target, rows in sorted(needed.items()):
         own = layout.places[target].dp if target in layout.places else None
-        has = [(key, held.get((target, key), ())) for key in keys]
+        there = {key: held[target, key] for key in keys if (target, key) in held}
         missing: dict[tuple[int, tuple[str, ...]], list[int]] = {}
         for row in rows:
-            lacking = tuple(key for key, there in has if row not in there)
+            lacking = keys if not there else tuple(key for key in keys if row not in there.get(key, ()))
             if lacking and replica_of[row] != own:
                 missing.setdefault((replica_of[row], lacking), []).append(row)
         for (replica, lacking), part in missing.items():

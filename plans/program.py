@@ -10,12 +10,12 @@ call -> function calls on its outputs -> transfers of everything made -> offload
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 
-from plans.batches import batch_transfer, consumers, host_call
+from plans.batches import Message, batch_transfers, host_call
 from plans.graph import CallKind
 from plans.layout import Layout
 from plans.plan import ExecutionPlan
@@ -70,11 +70,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Program:
-    """Steps of one period in total order, and the copies they use."""
+    """Steps of one period in total order, the copies they use, and the messages by (producer, consumer)."""
 
     plan: ExecutionPlan
     copies: tuple[Copy, ...]
     steps: tuple[Step, ...]
+    messages: Mapping[tuple[str, str], tuple[Message, ...]] = field(hash=False)
 
     @cached_property
     def copy_of(self) -> dict[str, Copy]:
@@ -107,6 +108,7 @@ class Program:
 def compile_program(plan: ExecutionPlan) -> Program:
     """The program of a legal plan (`plans.checks`)."""
     copies = _copies(plan)
+    messages: dict[tuple[str, str], tuple[Message, ...]] = {}
     steps: list[Step] = []
     placed: set[str] = set()
     for planned in plan.calls:
@@ -120,9 +122,11 @@ def compile_program(plan: ExecutionPlan) -> Program:
             steps.append(Step(StepKind.FUNCTION, name, tuple(plan.ranks(planned.call)), planned.lag))
             placed.add(name)
         for name in made:
-            steps += _transfers(plan, name, planned.lag)
+            sent = {consumer: found for consumer, found in batch_transfers(plan, name).items() if found}
+            messages |= {(name, consumer): found for consumer, found in sent.items()}
+            steps += [_transfer(plan, name, consumer, planned.lag) for consumer in sent]
         steps += _after(copy, planned.call, planned.lag, last=users[-1] == planned.call)
-    return Program(plan, copies, tuple(steps))
+    return Program(plan, copies, tuple(steps), messages)
 
 
 def _copies(plan: ExecutionPlan) -> tuple[Copy, ...]:
@@ -177,12 +181,6 @@ def _functions(plan: ExecutionPlan, placed: set[str], call: str) -> list[str]:
     return found
 
 
-def _transfers(plan: ExecutionPlan, producer: str, lag: int) -> list[Step]:
-    steps = []
-    for consumer in consumers(plan, producer):
-        source, target = host_call(plan, producer), host_call(plan, consumer)
-        if source == target or not batch_transfer(plan, producer, consumer):
-            continue
-        ranks = tuple(sorted({*plan.ranks(source), *plan.ranks(target)}))
-        steps.append(Step(StepKind.TRANSFER, producer, ranks, lag, consumer=consumer))
-    return steps
+def _transfer(plan: ExecutionPlan, producer: str, consumer: str, lag: int) -> Step:
+    ranks = {*plan.ranks(host_call(plan, producer)), *plan.ranks(host_call(plan, consumer))}
+    return Step(StepKind.TRANSFER, producer, tuple(sorted(ranks)), lag, consumer=consumer)

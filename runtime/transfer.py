@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from plans.algorithms import GREEDY
-from plans.batches import Message, batch_transfer
+from plans.batches import Message, batch_transfers
 from plans.plan import ExecutionPlan
 from plans.workload import Workload
 
@@ -79,7 +79,7 @@ class BatchStore:
         self._rows: dict[tuple[int, str, str], dict[int, Tensor]] = {}
         self._arrivals: dict[tuple[int, str], list[_Arrival]] = {}
         self._departures: dict[int, list[tuple[Any, Tensor]]] = {}
-        self._messages: dict[tuple[str, str], tuple[Message, ...]] = {}
+        self._messages: dict[str, dict[str, list[Message]]] = {}
 
     def put(self, iteration: int, key: str, rows: Sequence[int], values: Rows) -> None:
         """Keep rows that this rank made or received; each field is [len(rows), ...]."""
@@ -108,11 +108,12 @@ class BatchStore:
                 arrival = _Arrival(message, dist.irecv(buffer, message.source), buffer)
                 self._arrivals.setdefault((iteration, producer), []).append(arrival)
 
-    def _plan_messages(self, producer: str, consumer: str) -> tuple[Message, ...]:
+    def _plan_messages(self, producer: str, consumer: str) -> list[Message]:
         # In one order on both sides: NCCL pairs the operations of two ranks by the order in which they are posted.
-        if (producer, consumer) not in self._messages:
-            self._messages[producer, consumer] = tuple(sorted(batch_transfer(self._plan, producer, consumer)))
-        return self._messages[producer, consumer]
+        if producer not in self._messages:
+            found = batch_transfers(self._plan, producer)
+            self._messages[producer] = {target: sorted(messages) for target, messages in found.items()}
+        return self._messages[producer].get(consumer, [])
 
     def _fields(self, keys: Iterable[str]) -> list[tuple[str, Field]]:
         found = [(key, field) for key in keys for field in fields(key, self._plan.workload)]

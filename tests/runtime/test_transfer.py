@@ -7,7 +7,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from plans.algorithms import algorithm_graph
-from plans.batches import batch_transfer, consumers, rank_rows
+from plans.batches import batch_transfers, rank_rows
 from plans.cluster import parse_mesh
 from plans.library import load_cluster
 from plans.model import ModelSpec
@@ -91,8 +91,9 @@ def test_rows_are_sent_once_and_nothing_is_missing() -> None:
     for producer in ("actor_generate", "reward", "ref_infer", "critic_infer"):
         made = rank_rows(p, producer)
         held = {(rank, key, row) for rank, rows in made.items() for key in graph.call(producer).outputs for row in rows}
-        for consumer in consumers(p, producer):
-            for message in batch_transfer(p, producer, consumer):
+        sent = batch_transfers(p, producer)
+        for consumer in dict.fromkeys(edge.target for edge in graph.edges if edge.source == producer):
+            for message in sent.get(consumer, ()):
                 for key in message.keys:
                     for row in message.rows:
                         assert row in made[message.source] and (message.target, key, row) not in held
