@@ -10,7 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cost_models.validation import GroupResult, Report, RowResult, validate
+from cost_models.row_results import RowResult
+from cost_models.validation import GroupResult, Report, validate
 
 
 def run_validate(files: list[Path] | None, as_json: bool) -> int:

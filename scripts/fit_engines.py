@@ -29,7 +29,7 @@ from cost_models.engines import DEFAULT_ENGINE, Engine, load_engine
 from cost_models.error_band import ANY_ENGINE, KINDS, RESIDUALS
 from cost_models.predictions import PREDICTORS
 from cost_models.published import Row, Unpredictable
-from cost_models.validation import counts
+from cost_models.row_results import counts
 from plans.cluster import ClusterSpec
 
 LIBRARY = Path(published.__file__).parent / "library" / "engines.json"

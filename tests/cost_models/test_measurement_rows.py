@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from cost_models.published import library_files, read_rows
-from cost_models.validation import RowResult, validate
+from cost_models.row_results import RowResult
+from cost_models.validation import validate
 from cost_models.validation_report import as_document
 from plans.errors import RealplanError, SpecError
 
