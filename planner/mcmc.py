@@ -180,7 +180,7 @@ def search(
     if first is None:
         return apart(problem)
     t = tables or schedule.tables(problem)
-    schedule.evaluate(t, first)
+    schedule.compile_kernels()
     began = time.monotonic()
     chains = resume or _start(problem, seed, first, CHAINS)
     told = np.inf

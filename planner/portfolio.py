@@ -167,6 +167,7 @@ def search(
     """
     method = Method(method)
     evaluations = evaluations or (ALONE_EVALUATIONS if method is Method.MCMC else START_EVALUATIONS)
+    schedule.compile_kernels()
     at = _Search(problem, seed, workers, progress)
     part = dominance.light(problem)
     if part is None:

@@ -24,7 +24,7 @@ from planner.problem import Problem  # noqa: E402
 from plans.errors import Infeasible, RealplanError  # noqa: E402
 
 RUN_EVALUATIONS = 300_000  # an independent run; several of them escape more often than one long one
-STARTUP_S = 0.5  # spent before BEGAN, and writing the answer
+STARTUP_S = 1.0  # spent before BEGAN, and writing the answer
 
 
 def best_of_runs(problem: Problem, until: float, seed: int) -> mcmc.Found | Infeasible:
