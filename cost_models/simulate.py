@@ -1,7 +1,8 @@
 """Play a program on its ranks: which step runs when, the steady-state period, and the latency of one iteration.
 
 A rank runs one step at a time, in program order. A call starts when its ranks are free and its inputs have
-arrived; a reallocation holds the ranks of both layouts; a transfer holds nobody and delays only its consumer.
+arrived; a reallocation holds the ranks of both layouts, unless every rank has its slices already; a transfer holds
+nobody and delays only its consumer.
 Iterations follow each other until every rank and every call moves on by the same amount per period: that amount
 is the period (the max-plus eigenvalue of the program; Baccelli et al. 1992, Synchronization and Linearity, ch. 3).
 """
@@ -103,7 +104,7 @@ def _play(
         if seconds:
             state.spans.append(_span(step, iteration, start, start + seconds))
         return
-    if step.kind not in _TIMED:
+    if step.kind not in _TIMED or (step.kind is StepKind.REALLOCATE and not seconds):
         return
     start = float(state.free[ranks].max())
     if step.kind is StepKind.REALLOCATE:
