@@ -3,8 +3,8 @@
 A rank runs one step at a time, in program order. A call starts when its ranks are free and its inputs have
 arrived; a reallocation holds the ranks of both layouts, unless every rank has its slices already; a transfer holds
 nobody and delays only its consumer.
-Iterations follow each other until every rank and every call moves on by the same amount per period: that amount
-is the period (the max-plus eigenvalue of the program; Baccelli et al. 1992, Synchronization and Linearity, ch. 3).
+Iterations follow each other until every rank and every call moves on by the same amount per period (or per two): that
+amount is the period (the max-plus eigenvalue of the program; Baccelli et al. 1992, Synchronization and Linearity, ch. 3).
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from plans.batches import host_call
 from plans.program import Program, Step, StepKind
 from plans.timeline import Span, Timeline
 
-MAX_PERIODS = 48
+WINDOW = 60  # periods; divisible by every short cycle, so that the growth over it is not too small
 SHOWN_ITERATIONS = 3
 _TIMED = (StepKind.REALLOCATE, StepKind.CALL, StepKind.FUNCTION)
 
@@ -38,7 +39,7 @@ class Durations:
 class _State:
     """Clock of the simulation: when each rank is free, when each call of each iteration ended or its inputs arrive."""
 
-    free: np.ndarray
+    free: NDArray[np.float64]
     ends: dict[tuple[str, int], float] = field(default_factory=dict)
     arrivals: dict[tuple[str, int], float] = field(default_factory=dict)
     spans: list[Span] = field(default_factory=list)
@@ -48,21 +49,29 @@ def simulate(program: Program, durations: Durations) -> Timeline:
     """Predicted timeline of the first iterations, with the steady-state period."""
     state = _State(np.zeros(program.plan.cluster.size))
     waits = _waits(program)
-    previous, history = _snapshot(program, state, 0), []
-    for period in range(MAX_PERIODS):
+    snapshots = [_snapshot(program, state, 0)]
+    for period in range(program.max_lag + 2 * WINDOW):
         for step in program.steps:
             if period >= step.lag:
                 _play(state, step, period - step.lag, durations.of(step), waits)
-        snapshot = _snapshot(program, state, period)
-        growth = snapshot - previous
-        history.append(float(growth.max()))
-        if period > program.max_lag + 1 and np.ptp(growth) <= 1e-9 * max(1.0, history[-1]):
+        snapshots.append(_snapshot(program, state, period))
+        cycle = _settled(snapshots[program.max_lag + 1 :])
+        if cycle:
             break
-        previous = snapshot
-    settled = len(history) < MAX_PERIODS
-    period_s = history[-1] if settled else float(np.mean(history[len(history) // 2 :]))
+    cycle = cycle or WINDOW
+    growth = (snapshots[-1] - snapshots[-1 - cycle]) / cycle
     spans = tuple(span for span in state.spans if span.iteration < SHOWN_ITERATIONS)
-    return Timeline(source="predicted", period_s=period_s, spans=spans)
+    return Timeline(source="predicted", period_s=float(growth.max()), spans=spans)
+
+
+def _settled(snapshots: list[NDArray[np.float64]]) -> int:
+    """1 or 2 when everything moved on by the same amount over that many last periods, else 0."""
+    for cycle in (1, 2):
+        if len(snapshots) > cycle:
+            growth = snapshots[-1] - snapshots[-1 - cycle]
+            if np.ptp(growth) <= 1e-9 * max(1.0, float(growth.max())):
+                return cycle
+    return 0
 
 
 def latency_s(program: Program, durations: Durations) -> float:
@@ -82,7 +91,7 @@ def _waits(program: Program) -> dict[str, list[tuple[str, int]]]:
     return waits
 
 
-def _snapshot(program: Program, state: _State, period: int) -> np.ndarray:
+def _snapshot(program: Program, state: _State, period: int) -> NDArray[np.float64]:
     """Everything that the next period depends on; ranks that no call uses are left out."""
     used = sorted({rank for planned in program.plan.calls for rank in program.plan.ranks(planned.call)})
     ends = [
