@@ -4,7 +4,8 @@ A rank runs one step at a time, in program order. A call starts when its ranks a
 arrived; a reallocation holds the ranks of both layouts, unless every rank has its slices already; a transfer holds
 nobody and delays only its consumer.
 Iterations follow each other until every rank and every call moves on by the same amount per period (or per two): that
-amount is the period (the max-plus eigenvalue of the program; Baccelli et al. 1992, Synchronization and Linearity, ch. 3).
+amount is the period (the max-plus eigenvalue of the program; Baccelli et al. 1992, Synchronization and Linearity,
+ch. 3).
 """
 
 from __future__ import annotations
