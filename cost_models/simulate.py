@@ -57,7 +57,7 @@ def simulate(program: Program, durations: Durations) -> Timeline:
                 _play(state, step, period - step.lag, durations.of(step), waits)
         snapshots.append(_snapshot(program, state, period))
         cycle = _settled(snapshots[program.max_lag + 1 :])
-        if cycle:
+        if cycle and period >= program.max_lag + SHOWN_ITERATIONS:
             break
     cycle = cycle or WINDOW
     growth = (snapshots[-1] - snapshots[-1 - cycle]) / cycle

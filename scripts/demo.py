@@ -37,10 +37,8 @@ def main() -> int:
     print(f"set-up took {time.monotonic() - began:.0f} s", flush=True)
     began = time.monotonic()
     plan = output / "plan.json"
-    call("planner.cli", "search", "--run", str(run), "--cluster", "local-cpu", "--seconds", "5", "-o", str(plan))
-    code = call("runtime.cli", str(plan), f"output={output}", *options.overrides, check=False)
-    if code:
-        return code
+    call("realplan", "search", "--run", str(run), "--cluster", "local-cpu", "--seconds", "5", "-o", str(plan))
+    call("realrun", str(plan), f"output={output}", *options.overrides)
     print(f"search and training took {time.monotonic() - began:.0f} s")
     return summary(output)
 
@@ -61,14 +59,13 @@ def prepare(name: str, output: Path, quick: bool) -> Path:
     return path
 
 
-def call(module: str, *arguments: str, check: bool = True) -> int:
-    """Run one of the project's commands as a user would."""
-    name = {"planner.cli": "realplan", "runtime.cli": "realrun"}[module]
+def call(name: str, *arguments: str) -> None:
+    """Run one of the project's commands as a user would; its failure is ours."""
     print(f"\n$ {name} {shlex.join(arguments)}", flush=True)
-    code = subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT).returncode
-    if check and code:
+    command = Path(sys.executable).with_name(name)
+    code = subprocess.run([str(command), *arguments], cwd=ROOT).returncode
+    if code:
         raise SystemExit(code)
-    return code
 
 
 def summary(output: Path) -> int:
