@@ -21,7 +21,7 @@ from planner.schedule import Cost
 from plans.errors import Infeasible
 
 ALONE_EVALUATIONS = 3_000_000
-START_EVALUATIONS = 300_000  # of walks whose result is only the exact search's start
+START_EVALUATIONS = 600_000  # of walks whose result is only the exact search's start
 WALK_SHARE = 0.4  # of the time, where an exact search follows
 FIRST_SHARE = 2 / 3  # of a walk's time and evaluations, among the options near the bound
 NEAR = 1.12  # times the bound

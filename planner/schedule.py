@@ -122,13 +122,12 @@ def _measured(t: Tables, decision: Decision, rule: int) -> FloatArray:
 
 def compile_kernels() -> None:
     """Compile the inner loops or load them from disk, so that no clock runs meanwhile."""
-    ones = np.ones(1)
+    whole, part = np.ones(1, np.int64), np.ones(1)
     options = Options(
-        first=0 * ones, width=ones, time_s=ones, resident_bytes=ones, transient_bytes=ones, layout=0 * ones
+        first=0 * whole, width=whole, time_s=part, resident_bytes=part, transient_bytes=part, layout=0 * whole
     )
-    evaluate(
-        tables(Problem(gpus=1, capacity_bytes=2.0, names=("",), options=(options,), edges=())), Decision.plain((0,))
-    )
+    problem = Problem(gpus=1, capacity_bytes=2.0, names=("",), options=(options,), edges=())
+    evaluate(tables(problem), Decision.plain((0,)))
 
 
 def is_legal(problem: Problem, decision: Decision) -> bool:

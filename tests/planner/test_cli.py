@@ -65,7 +65,8 @@ def test_search_prints_what_a_program_needs(realplan: Run, tmp_path: Path) -> No
     answer = json.loads(out)
     keys = {"iteration_s", "lower_bound_s", "gap", "search_s", "method", "evaluated", "peak_gib", "plan"}
     assert keys <= set(answer)
-    assert answer["gap"] is None and answer["lower_bound_s"] is None and answer["method"] == "mcmc"
+    assert 0 < answer["lower_bound_s"] <= answer["iteration_s"] and answer["method"] == "mcmc"
+    assert answer["gap"] == pytest.approx(1 - answer["lower_bound_s"] / answer["iteration_s"], abs=1e-6)
     plan = load_plan(path)
     assert check_plan(plan) == [] and answer["peak_gib"] <= 79.1
     assert plan.estimate is not None and plan.estimate.iteration_s == pytest.approx(answer["iteration_s"], rel=1e-3)
