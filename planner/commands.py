@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from os.path import relpath
 from pathlib import Path
@@ -69,6 +70,8 @@ def search_command(
         )
     if isinstance(found, Infeasible):
         return _infeasible(with_nearest(found, request.workload, request.cluster, engine, limits), as_json)
+    if verbose:
+        _print_counts(found.dropped)
     cost = cost_plan(space.plan(tidy(space.problem, found.decision)), engine)
     plan = _finished(cost, request, output, found, method, engine, seed, time.perf_counter() - began)
     save_plan(plan, output)
@@ -140,7 +143,11 @@ def _print_verdict(request: Request, plan: ExecutionPlan, cost: PlanCost, engine
 def _print_space(space: Space) -> None:
     for name, options in space.options.items():
         print(f"{name}: {len(options)} candidates", file=sys.stderr)
-    for reason, count in sorted(space.pruned.items(), key=lambda item: -item[1]):
+    _print_counts(space.pruned)
+
+
+def _print_counts(dropped: Mapping[str, int]) -> None:
+    for reason, count in sorted(dropped.items(), key=lambda item: -item[1]):
         print(f"  left out {count:>9,}: {reason}", file=sys.stderr)
 
 

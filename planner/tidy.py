@@ -1,18 +1,54 @@
-"""Make a decision readable without making it worse: no lag that brings nothing, calls in graph order where possible."""
+"""Make a decision readable without making it worse: no lag and no slow call (an offload, say) that brings nothing,
+calls in graph order where possible."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
+
 from planner import schedule
-from planner.problem import Decision, Problem
+from planner.arrays import Tables
+from planner.problem import Decision, IntArray, Problem
 
 TOLERANCE = 1e-9
 
 
 def tidy(problem: Problem, decision: Decision) -> Decision:
-    """The decision with as few lags as its objective allows, and in graph order if that costs nothing."""
-    tables = schedule.tables(problem)
+    """The decision with calls as fast on their meshes and as few lags as its objective allows, and in graph order if
+    that costs nothing."""
+    keep = tuple(_alike(problem, call, option) for call, option in enumerate(decision.choice))
+    smaller = problem.restrict(keep)
+    choice = tuple(int(np.searchsorted(kept, i)) for kept, i in zip(keep, decision.choice, strict=True))
+    tables, decision = schedule.tables(smaller), replace(decision, choice=choice)
+    decision = _in_order(smaller, tables, _quick(smaller, tables, decision))
+    return replace(decision, choice=tuple(int(kept[i]) for kept, i in zip(keep, decision.choice, strict=True)))
+
+
+def _alike(problem: Problem, call: int, option: int) -> IntArray:
+    """Options of a call on the same mesh with the same slices of the weights."""
+    o = problem.options[call]
+    columns = (o.first, o.width, o.layout)
+    return np.flatnonzero(np.logical_and.reduce([column == column[option] for column in columns]))
+
+
+def _quick(problem: Problem, tables: Tables, decision: Decision) -> Decision:
+    """Every call in turn with the fastest option that fits and makes nothing worse."""
+    best = schedule.evaluate(tables, decision)
+    for call, options in enumerate(problem.options):
+        for option in np.argsort(options.time_s, kind="stable").tolist():
+            if options.time_s[option] >= options.time_s[decision.choice[call]]:
+                break
+            choice = (*decision.choice[:call], option, *decision.choice[call + 1 :])
+            cost = schedule.evaluate(tables, replace(decision, choice=choice))
+            if cost.overflow_bytes <= best.overflow_bytes and cost.objective_s <= best.objective_s * (1 + TOLERANCE):
+                decision = replace(decision, choice=choice)
+                break
+    return decision
+
+
+def _in_order(problem: Problem, tables: Tables, decision: Decision) -> Decision:
+    """The decision with as few lags as possible, in graph order if possible."""
 
     def objective(candidate: Decision) -> float:
         return schedule.evaluate(tables, candidate).objective_s

@@ -28,6 +28,7 @@ from planner import exact, kernels, mcmc, portfolio, schedule, tables
 from planner.portfolio import Answer, Method
 from planner.problem import Decision, Dependency, Options, Problem
 from planner.relaxation import Window, relax, windows
+from planner.tidy import tidy
 from plans.errors import Infeasible
 
 METHODS = tuple(Method)
@@ -220,3 +221,21 @@ def test_evaluations_per_cpu_second() -> None:
     began = time.process_time()
     mcmc.search(problem, evaluations=200_000)
     assert time.process_time() - began < 1.0
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(problem=problems(calls=3, most_options=4), data=st.data())
+def test_tidying_makes_nothing_worse(problem: Problem, data: st.DataObject) -> None:
+    legal = list(decisions(problem))
+    if not legal:
+        return
+    decision = data.draw(st.sampled_from(legal))
+    tidied = tidy(problem, decision)
+    assert is_legal(problem, tidied) and fits(problem, tidied.choice)
+
+    def objective_s(d: Decision) -> float:
+        return period_s(problem, d) + kernels.LATENCY_WEIGHT * latency_s(problem, d)
+
+    assert objective_s(tidied) <= objective_s(decision) + 1e-6
+    for call, options in enumerate(problem.options):
+        assert options.time_s[tidied.choice[call]] <= options.time_s[decision.choice[call]]
