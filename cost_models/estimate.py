@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from cost_models.calls import call_time
 from cost_models.candidates import Candidates
-from cost_models.engines import DEFAULT_ENGINE, Engine, load_engine
-from cost_models.memory import MemoryTerms, call_memory
-from cost_models.memory_terms import context_bytes
-from cost_models.moments import CallMemory, MemoryProfile, memory_profile
+from cost_models.memory.memory import MemoryTerms, call_memory
+from cost_models.memory.memory_terms import context_bytes
+from cost_models.memory.moments import CallMemory, MemoryProfile, memory_profile
 from cost_models.reallocation import reallocation_time, transfer_time
 from cost_models.simulate import Durations, latency_s, simulate
+from cost_models.time.calls import call_time
+from cost_models.time.engines import DEFAULT_ENGINE, Engine, load_engine
 from plans.batches import rank_rows
 from plans.cluster import GIB
 from plans.codec import digest

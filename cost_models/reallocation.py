@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from cost_models.candidates import Array, Flags
-from cost_models.engines import Engine
 from cost_models.holdings import Contents, Holdings, IntArray, UnitSizes, unit_sizes
-from cost_models.machine import Machine
+from cost_models.time.engines import Engine
+from cost_models.time.machine import Machine
 from plans.cluster import ClusterSpec
 from plans.layout import Layout
 

@@ -227,7 +227,7 @@ def validate(
     as_json: AsJson = False,
 ) -> None:
     """Recompute published measurements and print the errors."""
-    from cost_models.validation_report import run_validate
+    from cost_models.validation.validation_report import run_validate
 
     raise typer.Exit(run_validate(files, as_json))
 

@@ -15,20 +15,20 @@ from os.path import relpath
 from pathlib import Path
 from typing import Any
 
-from cost_models.error_band import error_band
 from cost_models.estimate import PlanCost, cost_plan
-from cost_models.sources import plan_sources
+from cost_models.tables.sources import plan_sources
+from cost_models.validation.error_band import error_band
 from planner.baselines import symmetric
-from planner.binding import binding_terms
-from planner.critical import critical_path
+from planner.explanation.binding import binding_terms
+from planner.explanation.critical import critical_path
 from planner.limits import Limits
 from planner.loading import legal_plan
 from planner.nearest import with_nearest
-from planner.portfolio import Answer, Method, search
 from planner.pricing import Space, build_space
 from planner.progress import SearchProgress
 from planner.report import render_cost
 from planner.request import Request
+from planner.search.portfolio import Answer, Method, search
 from planner.tidy import tidy
 from planner.whatif import what_if
 from plans.checks import check_plan

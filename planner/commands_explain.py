@@ -8,8 +8,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from planner.explain import explain
-from planner.explain_text import render_explanation
+from planner.explanation.explain import explain
+from planner.explanation.explain_text import render_explanation
 from planner.loading import legal_plan
 
 

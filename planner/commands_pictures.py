@@ -10,19 +10,19 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from cost_models.estimate import PlanCost, cost_plan
-from planner import headline as published
 from planner.baselines import Contender
-from planner.compare import baselines as all_baselines
-from planner.compare import compare, compare_page, render_rows
-from planner.diff import changes, effects, render_diff
 from planner.limits import Limits
 from planner.loading import legal_plan, plan_engine
-from planner.page import Picture, render_page
-from planner.portfolio import search
+from planner.pictures import headline as published
+from planner.pictures.compare import baselines as all_baselines
+from planner.pictures.compare import compare, compare_page, render_rows
+from planner.pictures.diff import changes, effects, render_diff
+from planner.pictures.page import Picture, render_page
+from planner.pictures.trace import trace_json
 from planner.pricing import build_space
 from planner.progress import SearchProgress
+from planner.search.portfolio import search
 from planner.tidy import tidy
-from planner.trace import trace_json
 from plans.errors import Infeasible, PlanError
 from plans.files import write_atomically
 from plans.plan import ExecutionPlan

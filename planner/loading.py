@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cost_models.engines import DEFAULT_ENGINE
+from cost_models.time.engines import DEFAULT_ENGINE
 from plans.checks import check_plan
 from plans.codec import load_plan
 from plans.errors import PlanError

@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-from cost_models.memory_terms import context_bytes
-from planner import mcmc
+from cost_models.memory.memory_terms import context_bytes
 from planner.limits import Limits
 from planner.pricing import Space, build_space
+from planner.search import mcmc
 from plans.cluster import GIB, ClusterSpec
 from plans.errors import Infeasible
 from plans.plan import ExecutionPlan

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cost_models.calls import call_time
 from cost_models.candidates import Candidates
-from cost_models.engines import Engine, load_engine
-from cost_models.memory import call_memory
-from cost_models.memory_terms import context_bytes
+from cost_models.memory.memory import call_memory
+from cost_models.memory.memory_terms import context_bytes
 from cost_models.reallocation import reallocation_matrix
+from cost_models.time.calls import call_time
+from cost_models.time.engines import Engine, load_engine
 from planner.limits import Limits
-from planner.problem import Decision, Dependency, Options, Problem
+from planner.search.problem import Decision, Dependency, Options, Problem
 from planner.space import Pruned, Shape, positions, shapes, strategies
 from plans.cluster import GIB, ClusterSpec, DeviceMesh
 from plans.errors import Infeasible
@@ -159,7 +159,7 @@ def price_call(
 def _undominated(priced: Priced, *, frozen: bool) -> NDArray[np.intp]:
     """Indices of layouts that no other of the same shape beats in time, resident and peak memory; of equal ones the
     first stays. A trained model's layouts compete only where they hold the same slices, because others are reallocated
-    in another time: `planner.dominance` compares those."""
+    in another time: `planner.search.dominance` compares those."""
     number = {slices: i for i, slices in enumerate({_slices(s): None for s in priced.strategies})}
     slices = np.array([number[_slices(s)] for s in priced.strategies])
     by_shape: dict[Shape, list[int]] = {}

@@ -8,7 +8,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.status import Status
 
-from planner.portfolio import Progress
+from planner.search.portfolio import Progress
 
 
 class SearchProgress:

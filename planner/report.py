@@ -6,11 +6,11 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
-from cost_models.error_band import ErrorBand
 from cost_models.estimate import PlanCost
-from cost_models.moments import RankGroup
-from cost_models.sources import Sources
-from planner.binding import BindingTerm, by_resource
+from cost_models.memory.moments import RankGroup
+from cost_models.tables.sources import Sources
+from cost_models.validation.error_band import ErrorBand
+from planner.explanation.binding import BindingTerm, by_resource
 from plans.cluster import GIB
 
 WIDTH = 100

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from planner import schedule
-from planner.arrays import Tables
-from planner.problem import Decision, IntArray, Problem
+from planner.search import schedule
+from planner.search.arrays import Tables
+from planner.search.problem import Decision, IntArray, Problem
 
 TOLERANCE = 1e-9
 

@@ -7,10 +7,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from cost_models.calibration import calibrate
-from cost_models.engines import DEFAULT_ENGINE, load_engine
-from cost_models.shards import legal_degrees
-from cost_models.tables import CostTable
+from cost_models.tables.calibration import calibrate
+from cost_models.tables.shards import legal_degrees
+from cost_models.tables.tables import CostTable
+from cost_models.time.engines import DEFAULT_ENGINE, load_engine
 from plans.errors import RealplanError
 from plans.library import load_model
 from profiler.devices import DTYPES, parse_device

@@ -59,7 +59,7 @@ class Shard:
         return sum(parameter.numel() for parameter in self._chunk.parameters())
 
     def operation(self, name: str, point: Point) -> Timed:
-        """An operation of `cost_models.tables.OPERATIONS` at a point by axis."""
+        """An operation of `cost_models.tables.tables.OPERATIONS` at a point by axis."""
         made: Timed = getattr(self, f"_{name}")(**point)
         return made
 

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cost_models.shards import call_spec, shard_spec
-from cost_models.table_schema import CALL_VOCAB, OPERATIONS, TableError
-from cost_models.tables import CostTable
+from cost_models.tables.shards import call_spec, shard_spec
+from cost_models.tables.table_schema import CALL_VOCAB, OPERATIONS, TableError
+from cost_models.tables.tables import CostTable
 from plans.errors import RealplanError
 from plans.model import ModelSpec
 from profiler.cases import CALLS, CPU, GPU, Axes, Cases, grids

@@ -9,9 +9,9 @@ import argparse
 import random
 import time
 
-from cost_models.calls import call_time
 from cost_models.candidates import Candidates
-from cost_models.engines import load_engine
+from cost_models.time.calls import call_time
+from cost_models.time.engines import load_engine
 from plans.algorithms import ppo
 from plans.cluster import ClusterSpec, DeviceMesh, GpuSpec
 from plans.model import ModelSpec

@@ -19,8 +19,8 @@ from pathlib import Path  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from planner import dominance, mcmc, tables  # noqa: E402
-from planner.problem import Problem  # noqa: E402
+from planner.search import dominance, mcmc, tables  # noqa: E402
+from planner.search.problem import Problem  # noqa: E402
 from plans.errors import Infeasible, RealplanError  # noqa: E402
 
 RUN_EVALUATIONS = 300_000  # an independent run; several of them escape more often than one long one

@@ -5,7 +5,8 @@
 Each fit takes all rows of one engine on one GPU kind and a handful of constants, by least squares on the logarithm of
 predicted / measured (soft L1, so that a few bad runs do not rule), with a weak pull of each constant towards its
 analytic start. `--check` also fits on a random half of the rows and reports the error on the other half.
-`--residuals` writes how measured times scatter around such predictions (`cost_models.error_band`), and nothing else.
+`--residuals` writes how measured times scatter around such predictions (`cost_models.validation.error_band`), and
+nothing else.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import least_squares, minimize_scalar
 
-from cost_models import published
-from cost_models.engines import DEFAULT_ENGINE, Engine, load_engine
-from cost_models.error_band import ANY_ENGINE, KINDS, RESIDUALS
-from cost_models.predictions import PREDICTORS
-from cost_models.published import Row, Unpredictable
-from cost_models.row_results import counts
+from cost_models.time.engines import DEFAULT_ENGINE, Engine, load_engine
+from cost_models.validation import published
+from cost_models.validation.error_band import ANY_ENGINE, KINDS, RESIDUALS
+from cost_models.validation.predictions import PREDICTORS
+from cost_models.validation.published import Row, Unpredictable
+from cost_models.validation.row_results import counts
 from plans.cluster import ClusterSpec
 
 LIBRARY = Path(published.__file__).parent / "library" / "engines.json"
@@ -159,8 +160,8 @@ def errors(engine: Engine, cases: Sequence[Case]) -> NDArray[np.float64]:
         return engine
 
     with (
-        patch("cost_models.published.row_engine", chosen),
-        patch("cost_models.predictions.row_engine", chosen),
+        patch("cost_models.validation.published.row_engine", chosen),
+        patch("cost_models.validation.predictions.row_engine", chosen),
     ):
         return np.array([np.log(PREDICTORS[q](row) / row["measured"][q]) for row, q in cases])
 

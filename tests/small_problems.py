@@ -1,7 +1,7 @@
 """Small search problems, and their costs by the book: an independent reference for the planner's kernels and solvers.
 
-Nothing is shared with `planner.kernels`: every GPU has a free time, many periods are played, and the best decision is
-found by trying them all.
+Nothing is shared with `planner.search.kernels`: every GPU has a free time, many periods are played, and the best
+decision is found by trying them all.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 from hypothesis import strategies as st
 
-from planner.problem import Decision, Dependency, Options, Problem
+from planner.search.problem import Decision, Dependency, Options, Problem
 
 TESTS = os.path.dirname(__file__)
 GPUS = 4

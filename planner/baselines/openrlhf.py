@@ -15,9 +15,9 @@ Not modelled: Ray's object store on the way of batches (10.9 of 94.9 s in the pu
 
 from __future__ import annotations
 
-from cost_models.engines import load_engine
 from cost_models.estimate import PlanCost, call_cost, cost_plan
-from cost_models.machine import Machine
+from cost_models.time.engines import load_engine
+from cost_models.time.machine import Machine
 from planner.baselines import zero3
 from planner.baselines.base import Contender, NoLayoutError, best, settle
 from planner.space import shapes

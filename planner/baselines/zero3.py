@@ -13,11 +13,11 @@ from functools import partial
 
 import numpy as np
 
-from cost_models import collectives
-from cost_models.engines import load_engine
 from cost_models.estimate import CallCost, call_cost
-from cost_models.machine import Machine
-from cost_models.moments import CallMemory
+from cost_models.memory.moments import CallMemory
+from cost_models.time import collectives
+from cost_models.time.engines import load_engine
+from cost_models.time.machine import Machine
 from planner.baselines.base import Ladder, climb, price_on
 from plans.cluster import ClusterSpec, DeviceMesh
 from plans.graph import Call, CallKind

@@ -10,9 +10,9 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from cost_models.activations import block_widths, kept_block_bytes
-from cost_models.memory_rows import training_case_of
-from cost_models.memory_training import in_flight
+from cost_models.memory.activations import block_widths, kept_block_bytes
+from cost_models.memory.memory_training import in_flight
+from cost_models.validation.memory_rows import training_case_of
 from plans.layout import Layout
 from plans.model import ModelSpec
 from plans.strategy import Recompute

@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cost_models import collectives
-from cost_models.calibration import calibrate, table_engine
-from cost_models.cost_sources import cost_sources
-from cost_models.engines import Engine, load_engine
 from cost_models.estimate import cost_plan
-from cost_models.machine import Machine
-from cost_models.table_predictions import PREDICTORS, predict_entry
-from cost_models.table_schema import OPERATIONS, TableError
-from cost_models.tables import CostTable, Entry, save_table
+from cost_models.tables.calibration import calibrate, table_engine
+from cost_models.tables.cost_sources import cost_sources
+from cost_models.tables.table_predictions import PREDICTORS, predict_entry
+from cost_models.tables.table_schema import OPERATIONS, TableError
+from cost_models.tables.tables import CostTable, Entry, save_table
+from cost_models.time import collectives
+from cost_models.time.engines import Engine, load_engine
+from cost_models.time.machine import Machine
 from plans.algorithms import algorithm_graph
 from plans.library import load_cluster, load_model
 from plans.plan import ExecutionPlan, PlannedCall

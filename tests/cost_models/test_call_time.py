@@ -8,15 +8,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cost_models import collectives, operations
-from cost_models.calls import call_time
 from cost_models.candidates import Candidates
-from cost_models.engines import Engine, engine_names, load_engine
-from cost_models.generation import Sampling, decode_step, decode_terms, response_quadrature
-from cost_models.machine import Machine
-from cost_models.pipeline import fill_and_drain, stage_layers
-from cost_models.terms import Terms
-from cost_models.training import TrainingStep, training_time
+from cost_models.time import collectives, operations
+from cost_models.time.calls import call_time
+from cost_models.time.engines import Engine, engine_names, load_engine
+from cost_models.time.generation import Sampling, decode_step, decode_terms, response_quadrature
+from cost_models.time.machine import Machine
+from cost_models.time.pipeline import fill_and_drain, stage_layers
+from cost_models.time.terms import Terms
+from cost_models.time.training import TrainingStep, training_time
 from plans.algorithms import ppo
 from plans.cluster import DeviceMesh
 from plans.errors import SpecError

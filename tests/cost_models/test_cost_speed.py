@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from cost_models.calls import call_time
 from cost_models.candidates import Candidates
-from cost_models.engines import load_engine
+from cost_models.time.calls import call_time
+from cost_models.time.engines import load_engine
 from plans.algorithms import ppo
 from plans.library import load_cluster, load_model
 from plans.strategy import ParallelStrategy

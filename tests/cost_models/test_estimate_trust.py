@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from cost_models.error_band import ANY_ENGINE, KINDS, error_band, residuals, residuals_of
 from cost_models.estimate import PlanCost, cost_plan
-from cost_models.interpolation import Source
-from cost_models.sources import call_sources, plan_sources
-from planner.binding import binding_terms
+from cost_models.tables.interpolation import Source
+from cost_models.tables.sources import call_sources, plan_sources
+from cost_models.validation.error_band import ANY_ENGINE, KINDS, error_band, residuals, residuals_of
 from planner.commands import estimate_command
-from planner.critical import critical_path
+from planner.explanation.binding import binding_terms
+from planner.explanation.critical import critical_path
 from planner.report import ranges, render_cost
 from plans.algorithms import algorithm_graph
 from plans.cluster import DeviceMesh

@@ -7,14 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cost_models import collectives, operations
 from cost_models.candidates import Candidates
-from cost_models.distinct import distinct, on_distinct
-from cost_models.engines import engine_names, load_engine
-from cost_models.generation import decode_attention
-from cost_models.kernels import kernel_table
-from cost_models.machine import Machine
-from cost_models.tables import CostTable
+from cost_models.tables.kernels import kernel_table
+from cost_models.tables.tables import CostTable
+from cost_models.time import collectives, operations
+from cost_models.time.distinct import distinct, on_distinct
+from cost_models.time.engines import engine_names, load_engine
+from cost_models.time.generation import decode_attention
+from cost_models.time.machine import Machine
 from plans.library import load_cluster, load_model
 from plans.strategy import ParallelStrategy
 

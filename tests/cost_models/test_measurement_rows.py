@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from cost_models.published import library_files, read_rows
-from cost_models.row_results import RowResult
-from cost_models.validation import validate
-from cost_models.validation_report import as_document
+from cost_models.validation.published import library_files, read_rows
+from cost_models.validation.row_results import RowResult
+from cost_models.validation.validation import validate
+from cost_models.validation.validation_report import as_document
 from plans.errors import RealplanError, SpecError
 
 ODD = (None, -1, 0, 1.5, "x", "8", True, [], {}, [1], {"a": 1}, math.inf, math.nan, 1e30, 3, 2**40, "")

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cost_models.activations import block_widths, kept_block_bytes
 from cost_models.candidates import Candidates
-from cost_models.engines import engine_names
-from cost_models.memory import call_memory, context_bytes
-from cost_models.memory_rows import predict_memory, training_case_of, training_memory
-from cost_models.memory_terms import MemoryTerms, memory_engine
-from cost_models.memory_training import in_flight, stage_terms
-from cost_models.training_case import model_parts, stage_parts
+from cost_models.memory.activations import block_widths, kept_block_bytes
+from cost_models.memory.memory import call_memory, context_bytes
+from cost_models.memory.memory_terms import MemoryTerms, memory_engine
+from cost_models.memory.memory_training import in_flight, stage_terms
+from cost_models.memory.training_case import model_parts, stage_parts
+from cost_models.time.engines import engine_names
+from cost_models.validation.memory_rows import predict_memory, training_case_of, training_memory
 from plans.algorithms import algorithm_graph
 from plans.cluster import DeviceMesh
 from plans.errors import SpecError

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from cost_models.engines import Engine, load_engine
-from cost_models.machine import Machine
 from cost_models.reallocation import reallocation_matrix, reallocation_time, reallocation_traffic, transfer_time
+from cost_models.time.engines import Engine, load_engine
+from cost_models.time.machine import Machine
 from plans.cluster import ClusterSpec, all_meshes
 from plans.layout import Layout
 from plans.library import load_cluster, load_model

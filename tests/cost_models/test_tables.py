@@ -11,10 +11,16 @@ import numpy as np
 import pytest
 from scipy.interpolate import RegularGridInterpolator
 
-from cost_models.interpolation import Grid, Source
-from cost_models.kernels import collective_seconds, decode_efficiency, gemm_efficiency, kernel_table, prefill_efficiency
-from cost_models.table_schema import OPERATIONS, TableError
-from cost_models.tables import load_table, parse_table, save_table, table_text
+from cost_models.tables.interpolation import Grid, Source
+from cost_models.tables.kernels import (
+    collective_seconds,
+    decode_efficiency,
+    gemm_efficiency,
+    kernel_table,
+    prefill_efficiency,
+)
+from cost_models.tables.table_schema import OPERATIONS, TableError
+from cost_models.tables.tables import load_table, parse_table, save_table, table_text
 
 TABLE: dict[str, Any] = {
     "format": "realplan-costs/1",

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cost_models.published import library_files, read_rows
-from cost_models.validation import Report, regret, validate
-from cost_models.validation_report import as_document, run_validate
+from cost_models.validation.published import library_files, read_rows
+from cost_models.validation.validation import Report, regret, validate
+from cost_models.validation.validation_report import as_document, run_validate
 from plans.errors import SpecError
 
 LIMITS = {

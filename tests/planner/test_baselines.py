@@ -8,8 +8,8 @@ import pytest
 
 from cost_models.estimate import call_cost, cost_plan
 from planner.baselines import BASELINES, Contender, zero3
-from planner.compare import compare, render_rows
-from planner.headline import PUBLISHED_HOURS, STEPS, headline_request
+from planner.pictures.compare import compare, render_rows
+from planner.pictures.headline import PUBLISHED_HOURS, STEPS, headline_request
 from planner.request import Request, build_request
 from plans.checks import check_plan
 from plans.cluster import GIB

@@ -12,15 +12,15 @@ from typer.testing import CliRunner
 
 from cost_models.estimate import cost_plan
 from cost_models.simulate import Durations, simulate
-from planner.alternatives import Where, elsewhere
-from planner.binding import binding_terms, by_resource
 from planner.cli import app
-from planner.critical import CriticalPath, critical_path
-from planner.explain import Explanation, explain
-from planner.explain_text import render_explanation
-from planner.kinds import kind_of
+from planner.explanation.alternatives import Where, elsewhere
+from planner.explanation.binding import binding_terms, by_resource
+from planner.explanation.critical import CriticalPath, critical_path
+from planner.explanation.explain import Explanation, explain
+from planner.explanation.explain_text import render_explanation
+from planner.explanation.kinds import kind_of
+from planner.explanation.neighbourhood import moved
 from planner.limits import Limits
-from planner.neighbourhood import moved
 from planner.pricing import Space, build_space
 from planner.space import Pruned, Shape, strategies
 from plans.algorithms import Variant, ppo

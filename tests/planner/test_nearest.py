@@ -9,9 +9,9 @@ import pytest
 
 from planner.limits import Limits, parse_limits
 from planner.nearest import with_nearest
-from planner.portfolio import Answer, search
 from planner.pricing import Space, build_space
 from planner.request import Request, build_request
+from planner.search.portfolio import Answer, search
 from plans.errors import Infeasible
 
 ENGINE = "megatron"

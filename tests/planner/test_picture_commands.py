@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from cost_models.estimate import cost_plan
 from planner.cli import app
-from planner.headline import headline_rows, render_headline
+from planner.pictures.headline import headline_rows, render_headline
 from plans.codec import save_plan
 from plans.errors import Infeasible, PlanError
 from plans.plan import ExecutionPlan

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from cost_models.estimate import PlanCost, cost_plan
-from planner.idle import idle_by_mesh, idle_by_rank, idle_share
-from planner.lanes import blocks, continued, lanes
-from planner.page import Picture, Table, render_page
-from planner.svg import ticks
-from planner.trace import trace_json
+from planner.pictures.idle import idle_by_mesh, idle_by_rank, idle_share
+from planner.pictures.lanes import blocks, continued, lanes
+from planner.pictures.page import Picture, Table, render_page
+from planner.pictures.svg import ticks
+from planner.pictures.trace import trace_json
 from plans.algorithms import algorithm_graph
 from plans.checks import check_plan
 from plans.cluster import parse_mesh

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_problems import TESTS, call, decisions, fits, is_legal, latency_s, period_s, problems, random_table
 
-from planner import dominance, schedule, tables
-from planner.problem import Decision, Problem
+from planner.search import dominance, schedule, tables
+from planner.search.problem import Decision, Problem
 
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 

@@ -24,10 +24,10 @@ from small_problems import (
     random_table,
 )
 
-from planner import exact, kernels, mcmc, portfolio, schedule, tables
-from planner.portfolio import Answer, Method
-from planner.problem import Decision, Dependency, Options, Problem
-from planner.relaxation import Window, relax, windows
+from planner.search import exact, kernels, mcmc, portfolio, schedule, tables
+from planner.search.portfolio import Answer, Method
+from planner.search.problem import Decision, Dependency, Options, Problem
+from planner.search.relaxation import Window, relax, windows
 from planner.tidy import tidy
 from plans.errors import Infeasible
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from cost_models.shards import shard_spec
-from cost_models.tables import load_table
+from cost_models.tables.shards import shard_spec
+from cost_models.tables.tables import load_table
 from plans.errors import SpecError
 from plans.library import load_model
 from profiler import profile as profiling

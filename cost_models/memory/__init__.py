@@ -1,0 +1,1 @@
+"""Bytes on every GPU at every moment."""

@@ -1,0 +1,179 @@
+"""Memory of a training step on its fullest rank: state, activations in flight, loss, temporaries.
+
+Three moments compete on a stage: the backward pass of a block while every micro-batch in flight is stored, the loss on
+the last stage, and the gradient of the embedding when a micro-batch is done. The fullest stage and moment are kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from cost_models.candidates import FULL_RECOMPUTE, Array
+from cost_models.memory.activations import (
+    BlockWidths,
+    backward_block_bytes,
+    block_widths,
+    kept_block_bytes,
+    stored_block_bytes,
+)
+from cost_models.memory.memory_terms import MemoryEngine, MemoryTerms
+from cost_models.memory.training_case import StageParts, TrainingCase, stage_parts
+from plans.cluster import GIB
+from plans.model import ModelSpec
+
+FP32_BYTES = 4.0
+ADAM_BYTES = 8.0
+
+
+@dataclass(frozen=True, eq=False)
+class StateBytes:
+    """Weights, gradients, masters and Adam moments of a rank, bytes."""
+
+    weights: Array
+    gradients: Array
+    masters: Array
+    optimizer: Array
+
+
+def state_bytes(stage: StageParts, case: TrainingCase) -> StateBytes:
+    """Model state of a rank: Megatron's 6 + 12/d bytes per bf16 parameter (`report_theoretical_memory`).
+
+    Weights in the run's precision, fp32 gradients, fp32 masters (none when the run is fp32), two fp32 moments. zero 1
+    shards masters and moments over dp x cp, experts over dp x cp / ep; zero 3 shards everything, with the fp32 masters
+    as the only weights.
+    """
+    dense = stage.sharded / case.tp + stage.replicated
+    experts = stage.experts / (case.tp * case.ep)
+    shards = np.where(case.zero >= 1, case.replicas, 1.0)
+    sharded = dense / shards + experts / np.where(case.zero >= 1, case.replicas / case.ep, 1.0)
+    whole = np.where(case.zero >= 3, sharded, dense + experts)
+    return StateBytes(
+        weights=np.where(case.zero >= 3, 0.0, whole * case.element),
+        gradients=whole * FP32_BYTES,
+        masters=sharded * np.where((case.element < FP32_BYTES) | (case.zero >= 3), FP32_BYTES, 0.0),
+        optimizer=sharded * ADAM_BYTES,
+    )
+
+
+def in_flight(stage: Array, pp: Array, vpp: Array, micro_batches: Array) -> Array:
+    """Micro-batches whose activations a stage stores at once, in units of the whole stage.
+
+    1F1B: pp - stage. Interleaved: 2 (pp - stage - 1) + (vpp - 1) pp warm-up chunks and the one in hand, each 1/vpp of
+    the stage (Megatron `get_pp_rank_microbatches`; at stage 0 Korthikanti's factor 1 + (pp - 1) / (pp vpp)). Never more
+    than there are.
+    """
+    chunks = np.where(vpp > 1, 2.0 * (pp - stage - 1.0) + (vpp - 1.0) * pp + 1.0, pp - stage)
+    return np.minimum(chunks / vpp, micro_batches)
+
+
+def weight_gradient_bytes(stage: StageParts, case: TrainingCase, engine: MemoryEngine) -> Array:
+    """Weight gradients in the run's precision beside the fp32 ones: see `MemoryEngine.wgrad_buffers`."""
+    return (stage.shapes if engine.wgrad_buffers else stage.largest) * case.element / case.tp
+
+
+def gathered_bytes(stage: StageParts, case: TrainingCase, engine: MemoryEngine) -> Array:
+    """Whole layers that ZeRO-3 holds at once in the run's precision, with the fp32 gradient of one of them."""
+    layer = (stage.sharded / case.tp + stage.replicated + stage.experts / (case.tp * case.ep)) / stage.layers
+    return np.where(case.zero >= 3, layer * (engine.gathered_layers * case.element + FP32_BYTES), 0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Moment:
+    """What is alive beside the model state at one moment, bytes."""
+
+    activations: Array
+    logits: Array
+    workspace: Array
+
+    @property
+    def total(self) -> Array:
+        """All of it."""
+        return self.activations + self.logits + self.workspace
+
+
+def _fullest(moments: list[Moment]) -> Moment:
+    best = moments[0]
+    for other in moments[1:]:
+        wins = other.total > best.total
+        best = Moment(*(np.where(wins, getattr(other, f.name), getattr(best, f.name)) for f in fields(Moment)))
+    return best
+
+
+def moments(stage: StageParts, widths: BlockWidths, case: TrainingCase, engine: MemoryEngine) -> list[Moment]:
+    """The moments that may be the fullest: backward of a block, loss, gradient of the embedding."""
+    kept = kept_block_bytes(widths, case, gathers_keys=engine.gathers_keys) * case.rank_tokens * stage.layers
+    flight = in_flight(stage.index, case.pp, case.vpp, case.micro_batches)
+    again = stored_block_bytes(widths, case, case.scores, gathers_keys=engine.gathers_keys) * case.rank_tokens
+    again = np.where(case.recompute == FULL_RECOMPUTE, again, 0.0)
+    gathered = gathered_bytes(stage, case, engine)
+    wgrad = weight_gradient_bytes(stage, case, engine)
+    temporaries = backward_block_bytes(widths, case) * case.rank_tokens
+    none = np.zeros_like(kept)
+    buffers = wgrad if engine.wgrad_buffers else none
+    embedding = stage.embedding / case.tp * case.element
+    last = _loss(stage, widths, case, engine)
+    return [
+        Moment(kept * flight, none, again + temporaries + wgrad + gathered),
+        Moment(kept * flight, last.logits, last.workspace + buffers + gathered),
+        Moment(kept * np.maximum(flight - 1.0 / case.vpp, 0.0), none, embedding + buffers + gathered),
+    ]
+
+
+def _loss(stage: StageParts, widths: BlockWidths, case: TrainingCase, engine: MemoryEngine) -> Moment:
+    """The loss on the stage of the head: logits cut over tp; input and output of the final norm, the gathered input of
+    the projection and its gradient; the weight gradient of the projection."""
+    has_head = stage.vocabulary > 0
+    rows = stage.vocabulary / case.tp
+    stream = widths.hidden * case.element * (2.0 / np.where(case.sequence_parallel, case.tp, 1.0) + 2.0)
+    return Moment(
+        activations=np.zeros_like(rows),
+        logits=rows * engine.logit_bytes * case.rank_tokens,
+        workspace=np.where(has_head, stream * case.rank_tokens + rows * widths.hidden * case.element, 0.0),
+    )
+
+
+def communicator_bytes(engine: MemoryEngine, *degrees: Array) -> Array:
+    """NCCL buffers: one set per group of more than one rank."""
+    return sum((degree > 1) * engine.communicator_gib * GIB for degree in degrees) + np.zeros_like(degrees[0])
+
+
+def stage_terms(stage: StageParts, widths: BlockWidths, case: TrainingCase, engine: MemoryEngine) -> MemoryTerms:
+    """Memory of one stage at its fullest moment."""
+    state = state_bytes(stage, case)
+    moment = _fullest(moments(stage, widths, case, engine))
+    stay = np.ones_like(case.tp, dtype=np.bool_)
+    return MemoryTerms(
+        weights=state.weights,
+        gradients=state.gradients,
+        masters=state.masters,
+        optimizer=state.optimizer,
+        activations=moment.activations,
+        logits=moment.logits,
+        kv_cache=np.zeros_like(case.tp),
+        workspace=moment.workspace,
+        communicators=communicator_bytes(engine, case.tp, case.pp, case.dp * case.cp),
+        reserve=engine.reserve * moment.total,
+        host=np.zeros_like(case.tp),
+        weights_stay=stay,
+        state_stays=stay,
+    )
+
+
+def fullest_stage(first: MemoryTerms, last: MemoryTerms) -> MemoryTerms:
+    """Per candidate, the terms of the stage that needs more."""
+    wins = last.peak_bytes > first.peak_bytes
+    chosen = {
+        f.name: np.where(wins, getattr(last, f.name), getattr(first, f.name))
+        for f in fields(MemoryTerms)
+        if f.name != "is_copy"
+    }
+    return MemoryTerms(**chosen, is_copy=first.is_copy)
+
+
+def training_terms(spec: ModelSpec, case: TrainingCase, engine: MemoryEngine) -> MemoryTerms:
+    """Memory of a training step on its fullest stage."""
+    widths = block_widths(spec, fused_pointwise=engine.fused_pointwise, element=case.element)
+    first, last = (stage_terms(stage_parts(spec, case.pp, last=end), widths, case, engine) for end in (False, True))
+    return fullest_stage(first, last)

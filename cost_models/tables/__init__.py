@@ -1,0 +1,1 @@
+"""Measured costs: tables of profiles and kernels, and engines calibrated with them."""

@@ -1,0 +1,122 @@
+"""What the analytic model says about every entry of a profile: the same points, seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+
+import numpy as np
+
+from cost_models.candidates import Array, Candidates
+from cost_models.tables.shards import call_spec, shard_spec
+from cost_models.tables.table_schema import CALL_VOCAB
+from cost_models.tables.tables import Entry
+from cost_models.time import operations
+from cost_models.time.data_parallel import accumulation
+from cost_models.time.generation import decode_step
+from cost_models.time.inference import ForwardPass, inference_time
+from cost_models.time.layer import LayerTime, forward_layer
+from cost_models.time.machine import Machine
+from cost_models.time.training import TrainingStep, backward_time, training_time
+from plans.cluster import DeviceMesh
+from plans.model import ModelSpec
+from plans.strategy import ParallelStrategy
+
+Points = Mapping[str, Array]
+Predictor = Callable[[Machine, ModelSpec, Points], Array]
+
+
+def predict_entry(machine: Machine, spec: ModelSpec, operation: str, entry: Entry) -> Array:
+    """Seconds of a model's operation at the points of an entry, in the shape of its values."""
+    axes = dict(entry.axes)
+    if "tp" not in axes:
+        return PREDICTORS[operation](machine, spec, axes)
+    degrees = axes.pop("tp")
+    grid = np.meshgrid(*axes.values(), indexing="ij")
+    points = {name: values.reshape(-1) for name, values in zip(axes, grid, strict=True)}
+    rows = [PREDICTORS[operation](machine, shard_spec(spec, int(tp)), points) for tp in degrees]
+    return np.stack(rows).reshape(entry.values.shape)
+
+
+@cache
+def _alone(count: int) -> Candidates:
+    """One device without any parallelism, `count` times."""
+    mesh = DeviceMesh(first_node=0, nodes=1, first_gpu=0, gpus=1)
+    return Candidates.of([(mesh, ParallelStrategy())]).take(np.zeros(count, dtype=np.intp))
+
+
+def _layer(machine: Machine, spec: ModelSpec, points: Points) -> LayerTime:
+    length = points["sequence_tokens"]
+    return forward_layer(machine, spec, _alone(len(length)), points["sequences"] * length, length)
+
+
+def _block_forward(machine: Machine, spec: ModelSpec, points: Points) -> Array:
+    return np.maximum(_layer(machine, spec, points).gpu, machine.engine.host_forward_layer_s)
+
+
+def _block_backward(machine: Machine, spec: ModelSpec, points: Points) -> Array:
+    backward = backward_time(machine, _layer(machine, spec, points))
+    return np.maximum(backward, machine.engine.host_backward_layer_s) + accumulation(machine, spec.layer_params)
+
+
+def _block_decode(machine: Machine, spec: ModelSpec, points: Points) -> Array:
+    terms = _step(machine, spec, points["sequences"], points["cached_tokens"])
+    return _total({name: seconds for name, seconds in terms.items() if name != "decode_head"})
+
+
+def _generate_step(machine: Machine, spec: ModelSpec, points: Points) -> Array:
+    return _total(_step(machine, spec, points["sequences"], np.ones_like(points["sequences"])))
+
+
+def _step(machine: Machine, spec: ModelSpec, rows: Array, length: Array) -> Mapping[str, Array]:
+    return decode_step(machine, spec, _alone(len(rows)), rows, length)
+
+
+def _head_forward(machine: Machine, spec: ModelSpec, points: Points) -> Array:
+    tokens, one = points["tokens"], np.ones_like(points["tokens"])
+    return operations.head(machine, spec, tokens, one) + operations.loss(machine, spec, tokens, one)
+
+
+def _head_backward(machine: Machine, spec: ModelSpec, points: Points) -> Array:
+    tokens, one = points["tokens"], np.ones_like(points["tokens"])
+    gemms = operations.head(machine, spec, tokens, one) * machine.engine.backward_gemm_ratio
+    vocabulary = accumulation(machine, float(spec.padded_vocab * spec.hidden))
+    return gemms + operations.loss(machine, spec, tokens, one) * machine.engine.loss_backward_ratio + vocabulary
+
+
+def _optimizer_step(machine: Machine, spec: ModelSpec, points: Points) -> Array:
+    return operations.optimizer_update(machine, points["parameters"])
+
+
+def _inference_call(machine: Machine, spec: ModelSpec, points: Points) -> Array:
+    tokens = points["sequence_tokens"]
+    work = ForwardPass(call_spec(spec, CALL_VOCAB), points["sequences"], tokens, head_tokens=tokens)
+    return inference_time(machine, work, _alone(len(tokens))).total_s
+
+
+def _train_call(machine: Machine, spec: ModelSpec, points: Points) -> Array:
+    step = TrainingStep(call_spec(spec, CALL_VOCAB), points["sequences"], points["sequence_tokens"])
+    return training_time(machine, step, _alone(len(points["sequences"]))).total_s
+
+
+def _total(terms: Mapping[str, Array]) -> Array:
+    total = np.zeros_like(next(iter(terms.values())))
+    for seconds in terms.values():
+        total = total + seconds
+    return total
+
+
+PREDICTORS: Mapping[str, Predictor] = {
+    "block_forward": _block_forward,
+    "block_backward": _block_backward,
+    "block_recompute": _block_forward,
+    "block_prefill": _block_forward,
+    "block_decode": _block_decode,
+    "head_forward": _head_forward,
+    "head_backward": _head_backward,
+    "optimizer_step": _optimizer_step,
+    "generate_step": _generate_step,
+    "inference_call": _inference_call,
+    "train_call": _train_call,
+}
+"""Operations of which the analytic model speaks alone (it has no embedding: on a GPU that is a rounding error)."""

@@ -1,0 +1,1 @@
+"""Seconds of every call under every layout."""

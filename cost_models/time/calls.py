@@ -1,0 +1,43 @@
+"""Time of any model call under every candidate layout."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cost_models.candidates import Candidates
+from cost_models.time.data_parallel import state_load
+from cost_models.time.engines import Engine
+from cost_models.time.generation import Sampling, generation_time
+from cost_models.time.inference import ForwardPass, inference_time, weight_load
+from cost_models.time.machine import Machine
+from cost_models.time.terms import Terms
+from cost_models.time.training import TrainingStep, training_time
+from plans.cluster import ClusterSpec
+from plans.graph import CallKind
+from plans.workload import Workload
+
+
+def call_time(workload: Workload, call: str, cluster: ClusterSpec, candidates: Candidates, engine: Engine) -> Terms:
+    """Seconds of a model call by term, arrays [candidates].
+
+    A training call is `minibatches` optimizer steps. Where a frozen model (or a trained one's optimizer state) lives
+    in host memory, the load is the term `offload`.
+    """
+    machine = Machine(cluster, engine, workload.dtype)
+    spec, kind = workload.spec(call), workload.graph.call(call).kind
+    assert kind is not CallKind.FUNCTION, f"`{call}` is a function call"
+    if kind is CallKind.TRAIN_STEP:
+        step = TrainingStep(spec, workload.samples / workload.minibatches, workload.tokens)
+        terms = {k: v * workload.minibatches for k, v in training_time(machine, step, candidates).items()}
+        terms["offload"] = state_load(machine, spec, candidates)
+    elif kind is CallKind.INFERENCE:
+        work = ForwardPass(spec, workload.samples, workload.tokens, head_tokens=workload.tokens)
+        terms = dict(inference_time(machine, work, candidates))
+        terms["offload"] = weight_load(machine, spec, candidates)
+    else:
+        sampling = Sampling(
+            spec, workload.samples, workload.prompt_tokens, workload.response_tokens, workload.mean_response_tokens
+        )
+        terms = dict(generation_time(machine, sampling, candidates))
+    terms["call"] = np.full(len(candidates), engine.call_s)
+    return Terms(terms)

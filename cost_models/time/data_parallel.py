@@ -1,0 +1,111 @@
+"""Data parallelism: what a rank holds, gradients reduced and weights gathered over dp x cp, the optimizer's step."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cost_models.candidates import Array, Candidates
+from cost_models.time import collectives, operations
+from cost_models.time.layer import LayerTime
+from cost_models.time.machine import Machine
+from cost_models.time.pipeline import stage_layers
+from plans.model import Head, ModelSpec
+
+
+def rank_params(spec: ModelSpec, candidates: Candidates) -> Array:
+    """Parameters of the fullest rank: an inner stage with an embedding (and the head too, without a pipeline)."""
+    c = candidates
+    layers, _ = stage_layers(spec, c.pp)
+    experts = 0.0
+    if spec.experts:
+        experts = (3.0 if spec.gated_mlp else 2.0) * spec.hidden * spec.ffn * spec.experts
+    vocabulary = float(spec.padded_vocab * spec.hidden)
+    own_head = spec.head is Head.LM and not spec.tied_embeddings
+    ends = vocabulary * np.where(c.pp == 1, 1.0 + own_head, 1.0)
+    params: Array = (layers * (spec.layer_params - experts + experts / c.ep) + ends) / c.tp
+    return params
+
+
+def _data_group(candidates: Candidates) -> tuple[Array, Array]:
+    """Size of the group that reduces gradients (dp x cp, tp ranks apart), and its ranks on one node."""
+    size = candidates.dp * candidates.cp
+    return size, candidates.ranks_per_node(candidates.tp, size)
+
+
+def gradient_reduce(machine: Machine, spec: ModelSpec, candidates: Candidates, backward: Array) -> Array:
+    """Exposed seconds of the gradient all-reduce, or reduce-scatter with a sharded optimizer.
+
+    It may hide behind the backward pass of the last micro-batch, `data_overlap` of it.
+    """
+    engine, (size, per_node) = machine.engine, _data_group(candidates)
+    if engine.shards_weights:
+        return np.zeros_like(size)
+    message = rank_params(spec, candidates) * engine.gradient_bytes
+    whole = collectives.all_reduce(machine, message, size, per_node)
+    scattered = collectives.reduce_scatter(machine, message, size, per_node)
+    seconds = np.where(candidates.shard_optimizer, scattered, whole)
+    return seconds - np.minimum(engine.data_overlap * seconds, backward)
+
+
+def parameter_gather(machine: Machine, spec: ModelSpec, candidates: Candidates, backward: Array) -> Array:
+    """Exposed seconds of gathering updated weights after a sharded optimizer step; hides behind the next forward,
+    taken as half of a backward."""
+    engine, (size, per_node) = machine.engine, _data_group(candidates)
+    if engine.shards_weights:
+        return np.zeros_like(size)
+    message = rank_params(spec, candidates) * machine.element_bytes
+    seconds = np.where(candidates.shard_optimizer, collectives.all_gather(machine, message, size, per_node), 0.0)
+    return seconds - np.minimum(engine.data_overlap * seconds, 0.5 * backward)
+
+
+def weight_gather(machine: Machine, spec: ModelSpec, candidates: Candidates, layer: LayerTime, after: Array) -> Array:
+    """Exposed seconds per layer and micro-batch where weights are sharded over dp (ZeRO-3): gather before forward,
+    gather again and scatter gradients in backward, prefetched one layer ahead.
+
+    What is not hidden: the excess of communication over compute, and the share 1 - data_overlap of the rest.
+    """
+    engine, (size, per_node) = machine.engine, _data_group(candidates)
+    if not engine.shards_weights:
+        return np.zeros_like(size)
+    gather = layer_gather(machine, spec, candidates)
+    message = spec.layer_params / candidates.tp * engine.gradient_bytes
+    both = gather + collectives.reduce_scatter(machine, message, size, per_node)
+    return _exposed(machine, gather, layer.gpu) + _exposed(machine, both, after)
+
+
+def forward_weight_gather(machine: Machine, spec: ModelSpec, candidates: Candidates, layer: LayerTime) -> Array:
+    """Exposed seconds per layer and forward pass of gathering weights that are sharded over dp."""
+    if not machine.engine.shards_weights:
+        return np.zeros_like(candidates.dp)
+    return _exposed(machine, layer_gather(machine, spec, candidates), layer.gpu)
+
+
+def layer_gather(machine: Machine, spec: ModelSpec, candidates: Candidates) -> Array:
+    """Seconds to gather one layer's weights that are sharded over dp x cp."""
+    size, per_node = _data_group(candidates)
+    message = spec.layer_params / candidates.tp * machine.element_bytes
+    return collectives.all_gather(machine, message, size, per_node)
+
+
+def _exposed(machine: Machine, communication: Array, compute: Array) -> Array:
+    return communication - machine.engine.data_overlap * np.minimum(communication, compute)
+
+
+def accumulation(machine: Machine, params: Array | float) -> Array | float:
+    """Seconds to add the gradients of `params` local parameters of one micro-batch up in their buffer."""
+    return params * (machine.engine.accumulate_bytes / machine.memory_bytes_per_s)
+
+
+def optimizer(machine: Machine, spec: ModelSpec, candidates: Candidates) -> Array:
+    """Seconds of clipping and Adam, on the local shard where the optimizer is sharded."""
+    params = rank_params(spec, candidates)
+    size, _ = _data_group(candidates)
+    sharded = candidates.shard_optimizer | machine.engine.shards_weights
+    return operations.optimizer_update(machine, params / np.where(sharded, size, 1.0))
+
+
+def state_load(machine: Machine, spec: ModelSpec, candidates: Candidates) -> Array:
+    """Seconds to bring an offloaded optimizer state (fp32 masters and two moments) to the GPU and back."""
+    size, _ = _data_group(candidates)
+    params = rank_params(spec, candidates) / np.where(candidates.shard_optimizer, size, 1.0)
+    return np.where(candidates.offload, 2.0 * 12.0 * params / machine.host_bytes_per_s, 0.0)

@@ -1,0 +1,159 @@
+"""Time of generation: prefill, then one decode step per token over a batch that shrinks and a KV cache that grows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cost_models.candidates import Array, Candidates
+from cost_models.time import collectives, measured, operations
+from cost_models.time.distinct import distinct
+from cost_models.time.inference import ForwardPass, forward_terms
+from cost_models.time.layer import expert_parallel
+from cost_models.time.machine import Machine
+from cost_models.time.pipeline import stage_layers, stage_send
+from cost_models.time.terms import Terms
+from plans.model import ModelSpec
+
+_NODES_FORCED, _NODES_TAILED = 2, 8
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """`samples` prompts of `prompt_tokens`; responses of at most `response_tokens`, of mean `mean_tokens` (0: all
+    reach the limit)."""
+
+    spec: ModelSpec
+    samples: float
+    prompt_tokens: float
+    response_tokens: float
+    mean_tokens: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Quadrature:
+    """Decode positions at which a step is costed: `position` tokens generated, `weight` steps that it stands for,
+    `alive` share of sequences not finished. Shapes [points]."""
+
+    position: Array
+    weight: Array
+    alive: Array
+
+
+def generation_time(machine: Machine, work: Sampling, candidates: Candidates) -> Terms:
+    """Terms of a generate call, seconds. Prefill takes a pass per group and wave, or per micro-batch where those are
+    more; waves decode one after the other."""
+    c = candidates
+    prompts = ForwardPass(work.spec, work.samples, work.prompt_tokens, head_tokens=1.0, scored=False)
+    prefill = Terms(forward_terms(machine, prompts, c, np.maximum(c.groups * c.waves, c.micro_batches)))
+    decode = {name: seconds * c.waves for name, seconds in decode_terms(machine, work, c).items()}
+    terms = {"prefill": prefill.total_s} | decode
+    terms["overhead"] = np.full(len(c), machine.engine.graph_capture_s)
+    return Terms(terms)
+
+
+def decode_terms(machine: Machine, work: Sampling, candidates: Candidates) -> dict[str, Array]:
+    """Terms of all decode steps of one wave after the first token, which prefill makes."""
+    samples = work.samples / candidates.waves
+    sums: dict[str, Array] = {}
+    points = response_quadrature(work)
+    for position, weight, alive in zip(points.position, points.weight, points.alive, strict=True):
+        running = 1.0 if alive >= 1.0 else 1.0 - (1.0 - alive) ** samples
+        step = decode_step(machine, work.spec, candidates, samples * alive, work.prompt_tokens + position)
+        for name, seconds in step.items():
+            sums[name] = sums.get(name, 0.0) + seconds * (weight * running)
+    return sums
+
+
+def response_quadrature(work: Sampling) -> Quadrature:
+    """Gauss-Legendre points over the response_tokens - 1 decode steps.
+
+    Lengths are exponential, cut at the limit, with the rate that gives the mean: alive(t) = exp(-rate t). That is
+    the long tail of sampled responses with a stop token of constant hazard.
+    """
+    steps = max(work.response_tokens - 1.0, 0.0)
+    tailed = 0.0 < work.mean_tokens < 0.98 * work.response_tokens
+    nodes, weights = np.polynomial.legendre.leggauss(_NODES_TAILED if tailed else _NODES_FORCED)
+    position = 0.5 * steps * (nodes + 1.0)
+    rate = _hazard(work.mean_tokens, work.response_tokens) if tailed else 0.0
+    return Quadrature(position + 1.0, 0.5 * steps * weights, np.exp(-rate * position))
+
+
+def _hazard(mean: float, limit: float) -> float:
+    """Rate r with (1 - exp(-r limit)) / r = mean, by bisection."""
+    low, high = 1e-9 / limit, 50.0 / mean
+    for _ in range(60):
+        rate = 0.5 * (low + high)
+        if -np.expm1(-rate * limit) / rate > mean:
+            low = rate
+        else:
+            high = rate
+    return 0.5 * (low + high)
+
+
+def decode_step(
+    machine: Machine, spec: ModelSpec, candidates: Candidates, sequences: Array | float, length: Array | float
+) -> dict[str, Array]:
+    """Terms of one token for every running sequence, seconds; `sequences` over all dp ranks, `length` tokens of each
+    in the KV cache.
+
+    The batch of a dp rank runs as `groups` groups; a stage works on one group while other stages work on others, so
+    that a token of all groups takes max(groups, pp) stage times.
+    """
+    c, engine = candidates, machine.engine
+    rows = np.maximum(sequences / (c.dp * c.groups), 1.0)
+    layers, last_layers = stage_layers(spec, c.pp)
+    lengths = np.broadcast_to(np.asarray(length, dtype=np.float64), rows.shape)
+    first, inverse = distinct(rows, lengths, c.tp, c.ep, c.gpus_per_node)
+    each = _decode_parts(machine, spec, c.take(first), rows[first], lengths[first])
+    spread = {name: seconds[inverse] for name, seconds in each.items()}
+    logits = spread.pop("head")
+    parts = spread | {"decode_kernels": np.full_like(rows, engine.decode_layer_s)}
+    layer = sum(parts.values(), np.zeros_like(rows))
+    parts["decode_host"] = np.maximum(engine.host_decode_layer_s - layer, 0.0)
+    turns = np.maximum(c.groups, c.pp) * layers
+    terms = {name: seconds * turns for name, seconds in parts.items()}
+    short = (layers - last_layers) * np.maximum(layer, engine.host_decode_layer_s)
+    head = logits + engine.decode_step_s + rows * engine.decode_row_s
+    steady = np.where(c.groups >= c.pp, np.maximum(head - short, 0.0), head - short)
+    terms["decode_head"] = steady * np.where(c.groups >= c.pp, c.groups, 1.0)
+    terms["decode_p2p"] = decode_sends(machine, spec, c, rows)
+    return terms
+
+
+def _decode_parts(
+    machine: Machine, spec: ModelSpec, candidates: Candidates, rows: Array, length: Array
+) -> dict[str, Array]:
+    """Seconds of one layer's parts, and of the head."""
+    c = candidates
+    return {
+        "decode_linears": operations.linears(machine, spec, rows, c.tp, c.ep)[0],
+        "decode_attention": decode_attention(machine, spec, c, rows, length),
+        "decode_tensor_parallel": decode_all_reduce(machine, spec, c, rows) + expert_parallel(machine, spec, c, rows),
+        "head": operations.head(machine, spec, rows, c.tp),
+    }
+
+
+def decode_attention(machine: Machine, spec: ModelSpec, candidates: Candidates, rows: Array, length: Array) -> Array:
+    """Seconds to read the keys and values of one layer: rows x length x 2 x kv_heads / tp x head_dim elements."""
+    kv_heads = np.maximum(spec.kv_heads / candidates.tp, 1.0)
+    if machine.kernels is not None:
+        return measured.decode_attention(machine, spec.head_dim, rows, length, kv_heads).value
+    bandwidth = 1e9 * machine.cluster.gpu.hbm_gbps * machine.engine.kv_efficiency
+    seconds: Array = rows * (2.0 * spec.head_dim * kv_heads) * (length * machine.element_bytes / bandwidth)
+    return seconds
+
+
+def decode_all_reduce(machine: Machine, spec: ModelSpec, candidates: Candidates, rows: Array) -> Array:
+    """Seconds of the two small all-reduces of [rows, hidden] per layer, mostly latency."""
+    c = candidates
+    message = rows * float(spec.hidden * machine.element_bytes)
+    return 2.0 * collectives.all_reduce(machine, message, c.tp, c.ranks_per_node(np.ones_like(c.tp), c.tp))
+
+
+def decode_sends(machine: Machine, spec: ModelSpec, candidates: Candidates, rows: Array) -> Array:
+    """Seconds of sends between stages and of the token back to the first, per step of all groups."""
+    c = candidates
+    one = stage_send(machine, spec, c, rows)
+    return np.where(c.pp > 1, np.maximum(c.groups, c.pp) * one, 0.0)

@@ -1,0 +1,81 @@
+"""Time of one forward pass over a batch (log-probs, values, rewards), and the prefill of generation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cost_models.candidates import Array, Candidates
+from cost_models.time import operations
+from cost_models.time.data_parallel import forward_weight_gather, rank_params
+from cost_models.time.layer import forward_layer
+from cost_models.time.machine import Machine
+from cost_models.time.pipeline import fill_and_drain, stage_layers, stage_send
+from cost_models.time.terms import Terms
+from plans.model import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardPass:
+    """`samples` sequences of `tokens` tokens over all ranks. The head runs on `head_tokens` of each sequence, and
+    `scored` says whether log-probs follow it."""
+
+    spec: ModelSpec
+    samples: Array | float
+    tokens: Array | float
+    head_tokens: Array | float
+    scored: bool = True
+
+
+def inference_time(machine: Machine, work: ForwardPass, candidates: Candidates) -> Terms:
+    """Terms of one forward call, seconds."""
+    return Terms(forward_terms(machine, work, candidates, candidates.micro_batches))
+
+
+def forward_terms(machine: Machine, work: ForwardPass, candidates: Candidates, passes: Array) -> dict[str, Array]:
+    """Terms of `passes` forward passes per dp rank through the pipeline."""
+    c, spec = candidates, work.spec
+    sequences = work.samples / (c.dp * passes)
+    tokens = sequences * work.tokens / c.cp
+    layer = forward_layer(machine, spec, c, tokens, work.tokens)
+    layers, last_layers = stage_layers(spec, c.pp)
+    parts = {
+        "linears": layer.linears,
+        "attention": layer.attention,
+        "streaming": layer.streaming,
+        "tensor_parallel": layer.tensor_parallel,
+        "context_parallel": layer.context_parallel,
+        "expert_parallel": layer.expert_parallel,
+        "gaps": layer.gaps,
+        "weight_gather": forward_weight_gather(machine, spec, c, layer),
+        "host": np.maximum(machine.engine.host_forward_layer_s - layer.gpu, 0.0),
+    }
+    one_layer = layer.gpu + parts["weight_gather"] + parts["host"]
+    inner, last = layers * one_layer, last_layers * one_layer + head_time(machine, work, sequences, c)
+    terms = {name: seconds * layers * passes for name, seconds in parts.items()}
+    terms["head_and_loss"] = np.maximum(last - inner, 0.0) * passes
+    terms["bubble"] = fill_and_drain(c.pp, np.ones_like(c.pp), inner, last)
+    terms["pipeline_p2p"] = forward_sends(machine, spec, c, tokens, passes)
+    terms["overhead"] = passes * machine.engine.micro_batch_s
+    return terms
+
+
+def head_time(machine: Machine, work: ForwardPass, sequences: Array, candidates: Candidates) -> Array:
+    """Seconds of the head and, where scored, the log-probs of one pass."""
+    tokens = sequences * work.head_tokens / candidates.cp
+    seconds = operations.head(machine, work.spec, tokens, candidates.tp)
+    return seconds + operations.loss(machine, work.spec, tokens, candidates.tp) if work.scored else seconds
+
+
+def forward_sends(machine: Machine, spec: ModelSpec, candidates: Candidates, tokens: Array, passes: Array) -> Array:
+    """Seconds of sends between stages: one [tokens, hidden] activation per slot."""
+    c = candidates
+    one = stage_send(machine, spec, c, tokens)
+    return np.where(c.pp > 1, one * (passes + c.pp - 1) * (1.0 - machine.engine.pipeline_overlap), 0.0)
+
+
+def weight_load(machine: Machine, spec: ModelSpec, candidates: Candidates) -> Array:
+    """Seconds to bring a frozen model's offloaded weights to the GPU."""
+    seconds = rank_params(spec, candidates) * (machine.element_bytes / machine.host_bytes_per_s)
+    return np.where(candidates.offload, seconds, 0.0)

@@ -1,0 +1,123 @@
+"""Predictions of published quantities: row -> {quantity: prediction in the row's own unit}."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from cost_models.candidates import Candidates
+from cost_models.time.calls import call_time
+from cost_models.time.generation import Sampling, decode_terms, generation_time
+from cost_models.time.inference import ForwardPass, forward_terms
+from cost_models.time.terms import Terms
+from cost_models.time.training import TrainingStep, training_time
+from cost_models.validation.published import (
+    Row,
+    Unpredictable,
+    inference_candidates,
+    inference_engine_name,
+    number,
+    row_dtype,
+    row_engine,
+    row_machine,
+    row_spec,
+    train_candidates,
+    train_engine_name,
+    whole,
+)
+from plans.algorithms import ppo
+from plans.library import load_cluster, load_model
+from plans.strategy import ParallelStrategy, Recompute
+from plans.workload import Workload
+
+PPO_GPU = "a100-80gb"
+"""The reading of "8-GPU nodes, 80 GB, A100-class" of the published PPO iterations."""
+
+
+def step_time_s(row: Row) -> float:
+    """Seconds of a training step."""
+    machine = row_machine(row, train_engine_name(row))
+    step = TrainingStep(row_spec(row), number(row, "gbs"), number(row, "seq_len"))
+    return float(training_time(machine, step, train_candidates(row, machine.cluster)).total_s[0])
+
+
+def _sampling(row: Row) -> Sampling:
+    return Sampling(row_spec(row), number(row, "batch"), number(row, "input_len"), number(row, "output_len"))
+
+
+def prefill_ms(row: Row) -> float:
+    """Milliseconds to the first token of a batch."""
+    machine = row_machine(row, inference_engine_name(row))
+    candidates, work = inference_candidates(row, machine.cluster), _sampling(row)
+    prompts = ForwardPass(work.spec, work.samples, work.prompt_tokens, head_tokens=1.0, scored=False)
+    return 1e3 * float(Terms(forward_terms(machine, prompts, candidates, candidates.micro_batches)).total_s[0])
+
+
+def decode_ms_per_token(row: Row) -> float:
+    """Milliseconds of one decode step of the whole batch, mean over the response."""
+    machine, work = row_machine(row, inference_engine_name(row)), _sampling(row)
+    if work.response_tokens < 2:
+        raise Unpredictable("output_len leaves no decode step")
+    terms = decode_terms(machine, work, inference_candidates(row, machine.cluster))
+    return 1e3 * float(Terms(terms).total_s[0]) / (work.response_tokens - 1)
+
+
+def total_latency_ms(row: Row) -> float:
+    """Milliseconds of prefill and all decode steps."""
+    machine = row_machine(row, inference_engine_name(row))
+    return 1e3 * float(generation_time(machine, _sampling(row), inference_candidates(row, machine.cluster)).total_s[0])
+
+
+def iteration_s(row: Row) -> float:
+    """Seconds of a PPO iteration of `real-heuristic`: six calls in turn on all GPUs, TP in the node, PP over nodes."""
+    if row.get("plan") != "real-heuristic":
+        raise Unpredictable(f"plan `{row.get('plan')}` is not a known layout")
+    if set(row.get("models") or ()) < {"actor", "ref", "critic", "reward"}:
+        raise Unpredictable("models must name actor, ref, critic and reward")
+    nodes = whole(row, "gpus") // whole(row, "gpus_per_node", 8)
+    cluster = load_cluster(PPO_GPU, gpus=whole(row, "gpus"), gpus_per_node=whole(row, "gpus_per_node", 8))
+    workload = _ppo_workload(row)
+    engine = row_engine("real", cluster, workload.dtype)
+    total = 0.0
+    for call in workload.graph.model_calls:
+        candidates = Candidates.of([(cluster.whole, heuristic_strategy(call.name, call.model, nodes))])
+        total += float(call_time(workload, call.name, cluster, candidates, engine).total_s[0])
+    return total
+
+
+def _ppo_workload(row: Row) -> Workload:
+    models = {role: load_model(name) for role, name in row["models"].items()}
+    models |= {role: models[role].with_value_head() for role in ("critic", "reward")}
+    return Workload(
+        graph=ppo(),
+        models=models,
+        batch_size=whole(row, "batch_size"),
+        prompt_tokens=whole(row, "prompt_tokens"),
+        response_tokens=whole(row, "response_tokens"),
+        minibatches=whole(row, "minibatches"),
+        dtype=row_dtype(row),
+    )
+
+
+def heuristic_strategy(call: str, role: str, nodes: int) -> ParallelStrategy:
+    """ReaL's heuristic for one call: TP 8, PP = nodes, DP 1; sequence parallel but for generation; reference and
+    reward offloaded; twice as many micro-batches as stages in training, as many in the other calls."""
+    training = call.endswith("_train")
+    return ParallelStrategy(
+        tp=8,
+        pp=nodes,
+        micro_batches=2 * nodes if training else nodes,
+        groups=nodes if call == "actor_generate" else 1,
+        sequence_parallel=call != "actor_generate",
+        recompute=Recompute.FULL if training else Recompute.NONE,
+        offload=role in ("ref", "reward"),
+    )
+
+
+PREDICTORS: Mapping[str, Callable[[Row], float]] = {
+    "step_time_s": step_time_s,
+    "prefill_ms": prefill_ms,
+    "decode_ms_per_token": decode_ms_per_token,
+    "total_latency_ms": total_latency_ms,
+    "iteration_s": iteration_s,
+}
+"""Quantity of a row's `measured` -> its prediction."""

@@ -1,0 +1,261 @@
+"""Published measurements as cases that the cost models can cost: one row of a measurements file becomes a model, a
+cluster, a layout and an engine.
+
+A row that lacks what a prediction needs, or runs on hardware or in a precision outside the catalogue, raises
+`Unpredictable` with the reason.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from cost_models.candidates import Candidates
+from cost_models.time.engines import Engine, load_engine
+from cost_models.time.machine import Machine
+from cost_models.validation.row_schema import is_number
+from plans.cluster import ClusterSpec, DeviceMesh
+from plans.errors import SpecError
+from plans.library import load_cluster, load_model, model_names
+from plans.model import ModelSpec, Norm, Position
+from plans.strategy import ParallelStrategy, Recompute
+from plans.workload import DTYPE_BYTES
+
+Row = Mapping[str, Any]
+
+GPU_NAMES = {
+    "A100-40GB-SXM": "a100-40gb",
+    "A100-80GB-SXM": "a100-80gb",
+    "A100-80GB(330W, hybrid cube mesh)": "a100-80gb",
+    "H100-80GB-SXM": "h100-80gb-sxm",
+    "H200-141GB-SXM": "h200-141gb",
+    "B200-180GB-SXM": "b200-180gb",
+    "L40S": "l40s",
+    "RTX-4090": "rtx-4090",
+}
+"""How the rows name the catalogue's GPUs."""
+
+TRAIN_ENGINES = {
+    ("megatron", "flash"): "megatron-te",
+    ("megatron", "unfused"): "megatron-unfused",
+    ("megatron-deepspeed", "flash"): "megatron-deepspeed",
+    ("megatron-deepspeed", "unfused"): "megatron-deepspeed",
+    ("fsdp", "flash"): "fsdp",
+}
+HOST_ENGINES = {"eager": "eager", "graphs": "cuda-graphs", "native": "native"}
+
+
+class Unpredictable(Exception):
+    """Why a row cannot be predicted."""
+
+
+def library_files() -> list[Path]:
+    """The measurement files that the package carries."""
+    folder = Path(str(files("cost_models"))) / "library" / "measurements"
+    return sorted(folder.glob("*.json"))
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows of a measurements file: `{"rows": [{"id", "measured", ...}]}` or a bare list of rows (`row_schema`)."""
+    try:
+        document = json.loads(path.read_text())
+    except OSError as error:
+        raise SpecError(
+            f"{path}: cannot be read: {error.strerror}", "a file of measurements, or none: the shipped"
+        ) from None
+    except UnicodeDecodeError:
+        raise SpecError(f"{path}: not a text file", FORM) from None
+    except json.JSONDecodeError as error:
+        raise SpecError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}", FORM) from None
+    rows = document.get("rows") if isinstance(document, dict) else document
+    if not isinstance(rows, list):
+        raise SpecError(f"{path}: rows: there is no list of rows", FORM)
+    for index, row in enumerate(rows):
+        _check_row(row, f"{path}: rows[{index}]")
+    return rows
+
+
+FORM = 'the form is {"rows": [{"id": ..., "measured": {...}, ...}, ...]}'
+
+
+def _check_row(row: Any, where: str) -> None:
+    """What makes a row one at all; the rest makes it unpredictable at worst."""
+    if not isinstance(row, dict):
+        raise SpecError(f"{where}: {type(row).__name__} where an object must stand", FORM)
+    for key in ("id", "measured"):
+        if key not in row:
+            raise SpecError(f"{where}: there is no `{key}`", FORM)
+    if not isinstance(row["id"], str) or not row["id"]:
+        raise SpecError(f"{where}: id: {row['id']!r} must be a text that is not empty")
+    if not isinstance(row["measured"], dict):
+        kind = type(row["measured"]).__name__
+        raise SpecError(f"{where} ({row['id']}): measured: {kind} where an object must stand", '{"step_time_s": 1.5}')
+
+
+def number(row: Row, key: str) -> float:
+    """A positive number of the row."""
+    value = row.get(key)
+    if value is None:
+        raise Unpredictable(f"{key} is not published")
+    if not is_number(value) or not value > 0:
+        raise Unpredictable(f"{key} is {value!r}; it must be a positive number")
+    return float(value)
+
+
+def whole(row: Row, key: str, default: int | None = None) -> int:
+    """A positive whole number of the row, or the default where it is not published."""
+    if row.get(key) is None and default is not None:
+        return default
+    value = number(row, key)
+    if value != int(value):
+        raise Unpredictable(f"{key} is {value}; it must be a whole number")
+    return int(value)
+
+
+def row_spec(row: Row) -> ModelSpec:
+    """The architecture of a row; of a row that only names its model, the library's."""
+    arch = row.get("arch") or {}
+    if not arch and row.get("model") in model_names():
+        return load_model(str(row["model"]))
+    missing = [key for key in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab") if not arch.get(key)]
+    if missing:
+        raise Unpredictable(f"architecture without {', '.join(missing)}")
+    gated = bool(arch.get("gated_mlp"))
+    experts = int(arch.get("experts") or 0)
+    return ModelSpec(
+        name=str(row.get("model", row["id"])),
+        layers=int(arch["layers"]),
+        hidden=int(arch["hidden"]),
+        heads=int(arch["heads"]),
+        kv_heads=int(arch["kv_heads"]),
+        head_dim=int(arch.get("head_dim") or arch["hidden"] // arch["heads"]),
+        ffn=int((experts and arch.get("moe_ffn")) or arch["ffn"]),
+        vocab=int(arch["vocab"]),
+        gated_mlp=gated,
+        tied_embeddings=bool(arch.get("tied")),
+        norm=Norm.RMS if gated else Norm.LAYER,
+        position=Position.ROPE,
+        linear_bias=not gated,
+        experts=experts,
+        experts_per_token=int(arch.get("topk") or 0),
+        shared_ffn=int(arch.get("shared_ffn") or 0),
+    )
+
+
+def row_cluster(row: Row) -> ClusterSpec:
+    """The cluster of a row: the catalogue's, with the network that the row states ("800 Gb/s per node")."""
+    name = str(row.get("gpu"))
+    if name not in GPU_NAMES and name not in GPU_NAMES.values():
+        raise Unpredictable(f"gpu is `{name}`, which is not in the catalogue (`realplan clusters`)")
+    gpus, per_node = row_gpus(row), whole(row, "gpus_per_node", 8)
+    per_node = min(per_node, gpus)
+    cluster = load_cluster(GPU_NAMES.get(name, name), gpus=-(-gpus // per_node) * per_node, gpus_per_node=per_node)
+    stated = re.search(r"(\d+) Gb/s per node", str(row.get("notes") or ""))
+    if not stated:
+        return cluster
+    return ClusterSpec(
+        nodes=cluster.nodes,
+        gpus_per_node=cluster.gpus_per_node,
+        gpu=cluster.gpu,
+        inter_node_gbps=float(stated[1]) / 8 / per_node,
+        host_memory_gib=cluster.host_memory_gib,
+    )
+
+
+def row_gpus(row: Row) -> int:
+    """All GPUs of a row: as published, or the product of its degrees."""
+    if row.get("gpus") is None and row.get("dp") is None:
+        raise Unpredictable("gpus is not published")
+    product = whole(row, "tp", 1) * whole(row, "pp", 1) * whole(row, "cp", 1) * whole(row, "dp", 1)
+    return whole(row, "gpus", product)
+
+
+def row_dtype(row: Row) -> str:
+    """The precision of a row."""
+    precision = row.get("precision")
+    if precision is None:
+        raise Unpredictable("precision is not published")
+    if precision not in DTYPE_BYTES:
+        raise Unpredictable(f"precision `{precision}` is not modelled")
+    return str(precision)
+
+
+def train_engine_name(row: Row) -> str:
+    """The engine of a training row."""
+    key = (str(row.get("engine") or "megatron"), str(row.get("attention") or "flash"))
+    if key not in TRAIN_ENGINES:
+        raise Unpredictable(f"engine `{key[0]}` with {key[1]} attention is not modelled")
+    return TRAIN_ENGINES[key]
+
+
+def inference_engine_name(row: Row) -> str:
+    """The engine of an inference row: by its host, TensorRT-LLM and TurboMind by name."""
+    if (row.get("mode") or "static") != "static":
+        raise Unpredictable("continuous batching at maximal load: queueing is not modelled")
+    if str(row.get("engine")).startswith("TensorRT-LLM"):
+        return "trt-llm"
+    if "TurboMind" in str(row.get("engine")):
+        return "turbomind"
+    host = str(row.get("host") or "eager")
+    if host not in HOST_ENGINES:
+        raise Unpredictable(f"host `{host}` (serving stack in the path) is not modelled")
+    return HOST_ENGINES[host]
+
+
+def row_machine(row: Row, engine_name: str) -> Machine:
+    """Cluster, constants and precision of a row."""
+    cluster, dtype = row_cluster(row), row_dtype(row)
+    return Machine(cluster, row_engine(engine_name, cluster, dtype), dtype)
+
+
+def row_engine(name: str, cluster: ClusterSpec, dtype: str) -> Engine:
+    """The engine of a row."""
+    return load_engine(name, cluster.gpu.name, dtype)
+
+
+def row_mesh(row: Row, cluster: ClusterSpec) -> DeviceMesh:
+    """All GPUs of a row."""
+    gpus = row_gpus(row)
+    return DeviceMesh(
+        first_node=0, nodes=cluster.nodes, first_gpu=0, gpus=cluster.gpus_per_node if cluster.nodes > 1 else gpus
+    )
+
+
+def train_candidates(row: Row, cluster: ClusterSpec) -> Candidates:
+    """The layout of a training row; what is not published takes the engine's usual setting."""
+    tp, pp, cp = (whole(row, key, 1) for key in ("tp", "pp", "cp"))
+    dp = whole(row, "dp", row_gpus(row) // (tp * pp * cp))
+    per_rank = number(row, "gbs") / (dp * number(row, "mbs"))
+    modern = train_engine_name(row) == "megatron-te"
+    recompute = str(row.get("recompute") or "none")
+    if recompute.split("(")[0] not in set(Recompute):
+        raise Unpredictable(f"recompute `{recompute}` is not modelled")
+    sequence_parallel, zero = row.get("seq_parallel"), row.get("zero")
+    strategy = ParallelStrategy(
+        dp=dp,
+        tp=tp,
+        pp=pp,
+        cp=cp,
+        ep=whole(row, "ep", 1),
+        vpp=whole(row, "vpp", 1),
+        micro_batches=max(round(per_rank), 1),
+        sequence_parallel=bool(modern and tp > 1 if sequence_parallel is None else sequence_parallel),
+        recompute=Recompute(recompute.split("(")[0]),
+        shard_optimizer=modern if zero is None else bool(zero),
+    )
+    return Candidates.of([(row_mesh(row, cluster), strategy)])
+
+
+def inference_candidates(row: Row, cluster: ClusterSpec) -> Candidates:
+    """The layout of an inference row. Pipelined prefill is cut into passes of at most 1,024 tokens, the rule of
+    FasterTransformer (`getLocalBatchSize`); its decoding keeps the batch whole."""
+    tp, pp = whole(row, "tp", 1), whole(row, "pp", 1)
+    batch = local = whole(row, "batch")
+    while pp > 1 and local % 2 == 0 and local * number(row, "input_len") > 1024:
+        local //= 2
+    strategy = ParallelStrategy(tp=tp, pp=pp, micro_batches=batch // local)
+    return Candidates.of([(row_mesh(row, cluster), strategy)])

@@ -1,0 +1,41 @@
+"""What the compiled loops of `planner.search.kernels` read and write: a problem as arrays, and their working memory."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from planner.search.problem import FloatArray, IntArray
+
+
+class Tables(NamedTuple):
+    """A problem as arrays; option i of call c is row `call[c, OFFSET] + i` of option and price.
+
+    Edges are sorted by target, those into call c are the rows `call[c, EDGES]` up to `call[c, EDGES_END]`. `ranked`
+    lists a call's options sorted by mesh or layout id and time, `starts` [2, n, ids + 1] where each id begins there.
+    """
+
+    option: IntArray
+    price: FloatArray
+    call: IntArray
+    edge: IntArray
+    delay: FloatArray
+    moves: FloatArray  # [n_options(u), n_options(v)] flattened, at MOVE_OFFSET of v
+    ranked: IntArray
+    starts: IntArray
+    capacity: float
+
+
+class Scratch(NamedTuple):
+    """Working arrays of one thread, for n calls and 2n nodes.
+
+    node [5, 2n]: nodes in order of a period; position of each call in the order; bits of the calls whose meshes a
+    node's meshes meet; bits of the calls whose meshes it holds; how many nodes it waits for. wait [2n, k, 2]: those
+    nodes, and how many periods earlier.
+    """
+
+    node: IntArray
+    wait: IntArray
+    delay: FloatArray  # [2n, k]
+    duration: FloatArray  # [2n]
+    ends: FloatArray  # [PERIODS + deepest, 2n]
+    tried: IntArray  # [3, n]

@@ -1,0 +1,377 @@
+"""The compiled inner loops: what a decision costs, and Metropolis steps over decisions.
+
+One file, because a change of a file renews the compiled cache of that file alone; `metropolis` is the only way in,
+because every entry is compiled apart. Everything here works on `Tables`, the arrays of a `Problem`; the semantics are
+those of `planner.search.schedule`.
+
+A period is a list of *nodes*: node c < n is call c, node n + c the move before call c. Starts of period p follow from
+ends of the same period and of earlier ones by maxima and sums only, so ends grow by a constant in the long run.
+"""
+
+# mypy: disable-error-code="no-any-return"
+from __future__ import annotations
+
+import numpy as np
+
+from planner.search.arrays import Scratch, Tables
+from planner.search.compiled import compiled
+from planner.search.problem import FloatArray, IntArray
+
+WINDOW = 60  # periods: divisible by the length of every short cycle, so that the growth over it is never too small
+PERIODS = 2 * WINDOW
+READY_ITERATIONS = 5
+LATENCY_WEIGHT = 1e-3
+MEMORY_PENALTY = 4.0
+STEADY, READINESS = 0, 1  # rules
+
+FIRST, WIDTH, MESH, LAYOUT = range(4)  # columns of Tables.option
+TIME, RESIDENT, TRANSIENT, SHARED = range(4)  # of Tables.price
+OFFSET, COUNT, TRAINER, MOVE_OFFSET, EDGES, EDGES_END, LEADER = range(7)  # of Tables.call
+SOURCE, TARGET, DISTANCE = range(3)  # of Tables.edge
+BY_MESH, BY_LAYOUT = range(2)  # of Tables.ranked and Tables.starts
+CHOICE, ORDER, LAG = range(3)  # rows of a decision
+SEQUENCE, POSITION, COVER, MEMBER, WAITS = range(5)  # rows of Scratch.node
+PRESENT, BEST, PERIOD, LATENCY, OVERFLOW = range(5)  # columns of costs
+
+
+@compiled
+def mesh_of(t: Tables, x: IntArray, c: int) -> int:
+    """Mesh id of call c."""
+    return t.option[t.call[c, OFFSET] + x[CHOICE, c], MESH]
+
+
+@compiled
+def is_legal(t: Tables, x: IntArray, s: Scratch) -> bool:
+    """Whether every dependency comes first in the sequence of periods, and calls share meshes as they must; fills
+    POSITION."""
+    for k in range(x.shape[1]):
+        s.node[POSITION, x[ORDER, k]] = k
+        if mesh_of(t, x, k) != mesh_of(t, x, t.call[k, LEADER]):
+            return False
+    for e in range(t.edge.shape[0]):
+        u, v = t.edge[e, SOURCE], t.edge[e, TARGET]
+        ahead = x[LAG, v] + t.edge[e, DISTANCE] - x[LAG, u]
+        if u != v and (ahead < 0 or (ahead == 0 and s.node[POSITION, u] >= s.node[POSITION, v])):
+            return False
+    return True
+
+
+@compiled
+def memory_overflow(t: Tables, x: IntArray) -> float:
+    """Bytes above capacity, summed over the first GPU of every mesh (where the fullest GPUs are)."""
+    overflow = 0.0
+    for a in range(x.shape[1]):
+        gpu = t.option[t.call[a, OFFSET] + x[CHOICE, a], FIRST]
+        resident, largest = 0.0, 0.0
+        for b in range(x.shape[1]):
+            row = t.call[b, OFFSET] + x[CHOICE, b]
+            if t.option[row, FIRST] <= gpu < t.option[row, FIRST] + t.option[row, WIDTH]:
+                transient, u = t.price[row, TRANSIENT], t.call[b, TRAINER]
+                if u >= 0:
+                    home = t.call[u, OFFSET] + x[CHOICE, u]
+                    if t.option[home, MESH] == t.option[row, MESH] and t.option[home, LAYOUT] == t.option[row, LAYOUT]:
+                        transient -= t.price[row, SHARED]
+                resident += t.price[row, RESIDENT]
+                largest = max(largest, transient)
+        overflow += max(0.0, resident + largest - t.capacity)
+    return overflow
+
+
+@compiled
+def move_seconds(t: Tables, x: IntArray, c: int) -> float:
+    """Seconds of the reallocation before call c."""
+    u = t.call[c, TRAINER]
+    return t.moves[t.call[c, MOVE_OFFSET] + x[CHOICE, u] * t.call[c, COUNT] + x[CHOICE, c]] if u >= 0 else 0.0
+
+
+@compiled
+def list_nodes(t: Tables, x: IntArray, s: Scratch) -> int:
+    """Fill SEQUENCE, COVER, MEMBER and duration; returns the number of nodes."""
+    n = x.shape[1]
+    for a in range(n):
+        row, bits = t.call[a, OFFSET] + x[CHOICE, a], 0
+        first, end = t.option[row, FIRST], t.option[row, FIRST] + t.option[row, WIDTH]
+        for b in range(n):
+            other = t.call[b, OFFSET] + x[CHOICE, b]
+            if first < t.option[other, FIRST] + t.option[other, WIDTH] and t.option[other, FIRST] < end:
+                bits |= 1 << b
+        s.node[COVER, a], s.node[MEMBER, a], s.duration[a] = bits, 1 << a, t.price[row, TIME]
+    count = 0
+    for k in range(n):
+        c = x[ORDER, k]
+        seconds = move_seconds(t, x, c)
+        if seconds > 0.0:
+            u, node = t.call[c, TRAINER], n + c
+            s.duration[node] = seconds
+            s.node[COVER, node] = s.node[COVER, u] | s.node[COVER, c]
+            s.node[MEMBER, node] = s.node[MEMBER, u] | s.node[MEMBER, c]
+            s.node[SEQUENCE, count] = node
+            count += 1
+        s.node[SEQUENCE, count] = c
+        count += 1
+    return count
+
+
+@compiled
+def add_wait(s: Scratch, node: int, before: int, back: int, delay: float) -> None:
+    """Let `node` wait for the node `before` of `back` periods earlier."""
+    k = s.node[WAITS, node]
+    s.wait[node, k, 0], s.wait[node, k, 1], s.delay[node, k] = before, back, delay
+    s.node[WAITS, node] = k + 1
+
+
+@compiled
+def link_nodes(t: Tables, x: IntArray, s: Scratch, count: int) -> int:
+    """Fill what each node waits for: shared GPUs and dependencies; returns the deepest look back in periods.
+
+    Of the nodes on the same GPUs only those count that no later one of them has waited for itself.
+    """
+    for k in range(count):
+        node, met = s.node[SEQUENCE, k], 0
+        s.node[WAITS, node] = 0
+        for step in range(1, count + 1):
+            other = s.node[SEQUENCE, (k - step) % count]
+            if s.node[COVER, node] & s.node[MEMBER, other] and not met & s.node[MEMBER, other]:
+                add_wait(s, node, other, 0 if step <= k else 1, 0.0)
+                met |= s.node[COVER, other]
+    deepest = 1
+    for e in range(t.edge.shape[0]):
+        u, v = t.edge[e, SOURCE], t.edge[e, TARGET]
+        if t.delay[e] > 0.0 or not s.node[COVER, v] & (1 << u):
+            back = x[LAG, v] + t.edge[e, DISTANCE] - x[LAG, u]
+            add_wait(s, v, u, back, t.delay[e])
+            deepest = max(deepest, back)
+    return deepest
+
+
+@compiled
+def grown_evenly(s: Scratch, count: int, row: int, span: int) -> bool:
+    """Whether every end grew by the same amount between the rows `row - span` and `row`."""
+    node = s.node[SEQUENCE, 0]
+    growth, slack = s.ends[row, node] - s.ends[row - span, node], 1e-9 * s.ends[row, node]
+    for k in range(1, count):
+        node = s.node[SEQUENCE, k]
+        if abs(s.ends[row, node] - s.ends[row - span, node] - growth) > slack:
+            return False
+    return True
+
+
+@compiled
+def play_period(s: Scratch, count: int, row: int) -> None:
+    """Ends of one period from those of the earlier rows."""
+    for k in range(count):
+        node = s.node[SEQUENCE, k]
+        start = 0.0
+        for j in range(s.node[WAITS, node]):
+            start = max(start, s.ends[row - s.wait[node, j, 1], s.wait[node, j, 0]] + s.delay[node, j])
+        s.ends[row, node] = start + s.duration[node]
+
+
+@compiled
+def steady_period(s: Scratch, count: int, deepest: int) -> float:
+    """Seconds per period in the long run, from playing periods until they repeat."""
+    for row in range(deepest):
+        for k in range(count):
+            s.ends[row, s.node[SEQUENCE, k]] = -1e30
+    by_one, by_two, some = 0, 0, s.node[SEQUENCE, 0]
+    for row in range(deepest, deepest + PERIODS):
+        play_period(s, count, row)
+        if row > deepest:
+            by_one = by_one + 1 if grown_evenly(s, count, row, 1) else 0
+            if by_one >= deepest:
+                return s.ends[row, some] - s.ends[row - 1, some]
+        if row > deepest + 1:
+            by_two = by_two + 1 if grown_evenly(s, count, row, 2) else 0
+            if by_two > deepest:
+                return (s.ends[row, some] - s.ends[row - 2, some]) / 2.0
+    last, growth = deepest + PERIODS - 1, 0.0
+    for k in range(count):
+        node = s.node[SEQUENCE, k]
+        growth = max(growth, s.ends[last, node] - s.ends[last - WINDOW, node])
+    return growth / WINDOW
+
+
+@compiled
+def lone_latency(t: Tables, x: IntArray, s: Scratch, count: int) -> float:
+    """Seconds of one iteration with nothing before it and nothing beside it; uses the first row of `ends`."""
+    n, latency = x.shape[1], 0.0
+    for k in range(count):
+        s.ends[0, s.node[SEQUENCE, k]] = 0.0
+    for turn in range(2):
+        for k in range(count):
+            node = s.node[SEQUENCE, k]
+            if x[LAG, node % n] != turn:
+                continue
+            start = 0.0
+            for j in range(count):
+                other = s.node[SEQUENCE, j]
+                if s.node[COVER, node] & s.node[MEMBER, other]:
+                    start = max(start, s.ends[0, other])
+            if node < n:
+                for e in range(t.call[node, EDGES], t.call[node, EDGES_END]):
+                    if t.edge[e, DISTANCE] == 0:
+                        start = max(start, s.ends[0, t.edge[e, SOURCE]] + t.delay[e])
+            s.ends[0, node] = start + s.duration[node]
+            latency = max(latency, s.ends[0, node])
+    return latency
+
+
+@compiled
+def ready_time(t: Tables, s: Scratch, c: int, done: IntArray) -> float:
+    """When the next iteration of call c is ready, infinite while it waits for a call that has not run."""
+    ready = 0.0
+    for e in range(t.call[c, EDGES], t.call[c, EDGES_END]):
+        u, j = t.edge[e, SOURCE], done[c] - t.edge[e, DISTANCE]
+        if j >= 0:
+            if done[u] <= j:
+                return np.inf
+            ready = max(ready, s.ends[j, u] + t.delay[e])
+    return ready
+
+
+@compiled
+def readiness_makespan(t: Tables, x: IntArray, s: Scratch) -> float:
+    """Seconds of READY_ITERATIONS iterations when ready calls start in order of readiness, ties in graph order.
+
+    A move and its call are one step here. WAITS counts finished iterations; row i of `ends` holds those of iteration i,
+    row READY_ITERATIONS the last end of each node, the row after it when a call is ready.
+    """
+    n, last, makespan = x.shape[1], READY_ITERATIONS, 0.0
+    list_nodes(t, x, s)
+    done, ready = s.node[WAITS], s.ends[READY_ITERATIONS + 1]
+    for c in range(n):
+        done[c], ready[c] = 0, np.inf
+        s.ends[last, c], s.ends[last, n + c] = 0.0, 0.0
+    for _ in range(n * READY_ITERATIONS):
+        c, start = -1, np.inf
+        for candidate in range(n):
+            if done[candidate] < READY_ITERATIONS:
+                if ready[candidate] == np.inf:
+                    ready[candidate] = ready_time(t, s, candidate, done)
+                if ready[candidate] < start:
+                    c, start = candidate, ready[candidate]
+        ready[c] = np.inf
+        moved = move_seconds(t, x, c)
+        u = t.call[c, TRAINER] if moved > 0.0 else c
+        meets, holds = s.node[COVER, c] | s.node[COVER, u], s.node[MEMBER, c] | s.node[MEMBER, u]
+        for b in range(n):
+            if meets & (1 << b):
+                start = max(start, s.ends[last, b])
+            if s.ends[last, n + b] > start and s.node[COVER, t.call[b, TRAINER]] & holds:
+                start = s.ends[last, n + b]
+        if moved > 0.0:
+            s.ends[last, n + c] = start + moved
+        s.ends[last, c] = start + moved + s.duration[c]
+        s.ends[done[c], c] = s.ends[last, c]
+        done[c] += 1
+        makespan = max(makespan, s.ends[last, c])
+    return makespan
+
+
+@compiled
+def measure(t: Tables, x: IntArray, s: Scratch, costs: FloatArray, rule: int) -> float:
+    """Objective of a legal decision, raised by memory above capacity; fills PERIOD, LATENCY and OVERFLOW."""
+    costs[OVERFLOW] = memory_overflow(t, x)
+    if rule == READINESS:
+        costs[PERIOD], costs[LATENCY] = readiness_makespan(t, x, s), 0.0
+    else:
+        count = list_nodes(t, x, s)
+        costs[PERIOD] = steady_period(s, count, link_nodes(t, x, s, count))
+        costs[LATENCY] = lone_latency(t, x, s, count)
+    cost = costs[PERIOD] + LATENCY_WEIGHT * costs[LATENCY]
+    return cost * (1.0 + MEMORY_PENALTY * costs[OVERFLOW] / t.capacity)
+
+
+@compiled
+def draw(random: IntArray, bound: int) -> int:
+    """A number in [0, bound) from a xorshift of 4 x 32 bits (Marsaglia 2003), alike in Python and compiled."""
+    x = random[0] ^ ((random[0] << 11) & 0xFFFFFFFF)
+    random[0], random[1], random[2] = random[1], random[2], random[3]
+    random[3] = random[3] ^ (random[3] >> 19) ^ x ^ (x >> 8)
+    return (random[3] * bound) >> 32
+
+
+@compiled
+def pick_option(t: Tables, random: IntArray, x: IntArray, c: int, like: int) -> int:
+    """A new option for call c, on the mesh of call `like` unless that is -1; the faster ones of a group more often."""
+    kind = draw(random, 10)
+    by, row = BY_MESH, t.call[c, OFFSET] + x[CHOICE, c]  # 5, 6: another layout on the same mesh
+    if like >= 0 or kind >= 7:  # the mesh of another call
+        other = like if like >= 0 else draw(random, x.shape[1])
+        row = t.call[other, OFFSET] + x[CHOICE, other]
+    elif kind < 3:  # anywhere
+        row = t.call[c, OFFSET] + draw(random, t.call[c, COUNT])
+    elif kind < 5:  # the same layout elsewhere
+        by = BY_LAYOUT
+    group = t.option[row, MESH] if by == BY_MESH else t.option[row, LAYOUT]
+    low, high = t.starts[by, c, group], t.starts[by, c, group + 1]
+    if low == high:
+        return draw(random, t.call[c, COUNT])
+    return t.ranked[by, t.call[c, OFFSET] + low + draw(random, 1 + draw(random, high - low))]
+
+
+@compiled
+def reorder(random: IntArray, x: IntArray, c: int) -> None:
+    """Put call c at a random place of the order and, half the time, flip its lag."""
+    n, k = x.shape[1], 0
+    while x[ORDER, k] != c:
+        k += 1
+    place = draw(random, n)
+    step = 1 if place > k else -1
+    while k != place:
+        x[ORDER, k] = x[ORDER, k + step]
+        k += step
+    x[ORDER, place] = c
+    if draw(random, 2) == 1:
+        x[LAG, c] = 1 - x[LAG, c]
+
+
+@compiled
+def propose(t: Tables, random: IntArray, x: IntArray, rule: int) -> None:
+    """Change one option, or two (two calls may exchange meshes), or a call's place in the order and its lag."""
+    c, other = draw(random, x.shape[1]), draw(random, x.shape[1])
+    kind = draw(random, 100 if rule == STEADY else 75)
+    if kind >= 75:
+        reorder(random, x, c)
+    if kind < 80:
+        trades = kind < 15
+        picked = pick_option(t, random, x, c, other if trades else -1)
+        if kind < 30:
+            x[CHOICE, other] = pick_option(t, random, x, other, c if trades else -1)
+        x[CHOICE, c] = picked
+        for b in range(x.shape[1]):  # calls that must have its mesh follow
+            if b != c and t.call[b, LEADER] == t.call[c, LEADER] and mesh_of(t, x, b) != mesh_of(t, x, c):
+                x[CHOICE, b] = pick_option(t, random, x, b, c)
+
+
+@compiled
+def copy_decision(source: IntArray, target: IntArray) -> None:  # compiles faster than a slice
+    for k in range(3):
+        for c in range(source.shape[1]):
+            target[k, c] = source[k, c]
+
+
+@compiled
+def metropolis(
+    t: Tables, s: Scratch, now: IntArray, best: IntArray, random: IntArray, costs: FloatArray,
+    temperature_s: float, steps: int, rule: int,
+) -> None:  # fmt: skip
+    """`steps` Metropolis-Hastings steps of one chain, in place.
+
+    now, best [3, n]: choice, order, lag. costs [5]: PRESENT of `now` (a NaN is measured first, an illegal decision
+    stays NaN), BEST of the decisions that fit, and PERIOD, LATENCY and OVERFLOW of the decision measured last.
+    """
+    for step in range(-1 if np.isnan(costs[PRESENT]) else 0, steps):
+        copy_decision(now, s.tried)
+        if step >= 0:
+            propose(t, random, s.tried, rule)
+        if not is_legal(t, s.tried, s):
+            continue
+        cost = measure(t, s.tried, s, costs, rule)
+        rise = cost - costs[PRESENT]
+        if step < 0 or rise <= 0.0 or draw(random, 1 << 30) < np.exp(-rise / temperature_s) * (1 << 30):
+            costs[PRESENT] = cost
+            copy_decision(s.tried, now)
+            if costs[OVERFLOW] == 0.0 and cost < costs[BEST]:
+                costs[BEST] = cost
+                copy_decision(s.tried, best)

@@ -1,0 +1,168 @@
+"""A plan search with everything but numbers taken out: numbered calls, numbered options, seconds and bytes.
+
+The solvers know nothing of models or GPUs. A *decision* gives every call one of its options, an order and a lag; what a
+decision costs is defined in `planner.search.schedule`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import MappingProxyType
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
+
+MAX_CALLS = 30  # calls of a mesh are the bits of one integer
+
+
+def _frozen(values: object, dtype: type[np.generic]) -> NDArray[np.generic]:
+    array: NDArray[np.generic] = np.array(values, dtype=dtype)
+    array.setflags(write=False)
+    return array
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Options:
+    """The candidates of one call, as columns of length n_options.
+
+    first, width: the mesh as an interval of the GPU axis. time_s: duration of the call. resident_bytes: lives on each
+    GPU of the mesh all the time. transient_bytes: lives on each of them while the call runs. layout: equal ids mean the
+    same weights on the same ranks of the mesh. copy_bytes: what a consumer saves of its transient bytes when it shares
+    the copy of its trainer (same mesh and layout).
+    """
+
+    first: IntArray
+    width: IntArray
+    time_s: FloatArray
+    resident_bytes: FloatArray
+    transient_bytes: FloatArray
+    layout: IntArray
+    copy_bytes: FloatArray | None = None
+
+    def __post_init__(self) -> None:
+        if self.copy_bytes is None:
+            object.__setattr__(self, "copy_bytes", np.zeros(len(self.first)))
+        for name in ("first", "width", "layout"):
+            object.__setattr__(self, name, _frozen(getattr(self, name), np.int64))
+        for name in ("time_s", "resident_bytes", "transient_bytes", "copy_bytes"):
+            object.__setattr__(self, name, _frozen(getattr(self, name), np.float64))
+        columns = (self.first, self.width, self.time_s, self.resident_bytes, self.transient_bytes, self.layout)
+        assert len(self.first) > 0, "a call needs at least one option"
+        assert all(column.shape == self.first.shape for column in (*columns, self.shared_bytes)), "uneven columns"
+        assert (self.first >= 0).all() and (self.width > 0).all() and (self.layout >= 0).all()
+        assert np.isfinite(self.time_s).all() and (self.time_s > 0).all(), "every option takes time"
+        assert (self.resident_bytes >= 0).all() and (self.transient_bytes >= self.shared_bytes).all()
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    @property
+    def shared_bytes(self) -> FloatArray:
+        """`copy_bytes`, never None."""
+        assert self.copy_bytes is not None
+        return self.copy_bytes
+
+    def take(self, keep: IntArray) -> Options:
+        """The options at the indices `keep`, in that order."""
+        columns = ("first", "width", "time_s", "resident_bytes", "transient_bytes", "layout", "copy_bytes")
+        return Options(**{name: getattr(self, name)[keep] for name in columns})
+
+
+@dataclass(frozen=True, slots=True)
+class Dependency:
+    """Call `target` of iteration t starts no sooner than `delay_s` after `source` of iteration t - `distance` ends."""
+
+    source: int
+    target: int
+    distance: int = 0
+    delay_s: float = 0.0
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Problem:
+    """Calls in graph order with their options, dependencies and reallocation times.
+
+    moves: (trainer u, consumer v) -> seconds [n_options(u), n_options(v)], zero where v can use the trainer's own copy.
+    A consumer has one trainer, and a dependency on it that says whose version it reads. same_mesh: groups of calls that
+    must have one mesh.
+    """
+
+    gpus: int
+    capacity_bytes: float
+    names: tuple[str, ...]
+    options: tuple[Options, ...]
+    edges: tuple[Dependency, ...]
+    moves: Mapping[tuple[int, int], FloatArray] = field(default_factory=lambda: MappingProxyType({}))
+    same_mesh: tuple[tuple[int, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        n = len(self.names)
+        assert 0 < n <= MAX_CALLS and len(self.options) == n and len(set(self.names)) == n
+        for options in self.options:
+            assert (options.first + options.width <= self.gpus).all(), "a mesh ends outside the cluster"
+        for edge in self.edges:
+            assert 0 <= edge.source < n and 0 <= edge.target < n and edge.distance >= 0 and edge.delay_s >= 0
+            assert edge.distance > 0 or edge.source < edge.target, "calls are not in graph order"
+        consumers = [v for _, v in self.moves]
+        assert len(set(consumers)) == len(consumers), "a call reads the weights of two trainers"
+        for (u, v), seconds in self.moves.items():
+            assert seconds.shape == (len(self.options[u]), len(self.options[v])) and u != v
+            assert (seconds >= 0).all() and np.isfinite(seconds).all()
+            assert any((e.source, e.target) == (u, v) and e.distance > 0 for e in self.edges), "a move needs a version"
+        grouped = [call for group in self.same_mesh for call in group]
+        assert len(set(grouped)) == len(grouped) and all(0 <= call < n for call in grouped), "a call in two groups"
+
+    @property
+    def n_calls(self) -> int:
+        """Calls of one iteration."""
+        return len(self.names)
+
+    @cached_property
+    def trainer(self) -> dict[int, int]:
+        """Consumer -> the call whose weights it reads."""
+        return {v: u for u, v in self.moves}
+
+    @cached_property
+    def leader(self) -> tuple[int, ...]:
+        """For each call the first one of those that must have its mesh (most often itself)."""
+        group_of = {call: group for group in self.same_mesh for call in group}
+        return tuple(min(group_of.get(call, (call,))) for call in range(self.n_calls))
+
+    def mesh(self, call: int, option: int) -> tuple[int, int]:
+        """First GPU and width of an option."""
+        return int(self.options[call].first[option]), int(self.options[call].width[option])
+
+    def keeps_meshes(self, choice: tuple[int, ...]) -> bool:
+        """Whether calls that must share a mesh do."""
+        return all(self.mesh(c, choice[c]) == self.mesh(u, choice[u]) for c, u in enumerate(self.leader))
+
+    def restrict(self, keep: tuple[IntArray, ...]) -> Problem:
+        """The problem with only the options `keep[call]` of every call, renumbered."""
+        return Problem(
+            gpus=self.gpus,
+            capacity_bytes=self.capacity_bytes,
+            names=self.names,
+            options=tuple(options.take(kept) for options, kept in zip(self.options, keep, strict=True)),
+            edges=self.edges,
+            moves={(u, v): seconds[np.ix_(keep[u], keep[v])] for (u, v), seconds in self.moves.items()},
+            same_mesh=self.same_mesh,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """One plan: option index per call, the order of the calls in a period, and the lag (0 or 1) of each call."""
+
+    choice: tuple[int, ...]
+    order: tuple[int, ...]
+    lag: tuple[int, ...]
+
+    @classmethod
+    def plain(cls, choice: tuple[int, ...]) -> Decision:
+        """Graph order and no lag, which is always legal."""
+        return cls(choice, tuple(range(len(choice))), (0,) * len(choice))
