@@ -19,15 +19,15 @@
       }
     }
 
-Operations, their axes and units are those of `cost_models.tables.table_schema`. Seconds and bytes grow with every axis
-that is not exact; `_peak` entries hold the peak memory of the operation without its weights. A model's blocks are timed for one
-layer of the tp-way shard without its collectives. Calls (`inference_call`; `train_call`: one micro-batch and the
-optimizer; `generate_step`: one token of every sequence, sampling included) are timed whole on a model of one layer, the
-first two with a vocabulary of `CALL_VOCAB`, so that what a schedule adds to its parts shows. In collectives `bytes` is
-the whole vector (nccl-tests' convention: the output of an all-gather, the input of a reduce-scatter). Efficiencies are
-shares of the vendor peak of the hardware entry (compute for GEMM and prefill, memory bandwidth for decode); `lanes` are
-attention heads (prefill) or key-value heads (decode) times sequences. A grid is full: a point that could not be
-measured is left out with its whole row, never null.
+Operations, their axes and units are those of `cost_models.tables.table_schema`. Seconds and bytes grow with every
+axis that is not exact; `_peak` entries hold the peak memory of the operation without its weights. A model's blocks
+are timed for one layer of the tp-way shard without its collectives. Calls (`inference_call`; `train_call`: one micro-
+batch and the optimizer; `generate_step`: one token of every sequence, sampling included) are timed whole on a model
+of one layer, the first two with a vocabulary of `CALL_VOCAB`, so that what a schedule adds to its parts shows. In
+collectives `bytes` is the whole vector (nccl-tests' convention: the output of an all-gather, the input of a reduce-
+scatter). Efficiencies are shares of the vendor peak of the hardware entry (compute for GEMM and prefill, memory
+bandwidth for decode); `lanes` are attention heads (prefill) or key-value heads (decode) times sequences. A grid is
+full: a point that could not be measured is left out with its whole row, never null.
 """
 
 from __future__ import annotations

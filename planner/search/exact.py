@@ -1,9 +1,9 @@
 """Search with a proof: the shortest period for which `planner.search.cyclic` cannot rule out a plan.
 
-The bound begins at `planner.search.relaxation`'s. Periods are tried from the top: a model that is infeasible raises the
-bound, a feasible one gives a plan, which is costed by `planner.search.schedule`; one that is not decided in time is
-followed by a shorter period. A model has only the options that the relaxation does not rule out for its period. The bound holds for
-the period of any order and lag, not for the tie-break by latency.
+The bound begins at `planner.search.relaxation`'s. Periods are tried from the top: a model that is infeasible raises
+the bound, a feasible one gives a plan, which is costed by `planner.search.schedule`; one that is not decided in time
+is followed by a shorter period. A model has only the options that the relaxation does not rule out for its period.
+The bound holds for the period of any order and lag, not for the tie-break by latency.
 """
 
 from __future__ import annotations
