@@ -12,12 +12,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.resources import files
 from pathlib import Path
 
 from cost_models.estimate import PlanCost
 from plans.graph import CallKind
 
-RESIDUALS = Path(__file__).parent / "library" / "residuals.json"
+RESIDUALS = Path(str(files("cost_models"))) / "library" / "residuals.json"
 ANY_ENGINE = "*"
 KINDS: Mapping[str, str] = {
     "step_time_s": "train",

@@ -118,7 +118,7 @@ def test_readiness_equals_replay(seed: int) -> None:
 def test_same_numbers_without_compiler() -> None:
     """Plain Python takes the same walk as compiled code, to the last bit."""
     script = (
-        "import numpy as np; from small_problems import random_table; from planner import mcmc, tables;"
+        "import numpy as np; from small_problems import random_table; from planner.search import mcmc, tables;"
         "p = tables.problem_of(random_table(np.random.default_rng(3)));"
         "f = [mcmc.search(p, seed=5, evaluations=900, rule=r) for r in mcmc.Rule];"
         "print([(x.decision, x.objective_s.hex()) for x in f])"
