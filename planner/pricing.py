@@ -13,7 +13,7 @@ from cost_models.memory.memory import call_memory
 from cost_models.memory.memory_terms import context_bytes
 from cost_models.reallocation import reallocation_matrix
 from cost_models.time.calls import call_time
-from cost_models.time.engines import Engine, load_engine
+from cost_models.time.engines import DEFAULT_ENGINE, Engine, engine_names, load_engine
 from planner.limits import Limits
 from planner.search.problem import Decision, Dependency, Options, Problem
 from planner.space import Pruned, Shape, positions, shapes, strategies
@@ -133,7 +133,8 @@ def price_call(
     on: Sequence[Shape],
 ) -> Priced:
     """Time and memory of every legal layout of a call on some shapes. A function that the call hosts adds its time."""
-    found = [(shape, s) for shape in on for s in strategies(workload, call, shape, pruned)]
+    others = engine in engine_names() and engine != DEFAULT_ENGINE
+    found = [(shape, s) for shape in on for s in strategies(workload, call, shape, pruned, context_parallel=others)]
     candidates = Candidates.of([(shape.at(0), strategy) for shape, strategy in found])
     if not found:
         empty = np.zeros(0)

@@ -19,6 +19,7 @@ from plans.workload import Workload
 
 MICRO_BATCH_SAMPLES = (1, 2, 4, 8, 16, 32, 64)
 INTERLEAVINGS = (1, 2, 4)
+CONTEXT_DEGREES = (1, 2, 4, 8)
 WAVES = (1, 2, 4, 8, 16, 32)
 EVERY_LENGTH_UP_TO = 16
 
@@ -87,24 +88,45 @@ class Pruned:
             self.counts[reason] += count
 
 
-def strategies(workload: Workload, call: str, shape: Shape, pruned: Pruned) -> Iterator[ParallelStrategy]:
-    """Every legal strategy of a call on a mesh shape."""
+def strategies(
+    workload: Workload, call: str, shape: Shape, pruned: Pruned, *, context_parallel: bool
+) -> Iterator[ParallelStrategy]:
+    """Every legal strategy of a call on a mesh shape; cp above 1 only where the engine has `context_parallel`."""
     spec, kind = workload.spec(call), workload.graph.call(call).kind
     samples = workload.samples_per_step(call)
     for tp in divisors(shape.gpus):
         if spec.kv_heads % tp or spec.ffn % tp or spec.padded_vocab % tp:
             pruned.note("tp must divide KV heads, ffn and vocabulary")
             continue
-        for pp in divisors(spec.layers):
-            if (shape.size // tp) % pp:
-                pruned.note("pp must divide the GPUs left by tp")
+        for pp, cp in product(divisors(spec.layers), CONTEXT_DEGREES):
+            if (shape.size // tp) % (pp * cp):
+                pruned.note("pp x cp must divide the GPUs left by tp")
                 continue
-            dp = shape.size // (tp * pp)
+            if cp > 1 and not _cuts_context(workload, kind, tp, cp, context_parallel, pruned):
+                continue
+            dp = shape.size // (tp * pp * cp)
             if samples % dp:
                 pruned.note("dp must divide the samples of a pass")
                 continue
-            base = ParallelStrategy(dp=dp, tp=tp, pp=pp)
-            yield from _settings(workload, call, kind, base, samples // dp, pruned)
+            for ep in divisors(spec.experts) if spec.experts else (1,):
+                if (dp * cp) % ep:
+                    pruned.note("ep must divide dp x cp")
+                    continue
+                base = ParallelStrategy(dp=dp, tp=tp, pp=pp, cp=cp, ep=ep)
+                yield from _settings(workload, call, kind, base, samples // dp, pruned)
+
+
+def _cuts_context(workload: Workload, kind: CallKind, tp: int, cp: int, allowed: bool, pruned: Pruned) -> bool:
+    """Whether samples can be cut over `cp` ranks, two chunks each (Megatron's zigzag balances causal attention)."""
+    if kind is CallKind.GENERATE:
+        return False
+    if not allowed:
+        pruned.note("this runtime has no context parallelism")
+    elif workload.tokens % (2 * cp * tp):
+        pruned.note("cp must cut the tokens of a sample evenly")
+    else:
+        return True
+    return False
 
 
 def _settings(
@@ -118,25 +140,24 @@ def _settings(
                 pruned.note("groups in flight and waves must divide the samples of a dp rank")
         return
     counts = [share // size for size in MICRO_BATCH_SAMPLES if share % size == 0]
-    parallel = base.tp > 1 and workload.tokens % base.tp == 0
+    parallel = base.tp > 1 and workload.tokens % (base.tp * base.cp) == 0
+    pruned.note("with tp, sequence parallelism moves the same bytes and stores less", int(parallel))
+    base = replace(base, sequence_parallel=parallel)
     if kind is CallKind.INFERENCE:
         frozen = workload.graph.call(call).model not in workload.graph.trainers
-        for count in counts:
-            for offload in (False, True) if frozen else (False,):
-                yield replace(base, micro_batches=count, sequence_parallel=parallel, offload=offload)
+        for count, offload in product(counts, (False, True) if frozen else (False,)):
+            yield replace(base, micro_batches=count, offload=offload)
         return
-    layers = workload.spec(call).layers
-    for count in counts:
-        for vpp in INTERLEAVINGS:
-            if vpp > 1 and (base.pp == 1 or layers % (base.pp * vpp) or count % base.pp):
-                continue
-            for recompute in Recompute:
-                for offload in (False, True):
-                    yield replace(
-                        base,
-                        micro_batches=count,
-                        sequence_parallel=parallel,
-                        recompute=recompute,
-                        vpp=vpp,
-                        offload=offload,
-                    )
+    yield from _training(workload.spec(call).layers, base, counts, pruned)
+
+
+def _training(layers: int, base: ParallelStrategy, counts: list[int], pruned: Pruned) -> Iterator[ParallelStrategy]:
+    sharding = (True, False) if base.dp * base.cp > 1 else (True,)
+    for count, vpp in product(counts, INTERLEAVINGS):
+        if vpp > 1 and (base.pp == 1 or layers % (base.pp * vpp) or count % base.pp):
+            pruned.note("interleaving needs pp, equal chunks and full rounds of micro-batches")
+            continue
+        for recompute, offload, shard in product(Recompute, (False, True), sharding):
+            yield replace(
+                base, micro_batches=count, recompute=recompute, vpp=vpp, offload=offload, shard_optimizer=shard
+            )

@@ -126,7 +126,9 @@ def test_best_strategy_on_the_same_mesh_equals_trying_them_all() -> None:
     cost = cost_plan(plan)
     now = plan.planned("reward_infer")
     costs = {}
-    for strategy in strategies(plan.workload, "reward_infer", Shape(now.mesh.gpus, now.mesh.nodes), Pruned()):
+    for strategy in strategies(
+        plan.workload, "reward_infer", Shape(now.mesh.gpus, now.mesh.nodes), Pruned(), context_parallel=False
+    ):
         other = cost_plan(moved(plan, "reward_infer", (now.mesh, strategy)))
         if other.fits and strategy.degrees != now.strategy.degrees:
             costs[strategy] = other.iteration_s

@@ -1,0 +1,80 @@
+"""The space: which layouts are tried, and which reasons keep others out."""
+
+from __future__ import annotations
+
+from planner.space import Pruned, Shape, positions, shapes, strategies
+from plans.algorithms import ppo
+from plans.checks import CALL_CHECKS
+from plans.cluster import ClusterSpec
+from plans.library import load_cluster, load_model
+from plans.plan import ExecutionPlan, PlannedCall
+from plans.strategy import ParallelStrategy
+from plans.workload import Workload
+
+
+def workload(model: str, tokens: int = 1024) -> Workload:
+    spec = load_model(model)
+    value = spec.with_value_head()
+    models = {"actor": spec, "ref": spec, "critic": value, "reward": value}
+    return Workload(graph=ppo(), models=models, prompt_tokens=tokens, response_tokens=tokens)
+
+
+def every(work: Workload, call: str, cluster: ClusterSpec, *, context: bool = False) -> list[PlannedCall]:
+    found = []
+    for shape in shapes(cluster):
+        for strategy in strategies(work, call, shape, Pruned(), context_parallel=context):
+            found.append(PlannedCall(call=call, mesh=shape.at(0), strategy=strategy))
+    return found
+
+
+def test_every_layout_of_the_space_passes_the_checks_of_a_plan() -> None:
+    cluster = load_cluster("h100-80gb-sxm", gpus=32)
+    for model, context in (("llama-7b", True), ("mixtral-8x7b", False)):
+        work = workload(model)
+        plan = ExecutionPlan(workload=work, cluster=cluster, calls=())
+        for call in work.graph.model_calls:
+            for planned in every(work, call.name, cluster, context=context):
+                spec = work.spec(call.name)
+                assert not [p for check in CALL_CHECKS for p in check(plan, planned, spec)], planned
+
+
+def test_small_space_equals_plain_enumeration_of_degrees() -> None:
+    cluster = load_cluster("h100-80gb-sxm", gpus=16)
+    work = workload("llama-7b")
+    found = {(p.mesh.size, p.strategy.dp, p.strategy.tp, p.strategy.pp) for p in every(work, "ref_infer", cluster)}
+    expected = {
+        (size, size // (tp * pp), tp, pp)
+        for size in (1, 2, 4, 8, 16)
+        for tp in (1, 2, 4, 8)
+        for pp in (1, 2, 4, 8, 16, 32)
+        if tp <= min(size, 8) and size % (tp * pp) == 0
+    }
+    assert found == expected
+
+
+def test_context_and_expert_degrees_appear_where_they_can() -> None:
+    cluster = load_cluster("h100-80gb-sxm", gpus=16)
+    long = workload("llama-7b", tokens=16384)
+    assert {p.strategy.cp for p in every(long, "actor_train", cluster, context=True)} == {1, 2, 4, 8}
+    assert {p.strategy.cp for p in every(long, "actor_train", cluster)} == {1}
+    assert {p.strategy.ep for p in every(workload("mixtral-8x7b"), "actor_train", cluster)} == {1, 2, 4, 8}
+    train = every(workload("llama-7b"), "actor_train", cluster)
+    assert {p.strategy.shard_optimizer for p in train} == {True, False}
+    assert all(p.strategy.shard_optimizer for p in train if p.strategy.dp == 1)
+
+
+def test_what_is_left_out_is_counted() -> None:
+    pruned = Pruned()
+    list(strategies(workload("llama2-70b"), "actor_train", Shape(8, 2), pruned, context_parallel=False))
+    assert pruned.counts["pp x cp must divide the GPUs left by tp"] > 0
+    assert pruned.counts["this runtime has no context parallelism"] > 0
+    assert ParallelStrategy().shard_optimizer
+
+
+def test_positions_cover_the_cluster_without_leaving_it() -> None:
+    for gpus in (8, 16, 128, 1024):
+        cluster = load_cluster("h100-80gb-sxm", gpus=gpus)
+        for shape in shapes(cluster):
+            ranks = [mesh.ranks(cluster) for mesh in positions(shape, cluster)]
+            assert ranks[0].start == 0 and ranks[-1].stop == cluster.size
+            assert all(r.start >= 0 and r.stop <= cluster.size and len(r) == shape.size for r in ranks)
