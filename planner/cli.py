@@ -62,6 +62,9 @@ def search(
     group_size: Annotated[int | None, typer.Option(help="samples per prompt [1]")] = None,
     prompt_tokens: Annotated[int | None, typer.Option(help="longest prompt [1024]")] = None,
     response_tokens: Annotated[int | None, typer.Option(help="longest response [1024]")] = None,
+    mean_response_tokens: Annotated[
+        int | None, typer.Option(help="mean of the long-tailed response lengths [all reach the longest]")
+    ] = None,
     minibatches: Annotated[int | None, typer.Option(help="optimizer steps per iteration [4]")] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32 [bf16]")] = None,
     recompute_logprobs: Annotated[
@@ -94,6 +97,7 @@ def search(
         "group_size": group_size,
         "prompt_tokens": prompt_tokens,
         "response_tokens": response_tokens,
+        "mean_response_tokens": mean_response_tokens,
         "minibatches": minibatches,
         "dtype": dtype,
         "recompute_logprobs": recompute_logprobs,
