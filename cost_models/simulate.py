@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from plans.batches import host_call
 from plans.program import Program, Step, StepKind
 from plans.timeline import Span, Timeline
 
@@ -98,7 +97,7 @@ def _snapshot(program: Program, state: _State, period: int) -> NDArray[np.float6
     ends = [
         state.ends.get((call.name, period - lag), 0.0)
         for call in program.plan.workload.graph.calls
-        for lag in [program.plan.planned(host_call(program.plan, call.name)).lag]
+        for lag in [program.plan.planned(program.plan.workload.graph.host(call.name)).lag]
     ]
     return np.array([*state.free[used], *ends])
 

@@ -36,26 +36,21 @@ def dp_rows(workload: Workload, call: str, dp: int) -> tuple[tuple[int, ...], ..
 
 def rank_rows(plan: ExecutionPlan, call: str) -> dict[int, tuple[int, ...]]:
     """Sample numbers that each rank of a call's mesh needs; a function runs on the mesh of its host call."""
-    host = host_call(plan, call)
+    host = plan.workload.graph.host(call)
     layout = plan.layout(host)
     rows = dp_rows(plan.workload, host, layout.dp)
     return {rank: rows[layout.places[rank].dp] for rank in layout.ranks}
 
 
-def host_call(plan: ExecutionPlan, call: str) -> str:
-    """The model call on whose ranks a call runs (`DataflowGraph.host`)."""
-    return plan.workload.graph.host(call)
-
-
 def batch_transfers(plan: ExecutionPlan, producer: str) -> dict[str, tuple[Message, ...]]:
     """Consumer -> messages that bring it a producer's rows, without what a target rank made itself or has been sent for
     a consumer before. Consumers on the producer's ranks need none and are left out."""
-    graph, host = plan.workload.graph, host_call(plan, producer)
+    graph, host = plan.workload.graph, plan.workload.graph.host(producer)
     held: dict[tuple[int, str], set[int]] = {}
     found: dict[str, tuple[Message, ...]] = {}
     for edge in graph.edges:
         consumer = edge.target
-        if edge.source != producer or edge.distance or consumer in found or host_call(plan, consumer) == host:
+        if edge.source != producer or edge.distance or consumer in found or plan.workload.graph.host(consumer) == host:
             continue
         keys = tuple(key for key in graph.call(consumer).inputs if key in graph.call(producer).outputs)
         found[consumer] = _messages(plan, host, rank_rows(plan, consumer), keys, held)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 
-from plans.batches import Message, batch_transfers, host_call
+from plans.batches import Message, batch_transfers
 from plans.graph import CallKind
 from plans.layout import Layout
 from plans.plan import ExecutionPlan
@@ -174,7 +174,7 @@ def _functions(plan: ExecutionPlan, placed: set[str], call: str) -> list[str]:
     ready = list(placed)
     found: list[str] = []
     for candidate in graph.calls:
-        if candidate.kind is not CallKind.FUNCTION or host_call(plan, candidate.name) != call:
+        if candidate.kind is not CallKind.FUNCTION or plan.workload.graph.host(candidate.name) != call:
             continue
         if all(key in graph.sources or graph.producers[key] in [*ready, *found] for key in candidate.inputs):
             found.append(candidate.name)
@@ -182,5 +182,5 @@ def _functions(plan: ExecutionPlan, placed: set[str], call: str) -> list[str]:
 
 
 def _transfer(plan: ExecutionPlan, producer: str, consumer: str, lag: int) -> Step:
-    ranks = {*plan.ranks(host_call(plan, producer)), *plan.ranks(host_call(plan, consumer))}
+    ranks = {*plan.ranks(plan.workload.graph.host(producer)), *plan.ranks(plan.workload.graph.host(consumer))}
     return Step(StepKind.TRANSFER, producer, tuple(sorted(ranks)), lag, consumer=consumer)

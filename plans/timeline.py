@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -75,9 +74,3 @@ def load_timeline(path: Path) -> Timeline:
         return Timeline(source=data["source"], period_s=data["period_s"], spans=spans)
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise PlanError(f"{path}: not a timeline: {error}", "a timeline.json that realrun wrote") from None
-
-
-def merge(timelines: Iterable[Timeline], period_s: float) -> Timeline:
-    """One measured timeline from those of every rank; spans of one step stay apart per rank."""
-    spans = sorted((s for t in timelines for s in t.spans), key=lambda s: (s.start_s, s.ranks))
-    return Timeline(source="measured", period_s=period_s, spans=tuple(spans))

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from plans.batches import host_call, rank_rows
+from plans.batches import rank_rows
 from plans.errors import RealplanError
 from plans.graph import Call, CallKind
 from plans.plan import PlannedCall
@@ -105,7 +105,7 @@ class Executor:
 
     def _call(self, name: str, iteration: int) -> None:
         graph = self._job.plan.workload.graph
-        call, host = graph.call(name), host_call(self._job.plan, name)
+        call, host = graph.call(name), graph.host(name)
         if name not in self._rows:
             self._rows[name] = rank_rows(self._job.plan, name)[self._rank]
         rows = self._rows[name]
