@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 from plans.plan import ExecutionPlan
 from plans.program import Program, StepKind
@@ -134,9 +136,10 @@ class MetricsLog:
         return metrics
 
     def timeline(self) -> Timeline:
-        """Every span so far; the period is the mean time from one iteration's end to the next one's."""
+        """Every span so far; the period is the median time from one iteration's end to the next one's, since memory is
+        touched for the first time in the first few."""
         if len(self._ends) > 1:
-            period_s = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+            period_s = median(after - before for before, after in pairwise(self._ends))
         else:
             period_s = self.lines[0]["timing_s/step"] if self.lines else 0.0
         spans = sorted(self._spans, key=lambda span: (span.start_s, span.ranks))

@@ -1,6 +1,6 @@
 """Predicted against measured seconds on this CPU: profile, plan, run, compare.
 
-    bench_predictions.py [--output FOLDER] [--iterations 4] [--only NAME ...] [--no-four]
+    bench_predictions.py [--output FOLDER] [--iterations 7] [--only NAME ...] [--no-four]
 
 Profiles a small Llama on one core, takes plans on 1, 2 and 4 ranks (hand-varied ones and a searched one), predicts
 each with the profile's cost table, runs it with `realrun` on random weights, and prints predicted and measured seconds
@@ -56,6 +56,7 @@ SIZES = {
     "long": {"batch_size": 8, "prompt_tokens": 64, "response_tokens": 64, "minibatches": 2},
     "wide": {"batch_size": 16, "prompt_tokens": 96, "response_tokens": 32, "minibatches": 2},
 }
+WARM_UPS = 2
 PROCESS_TICKS = os.sysconf("SC_CLK_TCK")
 Settings = Mapping[str, Any]
 
@@ -151,7 +152,7 @@ def main() -> int:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/predictions"))
-    parser.add_argument("--iterations", type=int, default=4)
+    parser.add_argument("--iterations", type=int, default=7)
     parser.add_argument("--only", nargs="*", default=[], help="names of plans")
     parser.add_argument("--no-four", action="store_true", help="leave out the plans on 4 ranks")
     return parser.parse_args()
@@ -209,7 +210,7 @@ def _searched(variant: Variant, model: Path, table: Path, path: Path) -> Executi
 
 
 def _run(variant: Variant, plan: ExecutionPlan, path: Path, iterations: int) -> dict[str, Any]:
-    """Run a plan; medians over its iterations after the first."""
+    """Run a plan; medians over its iterations after the first two, in which memory is touched for the first time."""
     folder = path.parent / "run"
     words = ("weights=random", f"iterations={iterations}", "export=false", f"output={folder}")
     command = [_script("realrun"), str(path), *words]
@@ -217,7 +218,7 @@ def _run(variant: Variant, plan: ExecutionPlan, path: Path, iterations: int) -> 
     busy = _watch(process, folder, plan.cluster.size, iterations)
     if process.wait():
         raise RealplanError(f"{variant.name} failed:\n{(path.parent / 'log').read_text()[-2000:]}")
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][1:]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][WARM_UPS:]
     assert plan.estimate is not None
     measured = {c: statistics.median(line[f"plan/{c}/measured_s"] for line in lines) for c in CALLS}
     period_s = json.loads((folder / "timeline.json").read_text())["period_s"]
