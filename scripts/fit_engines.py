@@ -17,6 +17,7 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -33,7 +34,7 @@ from cost_models.validation.published import Row, Unpredictable
 from cost_models.validation.row_results import counts
 from plans.cluster import ClusterSpec
 
-LIBRARY = Path(published.__file__).parent / "library" / "engines.json"
+LIBRARY = Path(str(files("cost_models"))) / "library" / "engines.json"
 PULL = 0.1
 FEWEST_TO_HALVE = 6
 
