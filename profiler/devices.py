@@ -77,7 +77,7 @@ def versions(device: torch.device) -> dict[str, str]:
     try:
         found["megatron-core"] = version("megatron-core")
     except PackageNotFoundError:
-        from runtime.mcore import __version__
+        from runtime.models.mcore import __version__
 
         found["megatron-core"] = __version__
     if device.type == "cuda":

@@ -16,13 +16,13 @@ from torch import Tensor
 from plans.layout import Layout
 from plans.model import ModelSpec
 from profiler.timers import Timed
-from runtime.forward import Batch, TokenOutput, pack, token_logprobs, token_output
-from runtime.generation import generate
 from runtime.groups import GroupCache
-from runtime.model import Model, build_model
-from runtime.modules import KVCache
-from runtime.sampling import Sampling
-from runtime.training import AdamSettings, Trainer
+from runtime.models.model import Model, build_model
+from runtime.models.modules import KVCache
+from runtime.passes.forward import Batch, TokenOutput, pack, token_logprobs, token_output
+from runtime.passes.generation import generate
+from runtime.passes.sampling import Sampling
+from runtime.passes.training import AdamSettings, Trainer
 
 STEPS = 8
 """Decode steps of a `generate_step` measurement."""

@@ -27,8 +27,8 @@ from profiler.devices import DTYPES, clocks_mhz, device_name, hardware_kind, ver
 from profiler.layers import STEPS, Shard
 from profiler.results import Coordinates, Results
 from profiler.timers import Timing, measure, peak_bytes
-from runtime.compat import install
 from runtime.groups import GroupCache
+from runtime.models.compat import install
 
 Advance = Callable[[str], None]
 ATTEMPTS = 3

@@ -12,12 +12,12 @@ from plans.algorithms import GREEDY
 from plans.graph import Call
 from plans.plan import PlannedCall
 from runtime.algorithms.samples import response_mask
-from runtime.forward import token_logprobs, token_values
-from runtime.generation import generate
+from runtime.batches.transfer import Rows
 from runtime.job import Job
-from runtime.model import Model
-from runtime.sampling import Sampling
-from runtime.transfer import Rows
+from runtime.models.model import Model
+from runtime.passes.forward import token_logprobs, token_values
+from runtime.passes.generation import generate
+from runtime.passes.sampling import Sampling
 
 
 def generate_call(

@@ -43,11 +43,18 @@ def realrun(
 
 
 def _run(path: Path, overrides: list[str], run_path: Path | None, dry_run: bool, allow_stale: bool) -> None:
-    from runtime.describe import batch_words, program_words
-    from runtime.entry import prepare_ranks
-    from runtime.preflight import check_devices, check_estimate, check_packages, check_weights, legal_plan, read_run
-    from runtime.slurm import rank_variables
-    from runtime.support import check_supported
+    from runtime.launching.describe import batch_words, program_words
+    from runtime.launching.entry import prepare_ranks
+    from runtime.launching.preflight import (
+        check_devices,
+        check_estimate,
+        check_packages,
+        check_weights,
+        legal_plan,
+        read_run,
+    )
+    from runtime.launching.slurm import rank_variables
+    from runtime.models.support import check_supported
 
     os.environ.update(rank_variables(os.environ))
     plan = legal_plan(path)
@@ -69,8 +76,8 @@ def _run(path: Path, overrides: list[str], run_path: Path | None, dry_run: bool,
     check_devices(plan, started)
     if started is None:
         prepare_ranks(plan)
-    from runtime.launch import launch
-    from runtime.monitor import summary
+    from runtime.launching.launch import launch
+    from runtime.reports.monitor import summary
 
     lines = launch(plan, run)
     if first:

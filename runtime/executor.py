@@ -17,16 +17,16 @@ from plans.graph import Call, CallKind
 from plans.plan import PlannedCall
 from plans.program import Step, StepKind, compile_program
 from plans.runfile import RANDOM
+from runtime.batches.transfer import BatchStore, LateError, Rows
 from runtime.calls import generate_call, inference_call, reward_call
-from runtime.copies import Copies
-from runtime.export import export
-from runtime.failures import lost_peer, timed_out
 from runtime.groups import GroupCache
 from runtime.job import Job
-from runtime.records import Recorder
-from runtime.stats import Stat
+from runtime.launching.failures import lost_peer, timed_out
+from runtime.reports.records import Recorder
+from runtime.reports.stats import Stat
 from runtime.train_call import train_call
-from runtime.transfer import BatchStore, LateError, Rows
+from runtime.weights.copies import Copies
+from runtime.weights.export import export
 
 
 class StepError(RealplanError):

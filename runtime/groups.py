@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from plans.layout import Layout, Place
-from runtime.mcore import ProcessGroupCollection
+from runtime.models.mcore import ProcessGroupCollection
 
 
 def backend_of(device: torch.device) -> str:

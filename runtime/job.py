@@ -12,12 +12,12 @@ from plans.graph import CallKind
 from plans.plan import ExecutionPlan
 from plans.runfile import RANDOM, Optimizer, RunFile
 from runtime.algorithms import OFFLINE
-from runtime.data import PromptSet, fitting_prompts, read_prompts, read_rows
-from runtime.rewards import Reward, load_reward
-from runtime.sampling import Sampling
-from runtime.sources import Examples, Prompts, RandomExamples, RandomPrompts, TextExamples, TextPrompts
-from runtime.tokenizer import Tokenizer
-from runtime.training import AdamSettings
+from runtime.batches.data import PromptSet, fitting_prompts, read_prompts, read_rows
+from runtime.batches.rewards import Reward, load_reward
+from runtime.batches.sources import Examples, Prompts, RandomExamples, RandomPrompts, TextExamples, TextPrompts
+from runtime.batches.tokenizer import Tokenizer
+from runtime.passes.sampling import Sampling
+from runtime.passes.training import AdamSettings
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

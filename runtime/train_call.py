@@ -12,12 +12,12 @@ from plans.plan import PlannedCall
 from runtime.algorithms.losses import Loss, kl_loss, policy_loss, value_loss
 from runtime.algorithms.offline import dpo_loss, pair_loss, sft_loss
 from runtime.algorithms.table import ALGORITHMS
-from runtime.experience import Experience, experience
-from runtime.forward import Batch, LossFunction, TokenOutput
+from runtime.batches.experience import Experience, experience
+from runtime.batches.transfer import Rows
 from runtime.job import Job
-from runtime.stats import Stat, merge_stats
-from runtime.training import StepStats, Trainer
-from runtime.transfer import Rows
+from runtime.passes.forward import Batch, LossFunction, TokenOutput
+from runtime.passes.training import StepStats, Trainer
+from runtime.reports.stats import Stat, merge_stats
 
 
 def train_call(

@@ -14,12 +14,12 @@ from torch.distributed.rendezvous import rendezvous
 from plans.errors import RealplanError
 from plans.plan import ExecutionPlan
 from plans.runfile import RunFile
-from runtime.compat import install
 from runtime.executor import Executor
-from runtime.failures import Failure, write_failure
 from runtime.groups import GroupCache
 from runtime.job import prepare_job
-from runtime.records import Recorder
+from runtime.launching.failures import Failure, write_failure
+from runtime.models.compat import install
+from runtime.reports.records import Recorder
 
 # A rank that lost a peer gives the launcher this long to find the peer first, and to stop everybody.
 GRACE_S = 1.0

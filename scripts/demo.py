@@ -47,7 +47,7 @@ def prepare(name: str, output: Path, quick: bool) -> Path:
     """Write the run file with absolute paths beside the outputs, and the weights where they are missing."""
     settings = yaml.safe_load((EXPERIMENTS / f"{name}.yaml").read_text())
     if not quick:
-        from runtime.smollm import prepare_smollm2
+        from runtime.weights.smollm import prepare_smollm2
 
         prepare_smollm2(ROOT / settings["weights"])
     else:

@@ -21,8 +21,8 @@ from tokenizers import Regex, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from runtime.data import movie_reviews
-from runtime.tokenizer import Tokenizer
+from runtime.batches.data import movie_reviews
+from runtime.batches.tokenizer import Tokenizer
 
 SPECIAL = ("<pad>", "<eos>", "<unk>")
 PAD, EOS, IGNORE = 0, 1, -100

@@ -20,7 +20,7 @@ from transformers import (
 from plans.layout import Layout
 from plans.model import ModelSpec
 from runtime.groups import GroupCache
-from runtime.model import Model, build_model
+from runtime.models.model import Model, build_model
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",

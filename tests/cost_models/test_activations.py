@@ -16,10 +16,10 @@ from cost_models.validation.memory_rows import training_case_of
 from plans.layout import Layout
 from plans.model import ModelSpec
 from plans.strategy import Recompute
-from runtime import compat
 from runtime.groups import GroupCache
-from runtime.mcore import schedules
-from runtime.model import build_model
+from runtime.models import compat
+from runtime.models.mcore import schedules
+from runtime.models.model import build_model
 
 CPU = torch.device("cpu")
 SPEC = ModelSpec(

@@ -11,7 +11,7 @@ import torch
 from megatron.core import parallel_state
 from ranks import RankError, run_ranks
 
-from runtime import compat
+from runtime.models import compat
 
 CPU = torch.device("cpu")
 
@@ -42,7 +42,7 @@ def test_groups_of_megatron_cannot_be_used_by_mistake():
 
 
 def test_import_is_quiet():
-    code = "import torch; from runtime import compat; compat.install(torch.device('cpu'))"
+    code = "import torch; from runtime.models import compat; compat.install(torch.device('cpu'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == ""
     assert "megatron" not in done.stderr.lower()

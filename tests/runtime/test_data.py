@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.data import (
+from runtime.batches.data import (
     DataError,
     PromptSet,
     fitting_prompts,
@@ -16,7 +16,7 @@ from runtime.data import (
     read_rows,
     right_padded,
 )
-from runtime.tokenizer import Tokenizer
+from runtime.batches.tokenizer import Tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 

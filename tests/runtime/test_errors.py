@@ -26,10 +26,10 @@ from plans.library import load_cluster
 from plans.model import Head, Position
 from plans.plan import Estimate, ExecutionPlan
 from plans.timeline import load_timeline
-from runtime import preflight
-from runtime.records import Status, read_status
-from runtime.slurm import first_host, rank_variables
-from runtime.support import check_supported
+from runtime.launching import preflight
+from runtime.launching.slurm import first_host, rank_variables
+from runtime.models.support import check_supported
+from runtime.reports.records import Status, read_status
 
 DISJOINT = {
     "actor_generate": "d2 t1 p1",

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from plans.errors import RealplanError
 from runtime.executor import StepError
-from runtime.failures import find_cause, write_failure
-from runtime.records import Recorder
+from runtime.launching.failures import find_cause, write_failure
+from runtime.reports.records import Recorder
 
 
 def test_the_first_error_that_is_not_a_lost_peer(tmp_path: Path) -> None:

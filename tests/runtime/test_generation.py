@@ -16,14 +16,14 @@ from transformers import AutoModelForCausalLM
 
 from plans.huggingface import spec_from_folder
 from plans.layout import Layout
-from runtime import compat
-from runtime.data import left_padded, read_prompts
-from runtime.generation import Generated, generate
+from runtime.batches.data import left_padded, read_prompts
+from runtime.batches.tokenizer import Tokenizer
 from runtime.groups import GroupCache
-from runtime.hf import load_weights
-from runtime.model import Model
-from runtime.sampling import Sampling
-from runtime.tokenizer import Tokenizer
+from runtime.models import compat
+from runtime.models.model import Model
+from runtime.passes.generation import Generated, generate
+from runtime.passes.sampling import Sampling
+from runtime.weights.hf import load_weights
 
 CPU = torch.device("cpu")
 FIXTURES = Path(__file__).parents[1] / "fixtures"

@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from plans.errors import SpecError
 from plans.huggingface import spec_from_config, spec_from_folder
 from plans.model import ModelSpec
-from runtime import compat
-from runtime.export import export, weight_files
-from runtime.forward import token_values
 from runtime.groups import GroupCache
-from runtime.hf import Checkpoint, WeightsError, load_weights, random_weights
-from runtime.model import named_shards
+from runtime.models import compat
+from runtime.models.model import named_shards
+from runtime.passes.forward import token_values
+from runtime.weights.export import export, weight_files
+from runtime.weights.hf import Checkpoint, WeightsError, load_weights, random_weights
 
 CPU = torch.device("cpu")
 

@@ -20,14 +20,14 @@ from plans.plan import ExecutionPlan
 from plans.program import compile_program
 from plans.runfile import RunFile
 from plans.strategy import Recompute
-from runtime.compat import install
+from runtime.batches.transfer import BatchStore, Rows
 from runtime.executor import Executor
 from runtime.groups import GroupCache
 from runtime.job import prepare_job
-from runtime.metrics import Metrics, iteration_metrics
-from runtime.records import Recorder, RecordReader
-from runtime.support import check_supported
-from runtime.transfer import BatchStore, Rows
+from runtime.models.compat import install
+from runtime.models.support import check_supported
+from runtime.reports.metrics import Metrics, iteration_metrics
+from runtime.reports.records import Recorder, RecordReader
 
 CPU = torch.device("cpu")
 DISJOINT = {

@@ -10,10 +10,10 @@ import torch
 from plan_cases import tiny_plan
 
 from plans.program import Step, StepKind, compile_program
-from runtime.metrics import MetricsLog, iteration_metrics
-from runtime.monitor import progress_line, summary
-from runtime.records import Record, Recorder, RecordReader, records_path
-from runtime.stats import Stat, merge_stats
+from runtime.reports.metrics import MetricsLog, iteration_metrics
+from runtime.reports.monitor import progress_line, summary
+from runtime.reports.records import Record, Recorder, RecordReader, records_path
+from runtime.reports.stats import Stat, merge_stats
 
 PLACES = {
     "actor_generate": "d2 t1 p1",

@@ -16,13 +16,13 @@ from plans.huggingface import spec_from_folder
 from plans.layout import Layout, model_units
 from plans.model import ModelSpec, Norm, Position
 from plans.strategy import Recompute
-from runtime import compat
-from runtime.forward import token_logprobs, token_values
 from runtime.groups import GroupCache, rank_sets
-from runtime.hf import load_weights, random_weights
-from runtime.model import alias_parameters, build_model, named_shards
-from runtime.modules import KVCache
-from runtime.shards import shard, shard_shape, unshard
+from runtime.models import compat
+from runtime.models.model import alias_parameters, build_model, named_shards
+from runtime.models.modules import KVCache
+from runtime.models.shards import shard, shard_shape, unshard
+from runtime.passes.forward import token_logprobs, token_values
+from runtime.weights.hf import load_weights, random_weights
 
 CPU = torch.device("cpu")
 LAYOUTS = (

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from plans.layout import Layout, Parameter, model_units
 from plans.model import ModelSpec
-from runtime.reallocate import Moved, Reallocator
+from runtime.weights.reallocate import Moved, Reallocator
 
 SPEC = ModelSpec(
     name="tiny", layers=4, hidden=8, heads=4, kv_heads=4, head_dim=2, ffn=12, vocab=120, qkv_bias=True, qk_norm=True

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.rewards import Reward, RewardError, load_reward
+from runtime.batches.rewards import Reward, RewardError, load_reward
 
 
 def test_vader_orders_texts() -> None:
@@ -24,7 +24,7 @@ def test_function_of_a_file(tmp_path: Path) -> None:
 
 
 def test_function_of_a_module() -> None:
-    assert load_reward("runtime.rewards:vader")(["p"], ["good"]) == load_reward("vader")(["p"], ["good"])
+    assert load_reward("runtime.batches.rewards:vader")(["p"], ["good"]) == load_reward("vader")(["p"], ["good"])
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_function_of_a_module() -> None:
         ("vadar", ["`vadar`", "did you mean `vader`"]),
         ("no.such.module:f", ["`no.such.module:f`", "importing", "PYTHONPATH"]),
         ("nowhere.py:f", ["`nowhere.py:f`", "no such file"]),
-        ("runtime.rewards:vade", ["no function `vade`", "did you mean `vader`"]),
+        ("runtime.batches.rewards:vade", ["no function `vade`", "did you mean `vader`"]),
     ],
 )
 def test_unknown_names(name: str, words: list[str]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from plans.errors import RealplanError
-from runtime.sampling import Sampling, choose_tokens, sample_keys
+from runtime.passes.sampling import Sampling, choose_tokens, sample_keys
 
 VOCAB, PADDED = 41, 48
 DRAWS = 40_000

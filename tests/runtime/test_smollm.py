@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from plans.errors import RealplanError
-from runtime.smollm import prepare_smollm2
-from runtime.tokenizer import Tokenizer
+from runtime.batches.tokenizer import Tokenizer
+from runtime.weights.smollm import prepare_smollm2
 
 
 def test_answers_a_question(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import tokenizers
 from tokenizers import models
 from transformers import AutoTokenizer
 
-from runtime.tokenizer import Tokenizer, TokenizerError
+from runtime.batches.tokenizer import Tokenizer, TokenizerError
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "tiny-llama"
 

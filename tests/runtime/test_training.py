@@ -14,14 +14,14 @@ from tiny_models import build, layout_of, padded_batch, save_tiny, tiny_model
 from plans.errors import RealplanError
 from plans.huggingface import spec_from_folder
 from plans.strategy import Recompute
-from runtime import compat
-from runtime.forward import Batch, TokenOutput, cut, pack, packed_width, token_logprobs
 from runtime.groups import GroupCache
-from runtime.hf import load_weights
-from runtime.hf_names import hf_names, hf_shape, join
-from runtime.logprobs import token_logprobs_of
-from runtime.model import Model, named_shards
-from runtime.training import AdamSettings, Trainer
+from runtime.models import compat
+from runtime.models.model import Model, named_shards
+from runtime.passes.forward import Batch, TokenOutput, cut, pack, packed_width, token_logprobs
+from runtime.passes.logprobs import token_logprobs_of
+from runtime.passes.training import AdamSettings, Trainer
+from runtime.weights.hf import load_weights
+from runtime.weights.hf_names import hf_names, hf_shape, join
 
 CPU = torch.device("cpu")
 SAMPLES = 8

@@ -14,7 +14,7 @@ from plans.model import ModelSpec
 from plans.plan import ExecutionPlan, PlannedCall
 from plans.strategy import ParallelStrategy, parse_degrees
 from plans.workload import Workload
-from runtime.transfer import BatchStore, fields
+from runtime.batches.transfer import BatchStore, fields
 
 LAYOUTS = {
     "actor_generate": ("node 0", "d4 t1 p1"),

@@ -11,8 +11,8 @@ from statistics import median
 from plans.plan import ExecutionPlan
 from plans.program import Program, StepKind
 from plans.timeline import Span, Timeline
-from runtime.records import Record
-from runtime.stats import Stat, merge_stats
+from runtime.reports.records import Record
+from runtime.reports.stats import Stat, merge_stats
 
 # verl's names of the phases of an iteration, by the names of our calls.
 TIMING_NAMES = {

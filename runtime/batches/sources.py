@@ -10,9 +10,9 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from runtime.data import PromptSet, left_padded, right_padded
-from runtime.tokenizer import Tokenizer
-from runtime.transfer import Rows
+from runtime.batches.data import PromptSet, left_padded, right_padded
+from runtime.batches.tokenizer import Tokenizer
+from runtime.batches.transfer import Rows
 
 
 class Prompts(Protocol):

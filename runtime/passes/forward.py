@@ -12,9 +12,9 @@ from torch import Tensor
 
 from plans.errors import RealplanError
 from plans.model import Head
-from runtime.logprobs import token_logprobs_of
-from runtime.mcore import P2PCommunicator, schedules
-from runtime.model import Model
+from runtime.models.mcore import P2PCommunicator, schedules
+from runtime.models.model import Model
+from runtime.passes.logprobs import token_logprobs_of
 
 T = TypeVar("T")
 

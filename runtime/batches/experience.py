@@ -11,11 +11,11 @@ from torch import Tensor
 
 from runtime.algorithms.samples import Samples, Signal, gather_samples, response_mask
 from runtime.algorithms.table import ALGORITHMS
+from runtime.batches.transfer import Rows
 from runtime.calls import sequence_mask
-from runtime.forward import Batch
 from runtime.job import Job
-from runtime.training import Trainer
-from runtime.transfer import Rows
+from runtime.passes.forward import Batch
+from runtime.passes.training import Trainer
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from torch import Tensor
 from plans.errors import RealplanError, nearest
 from plans.layout import Parameter
 from plans.model import ModelSpec
-from runtime.hf_names import SCORE, has_vocabulary, hf_names, hf_shape, join
-from runtime.model import Model, named_shards
-from runtime.shards import shard
+from runtime.models.model import Model, named_shards
+from runtime.models.shards import shard
+from runtime.weights.hf_names import SCORE, has_vocabulary, hf_names, hf_shape, join
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -53,7 +53,7 @@ def importing_megatron() -> Iterator[None]:
 
 def install(device: torch.device) -> None:
     """Make megatron-core run on `device`. Call once per process before models are built; a second call is free."""
-    from runtime import mcore
+    from runtime.models import mcore
 
     if mcore.__version__ != VERSION:
         raise RealplanError(

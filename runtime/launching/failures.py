@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from plans.errors import RealplanError
-from runtime.records import Status, read_status
+from runtime.reports.records import Status, read_status
 
 # What gloo and NCCL say; torch has no types for it.
 _LOST_PEER = ("Connection closed by peer", "Connection reset", "Connection refused", "Broken pipe", "Read error")

@@ -10,8 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from runtime.forward import Batch, LossFunction, cut, pack_micro_batches, run_schedule, token_output
-from runtime.mcore import (
+from runtime.models.mcore import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
     DistributedOptimizer,
@@ -20,7 +19,8 @@ from runtime.mcore import (
     OptimizerConfig,
     finalize_model_grads,
 )
-from runtime.model import Model, moved
+from runtime.models.model import Model, moved
+from runtime.passes.forward import Batch, LossFunction, cut, pack_micro_batches, run_schedule, token_output
 
 
 @dataclass(frozen=True, kw_only=True)

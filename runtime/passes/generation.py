@@ -17,9 +17,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from runtime.model import Model
-from runtime.modules import KVCache
-from runtime.sampling import Sampling, choose_tokens, sample_keys
+from runtime.models.model import Model
+from runtime.models.modules import KVCache
+from runtime.passes.sampling import Sampling, choose_tokens, sample_keys
 
 LEAVE_FRACTION = 8  # finished rows leave when they are one in so many: each time, the KV cache is copied
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from plans.layout import Layout, Parameter, Place, model_units
 from plans.model import ModelSpec
 from plans.strategy import Recompute
-from runtime.architecture import build_chunk, transformer_config
-from runtime.mcore import get_cuda_rng_tracker, get_transformer_layer_offset, model_parallel_cuda_manual_seed
-from runtime.support import check_runnable
+from runtime.models.architecture import build_chunk, transformer_config
+from runtime.models.mcore import get_cuda_rng_tracker, get_transformer_layer_offset, model_parallel_cuda_manual_seed
+from runtime.models.support import check_runnable
 
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
@@ -65,7 +65,7 @@ def build_model(
     sequence_parallel: bool = False,
     recompute: Recompute = Recompute.NONE,
 ) -> Model:
-    """Build this rank's part, with weights not yet set (`runtime.hf` sets them). Collective over the layout's ranks.
+    """Build this rank's part, its weights not yet set (`runtime.weights.hf`). Collective over the layout's ranks.
 
     Generation needs `sequence_parallel=False`. `groups` is `GroupCache.collection(layout)`.
     """

@@ -13,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from plans.plan import ExecutionPlan
 from plans.program import compile_program
-from runtime.metrics import TIMING_NAMES, Metrics, MetricsLog
-from runtime.records import RecordReader
+from runtime.reports.metrics import TIMING_NAMES, Metrics, MetricsLog
+from runtime.reports.records import RecordReader
 
 POLL_S = 0.2
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from plans.layout import Layout
 from plans.model import Head, ModelSpec, Norm
 from plans.strategy import Recompute
-from runtime.mcore import (
+from runtime.models.mcore import (
     MLP,
     AttnMaskType,
     ColumnParallelLinear,
@@ -29,7 +29,7 @@ from runtime.mcore import (
     get_bias_dropout_add,
     get_num_layers_to_build,
 )
-from runtime.modules import Attention, KVSelfAttention, LayerNorm, RMSNorm, Rotary, ValueHead
+from runtime.models.modules import Attention, KVSelfAttention, LayerNorm, RMSNorm, Rotary, ValueHead
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 _FUSIONS = (

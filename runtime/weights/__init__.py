@@ -1,0 +1,1 @@
+"""Weights: read from and written to Hugging Face folders, held in copies, reallocated between layouts."""
