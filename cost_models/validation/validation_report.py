@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from cost_models.validation.row_results import RowResult
 from cost_models.validation.validation import GroupResult, Report, validate
+
+NAMED_ROWS = 3
+"""Rows that are named under a reason why they have no prediction."""
 
 
 def run_validate(files: list[Path] | None, as_json: bool) -> int:
@@ -25,7 +30,10 @@ def run_validate(files: list[Path] | None, as_json: bool) -> int:
 
 
 def as_document(report: Report) -> dict[str, Any]:
-    """`{"rows": [{"id", "quantity", "unit", "predicted", "measured", "source"}], "groups": [...]}`."""
+    """`{"rows": [{"id", "quantity", "unit", "predicted", "measured", "source"}], "groups": [...]}`.
+
+    The source is analytic throughout: none of the published engines goes by kernel tables.
+    """
     return {"rows": [_row_document(row) for row in report.rows], "groups": [asdict(group) for group in report.groups]}
 
 
@@ -45,7 +53,11 @@ def _row_document(row: RowResult) -> dict[str, Any]:
 
 def render(report: Report, console: Console) -> None:
     """Rows, then groups, then rankings."""
-    console.print(_row_table(report))
+    predicted = [row for row in report.rows if row.predicted is not None]
+    missing = [row for row in report.rows if row.predicted is None]
+    console.print(_row_table(predicted))
+    if missing:
+        console.print(_reason_table(missing))
     plain = [group for group in report.groups if group.kendall_tau is None]
     console.print(_group_table([g for g in plain if " | " not in g.name], "Groups of counted rows"))
     console.print(_group_table([g for g in plain if " | " in g.name], "Source x GPU x model family, counted rows"))
@@ -56,23 +68,33 @@ def _percent(value: float | None, digits: int = 1) -> str:
     return "" if value is None else f"{100 * value:.{digits}f} %"
 
 
-def _row_table(report: Report) -> Table:
-    table = Table(title="Rows: predicted and measured", title_justify="left")
-    for column in ("row", "quantity"):
-        table.add_column(column, overflow="fold")
-    for column in ("predicted", "measured", "error"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in report.rows:
-        if row.predicted is None:
-            table.add_row(row.id, row.quantity, row.reason, _quantity(row.measured, row.unit), "", style="dim")
-        else:
-            figures = (_quantity(row.predicted, row.unit), _quantity(row.measured, row.unit), _percent(row.error))
-            table.add_row(row.id, row.quantity, *figures, style="" if row.counted else "dim")
+def _row_table(rows: list[RowResult]) -> Table:
+    table = Table(title="Rows: predicted and measured (dim: does not count)", title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("row", overflow="fold")
+    for column, width in (("quantity", 19), ("predicted", 12), ("measured", 12), ("error", 8)):
+        table.add_column(column, justify="left" if column == "quantity" else "right", min_width=width, no_wrap=True)
+    for row in rows:
+        figures = (_quantity(row.predicted, row.unit), _quantity(row.measured, row.unit), _percent(row.error))
+        table.add_row(row.id, row.quantity, *figures, style="" if row.counted else "dim")
     return table
 
 
-def _quantity(value: float, unit: str) -> str:
-    return f"{value:.4g} {unit}"
+def _reason_table(rows: list[RowResult]) -> Table:
+    """Why rows have no prediction, and which: the first of each reason and how many more."""
+    table = Table(title="Rows without a prediction", title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("reason", overflow="fold")
+    table.add_column("quantities", justify="right", no_wrap=True)
+    table.add_column("rows", overflow="fold")
+    for reason, group in groupby(sorted(rows, key=lambda row: (row.reason, row.id)), key=lambda row: row.reason):
+        members = list(group)
+        ids = list(dict.fromkeys(row.id for row in members))
+        more = f" and {len(ids) - NAMED_ROWS} more" if len(ids) > NAMED_ROWS else ""
+        table.add_row(reason, str(len(members)), ", ".join(ids[:NAMED_ROWS]) + more)
+    return table
+
+
+def _quantity(value: float | None, unit: str) -> str:
+    return "" if value is None else f"{value:.4g} {unit}"
 
 
 def _group_table(groups: list[GroupResult], title: str) -> Table:
