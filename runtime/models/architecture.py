@@ -85,6 +85,7 @@ def transformer_config(layout: Layout, dtype: torch.dtype, sequence_parallel: bo
         overlap_p2p_comm=layout.vpp > 1,
         batch_p2p_comm=layout.vpp == 1,
         batch_p2p_sync=False,
+        deallocate_pipeline_outputs=layout.vpp == 1,  # the interleaved schedule may still be sending them
         cuda_graph_scope=[],
         # Losses arrive normalised by global token counts: gradients are summed, never averaged.
         calculate_per_token_loss=True,

@@ -117,17 +117,24 @@ class Attention(nn.Module):
         assert attention_bias is None and packed_seq_params is None
         tokens, batch, heads, dim = query.shape
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        share = heads // k.shape[1]
         causal = attention_mask is None and (attn_mask_type or self.attn_mask_type) != AttnMaskType.no_mask
+        # CUDA's fused kernels take a mask or shared keys, not both. A single token's queries that share a key stand in
+        # the place of positions; for more tokens the keys are repeated.
+        if tokens == 1:
+            q = q.reshape(batch, k.shape[1], share, dim)
+        elif share > 1 and attention_mask is not None:
+            k, v = (x.repeat_interleave(share, dim=1) for x in (k, v))
         out = F.scaled_dot_product_attention(
             q,
             k,
             v,
             attn_mask=None if attention_mask is None else ~attention_mask,
-            is_causal=causal,
+            is_causal=causal and tokens > 1,
             scale=self.softmax_scale,
-            enable_gqa=heads != k.shape[1],
+            enable_gqa=q.shape[1] != k.shape[1],
         )
-        return out.permute(2, 0, 1, 3).reshape(tokens, batch, heads * dim)
+        return out.reshape(batch, heads, tokens, dim).permute(2, 0, 1, 3).reshape(tokens, batch, heads * dim)
 
 
 class KVCache(StaticInferenceContext):  # type: ignore[misc]

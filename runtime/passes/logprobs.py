@@ -33,7 +33,9 @@ class _TokenLogProbs(torch.autograd.Function):
         columns = logits.shape[-1]
         start = group.rank() * columns
         padding = slice(max(0, vocab - start), columns)
-        scaled = logits.float() / temperature
+        scaled = logits.to(torch.float32, copy=True)
+        if temperature != 1:
+            scaled /= temperature
         scaled[..., padding] = -torch.inf
         peak = scaled.amax(-1)
         if group.size() > 1:
@@ -44,7 +46,7 @@ class _TokenLogProbs(torch.autograd.Function):
         chosen = scaled.gather(-1, local).squeeze(-1).where(here, 0.0)
         weights = scaled.exp()
         scaled[..., padding] = 0  # its weight is 0 already; 0 x -inf would make the mean NaN
-        mean = torch.linalg.vecdot(weights, scaled)
+        mean = _dot(weights, scaled)
         sums = torch.stack([chosen, weights.sum(-1), mean])
         if group.size() > 1:
             dist.all_reduce(sums, group=group)
@@ -67,3 +69,8 @@ class _TokenLogProbs(torch.autograd.Function):
             logs = torch.special.xlogy(probabilities, probabilities)
             grad -= (logs + probabilities * entropy.unsqueeze(-1)) * (of_entropy / ctx.temperature).unsqueeze(-1)
         return grad.to(ctx.dtype), None, None, None, None
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Sums over the last dimension of a x b, without their product in memory."""
+    return (a.unsqueeze(-2) @ b.unsqueeze(-1)).flatten(-3)

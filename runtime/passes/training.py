@@ -229,6 +229,8 @@ def _adam(parameters: list[nn.Parameter], settings: AdamSettings) -> torch.optim
         weight_decay=settings.weight_decay,
         betas=(settings.beta1, settings.beta2),
         eps=settings.eps,
+        # CUDA's default takes 4 bytes more per parameter while it steps, of all parameters at once.
+        fused=all(p.is_cuda for p in parameters) or None,
     )
 
 
