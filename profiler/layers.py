@@ -24,7 +24,6 @@ from runtime.passes.generation import generate
 from runtime.passes.sampling import Sampling
 from runtime.passes.training import AdamSettings, Trainer
 
-STEPS = 8
 """Decode steps of a `generate_step` measurement."""
 
 Point = Mapping[str, int]

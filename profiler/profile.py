@@ -17,14 +17,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cost_models.tables.shards import call_spec, shard_spec
-from cost_models.tables.table_schema import CALL_VOCAB, OPERATIONS, TableError
+from cost_models.tables.table_schema import CALL_VOCAB, OPERATIONS, STEP_PROMPT, STEP_TOKENS, TableError
 from cost_models.tables.tables import CostTable
 from plans.errors import RealplanError
 from plans.model import ModelSpec
 from profiler.cases import CALLS, CPU, GPU, Axes, Cases, grids
 from profiler.collectives import CPU_BYTES, GPU_BYTES, device_count, measure_collectives
 from profiler.devices import DTYPES, clocks_mhz, device_name, hardware_kind, versions
-from profiler.layers import STEPS, Shard
+from profiler.layers import Shard
 from profiler.results import Coordinates, Results
 from profiler.timers import Timing, measure, peak_bytes
 from runtime.groups import GroupCache
@@ -195,11 +195,11 @@ def _timing(
 ) -> Timing:
     device, budget = request.device, request.sizes.budget_s
     if name == "generate_step":
-        prompt = request.sizes.cached_tokens[0]
         long, short = (
-            measure(shard.generation(sizes["sequences"], prompt, tokens), device, budget) for tokens in (1 + STEPS, 1)
+            measure(shard.generation(sizes["sequences"], STEP_PROMPT, tokens), device, budget)
+            for tokens in (1 + STEP_TOKENS, 1)
         )
-        return Timing(max(long.seconds - short.seconds, 1e-9) / STEPS, long.spread)
+        return Timing(max(long.seconds - short.seconds, 1e-9) / STEP_TOKENS, long.spread)
     timing = measure(shard.operation(name, sizes), device, budget)
     if name == "block_recompute":
         backward = results.points["block_backward"][point].seconds

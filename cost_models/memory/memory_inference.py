@@ -35,7 +35,8 @@ def inference_terms(workload: Workload, spec: ModelSpec, candidates: Candidates,
     sequences = np.ceil(workload.samples / (candidates.dp * candidates.micro_batches))
     tokens = sequences * workload.tokens / candidates.cp
     activations = forward_block_bytes(spec, element, candidates.tp, fused_pointwise=engine.fused_pointwise) * tokens
-    return _fullest(spec, candidates, engine, element, activations, engine.forward_logit_bytes / candidates.tp * tokens)
+    logits = (element + engine.forward_logit_bytes) / candidates.tp * tokens
+    return _fullest(spec, candidates, engine, element, activations, logits)
 
 
 def generation_terms(workload: Workload, spec: ModelSpec, candidates: Candidates, engine: MemoryEngine) -> MemoryTerms:

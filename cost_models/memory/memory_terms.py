@@ -25,8 +25,8 @@ class MemoryEngine:
     flash: fused attention, which stores no scores.
     wgrad_buffers: Transformer Engine's fused gradient accumulation returns one bf16 dummy per distinct weight shape
     and keeps it (TE >= 2, `get_dummy_wgrad`); without it the largest weight gradient is alive for a moment.
-    logit_bytes: bytes per token and vocabulary entry at the peak of the loss: bf16 logits (2), the fp32 softmax (4)
-    and what the loss makes beside them. reserve: cached but unused share of the allocator, as a fraction of all
+    logit_bytes: bytes per token and vocabulary entry at the peak of the loss, beside the logits themselves: the fp32
+    softmax (4) and what the loss makes of it. reserve: cached but unused share of the allocator, as a fraction of all
     memory that comes and goes (SimuMax B200 rows, reserved - allocated over transient: 0.19 to 0.30).
     communicator_gib: NCCL buffers per group of a layout. context_gib: CUDA context and libraries.
     forward_logit_bytes: the same in a forward pass that wants log-probs only. sampling_bytes: per sequence and
@@ -34,15 +34,16 @@ class MemoryEngine:
     (8 + 4), scores (4). mask_bytes: per pair of tokens of a prefill with padded prompts: the mask, its inverse and the
     bias that the attention kernel makes of it. shards_weights: training shards weights and gradients over dp (ZeRO-3,
     FSDP); gathered_layers: whole layers that it then holds at once. gathers_keys: context parallelism gathers keys and
-    values; otherwise it exchanges heads for tokens (all-to-all).
+    values; otherwise it exchanges heads for tokens (all-to-all). keeps_outputs: the interleaved schedule keeps what a
+    stage sent on until its backward pass.
     """
 
     name: str
     fused_pointwise: bool = True
     flash: bool = True
     wgrad_buffers: bool = False
-    logit_bytes: float = 6.0
-    forward_logit_bytes: float = 10.0
+    logit_bytes: float = 4.0
+    forward_logit_bytes: float = 8.0
     reserve: float = 0.25
     communicator_gib: float = 0.3
     context_gib: float = 0.8
@@ -51,13 +52,16 @@ class MemoryEngine:
     shards_weights: bool = False
     gathered_layers: int = 2
     gathers_keys: bool = True
+    keeps_outputs: bool = False
 
 
-# logit_bytes 6 is Megatron's vocab_parallel_cross_entropy (bf16 logits and the in-place fp32 softmax, which its
-# backward pass reuses); 14 is plain PyTorch's backward pass: fp32 probabilities, their gradient before and after the
-# division by the temperature, and its bf16 copy. communicator_gib and context_gib: 0.34 to 0.4 GB per NCCL communicator
-# set and 0.5 to 0.8 GB per CUDA context on A100 and H100.
-_PLAIN_TORCH = MemoryEngine(name="megatron", fused_pointwise=False, logit_bytes=14.0, mask_bytes=4.0)
+# logit_bytes 4 is Megatron's vocab_parallel_cross_entropy (the in-place fp32 softmax, which its backward pass reuses);
+# 10 is this runtime's backward pass: fp32 probabilities, their gradient, and its copy in the run's precision. Its
+# forward pass has scaled logits and their exponentials in fp32. communicator_gib and context_gib: 0.34 to 0.4 GB per
+# NCCL communicator set and 0.5 to 0.8 GB per CUDA context on A100 and H100.
+_PLAIN_TORCH = MemoryEngine(
+    name="megatron", fused_pointwise=False, logit_bytes=10.0, mask_bytes=4.0, keeps_outputs=True
+)
 MEMORY_ENGINES: Mapping[str, MemoryEngine] = {
     engine.name: engine
     for engine in (

@@ -105,6 +105,10 @@ def moments(stage: StageParts, widths: BlockWidths, case: TrainingCase, engine: 
     """The moments that may be the fullest: backward of a block, loss, gradient of the embedding."""
     kept = kept_block_bytes(widths, case, gathers_keys=engine.gathers_keys) * case.rank_tokens * stage.layers
     flight = in_flight(stage.index, case.pp, case.vpp, case.micro_batches)
+    stored = kept * flight
+    if engine.keeps_outputs:
+        output = widths.hidden * case.element / np.where(case.sequence_parallel, case.tp, 1.0) * case.rank_tokens
+        stored = stored + np.where(case.vpp > 1, output * flight * case.vpp, 0.0)
     again = stored_block_bytes(widths, case, case.scores, gathers_keys=engine.gathers_keys) * case.rank_tokens
     again = np.where(case.recompute == FULL_RECOMPUTE, again, 0.0)
     gathered = gathered_bytes(stage, case, engine)
@@ -115,8 +119,8 @@ def moments(stage: StageParts, widths: BlockWidths, case: TrainingCase, engine: 
     embedding = stage.embedding / case.tp * case.element
     last = _loss(stage, widths, case, engine)
     return [
-        Moment(kept * flight, none, again + temporaries + wgrad + gathered),
-        Moment(kept * flight, last.logits, last.workspace + buffers + gathered),
+        Moment(stored, none, again + temporaries + wgrad + gathered),
+        Moment(stored, last.logits, last.workspace + buffers + gathered),
         Moment(kept * np.maximum(flight - 1.0 / case.vpp, 0.0), none, embedding + buffers + gathered),
     ]
 
@@ -129,7 +133,7 @@ def _loss(stage: StageParts, widths: BlockWidths, case: TrainingCase, engine: Me
     stream = widths.hidden * case.element * (2.0 / np.where(case.sequence_parallel, case.tp, 1.0) + 2.0)
     return Moment(
         activations=np.zeros_like(rows),
-        logits=rows * engine.logit_bytes * case.rank_tokens,
+        logits=rows * (case.element + engine.logit_bytes) * case.rank_tokens,
         workspace=np.where(has_head, stream * case.rank_tokens + rows * widths.hidden * case.element, 0.0),
     )
 

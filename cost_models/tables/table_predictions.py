@@ -9,7 +9,7 @@ import numpy as np
 
 from cost_models.candidates import Array, Candidates
 from cost_models.tables.shards import call_spec, shard_spec
-from cost_models.tables.table_schema import CALL_VOCAB
+from cost_models.tables.table_schema import CALL_VOCAB, STEP_PROMPT, STEP_TOKENS
 from cost_models.tables.tables import Entry
 from cost_models.time import operations
 from cost_models.time.data_parallel import accumulation
@@ -65,7 +65,8 @@ def _block_decode(machine: Machine, spec: ModelSpec, points: Points) -> Array:
 
 
 def _generate_step(machine: Machine, spec: ModelSpec, points: Points) -> Array:
-    return _total(_step(machine, spec, points["sequences"], np.ones_like(points["sequences"])))
+    length = np.full_like(points["sequences"], STEP_PROMPT + 0.5 * STEP_TOKENS)
+    return _total(_step(machine, spec, points["sequences"], length))
 
 
 def _step(machine: Machine, spec: ModelSpec, rows: Array, length: Array) -> Mapping[str, Array]:

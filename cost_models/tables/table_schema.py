@@ -10,6 +10,8 @@ from plans.errors import RealplanError
 FORMAT = "realplan-costs/1"
 CALL_VOCAB = 128
 """Vocabulary of the model on which `inference_call` and `train_call` are timed."""
+STEP_PROMPT, STEP_TOKENS = 16, 8
+"""Tokens of the prompt, and then of the response, over which `generate_step` is the mean."""
 
 
 class TableError(RealplanError):

@@ -44,7 +44,19 @@ def gradient_reduce(machine: Machine, spec: ModelSpec, candidates: Candidates, b
     whole = collectives.all_reduce(machine, message, size, per_node)
     scattered = collectives.reduce_scatter(machine, message, size, per_node)
     seconds = np.where(candidates.shard_optimizer, scattered, whole)
-    return seconds - np.minimum(engine.data_overlap * seconds, backward)
+    exposed: Array = seconds - np.minimum(engine.data_overlap * seconds, backward)
+    return exposed + tied_embedding_reduce(machine, spec, candidates)
+
+
+def tied_embedding_reduce(machine: Machine, spec: ModelSpec, candidates: Candidates) -> Array:
+    """Seconds to sum the gradients of tied embeddings of the first and the last stage (Narayanan et al. 2021)."""
+    c = candidates
+    if not (spec.tied_embeddings and spec.head is Head.LM):
+        return np.zeros_like(c.pp)
+    message = spec.padded_vocab * spec.hidden / c.tp * machine.engine.gradient_bytes
+    two = np.full_like(c.pp, 2.0)
+    seconds = collectives.all_reduce(machine, message, two, np.where(c.nodes > 1, 1.0, 2.0))
+    return np.where(c.pp > 1, seconds, 0.0)
 
 
 def parameter_gather(machine: Machine, spec: ModelSpec, candidates: Candidates, backward: Array) -> Array:
@@ -105,7 +117,9 @@ def optimizer(machine: Machine, spec: ModelSpec, candidates: Candidates) -> Arra
 
 
 def state_load(machine: Machine, spec: ModelSpec, candidates: Candidates) -> Array:
-    """Seconds to bring an offloaded optimizer state (fp32 masters and two moments) to the GPU and back."""
+    """Seconds to bring an offloaded optimizer state (fp32 moments, and masters beside 16-bit weights) to the GPU and
+    back."""
     size, _ = _data_group(candidates)
     params = rank_params(spec, candidates) / np.where(candidates.shard_optimizer, size, 1.0)
-    return np.where(candidates.offload, 2.0 * 12.0 * params / machine.host_bytes_per_s, 0.0)
+    each = 8.0 if machine.element_bytes == 4 else 12.0
+    return np.where(candidates.offload, 2.0 * each * params / machine.host_bytes_per_s, 0.0)

@@ -50,7 +50,6 @@ class Engine:
         it again and backward twice. decode_layer_s: the same per layer and decode step.
       decode_step_s: sampling and bookkeeping per decode step. decode_row_s: the same per sequence.
       micro_batch_s: schedule overhead per micro-batch. step_s: per optimizer step. call_s: per call.
-      graph_capture_s: preparation of a generate call (buffers, CUDA-graph capture), per call.
 
     Communication
       link_efficiency, link_latency_s, link_hop_s, link_half_bytes: collectives inside a node (`collectives`).
@@ -99,7 +98,6 @@ class Engine:
     micro_batch_s: float = 5e-4
     step_s: float = 0.02
     call_s: float = 0.05
-    graph_capture_s: float = 0.0
     link_efficiency: float = 0.75
     link_latency_s: float = 6e-6
     link_hop_s: float = 3e-6

@@ -14,6 +14,7 @@ from cost_models.time.layer import expert_parallel
 from cost_models.time.machine import Machine
 from cost_models.time.pipeline import stage_layers, stage_send
 from cost_models.time.terms import Terms
+from cost_models.time.vocabulary import head_and_choice, hidden_reduce
 from plans.model import ModelSpec
 
 _NODES_FORCED, _NODES_TAILED = 2, 8
@@ -49,7 +50,6 @@ def generation_time(machine: Machine, work: Sampling, candidates: Candidates) ->
     prefill = Terms(forward_terms(machine, prompts, c, np.maximum(c.groups * c.waves, c.micro_batches)))
     decode = {name: seconds * c.waves for name, seconds in decode_terms(machine, work, c).items()}
     terms = {"prefill": prefill.total_s} | decode
-    terms["overhead"] = np.full(len(c), machine.engine.graph_capture_s)
     return Terms(terms)
 
 
@@ -108,7 +108,7 @@ def decode_step(
     first, inverse = distinct(rows, lengths, c.tp, c.ep, c.gpus_per_node)
     each = _decode_parts(machine, spec, c.take(first), rows[first], lengths[first])
     spread = {name: seconds[inverse] for name, seconds in each.items()}
-    logits = spread.pop("head")
+    logits = spread.pop("head") + np.where(c.pp == 1, spread.pop("embedding"), 0.0)
     parts = spread | {"decode_kernels": np.full_like(rows, engine.decode_layer_s)}
     layer = sum(parts.values(), np.zeros_like(rows))
     parts["decode_host"] = np.maximum(engine.host_decode_layer_s - layer, 0.0)
@@ -125,13 +125,14 @@ def decode_step(
 def _decode_parts(
     machine: Machine, spec: ModelSpec, candidates: Candidates, rows: Array, length: Array
 ) -> dict[str, Array]:
-    """Seconds of one layer's parts, and of the head."""
+    """Seconds of one layer's parts, of the head, and of summing the embedding's output."""
     c = candidates
     return {
         "decode_linears": operations.linears(machine, spec, rows, c.tp, c.ep)[0],
         "decode_attention": decode_attention(machine, spec, c, rows, length),
         "decode_tensor_parallel": decode_all_reduce(machine, spec, c, rows) + expert_parallel(machine, spec, c, rows),
-        "head": operations.head(machine, spec, rows, c.tp),
+        "head": head_and_choice(machine, spec, rows, c),
+        "embedding": hidden_reduce(machine, spec, rows, c),
     }
 
 

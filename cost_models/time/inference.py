@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from cost_models.candidates import Array, Candidates
-from cost_models.time import operations
 from cost_models.time.data_parallel import forward_weight_gather, rank_params
 from cost_models.time.layer import forward_layer
 from cost_models.time.machine import Machine
 from cost_models.time.pipeline import fill_and_drain, stage_layers, stage_send
 from cost_models.time.terms import Terms
+from cost_models.time.vocabulary import head_and_log_probs
 from plans.model import ModelSpec
 
 
@@ -52,20 +52,15 @@ def forward_terms(machine: Machine, work: ForwardPass, candidates: Candidates, p
         "host": np.maximum(machine.engine.host_forward_layer_s - layer.gpu, 0.0),
     }
     one_layer = layer.gpu + parts["weight_gather"] + parts["host"]
-    inner, last = layers * one_layer, last_layers * one_layer + head_time(machine, work, sequences, c)
+    head_tokens = sequences * work.head_tokens / c.cp
+    head = head_and_log_probs(machine, spec, tokens, head_tokens, c, scored=work.scored)
+    inner, last = layers * one_layer, last_layers * one_layer + head
     terms = {name: seconds * layers * passes for name, seconds in parts.items()}
     terms["head_and_loss"] = np.maximum(last - inner, 0.0) * passes
     terms["bubble"] = fill_and_drain(c.pp, np.ones_like(c.pp), inner, last)
     terms["pipeline_p2p"] = forward_sends(machine, spec, c, tokens, passes)
     terms["overhead"] = passes * machine.engine.micro_batch_s
     return terms
-
-
-def head_time(machine: Machine, work: ForwardPass, sequences: Array, candidates: Candidates) -> Array:
-    """Seconds of the head and, where scored, the log-probs of one pass."""
-    tokens = sequences * work.head_tokens / candidates.cp
-    seconds = operations.head(machine, work.spec, tokens, candidates.tp)
-    return seconds + operations.loss(machine, work.spec, tokens, candidates.tp) if work.scored else seconds
 
 
 def forward_sends(machine: Machine, spec: ModelSpec, candidates: Candidates, tokens: Array, passes: Array) -> Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cost_models.candidates import Array, Candidates, Flags
+from cost_models.candidates import Array, Candidates
 from cost_models.time.collectives import all_gather, point_to_point
 from cost_models.time.machine import Machine
 from plans.model import ModelSpec
@@ -26,14 +26,9 @@ def fill_and_drain(pp: Array, vpp: Array, inner: Array, last: Array) -> Array:
     return (total - np.maximum(inner, last)) / vpp
 
 
-def crosses_nodes(candidates: Candidates) -> Flags:
-    """Whether some send to the next stage leaves its node: the pipeline waits for its slowest boundary."""
-    stages_share_a_node = candidates.dp * candidates.tp * candidates.cp * candidates.pp <= candidates.gpus_per_node
-    return (candidates.nodes > 1) & ~stages_share_a_node
-
-
 def stage_send(machine: Machine, spec: ModelSpec, candidates: Candidates, tokens: Array) -> Array:
-    """Seconds to send the activations of `tokens` tokens to the next stage.
+    """Seconds to send the activations of `tokens` tokens to the next stage, over the network on a mesh of several
+    nodes: the pipeline waits for its slowest boundary.
 
     Where tp ranks send a part each, the receivers gather the parts inside the node, unless they go on in parts
     (sequence parallelism).
@@ -42,6 +37,6 @@ def stage_send(machine: Machine, spec: ModelSpec, candidates: Candidates, tokens
     message = tokens * float(spec.hidden * machine.element_bytes)
     if not machine.engine.splits_sends:
         parts = np.where(c.sequence_parallel, c.tp, 1.0)
-        return point_to_point(machine, message / parts, crosses_nodes(c))
+        return point_to_point(machine, message / parts, c.nodes > 1)
     gather = all_gather(machine, message, c.tp, c.ranks_per_node(np.ones_like(c.tp), c.tp))
-    return point_to_point(machine, message / c.tp, crosses_nodes(c)) + np.where(c.sequence_parallel, 0.0, gather)
+    return point_to_point(machine, message / c.tp, c.nodes > 1) + np.where(c.sequence_parallel, 0.0, gather)

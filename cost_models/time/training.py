@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from cost_models.candidates import FULL_RECOMPUTE, SELECTIVE_RECOMPUTE, Array, Candidates
-from cost_models.time import operations
 from cost_models.time.data_parallel import (
     accumulation,
     gradient_reduce,
@@ -20,6 +19,7 @@ from cost_models.time.layer import LayerTime, forward_layer
 from cost_models.time.machine import Machine
 from cost_models.time.pipeline import fill_and_drain, stage_layers, stage_send
 from cost_models.time.terms import Terms
+from cost_models.time.vocabulary import head_and_loss
 from plans.model import ModelSpec
 
 
@@ -138,14 +138,6 @@ def host_wait(machine: Machine, forward: Array, backward: Array, recompute: Arra
     again = np.where(candidates.recompute == FULL_RECOMPUTE, engine.host_forward_layer_s, 0.0)
     wait = np.maximum(engine.host_forward_layer_s - forward, 0.0)
     return wait + np.maximum(engine.host_backward_layer_s + again - backward - recompute, 0.0)
-
-
-def head_and_loss(machine: Machine, spec: ModelSpec, tokens: Array, candidates: Candidates) -> Array:
-    """Seconds of the head's three GEMMs and the loss on one micro-batch."""
-    tp = candidates.tp
-    gemms = operations.head(machine, spec, tokens, tp) + operations.head_backward(machine, spec, tokens, tp)
-    loss = operations.loss(machine, spec, tokens, tp)
-    return gemms + loss * (1.0 + machine.engine.loss_backward_ratio)
 
 
 def pipeline_sends(machine: Machine, step: TrainingStep, candidates: Candidates) -> Array:

@@ -18,8 +18,8 @@ from plans.errors import SpecError
 from plans.model import ModelSpec, Norm, Position
 
 ELEMENT_BYTES: Mapping[str, float] = {"bf16": 2.0, "fp16": 2.0, "fp32": 4.0}
-FUSED_LOSS_BYTES = 2.0
-"""Peak bytes per logit of a fused cross entropy: the bf16 logits, overwritten by their gradient."""
+FUSED_LOSS_BYTES = 0.0
+"""Peak bytes per logit of a fused cross entropy beside the logits, which their gradient overwrites."""
 RECOMPUTE_CODES: Mapping[str, int] = {
     "none": NO_RECOMPUTE,
     "selective": SELECTIVE_RECOMPUTE,

@@ -11,6 +11,7 @@ import pytest
 from cost_models.candidates import Candidates
 from cost_models.time import collectives, operations
 from cost_models.time.calls import call_time
+from cost_models.time.data_parallel import gradient_reduce
 from cost_models.time.engines import Engine, engine_names, load_engine
 from cost_models.time.generation import Sampling, decode_step, decode_terms, response_quadrature
 from cost_models.time.machine import Machine
@@ -150,9 +151,28 @@ def test_settings_move_time_the_right_way() -> None:
     assert step_s(at, layout(16, dp=2, tp=8, micro_batches=8, sequence_parallel=True)) < base
     few = step_s(at, layout(16, tp=8, pp=2, micro_batches=2))
     assert step_s(at, layout(16, tp=8, pp=2, micro_batches=8)) < few
-    assert step_s(at, layout(16, tp=8, pp=2, vpp=4, micro_batches=8)) < step_s(
-        at, layout(16, tp=8, pp=2, micro_batches=8)
-    )
+    parts = {"tp": 8, "pp": 2, "micro_batches": 8, "sequence_parallel": True}
+    assert step_s(at, layout(16, vpp=4, **parts)) < step_s(at, layout(16, **parts))
+
+
+def test_whole_activations_take_longer_between_stages_than_parts() -> None:
+    at = machine(16)
+    split = replace(at, engine=replace(at.engine, splits_sends=True))
+    deep = layout(16, tp=8, pp=2, micro_batches=8)
+    assert step_s(split, deep) < step_s(at, deep)
+    parts = layout(16, tp=8, pp=2, micro_batches=8, sequence_parallel=True)
+    assert step_s(split, parts) == step_s(at, parts)
+
+
+def test_tied_embeddings_are_summed_between_the_ends_of_a_pipeline() -> None:
+    at, tied = machine(16), load_model("qwen2.5-1.5b")
+    assert tied.tied_embeddings
+    apart = replace(tied, tied_embeddings=False)
+    found = [gradient_reduce(at, spec, layout(16, dp=8, pp=2), np.zeros(1)) for spec in (tied, apart)]
+    message = tied.padded_vocab * tied.hidden * 4.0
+    assert found[0] - found[1] == pytest.approx(message / at.network_bytes_per_s, rel=0.2)
+    whole = [gradient_reduce(at, spec, layout(16, dp=16), np.zeros(1)) for spec in (tied, apart)]
+    assert whole[0] < whole[1], "one matrix less"
 
 
 def test_sharded_weights_cost_communication_in_every_micro_batch() -> None:

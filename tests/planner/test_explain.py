@@ -16,7 +16,7 @@ from planner.cli import app
 from planner.explanation.alternatives import Where, elsewhere
 from planner.explanation.binding import binding_terms, by_resource
 from planner.explanation.critical import CriticalPath, critical_path
-from planner.explanation.explain import Explanation, explain
+from planner.explanation.explain import SPARE, Explanation, explain
 from planner.explanation.explain_text import render_explanation
 from planner.explanation.kinds import kind_of
 from planner.explanation.neighbourhood import moved
@@ -175,7 +175,7 @@ def test_calls_with_spare_time_can_take_longer(explanation: Explanation) -> None
     cost = cost_plan(plan_7b())
     for planned in plan_7b().calls:
         seconds = cost.durations.seconds
-        longer = Durations({**seconds, planned.call: seconds[planned.call] + 0.005 * cost.iteration_s})
+        longer = Durations({**seconds, planned.call: seconds[planned.call] + SPARE * cost.iteration_s})
         later = simulate(cost.program, longer).period_s > cost.iteration_s * (1 + 1e-6)
         assert later != (planned.call in explanation.spare)
 

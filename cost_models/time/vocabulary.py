@@ -1,0 +1,67 @@
+"""The vocabulary's part of a step: head and loss, and the collectives of what is cut over the vocabulary."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cost_models.candidates import Array, Candidates
+from cost_models.time import collectives, operations
+from cost_models.time.machine import Machine
+from plans.model import Head, ModelSpec
+
+LOSS_BYTES = (4.0, 12.0)
+"""Bytes per token that log-probs reduce over tp: the maximum; then the label's logit, the sum and the entropy's sum."""
+CHOICE_BYTES = 32.0
+"""Bytes per sequence and tp rank that sampling gathers: score, token, logit and normaliser of its best entry."""
+
+
+def head_and_loss(machine: Machine, spec: ModelSpec, tokens: Array, candidates: Candidates) -> Array:
+    """Seconds of the head's three GEMMs, the loss and their collectives on one micro-batch of a training step: the
+    gradient of the head's input is summed over tp, as is, without a pipeline, the output of the embedding."""
+    c = candidates
+    gemms = operations.head(machine, spec, tokens, c.tp) + operations.head_backward(machine, spec, tokens, c.tp)
+    loss = operations.loss(machine, spec, tokens, c.tp) * (1.0 + machine.engine.loss_backward_ratio)
+    hidden = hidden_reduce(machine, spec, tokens, c)
+    reduced = hidden if spec.head is Head.LM else np.zeros_like(hidden)
+    return gemms + loss + loss_reduces(machine, spec, tokens, c) + reduced + np.where(c.pp == 1, hidden, 0.0)
+
+
+def head_and_log_probs(
+    machine: Machine, spec: ModelSpec, tokens: Array, head_tokens: Array, candidates: Candidates, *, scored: bool
+) -> Array:
+    """Seconds of the head on `head_tokens` tokens of a forward pass and, where scored, of their log-probs; and of the
+    embedding's sum over tp on all `tokens`, which only a rank that is the whole pipeline has beside the head."""
+    c = candidates
+    seconds = operations.head(machine, spec, head_tokens, c.tp)
+    if scored:
+        seconds = seconds + operations.loss(machine, spec, head_tokens, c.tp)
+        seconds = seconds + loss_reduces(machine, spec, head_tokens, c)
+    return seconds + np.where(c.pp == 1, hidden_reduce(machine, spec, tokens, c), 0.0)
+
+
+def head_and_choice(machine: Machine, spec: ModelSpec, rows: Array, candidates: Candidates) -> Array:
+    """Seconds of the head in a decode step, and of gathering the best entry of every part of the vocabulary."""
+    gather = collectives.all_gather(machine, rows * CHOICE_BYTES * candidates.tp, *_group(candidates))
+    return operations.head(machine, spec, rows, candidates.tp) + gather
+
+
+def hidden_reduce(machine: Machine, spec: ModelSpec, tokens: Array, candidates: Candidates) -> Array:
+    """Seconds to sum [tokens, hidden] over tp."""
+    message = tokens * float(spec.hidden * machine.element_bytes)
+    return collectives.all_reduce(machine, message, *_group(candidates))
+
+
+def loss_reduces(machine: Machine, spec: ModelSpec, tokens: Array, candidates: Candidates) -> Array:
+    """Seconds of the reductions of vocabulary-parallel log-probs (Megatron-LM 2019, section 3)."""
+    if spec.head is Head.VALUE:
+        return np.zeros_like(tokens)
+    group = _group(candidates)
+    return sum(
+        (collectives.all_reduce(machine, tokens * each, *group) for each in LOSS_BYTES), start=np.zeros_like(tokens)
+    )
+
+
+def _group(candidates: Candidates) -> tuple[Array, Array]:
+    """Size of the tp group, and its ranks on one node."""
+    c = candidates
+    return c.tp, c.ranks_per_node(np.ones_like(c.tp), c.tp)
