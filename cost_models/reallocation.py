@@ -44,14 +44,14 @@ def reallocation_matrix(
 ) -> Array:
     """Seconds to make a copy of a model's weights in each target layout out of each source layout, [sources, targets].
 
-    Links inside the nodes and the network work at the same time; the slower one counts, and a message's overhead for
-    every piece. Nothing moves where every rank already holds its slices.
+    What comes over the network is passed on inside the node in a second round, so that the two add up, and a message's
+    overhead for every piece. Nothing moves where every rank already holds its slices.
     """
     machine = Machine(cluster, engine)
     moved = reallocation_traffic(cluster, sources, targets)
     link_s = moved.rank_peak * (element_bytes / machine.link_send_bytes_per_s)
     network_s = moved.node_peak * (element_bytes / (machine.network_bytes_per_s * cluster.gpus_per_node))
-    seconds: Array = np.maximum(link_s, network_s) + moved.messages * engine.message_s
+    seconds: Array = link_s + network_s + moved.messages * engine.message_s
     return seconds
 
 

@@ -21,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+DEFAULT_ENGINE = "megatron"
 PlanPath = Annotated[Path, typer.Argument(metavar="PLAN", help="plan file (JSON)")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 EngineName = Annotated[str, typer.Option(help="named set of cost constants")]
@@ -41,6 +42,21 @@ def fail(message: str, code: int) -> NoReturn:
     """Print a message to stderr and exit."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(code)
+
+
+def _engine(name: str, table: Path | None) -> str:
+    """The engine that costs are taken from: a named one, or the default one calibrated with a cost table."""
+    if table is None:
+        return name
+    if name != DEFAULT_ENGINE:
+        raise RealplanError(
+            f"--engine {name} and --table {table}: a cost table calibrates the engine `{DEFAULT_ENGINE}`",
+            "leave one of the two out",
+        )
+    if not table.is_file() or table.suffix != ".json":
+        wrong = "no such file" if not table.exists() else "a folder" if table.is_dir() else "its name must end in .json"
+        raise RealplanError(f"--table {table}: {wrong}", "`realplan profile -o table.json` writes a cost table")
+    return str(table)
 
 
 @app.command()
@@ -70,7 +86,7 @@ def search(
     recompute_logprobs: Annotated[
         bool | None, typer.Option("--recompute-logprobs", help="old log-probs in a call of their own")
     ] = None,
-    engine: EngineName = "megatron",
+    engine: EngineName = DEFAULT_ENGINE,
     table: TablePath = None,
     method: Annotated[Literal["auto", "exact", "mcmc"], typer.Option(help="how to search")] = "auto",
     seconds: Annotated[float, typer.Option(help="search budget")] = 10.0,
@@ -117,7 +133,7 @@ def search(
     raise typer.Exit(
         search_command(
             request,
-            engine=str(table or engine),
+            engine=_engine(engine, table),
             method=method,
             seconds=seconds,
             seed=seed,
@@ -133,20 +149,20 @@ def search(
 def check(
     path: PlanPath,
     write: Annotated[bool, typer.Option("--write", help="write the new estimate into the plan")] = False,
-    engine: EngineName = "megatron",
+    engine: EngineName = DEFAULT_ENGINE,
     table: TablePath = None,
     as_json: AsJson = False,
 ) -> None:
     """Check a plan: is it legal, does it fit, how long will an iteration take."""
     from planner.commands import check_command
 
-    raise typer.Exit(check_command(path, write=write, engine=str(table or engine), as_json=as_json))
+    raise typer.Exit(check_command(path, write=write, engine=_engine(engine, table), as_json=as_json))
 
 
 @app.command()
 def estimate(
     path: PlanPath,
-    engine: EngineName = "megatron",
+    engine: EngineName = DEFAULT_ENGINE,
     table: TablePath = None,
     what_if: Annotated[
         list[str] | None, typer.Option(help="gpus=256, inter_node_gbps=200, response_tokens=4096")
@@ -156,13 +172,13 @@ def estimate(
     """Predict time by call and term, and memory by GPU and term with the moment of the peak."""
     from planner.commands import estimate_command
 
-    raise typer.Exit(estimate_command(path, engine=str(table or engine), changes=what_if or [], as_json=as_json))
+    raise typer.Exit(estimate_command(path, engine=_engine(engine, table), changes=what_if or [], as_json=as_json))
 
 
 @app.command()
 def explain(
     path: PlanPath,
-    engine: EngineName = "megatron",
+    engine: EngineName = DEFAULT_ENGINE,
     table: TablePath = None,
     seconds: Annotated[float, typer.Option(help="for the short searches in all", min=0.1)] = 20.0,
     seed: Annotated[int, typer.Option(help="random seed")] = 0,
@@ -171,7 +187,7 @@ def explain(
     """Why this plan: its critical path, what binds, what each call would cost elsewhere, what hardware would bring."""
     from planner.commands_explain import explain_command
 
-    raise typer.Exit(explain_command(path, engine=str(table or engine), seconds=seconds, seed=seed, as_json=as_json))
+    raise typer.Exit(explain_command(path, engine=_engine(engine, table), seconds=seconds, seed=seed, as_json=as_json))
 
 
 @app.command()
@@ -199,12 +215,11 @@ def models(as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps({name: {"params": spec.params, "layers": spec.layers} for name, spec in specs.items()}))
         return
-    print(f"{'name':26}{'params':>10}{'layers':>8}{'hidden':>8}{'heads':>7}{'kv':>5}{'ffn':>8}{'vocab':>9}")
+    print(f"{'name':25}{'params':>10}{'layers':>8}{'hidden':>8}{'heads':>7}{'kv':>5}{'ffn':>8}{'vocab':>9}")
     for name, s in specs.items():
-        alias = f"  = {s.name}" if s.name != name else ""
+        shown = f"{name} = {s.name}" if s.name != name else name
         size = f"{s.params / 1e9:.2f}B"
-        row = f"{name:26}{size:>10}{s.layers:>8}{s.hidden:>8}{s.heads:>7}{s.kv_heads:>5}{s.ffn:>8}{s.vocab:>9}"
-        print(row + alias)
+        print(f"{shown:25}{size:>10}{s.layers:>8}{s.hidden:>8}{s.heads:>7}{s.kv_heads:>5}{s.ffn:>8}{s.vocab:>9}")
 
 
 @app.command()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -19,6 +20,7 @@ from cost_models.estimate import PlanCost, cost_plan
 from cost_models.tables.sources import plan_sources
 from cost_models.validation.error_band import error_band
 from planner.baselines import symmetric
+from planner.commands_memory import WIDTH, memory_problems, misfits
 from planner.explanation.binding import binding_terms
 from planner.explanation.critical import critical_path
 from planner.limits import Limits
@@ -27,16 +29,15 @@ from planner.nearest import with_nearest
 from planner.pricing import Space, build_space
 from planner.progress import SearchProgress
 from planner.report import render_cost
-from planner.request import Request
+from planner.request import Request, check_effort
 from planner.search.portfolio import Answer, Method, search
 from planner.tidy import tidy
 from planner.whatif import what_if
 from plans.checks import check_plan
-from plans.cluster import GIB
 from plans.codec import digest, read_plan, save_plan
 from plans.errors import Infeasible, PlanError
 from plans.plan import ExecutionPlan
-from plans.problems import Problem, locate
+from plans.problems import locate
 from plans.render import render_plan
 
 
@@ -53,6 +54,7 @@ def search_command(
     verbose: bool,
 ) -> int:
     """Search, write the plan, and say what was found."""
+    check_effort(seconds, seed)
     began = time.perf_counter()
     space = build_space(request.workload, request.cluster, engine, limits)
     if isinstance(space, Infeasible):
@@ -136,8 +138,12 @@ def _print_verdict(request: Request, plan: ExecutionPlan, cost: PlanCost, engine
     if isinstance(best, ExecutionPlan):
         uniform = cost_plan(best, engine).iteration_s
         words += f"; the best symmetric plan takes {uniform:.4g} s ({uniform / cost.iteration_s:.2f}x)"
-    print(words, file=sys.stderr)
+    _say(words)
     print(f"wrote {output}; look at it with `realplan show {output}`", file=sys.stderr)
+
+
+def _say(words: str) -> None:
+    print("\n".join(textwrap.wrap(words, WIDTH, break_long_words=False, break_on_hyphens=False)), file=sys.stderr)
 
 
 def _print_space(space: Space) -> None:
@@ -171,7 +177,7 @@ def check_command(path: Path, *, write: bool, engine: str, as_json: bool) -> int
         problems = locate(text, check_plan(plan))
         if not problems:
             cost = cost_plan(plan, engine)
-            problems = locate(text, _memory_problems(plan, cost))
+            problems = locate(text, memory_problems(cost))
     if as_json:
         rows = [{k: v for k, v in asdict(p).items() if k != "path"} for p in problems]
         print(json.dumps({"ok": not problems, "problems": rows}))
@@ -194,35 +200,6 @@ def _checked(path: Path, plan: ExecutionPlan, cost: PlanCost, write: bool, as_js
     return 0
 
 
-def _memory_problems(plan: ExecutionPlan, cost: PlanCost) -> list[Problem]:
-    """Out of memory on a GPU or a host: the call, the moment and the largest terms."""
-    memory, cluster = cost.memory, plan.cluster
-    problems = []
-    if memory.peak_bytes > cluster.gpu_memory_bytes:
-        largest = ", ".join(f"{name} {size / GIB:.1f}" for name, size in list(memory.peak_terms.items())[:4])
-        call = next((i for i, p in enumerate(plan.calls) if p.call == memory.peak_step), 0)
-        message = (
-            f"{memory.peak_step} needs {memory.peak_gib:.1f} GiB on rank {memory.peak_rank}, the GPU has "
-            f"{cluster.gpu.memory_gib:g} GiB (largest: {largest} GiB)"
-        )
-        problems.append(Problem("memory", message, _memory_hint(plan, memory.peak_step), ("calls", call)))
-    host = float(memory.host_bytes_by_node.max()) / GIB
-    if host > cluster.host_memory_gib:
-        message = f"offloaded weights and states need {host:.0f} GiB of host memory on a node that has "
-        message += f"{cluster.host_memory_gib:g} GiB"
-        problems.append(Problem("host-memory", message, "offload fewer models", ("calls",)))
-    return problems
-
-
-def _memory_hint(plan: ExecutionPlan, step: str) -> str:
-    planned = next((p for p in plan.calls if p.call == step), plan.calls[0])
-    s = planned.strategy
-    return (
-        f'for example "micro_batches": {2 * s.micro_batches}, "recompute": "full", a larger tp or pp than '
-        f'`{s.degrees}`, or "offload": true'
-    )
-
-
 def estimate_command(path: Path, *, engine: str, changes: list[str], as_json: bool) -> int:
     """Predicted time by term and memory by moment, as the plan stands or under what-if changes."""
     plan = legal_plan(path)
@@ -230,14 +207,14 @@ def estimate_command(path: Path, *, engine: str, changes: list[str], as_json: bo
     cost = cost_plan(what_if(plan, changes), engine) if changes else before
     if changes:
         ratio = cost.iteration_s / before.iteration_s
-        print(f"with {', '.join(changes)}: {ratio:.2f}x the time of the plan as it stands", file=sys.stderr)
+        _say(f"with {', '.join(changes)}: {ratio:,.2f}x the time of the plan as it stands")
     sources, band = plan_sources(cost), error_band(cost)
     binding = binding_terms(cost, critical_path(cost.program, cost.durations))
     if as_json:
         found: dict[str, Any] = {"terms": cost.terms, "peak_terms_bytes": cost.memory.peak_terms}
         found |= {"costs": sources.shares, "beyond_measured": sources.beyond, "band": asdict(band)}
         found |= {"binding": [asdict(term) for term in binding[:10]]}
-        print(json.dumps({**asdict(cost.estimate), **found}))
+        print(json.dumps({**asdict(cost.estimate), "fits": cost.fits, **found}))
     else:
-        print(render_cost(cost, sources, band, binding))
+        print(render_cost(cost, sources, band, binding, misfits(cost)))
     return 0

@@ -11,10 +11,12 @@ from pathlib import Path
 from planner.explanation.explain import explain
 from planner.explanation.explain_text import render_explanation
 from planner.loading import legal_plan
+from planner.request import check_effort
 
 
 def explain_command(path: Path, *, engine: str, seconds: float, seed: int, as_json: bool) -> int:
     """Explain a legal plan. Returns the exit code: 1 when the plan does not fit in memory."""
+    check_effort(seconds, seed)
     plan = legal_plan(path)
     explanation = explain(plan, engine, seconds=seconds, seed=seed, workers=os.cpu_count() or 1, progress=_progress)
     print(json.dumps(asdict(explanation)) if as_json else render_explanation(explanation))

@@ -21,6 +21,7 @@ from planner.pictures.page import Picture, render_page
 from planner.pictures.trace import trace_json
 from planner.pricing import build_space
 from planner.progress import SearchProgress
+from planner.request import check_effort
 from planner.search.portfolio import search
 from planner.tidy import tidy
 from plans.errors import Infeasible, PlanError
@@ -134,6 +135,7 @@ def diff_command(before: Path, after: Path, *, as_json: bool) -> int:
 
 def headline_command(*, engine: str, seconds: float, seed: int, html: Path | None, as_json: bool) -> int:
     """The published case: our hours beside those measured by others."""
+    check_effort(seconds, seed)
     engine = engine or published.ENGINE
     rows, contenders = published.headline_rows(_searched(engine, seconds, seed), engine)
     if as_json:

@@ -1,4 +1,4 @@
-"""A plan's cost as text: time by call and term and what binds, memory by group of ranks and moment. 100 columns."""
+"""A plan's cost as text: time by call and term and what binds, memory by group of ranks and moment. 80 columns."""
 
 from __future__ import annotations
 
@@ -13,23 +13,36 @@ from cost_models.validation.error_band import ErrorBand
 from planner.explanation.binding import BindingTerm, by_resource
 from plans.cluster import GIB
 
-WIDTH = 100
-CALLS_PER_TABLE = 7
+WIDTH = 80
+CALLS_PER_TABLE = 6
+BAR = 20
 SHOWN_SHARE = 0.002
 """Terms below this share of every call are added up as `others`."""
 
 
-def render_cost(cost: PlanCost, sources: Sources, band: ErrorBand, binding: Sequence[BindingTerm]) -> str:
-    """Everything that `realplan estimate` prints."""
-    lines = [*_heading(cost, sources, band), "", *_times(cost), "", *_binding(cost, binding), "", *_memory(cost)]
-    return "\n".join(lines)
-
-
-def _heading(cost: PlanCost, sources: Sources, band: ErrorBand) -> Iterator[str]:
-    yield (
+def render_cost(
+    cost: PlanCost, sources: Sources, band: ErrorBand, binding: Sequence[BindingTerm], misfits: Sequence[str] = ()
+) -> str:
+    """Everything that `realplan estimate` prints; `misfits` are lines on what does not fit in memory."""
+    seconds = (
         f"{cost.iteration_s:.4g} s per iteration, 80 % band {band.low_s:.3g} to {band.high_s:.3g} s "
         f"(one iteration alone: {cost.latency_s:.4g} s)"
     )
+    lines = [
+        *_wrapped(seconds),
+        *misfits,
+        *_origin(cost, sources, band),
+        "",
+        *_times(cost),
+        "",
+        *_binding(cost, binding),
+        "",
+        *_memory(cost),
+    ]
+    return "\n".join(lines)
+
+
+def _origin(cost: PlanCost, sources: Sources, band: ErrorBand) -> Iterator[str]:
     yield from _wrapped(f"engine {cost.engine}; band: {band.origin}")
     shares = [f"{share:.0%} {name}" for name, share in sources.shares.items()]
     reach = f", sizes up to {sources.beyond:.1f}x beyond the measured ones" if sources.beyond > 1.05 else ""
@@ -49,7 +62,7 @@ def _times(cost: PlanCost) -> Iterator[str]:
     if between:
         yield ""
         yield "between the calls, seconds:"
-        yield from (f"  {name[:70]:70}{seconds:>11.4g}" for name, seconds in between)
+        yield from (f"  {name[:67]:67}{seconds:>11.4g}" for name, seconds in between)
 
 
 def _time_table(cost: PlanCost, calls: Sequence[str]) -> Iterator[str]:
@@ -62,19 +75,19 @@ def _time_table(cost: PlanCost, calls: Sequence[str]) -> Iterator[str]:
             if name not in large and seconds > SHOWN_SHARE * totals[call]:
                 large.append(name)
     heads = [call.rsplit("_", 1) for call in calls]
-    yield f"{'seconds by term':24}" + "".join(f"{head[0][:10]:>10}" for head in heads)
-    yield f"{'':24}" + "".join(f"{head[-1][:10] if len(head) > 1 else '':>10}" for head in heads)
+    yield f"{'seconds by term':24}" + "".join(f"{head[0][:8]:>9}" for head in heads)
+    yield f"{'':24}" + "".join(f"{head[-1][:8] if len(head) > 1 else '':>9}" for head in heads)
     for name in sorted(large, key=lambda name: -sums[name]):
         yield f"  {name[:22]:22}" + _cells(cost.terms[call].get(name, 0.0) for call in calls)
     others = [sum(s for name, s in cost.terms[call].items() if name not in large) for call in calls]
     if any(others):
         yield f"  {'others':22}" + _cells(others)
     yield f"{'all':24}" + _cells(totals.values())
-    yield f"{'share of an iteration':24}" + "".join(f"{totals[call] / cost.iteration_s:>10.0%}" for call in calls)
+    yield f"{'share of an iteration':24}" + "".join(f"{totals[call] / cost.iteration_s:>9.0%}" for call in calls)
 
 
 def _cells(values: Iterable[float]) -> str:
-    return "".join(f"{value:>10.3g}" if value else f"{'.':>10}" for value in values)
+    return "".join(f"{value:>9.3g}" if value else f"{'.':>9}" for value in values)
 
 
 def _binding(cost: PlanCost, terms: Sequence[BindingTerm]) -> Iterator[str]:
@@ -91,7 +104,7 @@ def _memory(cost: PlanCost) -> Iterator[str]:
     yield f"memory: peak {memory.peak_gib:.1f} of {capacity:g} GiB on rank {memory.peak_rank}, in {memory.peak_step}"
     for moment in memory.moments:
         peak = float(moment.bytes_by_rank.max()) / GIB
-        yield f"  {moment.step.name[:44]:44}{peak:>8.1f} GiB  " + "#" * round(40 * min(1.0, peak / capacity))
+        yield f"  {moment.step.name[:44]:44}{peak:>8.1f} GiB  " + "#" * round(BAR * min(1.0, peak / capacity))
     yield "by ranks, GiB at their peak:"
     for group in memory.groups:
         yield from _rank_group(group)
@@ -100,7 +113,8 @@ def _memory(cost: PlanCost) -> Iterator[str]:
 
 
 def _rank_group(group: RankGroup) -> Iterator[str]:
-    yield f"  ranks {ranges(group.ranks)}: {group.peak_bytes / GIB:.1f} in {group.step}"[:WIDTH]
+    heading = f"ranks {ranges(group.ranks)}: {group.peak_bytes / GIB:.1f} in {group.step}"
+    yield from textwrap.wrap(heading, WIDTH, initial_indent="  ", subsequent_indent="  ")
     parts = [f"{name} {size / GIB:.1f}" for name, size in _rounded(group.terms).items()]
     yield from textwrap.wrap(", ".join(parts), WIDTH, initial_indent="    ", subsequent_indent="    ")
 

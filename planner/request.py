@@ -7,15 +7,32 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from plans.algorithms import PAIRED, algorithm_graph
-from plans.cluster import ClusterSpec
+from plans.cluster import MOST_GPUS, ClusterSpec
 from plans.codec import VALUE_ROLES
 from plans.errors import SpecError
 from plans.graph import DataflowGraph
 from plans.library import load_cluster, load_model
+from plans.problems import shortened
 from plans.runfile import RunFile, load_run
 from plans.workload import Workload
 
 PYTHON_REWARD_SECONDS = 1e-3
+MOST_STALENESS = 1000
+MOST_SECONDS = 1e6
+MOST_SEED = 2**63 - 1
+
+
+def check_range(option: str, value: float | None, least: float, most: float, example: float) -> None:
+    """Raise unless an option that is given lies in its range."""
+    if value is not None and not least <= value <= most:
+        rule = f"it must be from {least:,} to {most:,}"
+        raise SpecError(f"{option} is {shortened(value)}; {rule}", f"`{option} {example}`, for example")
+
+
+def check_effort(seconds: float, seed: int) -> None:
+    """Raise unless a search can take `seconds` and start from `seed`."""
+    check_range("--seconds", seconds, 0, MOST_SECONDS, 10)
+    check_range("--seed", seed, 0, MOST_SEED, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +57,9 @@ def build_request(
 ) -> Request:
     """Flags over the run file's workload over the defaults. `models` are role -> name, empty where not given; `sizes`
     are the other keys of `RunWorkload`, None where not given."""
+    check_range("--gpus", gpus, 1, MOST_GPUS, 8)
+    check_range("--gpus-per-node", gpus_per_node, 1, MOST_GPUS, 8)
+    check_range("--async", staleness, 0, MOST_STALENESS, 1)
     file = load_run(run) if run else RunFile()
     wanted = file.workload.model_copy(update={key: value for key, value in sizes.items() if value is not None})
     names = {**wanted.models, **{role: name for role, name in models.items() if name}}
@@ -65,7 +85,7 @@ def build_request(
         graph=graph,
         models=specs,
         batch_size=wanted.batch_size,
-        group_size=max(wanted.group_size, 2 if wanted.algorithm in PAIRED else 1),
+        group_size=2 if wanted.algorithm in PAIRED and wanted.group_size == 1 else wanted.group_size,
         prompt_tokens=wanted.prompt_tokens,
         response_tokens=wanted.response_tokens,
         mean_response_tokens=wanted.mean_response_tokens,

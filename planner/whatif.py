@@ -6,83 +6,137 @@ factor, which is what an engineer would try first; a new search may find better.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from fractions import Fraction
 
-from plans.checks import check_plan
-from plans.cluster import ClusterSpec, GpuSpec, check_mesh
-from plans.errors import SpecError, nearest
-from plans.library import load_gpu
+from plans.checks import check_plan, divisors
+from plans.cluster import MOST_GPUS, ClusterSpec, DeviceMesh, GpuSpec, check_mesh
+from plans.errors import RealplanError, SpecError, nearest
+from plans.graph import CallKind
+from plans.library import cluster_names, load_cluster, load_gpu
 from plans.plan import ExecutionPlan, PlannedCall
-from plans.workload import Workload
+from plans.problems import shortened
+from plans.workload import SIZES
 
-_WORKLOAD = ("batch_size", "group_size", "prompt_tokens", "response_tokens", "mean_response_tokens", "minibatches")
 _CLUSTER = ("inter_node_gbps", "host_memory_gib")
 _GPU = tuple(f.name for f in fields(GpuSpec) if f.name != "name")
-KEYS = ("gpus", "gpu", *_WORKLOAD, *_CLUSTER, *_GPU)
+KEYS = ("gpus", "gpu", *SIZES, *_CLUSTER, *_GPU)
+_EXAMPLES: Mapping[str, str] = {"gpus": "256", "gpu": "h200-141gb", "response_tokens": "4096", "inter_node_gbps": "200"}
 
 
 def what_if(plan: ExecutionPlan, changes: Sequence[str]) -> ExecutionPlan:
-    """The plan under `key=value` changes; raises when the plan is not legal there."""
-    for change in changes:
-        key, equals, value = change.partition("=")
-        if not equals or key not in KEYS:
-            raise SpecError(f"--what-if `{change}` is not one of the known changes", nearest(key, KEYS))
-        plan = _changed(plan, key, value)
+    """The plan under `key=value` changes, all of them together (of two for one key the later counts); raises when the
+    plan is not legal there."""
+    values = dict(_parted(change) for change in changes)
+    sizes = {key: _whole(key, value, *SIZES[key]) for key, value in values.items() if key in SIZES}
+    speeds = {key: _number(key, value) for key, value in values.items() if key in (*_CLUSTER, *_GPU)}
+    gpu = _gpu(values["gpu"]) if "gpu" in values else plan.cluster.gpu
+    gpus = _whole("gpus", values["gpus"], 1, MOST_GPUS) if "gpus" in values else plan.cluster.size
+    try:
+        gpu = replace(gpu, **{key: value for key, value in speeds.items() if key in _GPU})  # type: ignore[arg-type]
+        links = {key: value for key, value in speeds.items() if key in _CLUSTER}
+        cluster = replace(plan.cluster, gpu=gpu, **links)  # type: ignore[arg-type]
+        workload = replace(plan.workload, **sizes)  # type: ignore[arg-type]
+    except SpecError as error:
+        raise SpecError(f"--what-if {', '.join(changes)}: {error.message}", error.hint) from None
+    plan = _scaled(replace(plan, workload=workload, cluster=cluster), gpus)
     problems = check_plan(plan)
     if problems:
         raise SpecError(f"the plan is not legal under {', '.join(changes)}: {problems[0].message}", problems[0].hint)
     return replace(plan, estimate=None)
 
 
-def _changed(plan: ExecutionPlan, key: str, value: str) -> ExecutionPlan:
-    if key == "gpu":
-        return replace(plan, cluster=replace(plan.cluster, gpu=load_gpu(value)))
-    number = _number(key, value)
-    if key == "gpus":
-        return _scaled(plan, number)
-    if key in _WORKLOAD:
-        workload: Workload = replace(plan.workload, **{key: int(number)})  # type: ignore[arg-type]
-        return replace(plan, workload=workload)
-    if key in _CLUSTER:
-        return replace(plan, cluster=replace(plan.cluster, **{key: number}))  # type: ignore[arg-type]
-    gpu = replace(plan.cluster.gpu, **{key: number})  # type: ignore[arg-type]
-    return replace(plan, cluster=replace(plan.cluster, gpu=gpu))
+def _parted(change: str) -> tuple[str, str]:
+    key, equals, value = change.partition("=")
+    if key not in KEYS:
+        raise SpecError(f"--what-if `{shortened(change)}` is not one of the known changes", nearest(key, KEYS))
+    if not equals or not value:
+        raise SpecError(f"--what-if `{change}` has no value", f"write `{key}={_EXAMPLES.get(key, '<number>')}`")
+    return key, value
+
+
+def _gpu(name: str) -> GpuSpec:
+    """A GPU kind, also by the name of a cluster that has it."""
+    return load_cluster(name).gpu if name in cluster_names() else load_gpu(name)
 
 
 def _number(key: str, value: str) -> float:
     try:
         number = float(value)
     except ValueError:
-        raise SpecError(f"--what-if {key}: `{value}` is not a number") from None
-    if number <= 0:
-        raise SpecError(f"--what-if {key}: {value} is not positive")
+        raise SpecError(f"--what-if {key}: `{shortened(value)}` is not a number", f"`{key}=200`, for example") from None
+    if not math.isfinite(number) or number <= 0:
+        raise SpecError(f"--what-if {key}: {value} is not a positive, finite number", f"`{key}=200`, for example")
     return number
 
 
-def _scaled(plan: ExecutionPlan, gpus: float) -> ExecutionPlan:
+def _whole(key: str, value: str, least: int, most: int) -> int:
+    rule = f"--what-if {key}: {shortened(value)} is not a whole number from {least} to {most:,}"
+    hint = f"`{key}={_EXAMPLES.get(key, max(least, 1))}`, for example"
+    try:
+        number = float(value)
+    except ValueError:
+        raise SpecError(rule, hint) from None
+    if not least <= number <= most or number != int(number):  # nan fails the first comparison
+        raise SpecError(rule, hint)
+    return int(number)
+
+
+def _scaled(plan: ExecutionPlan, gpus: int) -> ExecutionPlan:
     old = plan.cluster
+    if gpus == old.size:
+        return plan
     if gpus % old.gpus_per_node:
         raise SpecError(
-            f"--what-if gpus={gpus:g}: not a whole number of nodes of {old.gpus_per_node}",
-            f"{int(gpus // old.gpus_per_node + 1) * old.gpus_per_node}",
+            f"--what-if gpus={gpus}: not a whole number of nodes of {old.gpus_per_node} GPUs",
+            f"`gpus={(gpus // old.gpus_per_node + 1) * old.gpus_per_node}`",
         )
-    factor = Fraction(int(gpus), old.size)
-    cluster = replace(old, nodes=int(gpus) // old.gpus_per_node)
-    return replace(plan, cluster=cluster, calls=tuple(_grown(p, factor, cluster) for p in plan.calls))
+    factor = Fraction(gpus, old.size)
+    cluster = replace(old, nodes=gpus // old.gpus_per_node)
+    grown = replace(plan, cluster=cluster)
+    return replace(grown, calls=tuple(_grown(grown, planned, factor, old) for planned in plan.calls))
 
 
-def _grown(planned: PlannedCall, factor: Fraction, cluster: ClusterSpec) -> PlannedCall:
-    """The call on a mesh and with a dp of `factor` times the size; micro-batches keep their number of samples."""
-    nodes, first = planned.mesh.nodes * factor, planned.mesh.first_node * factor
-    dp, count = planned.strategy.dp * factor, planned.strategy.micro_batches / factor
-    if nodes.denominator > 1 or first.denominator > 1 or dp.denominator > 1:
-        raise SpecError(
-            f"--what-if gpus={cluster.size}: `{planned.call}` on {planned.mesh.size} GPUs does not scale by {factor}",
-            "a power of two times the present number, or search anew",
-        )
-    mesh = replace(planned.mesh, nodes=int(nodes), first_node=int(first))
-    check_mesh(mesh, cluster)
-    strategy = replace(planned.strategy, dp=int(dp), micro_batches=max(1, int(count)))
+def _grown(plan: ExecutionPlan, planned: PlannedCall, factor: Fraction, old: ClusterSpec) -> PlannedCall:
+    """The call on a mesh and with a dp of `factor` times the size. Micro-batches and waves keep their number of
+    samples, so that a rank holds as many at a time as before."""
+    s, cluster = planned.strategy, plan.cluster
+    where = f"--what-if gpus={cluster.size} is {factor} of the {old.size} GPUs: `{planned.call}`"
+    hint = f"search anew: `realplan search --gpus {cluster.size} ...`"
+    dp = s.dp * factor
+    if dp.denominator > 1:
+        raise SpecError(f"{where} has dp {s.dp} (`{s.degrees}`), which cannot become {dp}", hint)
+    try:
+        mesh = _scaled_mesh(planned.mesh.ranks(old), factor, cluster)
+    except SpecError as error:
+        text = planned.mesh.text(old)
+        raise SpecError(f"{where} on mesh `{text}` cannot have {factor} of it: {error.message}", hint) from None
+    key = "waves" if plan.workload.graph.call(planned.call).kind is CallKind.GENERATE else "micro_batches"
+    share = plan.workload.samples_per_step(planned.call) // int(dp) // s.groups
+    parts = _parts(getattr(s, key) / factor, share, s.pp if s.vpp > 1 else 1)
+    try:
+        strategy = replace(s, **{"dp": int(dp), key: parts})  # type: ignore[arg-type]
+    except RealplanError as error:
+        raise SpecError(f"{where}: {error.message}", hint) from None
     return replace(planned, mesh=mesh, strategy=strategy)
+
+
+def _scaled_mesh(ranks: range, factor: Fraction, cluster: ClusterSpec) -> DeviceMesh:
+    """The mesh of the same share of the cluster; raises where no legal mesh is that share."""
+    start, size, per_node = ranks.start * factor, len(ranks) * factor, cluster.gpus_per_node
+    if start.denominator > 1 or size.denominator > 1 or (size > per_node and (start % per_node or size % per_node)):
+        raise SpecError(f"GPUs {start} to {start + size} of the cluster are no mesh")
+    nodes = max(1, int(size) // per_node)
+    node, first = divmod(int(start), per_node)
+    mesh = DeviceMesh(first_node=node, nodes=nodes, first_gpu=first, gpus=int(size) // nodes)
+    check_mesh(mesh, cluster)
+    return mesh
+
+
+def _parts(wanted: Fraction, share: int, multiple: int) -> int:
+    """Into how many equal parts a rank's `share` of samples goes: the least number that is enough, the most there is
+    where none is; `multiple` is what it must be a multiple of."""
+    legal = [parts for parts in divisors(share) if parts % multiple == 0]
+    return next((parts for parts in legal if parts >= wanted), legal[-1] if legal else max(1, int(wanted)))

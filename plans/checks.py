@@ -6,6 +6,7 @@ model's answer (`realplan check` adds it).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 from plans.graph import CallKind
@@ -30,7 +31,8 @@ def check_plan(plan: ExecutionPlan) -> list[Problem]:
 
 def divisors(number: int) -> list[int]:
     """All divisors, ascending."""
-    return [d for d in range(1, number + 1) if number % d == 0]
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return [*small, *(number // d for d in reversed(small) if d * d != number)]
 
 
 def closest_divisor(number: int, wanted: int) -> int:

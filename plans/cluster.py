@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 from plans.errors import SpecError
+from plans.problems import shortened
 
 GIB = 2**30
+MOST_GPUS = 65_536
+SLOWEST, FASTEST = 1e-6, 1e6
+"""What a memory size, a speed or a bandwidth can be, in its own unit; outside, the sums lose their meaning."""
+EXAMPLES = {"memory_gib": 80, "host_memory_gib": 1024, "bf16_tflops": 989, "hbm_gbps": 3350, "pcie_gbps": 64}
+
+
+def check_amount(owner: str, name: str, value: float) -> None:
+    """Raise unless a memory size (GiB), a speed (TFLOP/s) or a bandwidth (GB/s) is one that hardware can have."""
+    if not SLOWEST <= value <= FASTEST:
+        message = f"{owner}: {name} is {shortened(value)}; it must be a number from {SLOWEST:.6f} to {FASTEST:,.0f}"
+        raise SpecError(message, f"{name} {EXAMPLES.get(name, 100)}, for example")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +39,11 @@ class GpuSpec:
     link_gbps: float
     pcie_gbps: float
 
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            if item.name != "name":
+                check_amount(f"gpu `{self.name}`", item.name, getattr(self, item.name))
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterSpec:
@@ -41,9 +58,15 @@ class ClusterSpec:
     def __post_init__(self) -> None:
         for field in ("nodes", "gpus_per_node"):
             if getattr(self, field) < 1:
-                raise SpecError(f"cluster: {field} is {getattr(self, field)}; it must be at least 1")
-        if self.inter_node_gbps <= 0:
-            raise SpecError(f"cluster: inter_node_gbps is {self.inter_node_gbps}; it must be positive")
+                raise SpecError(f"cluster: {field} is {shortened(getattr(self, field))}; it must be at least 1", "1")
+        if self.size > MOST_GPUS:
+            raise SpecError(
+                f"cluster: {shortened(self.nodes)} nodes of {shortened(self.gpus_per_node)} GPUs;"
+                f" a cluster can have at most {MOST_GPUS:,} GPUs",
+                f"nodes {max(1, MOST_GPUS // self.gpus_per_node)} or less",
+            )
+        for field in ("inter_node_gbps", "host_memory_gib"):
+            check_amount("cluster", field, getattr(self, field))
 
     @property
     def size(self) -> int:
@@ -105,14 +128,17 @@ class DeviceMesh:
         return f"{nodes} gpu {last}" if self.gpus == 1 else f"{nodes} gpus {self.first_gpu}-{last}"
 
 
-_MESH = re.compile(r"\s*nodes?\s+(\d+)(?:\s*-\s*(\d+))?(?:\s+gpus?\s+(\d+)(?:\s*-\s*(\d+))?)?\s*")
+_NUMBER = r"(\d{1,9})"
+_MESH = re.compile(rf"\s*nodes?\s+{_NUMBER}(?:\s*-\s*{_NUMBER})?(?:\s+gpus?\s+{_NUMBER}(?:\s*-\s*{_NUMBER})?)?\s*")
 
 
 def parse_mesh(text: str, cluster: ClusterSpec) -> DeviceMesh:
     """Read a mesh as `DeviceMesh.text` writes it; says which rule a mesh outside the cluster or off its grid breaks."""
     match = _MESH.fullmatch(text)
     if not match:
-        raise SpecError(f"mesh `{text}` is not a mesh", "`nodes 0-3`, `node 8`, `node 8 gpus 0-3` or `node 8 gpu 1`")
+        raise SpecError(
+            f"mesh `{shortened(text)}` is not a mesh", "`nodes 0-3`, `node 8`, `node 8 gpus 0-3` or `node 8 gpu 1`"
+        )
     node0, node1, gpu0, gpu1 = (int(part) if part is not None else None for part in match.groups())
     assert node0 is not None
     nodes = (node1 if node1 is not None else node0) - node0 + 1

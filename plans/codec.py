@@ -26,7 +26,7 @@ from plans.library import load_gpu, load_model, model_names
 from plans.model import Head, ModelSpec, Norm, Position, RopeScaling
 from plans.plan import Estimate, ExecutionPlan, PlannedCall
 from plans.planfile import FORMAT, CallFile, ClusterFile, GpuFile, ModelFile, PlanFile, WorkloadFile
-from plans.problems import Path_, Problem, blank_comments, locate
+from plans.problems import Path_, Problem, blank_comments, locate, value_problem
 from plans.strategy import ParallelStrategy, parse_degrees
 from plans.workload import Workload
 
@@ -68,6 +68,9 @@ def read_plan(text: str) -> tuple[ExecutionPlan | None, list[Problem]]:
         return None, [Problem("json", f"not JSON: {error.msg}", hint, (), error.lineno, error.colno)]
     except PlanError as error:
         return None, locate(text, [Problem("duplicate-key", error.message, error.hint)])
+    except (ValueError, RecursionError):
+        message = "not JSON that can be read: a number is too long, or brackets stand too deep inside each other"
+        return None, [Problem("json", message, "`realplan schema` prints what a plan file holds")]
     try:
         file = PlanFile.model_validate(data)
     except ValidationError as error:
@@ -103,17 +106,7 @@ def _shape_problem(data: Any, detail: ErrorDetails) -> Problem:
     if detail["type"] == "missing":
         parent = tuple(path[:-1])
         return Problem("missing-key", f"key `{path[-1]}` is missing", f'add "{path[-1]}"', parent)
-    given = detail.get("input")
-    shown = f" (it is {json.dumps(given)})" if isinstance(given, str | int | float | bool) else ""
-    return Problem("value", f"{where}{shown}: {detail['msg']}", _value_hint(detail), tuple(path))
-
-
-def _value_hint(detail: ErrorDetails) -> str:
-    expected = detail.get("ctx", {})
-    if "expected" in expected:
-        return f"one of {expected['expected']}"
-    kinds = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "a text in quotes"}
-    return next((words for key, words in kinds.items() if detail["type"].startswith(key)), "see `realplan schema`")
+    return value_problem(where, detail, tuple(path))
 
 
 def _known_keys(path: Path_) -> list[str]:

@@ -10,10 +10,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from plans.cluster import FASTEST, MOST_GPUS
 from plans.strategy import Recompute
+from plans.workload import MOST_SAMPLES, MOST_TOKENS
 
 FORMAT = "realplan/1"
-Positive = Annotated[int, Field(ge=1)]
+Size = Annotated[int, Field(ge=1, le=10**8)]
+Samples = Annotated[int, Field(ge=1, le=MOST_SAMPLES)]
+Amount = Annotated[float, Field(gt=0, le=FASTEST, allow_inf_nan=False)]
 
 
 class _Closed(BaseModel):
@@ -33,13 +37,13 @@ class ModelFile(_Closed):
     """An architecture written out, for models that are not in the library."""
 
     name: str
-    layers: Positive
-    hidden: Positive
-    heads: Positive
-    kv_heads: Positive
-    head_dim: Positive
-    ffn: Positive
-    vocab: Positive
+    layers: Annotated[int, Field(ge=1, le=10**4)]
+    hidden: Size
+    heads: Size
+    kv_heads: Size
+    head_dim: Size
+    ffn: Size
+    vocab: Size
     gated_mlp: bool = True
     activation: str = "silu"
     tied_embeddings: bool = False
@@ -47,15 +51,15 @@ class ModelFile(_Closed):
     norm_eps: float = 1e-5
     norms_per_layer: int = 2
     position: Literal["rope", "learned", "alibi"] = "rope"
-    max_context: Positive = 4096
+    max_context: Size = 4096
     rope_theta: float = 10000.0
     rope_scaling: RopeScalingFile | None = None
     qkv_bias: bool = False
     qk_norm: bool = False
     linear_bias: bool = False
-    experts: int = 0
-    experts_per_token: int = 0
-    shared_ffn: int = 0
+    experts: Annotated[int, Field(ge=0, le=10**8)] = 0
+    experts_per_token: Annotated[int, Field(ge=0, le=10**8)] = 0
+    shared_ffn: Annotated[int, Field(ge=0, le=10**8)] = 0
 
 
 class GraphCallFile(_Closed):
@@ -85,12 +89,12 @@ class WorkloadFile(_Closed):
     algorithm: str
     graph: GraphFile | None = None
     staleness: Annotated[int, Field(ge=0)] = 0
-    batch_size: Positive
-    group_size: Positive = 1
-    prompt_tokens: Positive
-    response_tokens: Annotated[int, Field(ge=0)]
-    mean_response_tokens: Annotated[int, Field(ge=0)] = 0
-    minibatches: Positive
+    batch_size: Samples
+    group_size: Samples = 1
+    prompt_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)]
+    response_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS)]
+    mean_response_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS)] = 0
+    minibatches: Samples
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     recompute_logprobs: bool = False
     reward_seconds_per_sample: Annotated[
@@ -103,22 +107,22 @@ class GpuFile(_Closed):
     """A GPU kind written out; bandwidths in GB/s per direction."""
 
     name: str
-    memory_gib: float
-    bf16_tflops: float
-    fp32_tflops: float
-    hbm_gbps: float
-    link_gbps: float
-    pcie_gbps: float
+    memory_gib: Amount
+    bf16_tflops: Amount
+    fp32_tflops: Amount
+    hbm_gbps: Amount
+    link_gbps: Amount
+    pcie_gbps: Amount
 
 
 class ClusterFile(_Closed):
     """Nodes of equal GPUs; inter_node_gbps in GB/s per GPU and direction."""
 
-    nodes: Positive
-    gpus_per_node: Positive
+    nodes: Annotated[int, Field(ge=1, le=MOST_GPUS)]
+    gpus_per_node: Annotated[int, Field(ge=1, le=MOST_GPUS)]
     gpu: str | GpuFile
-    inter_node_gbps: Annotated[float, Field(gt=0)]
-    host_memory_gib: Annotated[float, Field(gt=0)] = 1024.0
+    inter_node_gbps: Amount
+    host_memory_gib: Amount = 1024.0
 
 
 class CallFile(_Closed):
@@ -127,9 +131,13 @@ class CallFile(_Closed):
     call: str
     mesh: str
     strategy: str
-    micro_batches: Annotated[int, Field(ge=1, description="forward passes per dp rank and minibatch")] = 1
-    groups: Annotated[int, Field(ge=1, description="groups of sequences in flight in pipelined generation")] = 1
-    waves: Annotated[int, Field(ge=1, description="parts that generate one after the other")] = 1
+    micro_batches: Annotated[
+        int, Field(ge=1, le=MOST_SAMPLES, description="forward passes per dp rank and minibatch")
+    ] = 1
+    groups: Annotated[
+        int, Field(ge=1, le=MOST_SAMPLES, description="groups of sequences in flight in pipelined generation")
+    ] = 1
+    waves: Annotated[int, Field(ge=1, le=MOST_SAMPLES, description="parts that generate one after the other")] = 1
     sequence_parallel: bool = False
     recompute: Recompute = Field(default=Recompute.NONE, strict=False)
     shard_optimizer: bool = True

@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import yaml
+from pydantic_core import ErrorDetails
 
 Path_ = tuple[str | int, ...]
+LONGEST_VALUE = 40
+_KINDS = {
+    "int": ("a whole number", "1"),
+    "float": ("a number", "1.0"),
+    "finite": ("a finite number", "1.0"),
+    "bool": ("true or false", "true"),
+    "string": ("a text in quotes", '"..."'),
+    "list": ("a list", "[...]"),
+    "dict": ("keys with values", "{...}"),
+    "model": ("keys with values", "{...}"),
+}
+"""Start of pydantic's name of a mistake -> what the value must be, and how that is written."""
+_BOUNDS = {
+    "greater_than_equal": ("ge", "at least"),
+    "less_than_equal": ("le", "at most"),
+    "greater_than": ("gt", "above"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +54,40 @@ class Problem:
         return f"{where}{self.message} [{self.rule}]{hint}"
 
 
+def shortened(value: object) -> str:
+    """A value as a message shows it: cut in the middle when long."""
+    if isinstance(value, int) and abs(value) >= 10**LONGEST_VALUE:
+        # Python refuses to write out whole numbers of thousands of digits.
+        return f"a number of some {round(value.bit_length() * math.log10(2))} digits"
+    shown = str(value)
+    return shown if len(shown) <= LONGEST_VALUE else f"{shown[:24]}...{shown[-8:]}"
+
+
+def value_problem(where: str, detail: ErrorDetails, path: Path_) -> Problem:
+    """The problem of a value of the wrong type or out of its range: the value, the rule, and a legal value."""
+    kind, context = detail["type"], detail.get("ctx", {})
+    shown = f" is {_shown(detail.get('input'))}"
+    key = where.rpartition(".")[2]
+    if kind in _BOUNDS:
+        name, words = _BOUNDS[kind]
+        bound = int(context[name])
+        legal = bound + 1 if kind == "greater_than" else bound
+        return Problem("value", f"{where}{shown}; it must be {words} {bound:,}", f'"{key}": {legal}, for example', path)
+    if "expected" in context:
+        return Problem("value", f"{where}{shown}, which is unknown", f"one of {context['expected']}", path)
+    rule, example = next((words for start, words in _KINDS.items() if kind.startswith(start)), (detail["msg"], ""))
+    message = f"{where}{shown}; it must be {rule}" if example else f"{where}{shown}: {rule}"
+    return Problem("value", message, f'{rule}: "{key}": {example}' if example else "see `realplan schema`", path)
+
+
+def _shown(value: Any) -> str:
+    """A value as the file writes it; lists and objects by their kind alone."""
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "an object"
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return shortened(value if whole else json.dumps(value, default=str))
+
+
 def blank_comments(text: str) -> str:
     """Replace `//` and `/* */` comments outside strings by spaces, so that positions stay."""
 
@@ -47,7 +102,7 @@ def locate(text: str, problems: Sequence[Problem]) -> list[Problem]:
     """Give every problem the line and column of its value, or of the nearest parent that exists."""
     try:
         root = yaml.compose(blank_comments(text).replace("\t", " "), Loader=yaml.SafeLoader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         return list(problems)
     located = []
     for problem in problems:

@@ -18,7 +18,7 @@ class Recompute(StrEnum):
 
 
 _DEGREES = {"d": "dp", "t": "tp", "p": "pp", "c": "cp", "e": "ep", "v": "vpp"}
-_PART = re.compile(r"([a-z])(\d+)")
+_PART = re.compile(r"([a-z])(\d{1,6})")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)

@@ -8,8 +8,22 @@ from dataclasses import dataclass, field
 from plans.errors import SpecError
 from plans.graph import CallKind, DataflowGraph
 from plans.model import ModelSpec
+from plans.problems import shortened
 
 DTYPE_BYTES: Mapping[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
+MOST_TOKENS = 10**7
+"""Ceiling of a prompt and of a response: beyond any model's context, and still quick to reckon with."""
+MOST_SAMPLES = 10**6
+"""Ceiling of the samples of an iteration; who holds which row is kept row by row."""
+SIZES: Mapping[str, tuple[int, int]] = {
+    "batch_size": (1, MOST_SAMPLES),
+    "group_size": (1, MOST_SAMPLES),
+    "prompt_tokens": (1, MOST_TOKENS),
+    "response_tokens": (0, MOST_TOKENS),
+    "mean_response_tokens": (0, MOST_TOKENS),
+    "minibatches": (1, MOST_SAMPLES),
+}
+"""Least and most of every size of a workload."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +46,7 @@ class Workload:
     dtype: str = "bf16"
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "group_size", "prompt_tokens", "minibatches"):
-            if getattr(self, name) < 1:
-                raise SpecError(f"workload: {name} is {getattr(self, name)}; it must be at least 1")
+        self._check_sizes()
         if self.dtype not in DTYPE_BYTES:
             raise SpecError(f"workload: dtype `{self.dtype}` is unknown", f"one of {', '.join(DTYPE_BYTES)}")
         if self.samples % self.minibatches:
@@ -46,6 +58,28 @@ class Workload:
         missing = [role for role in self.graph.roles if role not in self.models]
         if missing:
             raise SpecError(f"workload: no model for role `{missing[0]}` of graph `{self.graph.name}`")
+
+    def _check_sizes(self) -> None:
+        for name, (least, most) in SIZES.items():
+            value = getattr(self, name)
+            if not least <= value <= most:
+                rule = f"it must be at least {least}" if value < least else f"it can be at most {most:,}"
+                raise SpecError(
+                    f"workload: {name} is {shortened(value)}; {rule}",
+                    f"{name} {max(least, min(value, most))}, for example",
+                )
+        if self.samples > MOST_SAMPLES:
+            raise SpecError(
+                f"workload: batch_size {self.batch_size} x group_size {self.group_size} is {self.samples:,} samples;"
+                f" an iteration can have at most {MOST_SAMPLES:,}",
+                f"batch_size {MOST_SAMPLES // self.group_size} or less",
+            )
+        if self.mean_response_tokens > self.response_tokens:
+            raise SpecError(
+                f"workload: mean_response_tokens {self.mean_response_tokens} is above response_tokens"
+                f" {self.response_tokens}, the longest response",
+                f"mean_response_tokens {self.response_tokens} or less, or a larger response_tokens",
+            )
 
     @property
     def samples(self) -> int:

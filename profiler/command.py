@@ -9,11 +9,11 @@ from pathlib import Path
 
 from cost_models.tables.calibration import calibrate
 from cost_models.tables.shards import legal_degrees
-from cost_models.tables.tables import CostTable
+from cost_models.tables.tables import CostTable, load_table
 from cost_models.time.engines import DEFAULT_ENGINE, load_engine
 from plans.errors import RealplanError
 from plans.library import load_model
-from profiler.devices import DTYPES, parse_device
+from profiler.devices import DTYPES, hardware_kind, parse_device
 from profiler.profile import Request, profile
 
 DEGREES = (1, 2, 4, 8)
@@ -28,10 +28,34 @@ def profile_command(model: str, device: str, degrees: str, dtype: str, output: P
     precision = dtype or ("bf16" if target.type == "cuda" else "fp32")
     if precision not in DTYPES:
         raise RealplanError(f"--dtype `{precision}` is unknown", f"one of {', '.join(DTYPES)}")
+    _check_output(output, spec.name, hardware_kind(target), precision)
     chosen = _degrees(degrees) if degrees else legal_degrees(spec, DEGREES)
-    table = profile(Request(spec=spec, device=target, dtype=precision, degrees=chosen), output)
+    try:
+        table = profile(Request(spec=spec, device=target, dtype=precision, degrees=chosen), output)
+    except KeyboardInterrupt:
+        kept = _points(load_table(output)) if output.exists() else 0
+        raise RealplanError(f"stopped; {kept} points are in {output}", "the same command goes on from there") from None
     _say(table, time.perf_counter() - began, output)
     return 0
+
+
+def _check_output(output: Path, model: str, hardware: str, precision: str) -> None:
+    """Nothing of another kind is overwritten."""
+    if output.is_dir():
+        raise RealplanError(f"-o {output}: a folder", f"a file in it, for example {output / 'table.json'}")
+    if not output.exists():
+        return
+    table = load_table(output)
+    for key, have, want in (
+        ("model", table.model, model),
+        ("hardware", table.hardware, hardware),
+        ("precision", table.precision, precision),
+    ):
+        if have != want:
+            raise RealplanError(
+                f"-o {output}: a cost table of {key} `{have}` is there; this profile is of `{want}`",
+                "another file name",
+            )
 
 
 def _degrees(text: str) -> tuple[int, ...]:
@@ -44,10 +68,13 @@ def _degrees(text: str) -> tuple[int, ...]:
     return found
 
 
+def _points(table: CostTable) -> int:
+    return sum(entry.values.size for entry in table.entries.values())
+
+
 def _say(table: CostTable, seconds: float, output: Path) -> None:
     fit = calibrate(table, load_engine(DEFAULT_ENGINE, table.hardware, table.precision))
-    points = sum(entry.values.size for entry in table.entries.values())
-    print(f"{table.device}: {points} points of {table.model} in {seconds:.0f} s", file=sys.stderr)
+    print(f"{table.device}: {_points(table)} points of {table.model} in {seconds:.0f} s", file=sys.stderr)
     print(f"{'operation':24}{'spread':>8}{'off after the fit':>20}", file=sys.stderr)
     for name, error in fit.errors.items():
         print(f"{name:24}{table.entries[name].spread:>8.1%}{error:>20.1%}", file=sys.stderr)

@@ -6,6 +6,7 @@ this process alone, so that the code that is timed is the code that will run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -24,8 +25,8 @@ from runtime.passes.generation import generate
 from runtime.passes.sampling import Sampling
 from runtime.passes.training import AdamSettings, Trainer
 
-"""Decode steps of a `generate_step` measurement."""
-
+HEAD_SEQUENCES = 4
+"""Sequences among which the tokens of a head's point are shared out."""
 Point = Mapping[str, int]
 
 
@@ -146,12 +147,17 @@ class Shard:
         return token_output(self.model, logits.transpose(0, 1).contiguous(), whole).logprobs.sum()
 
     def _head_forward(self, tokens: int) -> Timed:
-        hidden, ids = self._hidden(tokens, 1), self._tokens(1, tokens)
+        hidden, ids = self._head_input(tokens)
         return Timed(lambda _: self._logprobs(hidden, ids))
 
     def _head_backward(self, tokens: int) -> Timed:
-        hidden, ids = self._hidden(tokens, 1), self._tokens(1, tokens)
+        hidden, ids = self._head_input(tokens)
         return _backward(lambda: self._logprobs(hidden, ids))
+
+    def _head_input(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Hidden states and labels of some sequences, because logits of several are copied into their order."""
+        sequences = math.gcd(tokens, HEAD_SEQUENCES)
+        return self._hidden(tokens // sequences, sequences), self._tokens(sequences, tokens // sequences)
 
     def optimizer_step(self) -> Timed:
         """Clip and Adam on all local parameters."""

@@ -31,7 +31,7 @@ from runtime.groups import GroupCache
 from runtime.models.compat import install
 
 Advance = Callable[[str], None]
-ATTEMPTS = 3
+ATTEMPTS = 5
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -122,9 +122,9 @@ FITS = (
 
 
 THROTTLED = {
-    ("a100-80gb", "a100-40gb"): ("megatron-te", "megatron-unfused"),
-    ("h100-80gb-sxm", "h200-141gb"): ("megatron-te",),
-    ("b200-180gb",): ("megatron-te",),
+    ("a100-80gb", "a100-40gb", "a800-80gb"): ("megatron-te", "megatron-unfused"),
+    ("h100-80gb-sxm", "h200-141gb", "h800-80gb"): ("megatron-te",),
+    ("b200-180gb", "b300-288gb"): ("megatron-te",),
 }
 """GPU kinds of one chip -> engines whose rows on the first tell how far running kernels fall behind measured ones."""
 

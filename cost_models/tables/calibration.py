@@ -29,6 +29,9 @@ from plans.library import load_gpu, load_model
 from plans.model import ModelSpec
 
 PULL = 0.05
+LEAST_BACKWARD = 0.5
+CONTRADICTION = 30.0
+"""Times that a measured point may be off the model that fits all of them; small ones are off several times."""
 STARTS: Mapping[str, float] = {
     "gemm_efficiency": 0.5,
     "gemm_half_extent": 32.0,
@@ -48,6 +51,7 @@ STARTS: Mapping[str, float] = {
     "decode_layer_s": 2e-5,
     "decode_step_s": 5e-4,
     "decode_row_s": 1e-5,
+    "sampling_bytes": 120.0,
     "micro_batch_s": 5e-4,
     "step_s": 1e-3,
     "optimizer_bytes": 30.0,
@@ -79,7 +83,7 @@ def calibrate(table: CostTable, engine: Engine) -> Calibration:
     entries = {name: table.entries[name] for name in PREDICTORS if name in table.entries}
     if table.model and entries:
         fitted = _fit_operations(table, fitted, cluster, load_model(table.model), entries)
-    return Calibration(fitted, _errors(table, fitted, cluster, entries))
+    return Calibration(fitted, _errors(table, fitted, cluster))
 
 
 def table_engine(path: str, gpu: str, dtype: str) -> Engine:
@@ -97,8 +101,52 @@ def _calibrated(file: Path, _: int, path: str, gpu: str, dtype: str) -> Engine:
                 f"{path}: {key}: the table was measured on `{have}`, the plan needs `{want}`",
                 "profile with the device and the --dtype of the plan",
             )
-    engine = calibrate(table, load_engine(DEFAULT_ENGINE, gpu, dtype)).engine
-    return replace(engine, name=path)
+    _check_complete(table, path)
+    _check_backward(table, path)
+    found = calibrate(table, load_engine(DEFAULT_ENGINE, gpu, dtype))
+    _check_followed(table, found.engine, path)
+    return replace(found.engine, name=path)
+
+
+def _check_complete(table: CostTable, path: str) -> None:
+    """A table of one model with all its operations: what was not measured would be a guess."""
+    if not table.model:
+        raise TableError(f"{path}: model: empty, as in a table of kernels", "give a table of `realplan profile`")
+    missing = [name for name in PREDICTORS if name not in table.entries]
+    if missing:
+        raise TableError(
+            f"{path}: entries: {', '.join(missing)} missing: the profile was not finished",
+            "run the same `realplan profile` again; it goes on where it stopped",
+        )
+
+
+def _check_backward(table: CostTable, path: str) -> None:
+    """A backward pass has two products for every one of the forward pass."""
+    forward, backward = table.entries["block_forward"], table.entries["block_backward"]
+    if forward.values.shape != backward.values.shape:
+        return
+    ratio = backward.values / forward.values
+    if ratio.min() < LEAST_BACKWARD:
+        at = "".join(f"[{i}]" for i in np.unravel_index(int(ratio.argmin()), ratio.shape))
+        raise TableError(
+            f"{path}: entries.block_backward.values{at}: {ratio.min():.2g} of block_forward's; at least"
+            f" {LEAST_BACKWARD} is possible",
+            "measure it again: take both entries out and run `realplan profile`",
+        )
+
+
+def _check_followed(table: CostTable, engine: Engine, path: str) -> None:
+    """No point so far from the fitted model that it contradicts the others."""
+    for name, predicted in _predictions(table, engine, _cluster(table)).items():
+        measured = table.entries[name].values
+        ratio = np.exp(np.abs(np.log(predicted / measured)))
+        if ratio.max() > CONTRADICTION:
+            at = np.unravel_index(int(ratio.argmax()), ratio.shape)
+            raise TableError(
+                f"{path}: entries.{name}.values{''.join(f'[{i}]' for i in at)}: {measured[at]:.3g} s contradicts the"
+                f" other entries, which make it {predicted[at]:.3g} s; at most {CONTRADICTION:.0f} times is allowed",
+                "measure it again: take the entry out and run `realplan profile`",
+            )
 
 
 def _cluster(table: CostTable) -> ClusterSpec:
@@ -177,12 +225,17 @@ def _collective(machine: Machine, operation: str, entry: Entry) -> Array:
     return _COLLECTIVES[operation](machine, message, ranks, ranks)
 
 
-def _errors(table: CostTable, engine: Engine, cluster: ClusterSpec, entries: Mapping[str, Entry]) -> dict[str, float]:
-    machine = Machine(cluster, engine, table.precision)
-    predicted = {name: predict_entry(machine, load_model(table.model), name, entries[name]) for name in entries}
-    for name in (*_COLLECTIVES, "send_recv_node"):
-        if name in table.entries:
-            predicted[name] = _collective(machine, name, table.entries[name])
+def _predictions(table: CostTable, engine: Engine, cluster: ClusterSpec) -> dict[str, Array]:
+    """Seconds of every entry that the model speaks of, in the shape of its values."""
+    machine, entries = Machine(cluster, engine, table.precision), table.entries
+    known = [name for name in PREDICTORS if name in entries] if table.model else []
+    found = {name: predict_entry(machine, load_model(table.model), name, entries[name]) for name in known}
+    links = [name for name in (*_COLLECTIVES, "send_recv_node") if name in entries]
+    return found | {name: _collective(machine, name, entries[name]) for name in links}
+
+
+def _errors(table: CostTable, engine: Engine, cluster: ClusterSpec) -> dict[str, float]:
     return {
-        name: float(np.mean(np.abs(seconds / table.entries[name].values - 1.0))) for name, seconds in predicted.items()
+        name: float(np.mean(np.abs(seconds / table.entries[name].values - 1.0)))
+        for name, seconds in _predictions(table, engine, cluster).items()
     }

@@ -41,7 +41,7 @@ def _source(plan: ExecutionPlan, call: str, table: CostTable) -> Source:
     if workload.graph.call(call).kind is CallKind.GENERATE:
         operation = "block_decode"
         points |= {
-            "sequences": share / strategy.groups,
+            "sequences": share / (strategy.groups * strategy.waves),
             "cached_tokens": workload.prompt_tokens + max(1.0, workload.response_tokens / 2),
         }
     else:

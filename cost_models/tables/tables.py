@@ -95,9 +95,11 @@ def load_table(path: Path) -> CostTable:
     try:
         data = json.loads(path.read_text())
     except FileNotFoundError:
-        raise TableError(f"{path}: no such cost table", "`realplan profile` writes one") from None
+        raise TableError(f"{path}: no such cost table", _WRITER) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise TableError(f"{path}: not a cost table: {error}", _WRITER) from None
     except json.JSONDecodeError as error:
-        raise TableError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from None
+        raise TableError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}", _WRITER) from None
     return parse_table(data, str(path))
 
 
@@ -109,6 +111,8 @@ def parse_table(data: Any, origin: str) -> CostTable:
     for key in _TEXTS:
         if not isinstance(data[key], str) or not data[key]:
             raise TableError(f"{origin}: {key}: {data[key]!r} must be a text that is not empty")
+    if not isinstance(data.get("model", ""), str):
+        raise TableError(f"{origin}: model: {data['model']!r} must be a text (empty for a table of kernels)")
     for key, legal in (("hardware", gpu_names()), ("precision", list(DTYPE_BYTES))):
         if data[key] not in legal:
             raise TableError(f"{origin}: {key}: `{data[key]}` is unknown", nearest(data[key], legal))
@@ -124,6 +128,9 @@ def parse_table(data: Any, origin: str) -> CostTable:
     )
 
 
+_WRITER = "`realplan profile` writes cost tables"
+_LEAST, _MOST = 1e-12, 1e15
+"""Bounds of every value (seconds, bytes or shares): what lies beyond was not measured."""
 _TEXTS = ("hardware", "device", "precision", "date", "source")
 
 
@@ -152,6 +159,9 @@ def _parse_entry(name: str, data: Any, origin: str) -> Entry:
     if tuple(data["axes"]) != what.axes:
         raise TableError(f"{origin}: {at}.axes: {list(data['axes'])} must be {list(what.axes)}, in this order")
     axes = {axis: _parse_axis(points, f"{origin}: {at}.axes.{axis}") for axis, points in data["axes"].items()}
+    for axis in what.exact:
+        if (axes[axis] % 1.0).any():
+            raise TableError(f"{origin}: {at}.axes.{axis}: {axes[axis].tolist()} must be whole numbers")
     values = _parse_values(data["values"], tuple(len(points) for points in axes.values()), f"{origin}: {at}.values")
     spread = data.get("spread", 0.0)
     if not _is_number(spread) or spread < 0:
@@ -164,22 +174,29 @@ def _parse_entry(name: str, data: Any, origin: str) -> Entry:
 def _parse_axis(points: Any, where: str) -> Array:
     if not isinstance(points, list) or not points or not all(_is_number(point) and point > 0 for point in points):
         raise TableError(f"{where}: {points!r} must be a list of positive numbers")
+    if max(points) > _MOST:
+        raise TableError(f"{where}: {max(points)!r:.40} must be at most {_MOST:g}")
     if any(b <= a for a, b in itertools.pairwise(points)):
         raise TableError(f"{where}: {points} must ascend")
     return np.array(points, dtype=np.float64)
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return whole or (isinstance(value, float) and math.isfinite(value))
 
 
 def _parse_values(data: Any, shape: tuple[int, ...], where: str) -> Array:
     """Nested lists of a full grid; the first hole, wrong length or value that is not positive is named by its index."""
     if not shape:
-        if not _is_number(data):
+        if data is None or data != data:  # NaN is not itself
             raise TableError(f"{where}: {data!r} is a hole in the grid; every point must be a number")
+        if not _is_number(data):
+            raise TableError(f"{where}: {data!r:.40} must be a number")
         if data <= 0:
             raise TableError(f"{where}: {data} must be positive")
+        if not _LEAST <= data <= _MOST:
+            raise TableError(f"{where}: {data!r:.40} must lie between {_LEAST:g} and {_MOST:g}")
         return np.array(data, dtype=np.float64)
     if not isinstance(data, list) or len(data) != shape[0]:
         found = f"{len(data)} values" if isinstance(data, list) else repr(data)

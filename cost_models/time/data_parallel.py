@@ -60,14 +60,14 @@ def tied_embedding_reduce(machine: Machine, spec: ModelSpec, candidates: Candida
 
 
 def parameter_gather(machine: Machine, spec: ModelSpec, candidates: Candidates, backward: Array) -> Array:
-    """Exposed seconds of gathering updated weights after a sharded optimizer step; hides behind the next forward,
-    taken as half of a backward."""
+    """Exposed seconds of gathering updated weights after a sharded optimizer step; `gather_overlap` of it hides behind
+    the next forward, taken as half of a backward."""
     engine, (size, per_node) = machine.engine, _data_group(candidates)
     if engine.shards_weights:
         return np.zeros_like(size)
     message = rank_params(spec, candidates) * machine.element_bytes
     seconds = np.where(candidates.shard_optimizer, collectives.all_gather(machine, message, size, per_node), 0.0)
-    return seconds - np.minimum(engine.data_overlap * seconds, 0.5 * backward)
+    return seconds - np.minimum(engine.gather_overlap * seconds, 0.5 * backward)
 
 
 def weight_gather(machine: Machine, spec: ModelSpec, candidates: Candidates, layer: LayerTime, after: Array) -> Array:

@@ -49,6 +49,7 @@ class Engine:
       layer_gap_s: idle time between the kernels of a layer that no launch-ahead hides, per forward; recomputation has
         it again and backward twice. decode_layer_s: the same per layer and decode step.
       decode_step_s: sampling and bookkeeping per decode step. decode_row_s: the same per sequence.
+      sampling_bytes: memory traffic of sampling per sequence and vocabulary entry of the rank.
       micro_batch_s: schedule overhead per micro-batch. step_s: per optimizer step. call_s: per call.
 
     Communication
@@ -57,7 +58,8 @@ class Engine:
         over that of an all-reduce (gloo's differ several times; NCCL's hardly).
       network_efficiency, network_latency_s, network_half_bytes: collectives between nodes.
       tensor_overlap: share of tensor-parallel communication hidden behind GEMMs.
-      data_overlap: share of data-parallel communication that may hide behind the backward pass.
+      data_overlap: share of gradient reduction that may hide behind the backward pass; of sharded weights' gathers too.
+      gather_overlap: share of the gather after a sharded optimizer step that may hide behind the next forward pass.
       pipeline_overlap: share of pipeline send/receive that is hidden.
       pipeline_efficiency: share of one GPU's network bandwidth that a send to the next stage reaches.
       splits_sends: tp ranks send a part each and gather it inside the node, also without sequence parallelism
@@ -95,6 +97,7 @@ class Engine:
     decode_layer_s: float = 0.0
     decode_step_s: float = 1e-3
     decode_row_s: float = 0.0
+    sampling_bytes: float = 0.0
     micro_batch_s: float = 5e-4
     step_s: float = 0.02
     call_s: float = 0.05
@@ -110,6 +113,7 @@ class Engine:
     network_half_bytes: float = 1e7
     tensor_overlap: float = 0.0
     data_overlap: float = 0.0
+    gather_overlap: float = 0.0
     pipeline_overlap: float = 0.0
     pipeline_efficiency: float = 0.6
     splits_sends: bool = True

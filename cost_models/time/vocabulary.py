@@ -40,9 +40,12 @@ def head_and_log_probs(
 
 
 def head_and_choice(machine: Machine, spec: ModelSpec, rows: Array, candidates: Candidates) -> Array:
-    """Seconds of the head in a decode step, and of gathering the best entry of every part of the vocabulary."""
+    """Seconds of the head in a decode step, of sampling, and of gathering the best entry of every part of the
+    vocabulary."""
+    entries = rows * (spec.padded_vocab / candidates.tp)
+    sampling = entries * (machine.engine.sampling_bytes / machine.memory_bytes_per_s)
     gather = collectives.all_gather(machine, rows * CHOICE_BYTES * candidates.tp, *_group(candidates))
-    return operations.head(machine, spec, rows, candidates.tp) + gather
+    return operations.head(machine, spec, rows, candidates.tp) + sampling + gather
 
 
 def hidden_reduce(machine: Machine, spec: ModelSpec, tokens: Array, candidates: Candidates) -> Array:

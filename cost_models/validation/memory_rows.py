@@ -13,6 +13,9 @@ from cost_models.memory.latent import LATENT_MODELS, latent_training_terms
 from cost_models.memory.memory_terms import MemoryEngine, MemoryTerms, memory_engine
 from cost_models.memory.memory_training import training_terms
 from cost_models.memory.training_case import OPERATOR_RECOMPUTE, TrainingCase
+from cost_models.validation.published import Unpredictable, number, train_engine_name, whole
+from cost_models.validation.row_layouts import row_dp, row_sequence_parallel, row_zero
+from cost_models.validation.row_schema import MEMORY_QUANTITIES
 from plans.cluster import GIB
 from plans.errors import SpecError
 from plans.model import ModelSpec, Norm, Position
@@ -26,7 +29,6 @@ RECOMPUTE_CODES: Mapping[str, int] = {
     "selective-op": OPERATOR_RECOMPUTE,
     "full": FULL_RECOMPUTE,
 }
-QUANTITIES = ("peak_mem_alloc_gib", "peak_mem_reserved_gib", "peak_mem_gib")
 
 
 def training_memory(spec: ModelSpec, case: TrainingCase, engine: str | MemoryEngine = "megatron-te") -> MemoryTerms:
@@ -94,42 +96,46 @@ class MemoryPrediction:
     reason: str = ""
 
 
-def predict_memory(row: Mapping[str, Any]) -> MemoryPrediction:
-    """The peak memory of a published training row, GiB per GPU.
+def predict_memory(row: Mapping[str, Any], quantity: str = "") -> MemoryPrediction:
+    """The peak memory of a published training row, GiB per GPU: `quantity` of its `measured`, or the first that it has.
 
     `peak_mem_alloc_gib` is torch's max_memory_allocated (largest over ranks), `peak_mem_reserved_gib` and
-    `peak_mem_gib` its max_memory_reserved. A size that a row does not publish is not guessed; recomputation that it
-    does not name is none, Megatron's default.
+    `peak_mem_gib` its max_memory_reserved. What a row does not publish takes the defaults that times take
+    (`row_schema`); a size without a default is not guessed.
     """
-    quantity = next((key for key in QUANTITIES if row["measured"].get(key) is not None), "")
+    quantity = quantity or next((key for key in MEMORY_QUANTITIES if row["measured"].get(key) is not None), "")
     if not quantity:
         return MemoryPrediction("", None, "no peak memory was measured")
-    missing = [key for key in ("dp", "mbs", "gbs", "seq_len", "tp", "pp") if not row.get(key)]
+    if quantity not in MEMORY_QUANTITIES:
+        return MemoryPrediction(quantity, None, f"no model of `{quantity}` (known: {', '.join(MEMORY_QUANTITIES)})")
+    missing = [key for key in ("mbs", "gbs", "seq_len") if not row.get(key)]
     if missing:
         return MemoryPrediction(quantity, None, f"not published: {', '.join(missing)}")
     try:
         terms = _row_terms(row)
     except SpecError as error:
         return MemoryPrediction(quantity, None, error.message)
+    except Unpredictable as why:
+        return MemoryPrediction(quantity, None, str(why))
     peak = terms.allocated_bytes if quantity == "peak_mem_alloc_gib" else terms.reserved_bytes
     return MemoryPrediction(quantity, float(peak[0]) / GIB)
 
 
 def _row_terms(row: Mapping[str, Any]) -> MemoryTerms:
-    recompute = str(row.get("recompute") or "none").split("(")[0]
+    recompute, dp = str(row.get("recompute") or "none").split("(")[0], row_dp(row)
     case = training_case_of(
-        dp=row["dp"],
-        tp=row["tp"],
-        pp=row["pp"],
-        cp=row.get("cp") or 1,
-        ep=row.get("ep") or 1,
-        vpp=row.get("vpp") or 1,
-        micro_batch=row["mbs"],
-        micro_batches=row["gbs"] / (row["dp"] * row["mbs"]),
-        seq_len=row["seq_len"],
+        dp=dp,
+        tp=whole(row, "tp", 1),
+        pp=whole(row, "pp", 1),
+        cp=whole(row, "cp", 1),
+        ep=whole(row, "ep", 1),
+        vpp=whole(row, "vpp", 1),
+        micro_batch=number(row, "mbs"),
+        micro_batches=number(row, "gbs") / (dp * number(row, "mbs")),
+        seq_len=whole(row, "seq_len"),
         recompute=recompute,
-        sequence_parallel=bool(row.get("seq_parallel")),
-        zero=row.get("zero") or 0,
+        sequence_parallel=row_sequence_parallel(row),
+        zero=row_zero(row),
         precision=str(row.get("precision") or "of the row (not published)"),
         flash=row.get("attention") != "unfused",
         dropout=_megatron_defaults(row),
@@ -146,8 +152,8 @@ def _row_terms(row: Mapping[str, Any]) -> MemoryTerms:
 def row_engine(row: Mapping[str, Any]) -> MemoryEngine:
     """Habits of the engine that a row names, with what its settings say: a fused cross entropy (`cef` in its name), and
     gradient accumulation that is not fused (an argument in its notes)."""
-    sharded = (row.get("zero") or 0) >= 3
-    engine = memory_engine("fsdp" if sharded else "megatron-te")
+    name = train_engine_name(row)
+    engine = memory_engine("fsdp" if row_zero(row) >= 3 else name)
     if str(row["id"]).endswith("_cef"):
         engine = replace(engine, logit_bytes=FUSED_LOSS_BYTES)
     if "--no-gradient-accumulation-fusion" in (row.get("notes") or ""):

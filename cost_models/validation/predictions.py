@@ -13,24 +13,22 @@ from cost_models.time.training import TrainingStep, training_time
 from cost_models.validation.published import (
     Row,
     Unpredictable,
-    inference_candidates,
     inference_engine_name,
     number,
+    ppo_cluster,
     row_dtype,
     row_engine,
     row_machine,
     row_spec,
-    train_candidates,
     train_engine_name,
     whole,
 )
+from cost_models.validation.row_layouts import inference_candidates, train_candidates
 from plans.algorithms import ppo
-from plans.library import load_cluster, load_model
+from plans.cluster import ClusterSpec
+from plans.library import load_model
 from plans.strategy import ParallelStrategy, Recompute
 from plans.workload import Workload
-
-PPO_GPU = "a100-80gb"
-"""The reading of "8-GPU nodes, 80 GB, A100-class" of the published PPO iterations."""
 
 
 def step_time_s(row: Row) -> float:
@@ -73,13 +71,12 @@ def iteration_s(row: Row) -> float:
         raise Unpredictable(f"plan `{row.get('plan')}` is not a known layout")
     if set(row.get("models") or ()) < {"actor", "ref", "critic", "reward"}:
         raise Unpredictable("models must name actor, ref, critic and reward")
-    nodes = whole(row, "gpus") // whole(row, "gpus_per_node", 8)
-    cluster = load_cluster(PPO_GPU, gpus=whole(row, "gpus"), gpus_per_node=whole(row, "gpus_per_node", 8))
-    workload = _ppo_workload(row)
+    cluster, workload = ppo_cluster(row), _ppo_workload(row)
+    _check_heuristic(row, cluster, workload)
     engine = row_engine("real", cluster, workload.dtype)
     total = 0.0
     for call in workload.graph.model_calls:
-        candidates = Candidates.of([(cluster.whole, heuristic_strategy(call.name, call.model, nodes))])
+        candidates = Candidates.of([(cluster.whole, heuristic_strategy(call.name, call.model, cluster))])
         total += float(call_time(workload, call.name, cluster, candidates, engine).total_s[0])
     return total
 
@@ -98,12 +95,25 @@ def _ppo_workload(row: Row) -> Workload:
     )
 
 
-def heuristic_strategy(call: str, role: str, nodes: int) -> ParallelStrategy:
-    """ReaL's heuristic for one call: TP 8, PP = nodes, DP 1; sequence parallel but for generation; reference and
-    reward offloaded; twice as many micro-batches as stages in training, as many in the other calls."""
-    training = call.endswith("_train")
+def _check_heuristic(row: Row, cluster: ClusterSpec, workload: Workload) -> None:
+    """Raise where a row states other degrees than the heuristic's, or the models have too few layers or heads."""
+    for key, value in (("tp", cluster.gpus_per_node), ("pp", cluster.nodes), ("dp", 1)):
+        if whole(row, key, value) != value:
+            raise Unpredictable(f"{key} is {row[key]}; `real-heuristic` has {value} on these GPUs")
+    for role, spec in workload.models.items():
+        if spec.layers < cluster.nodes or spec.heads < cluster.gpus_per_node:
+            raise Unpredictable(
+                f"`real-heuristic` on {cluster.nodes} nodes of {cluster.gpus_per_node} GPUs cuts {role} into more "
+                f"parts than its {spec.layers} layers and {spec.heads} heads"
+            )
+
+
+def heuristic_strategy(call: str, role: str, cluster: ClusterSpec) -> ParallelStrategy:
+    """ReaL's heuristic for one call: TP = GPUs of a node, PP = nodes, DP 1; sequence parallel but for generation;
+    reference and reward offloaded; twice as many micro-batches as stages in training, as many in the other calls."""
+    training, nodes = call.endswith("_train"), cluster.nodes
     return ParallelStrategy(
-        tp=8,
+        tp=cluster.gpus_per_node,
         pp=nodes,
         micro_batches=2 * nodes if training else nodes,
         groups=nodes if call == "actor_generate" else 1,

@@ -1,5 +1,5 @@
 """Published measurements as cases that the cost models can cost: one row of a measurements file becomes a model, a
-cluster, a layout and an engine.
+cluster and an engine (`row_layouts`: and a layout).
 
 A row that lacks what a prediction needs, or runs on hardware or in a precision outside the catalogue, raises
 `Unpredictable` with the reason.
@@ -8,21 +8,20 @@ A row that lacks what a prediction needs, or runs on hardware or in a precision 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from cost_models.candidates import Candidates
 from cost_models.time.engines import Engine, load_engine
 from cost_models.time.machine import Machine
 from cost_models.validation.row_schema import is_number
-from plans.cluster import ClusterSpec, DeviceMesh
+from plans.cluster import ClusterSpec
 from plans.errors import SpecError
 from plans.library import load_cluster, load_model, model_names
 from plans.model import ModelSpec, Norm, Position
-from plans.strategy import ParallelStrategy, Recompute
 from plans.workload import DTYPE_BYTES
 
 Row = Mapping[str, Any]
@@ -48,6 +47,11 @@ TRAIN_ENGINES = {
     ("fsdp", "flash"): "fsdp",
 }
 HOST_ENGINES = {"eager": "eager", "graphs": "cuda-graphs", "native": "native"}
+PPO_GPU = "a100-80gb"
+"""The reading of "8-GPU nodes, 80 GB, A100-class" of the published PPO iterations, which state no GPU."""
+_FIGURE = r"\d+(?:,\d{3})*(?:\.\d+)?"
+_NETWORK = re.compile(rf"(?<![\w.,/-])((?:{_FIGURE} ?[x×] ?)*{_FIGURE}) Gb/s per node")
+"""The network that notes state, "800 Gb/s per node" or "8x200 Gb/s per node", never a part of another number."""
 
 
 class Unpredictable(Exception):
@@ -72,6 +76,8 @@ def read_rows(path: Path) -> list[Row]:
         raise SpecError(f"{path}: not a text file", FORM) from None
     except json.JSONDecodeError as error:
         raise SpecError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}", FORM) from None
+    except (ValueError, RecursionError):
+        raise SpecError(f"{path}: a number or a nesting is too large to be read", FORM) from None
     rows = document.get("rows") if isinstance(document, dict) else document
     if not isinstance(rows, list):
         raise SpecError(f"{path}: rows: there is no list of rows", FORM)
@@ -155,16 +161,22 @@ def row_cluster(row: Row) -> ClusterSpec:
     gpus, per_node = row_gpus(row), whole(row, "gpus_per_node", 8)
     per_node = min(per_node, gpus)
     cluster = load_cluster(GPU_NAMES.get(name, name), gpus=-(-gpus // per_node) * per_node, gpus_per_node=per_node)
-    stated = re.search(r"(\d+) Gb/s per node", str(row.get("notes") or ""))
+    stated = _NETWORK.search(str(row.get("notes") or ""))
     if not stated:
         return cluster
+    gigabits = math.prod(float(figure.replace(",", "")) for figure in re.findall(_FIGURE, stated[1]))
     return ClusterSpec(
         nodes=cluster.nodes,
         gpus_per_node=cluster.gpus_per_node,
         gpu=cluster.gpu,
-        inter_node_gbps=float(stated[1]) / 8 / per_node,
+        inter_node_gbps=gigabits / 8 / per_node,
         host_memory_gib=cluster.host_memory_gib,
     )
+
+
+def ppo_cluster(row: Row) -> ClusterSpec:
+    """The cluster of a PPO iteration: on the GPU that the row states, or on PPO_GPU where it states none."""
+    return row_cluster({**row, "gpu": PPO_GPU} if row.get("gpu") is None else row)
 
 
 def row_gpus(row: Row) -> int:
@@ -216,47 +228,3 @@ def row_machine(row: Row, engine_name: str) -> Machine:
 def row_engine(name: str, cluster: ClusterSpec, dtype: str) -> Engine:
     """The engine of a row."""
     return load_engine(name, cluster.gpu.name, dtype)
-
-
-def row_mesh(row: Row, cluster: ClusterSpec) -> DeviceMesh:
-    """All GPUs of a row."""
-    gpus = row_gpus(row)
-    return DeviceMesh(
-        first_node=0, nodes=cluster.nodes, first_gpu=0, gpus=cluster.gpus_per_node if cluster.nodes > 1 else gpus
-    )
-
-
-def train_candidates(row: Row, cluster: ClusterSpec) -> Candidates:
-    """The layout of a training row; what is not published takes the engine's usual setting."""
-    tp, pp, cp = (whole(row, key, 1) for key in ("tp", "pp", "cp"))
-    dp = whole(row, "dp", row_gpus(row) // (tp * pp * cp))
-    per_rank = number(row, "gbs") / (dp * number(row, "mbs"))
-    modern = train_engine_name(row) == "megatron-te"
-    recompute = str(row.get("recompute") or "none")
-    if recompute.split("(")[0] not in set(Recompute):
-        raise Unpredictable(f"recompute `{recompute}` is not modelled")
-    sequence_parallel, zero = row.get("seq_parallel"), row.get("zero")
-    strategy = ParallelStrategy(
-        dp=dp,
-        tp=tp,
-        pp=pp,
-        cp=cp,
-        ep=whole(row, "ep", 1),
-        vpp=whole(row, "vpp", 1),
-        micro_batches=max(round(per_rank), 1),
-        sequence_parallel=bool(modern and tp > 1 if sequence_parallel is None else sequence_parallel),
-        recompute=Recompute(recompute.split("(")[0]),
-        shard_optimizer=modern if zero is None else bool(zero),
-    )
-    return Candidates.of([(row_mesh(row, cluster), strategy)])
-
-
-def inference_candidates(row: Row, cluster: ClusterSpec) -> Candidates:
-    """The layout of an inference row. Pipelined prefill is cut into passes of at most 1,024 tokens, the rule of
-    FasterTransformer (`getLocalBatchSize`); its decoding keeps the batch whole."""
-    tp, pp = whole(row, "tp", 1), whole(row, "pp", 1)
-    batch = local = whole(row, "batch")
-    while pp > 1 and local % 2 == 0 and local * number(row, "input_len") > 1024:
-        local //= 2
-    strategy = ParallelStrategy(tp=tp, pp=pp, micro_batches=batch // local)
-    return Candidates.of([(row_mesh(row, cluster), strategy)])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from cost_models.validation.memory_rows import predict_memory
 from cost_models.validation.predictions import PREDICTORS
 from cost_models.validation.published import Row, Unpredictable
-from cost_models.validation.row_schema import is_number, row_problem
+from cost_models.validation.row_schema import MEMORY_QUANTITIES, is_magnitude, is_number, row_problem, short
 from cost_models.validation.strawman import naive_cost
 from plans.errors import RealplanError
 
@@ -16,7 +16,8 @@ MEMORY_PREFIX = "peak_mem"
 
 @dataclass(frozen=True, kw_only=True)
 class RowResult:
-    """One quantity of one row. `predicted` is None where `reason` says why; `naive` is the strawman's unscaled cost."""
+    """One quantity of one row. `predicted` is None where `reason` says why; `naive` is the strawman's unscaled cost.
+    `all_count`: no row that was given says by `bar` what counts, so that every prediction does."""
 
     row: Row
     quantity: str
@@ -24,6 +25,7 @@ class RowResult:
     predicted: float | None
     reason: str = ""
     naive: float | None = None
+    all_count: bool = False
 
     @property
     def id(self) -> str:
@@ -44,15 +46,22 @@ class RowResult:
     @property
     def counted(self) -> bool:
         """Whether it counts for the figures and is predicted."""
-        return self.predicted is not None and counts(self.row, self.quantity)
+        return self.predicted is not None and (self.all_count or counts(self.row, self.quantity))
 
 
 def counts(row: Row, quantity: str) -> bool:
-    """Whether a quantity of a row counts for the figures: rows say so by `bar`, PPO iterations all count."""
-    if row.get("stage") == "ci" and not quantity.startswith(MEMORY_PREFIX):
+    """Whether a quantity of a row counts for the figures: rows say so by `bar`, PPO iterations all count. Where a row
+    that counts as a whole has several peaks of memory, the first does: they are one run."""
+    memory = quantity.startswith(MEMORY_PREFIX)
+    if row.get("stage") == "ci" and not memory:
         return False
-    bar = row.get("bar", "plan" in row)
-    return quantity in bar if isinstance(bar, list) else bool(bar)
+    bar = row.get("bar")
+    if bar is None:
+        return "plan" in row
+    if isinstance(bar, list):
+        return quantity in bar
+    first = next((key for key in MEMORY_QUANTITIES if row["measured"].get(key) is not None), "")
+    return bool(bar) and (not memory or quantity == first)
 
 
 def row_results(row: Row) -> list[RowResult]:
@@ -61,8 +70,8 @@ def row_results(row: Row) -> list[RowResult]:
     if problem:
         return _unpredicted(row, problem)
     results = [_time_result(row, quantity) for quantity in PREDICTORS if measured.get(quantity) is not None]
-    if any(key.startswith(MEMORY_PREFIX) for key in measured):
-        results += _memory_results(row)
+    peaks = [key for key in measured if key.startswith(MEMORY_PREFIX) and measured[key] is not None]
+    results += [_memory_result(row, quantity) for quantity in peaks]
     if results:
         return results
     known = ", ".join(PREDICTORS)
@@ -85,40 +94,37 @@ def _without(row: Row, quantity: str, reason: str) -> RowResult:
     return RowResult(row=row, quantity=quantity, measured=measured, predicted=None, reason=reason)
 
 
-def _memory_results(row: Row) -> list[RowResult]:
-    """The peak memory that a row gives, if any."""
-    memory = predict_memory(row)
-    if not memory.quantity:
-        return []
-    truth = row["measured"][memory.quantity]
-    reason = memory.reason or _not_positive(memory.quantity, truth) or _not_finite(memory.gib)
+def _memory_result(row: Row, quantity: str) -> RowResult:
+    """One of the peaks of memory that a row gives."""
+    memory, truth = predict_memory(row, quantity), row["measured"][quantity]
+    reason = memory.reason or _not_measurable(quantity, truth) or _not_credible(memory.gib)
     if reason:
-        return [_without(row, memory.quantity, reason)]
-    return [RowResult(row=row, quantity=memory.quantity, measured=float(truth), predicted=memory.gib)]
+        return _without(row, quantity, reason)
+    return RowResult(row=row, quantity=quantity, measured=float(truth), predicted=memory.gib)
 
 
-def _not_positive(quantity: str, truth: object) -> str:
-    positive = isinstance(truth, int | float) and is_number(truth) and truth > 0
-    return "" if positive else f"measured {quantity} is {truth!r}; it must be a positive number"
+def _not_measurable(quantity: str, truth: object) -> str:
+    if is_magnitude(truth):
+        return ""
+    return f"measured {quantity} is {short(truth)}; it must be a positive number from 1e-15 to 1e15"
 
 
-def _not_finite(predicted: float | None) -> str:
-    finite = predicted is not None and is_number(predicted) and predicted > 0
-    return "" if finite else f"the prediction is {predicted}: the sizes of the row cannot be right"
+def _not_credible(predicted: float | None) -> str:
+    return "" if is_magnitude(predicted) else f"the prediction is {predicted}: the sizes of the row cannot be right"
 
 
 def _time_result(row: Row, quantity: str) -> RowResult:
     truth = row["measured"][quantity]
-    reason = _not_positive(quantity, truth)
+    reason = _not_measurable(quantity, truth)
     if reason:
         return _without(row, quantity, reason)
     try:
         predicted, naive = PREDICTORS[quantity](row), naive_cost(row, quantity)
     except Unpredictable as why:
-        return RowResult(row=row, quantity=quantity, measured=truth, predicted=None, reason=str(why))
+        return _without(row, quantity, str(why))
     except RealplanError as error:
-        return RowResult(row=row, quantity=quantity, measured=truth, predicted=None, reason=error.message)
-    reason = _not_finite(predicted)
+        return _without(row, quantity, error.message)
+    reason = _not_credible(predicted)
     if reason:
         return _without(row, quantity, reason)
-    return RowResult(row=row, quantity=quantity, measured=truth, predicted=predicted, naive=naive)
+    return RowResult(row=row, quantity=quantity, measured=float(truth), predicted=predicted, naive=naive)

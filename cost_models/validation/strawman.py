@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from cost_models.validation.published import Row, number, row_cluster, row_gpus, row_spec, whole
+from cost_models.validation.published import Row, number, ppo_cluster, row_cluster, row_gpus, row_spec, whole
+from cost_models.validation.row_layouts import row_dp
 from plans.library import load_model
 from plans.model import ModelSpec
 
@@ -38,8 +39,7 @@ def _training(row: Row) -> float:
     tokens = number(row, "gbs") * number(row, "seq_len")
     passes = 4.0 if row.get("recompute") == "full" else 3.0
     pp, vpp = whole(row, "pp", 1), whole(row, "vpp", 1)
-    dp = whole(row, "dp", row_gpus(row) // (whole(row, "tp", 1) * pp * whole(row, "cp", 1)))
-    slots = number(row, "gbs") / (dp * number(row, "mbs"))
+    slots = number(row, "gbs") / (row_dp(row) * number(row, "mbs"))
     flops = passes * forward_flops(row_spec(row), tokens, number(row, "seq_len"))
     peak = row_cluster(row).gpu.bf16_tflops
     return flops / (row_gpus(row) * peak) * (1.0 + (pp - 1) / (vpp * slots))
@@ -50,7 +50,8 @@ def _iteration(row: Row) -> float:
     length = number(row, "prompt_tokens") + number(row, "response_tokens")
     tokens = number(row, "batch_size") * length
     passes = {"actor": 1.0 + 4.0, "critic": 1.0 + 4.0, "ref": 1.0, "reward": 1.0}
-    return sum(passes[r] * forward_flops(m, tokens, length) for r, m in models.items()) / row_gpus(row)
+    flops = sum(passes[role] * forward_flops(model, tokens, length) for role, model in models.items())
+    return flops / (row_gpus(row) * ppo_cluster(row).gpu.bf16_tflops)
 
 
 def fitted(costs: Sequence[float], measured: Sequence[float]) -> NDArray[np.float64]:

@@ -1,22 +1,25 @@
 """Validation: every published row recomputed, and errors by group.
 
-Rows that count for the figures carry `bar`. Groups are: all counted rows of a kind (`group` and quantity), the same
-by source, GPU and model family, and for every model on one cluster with several plans how well the plans are ranked.
+Rows that count for the figures carry `bar`; where none of the rows does, all that are predicted count. Groups are: all
+counted rows of a kind (`group` and quantity), the same by source, GPU and model family, and for every model on one
+cluster with several plans how well the plans are ranked.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import kendalltau
 
-from cost_models.validation.published import GPU_NAMES, library_files, read_rows
+from cost_models.validation.published import GPU_NAMES, Row, library_files, read_rows
 from cost_models.validation.row_results import RowResult, row_results
 from cost_models.validation.strawman import fitted
 
@@ -24,11 +27,21 @@ FEWEST_PLANS = 4
 """Plans of one model on one cluster from which a ranking is reported."""
 
 
+class Grouping(StrEnum):
+    """What the rows of a group have in common."""
+
+    KIND = "kind"
+    FAMILY = "family"
+    PLANS = "plans"
+
+
 @dataclass(frozen=True, kw_only=True)
 class GroupResult:
     """Errors of a group of rows, as fractions. Ranking figures are None for groups that are not plans of one model on
-    one cluster. `strawman_*` are the same of the one-constant model."""
+    one cluster, and Kendall's tau for plans that are all predicted alike. `strawman_*` are the same of the one-constant
+    model."""
 
+    grouping: Grouping
     name: str
     quantity: str
     rows: int
@@ -52,13 +65,29 @@ class Report:
 
 def validate(files: Iterable[Path] | None = None) -> Report:
     """Recompute the rows of measurement files (default: those that the package carries)."""
-    rows: dict[tuple[str, str, float], RowResult] = {}
-    for path in files if files is not None else library_files():
+    paths = library_files() if files is None else list(files)
+    rows = _distinct_rows(paths)
+    all_count = all(row.get("bar") is None for _, row in rows)
+    results = []
+    for path, row in rows:
+        for result in row_results(row):
+            where = f"{path}: " if result.reason and files is not None and len(paths) > 1 else ""
+            results.append(replace(result, all_count=all_count, reason=where + result.reason))
+    groups = (
+        *_groups(results, Grouping.KIND, _kind),
+        *_groups(results, Grouping.FAMILY, _family),
+        *_rankings(results),
+    )
+    return Report(tuple(results), groups)
+
+
+def _distinct_rows(paths: Iterable[Path]) -> list[tuple[Path, Row]]:
+    """All rows with their files; of rows that are equal in everything only the first."""
+    found: dict[str, tuple[Path, Row]] = {}
+    for path in paths:
         for row in read_rows(path):
-            for result in row_results(row):
-                rows.setdefault((result.id, result.quantity, result.measured), result)
-    results = tuple(rows.values())
-    return Report(results, (*_groups(results, _kind), *_groups(results, _family), *_rankings(results)))
+            found.setdefault(json.dumps(row, sort_keys=True), (path, row))
+    return list(found.values())
 
 
 def _kind(result: RowResult) -> str:
@@ -80,13 +109,14 @@ def _plans_of(result: RowResult) -> str:
     return f"{row.get('model')} | {_kind(result)}, {cluster} | gbs {row.get('gbs')} seq {row.get('seq_len')}"
 
 
-def _groups(results: Sequence[RowResult], key: Callable[[RowResult], str]) -> list[GroupResult]:
+def _groups(results: Sequence[RowResult], grouping: Grouping, key: Callable[[RowResult], str]) -> list[GroupResult]:
     members = _collect((r for r in results if r.counted), key)
     groups = []
     for (name, quantity), group in sorted(members.items()):
         errors = np.array([r.error for r in group])
         groups.append(
             GroupResult(
+                grouping=grouping,
                 name=name,
                 quantity=quantity,
                 rows=len(group),
@@ -129,6 +159,7 @@ def _rankings(results: Sequence[RowResult]) -> list[GroupResult]:
         naive = _strawman(group)
         rankings.append(
             GroupResult(
+                grouping=Grouping.PLANS,
                 name=name,
                 quantity=quantity,
                 rows=len(group),
@@ -151,5 +182,7 @@ def regret(predicted: NDArray[np.float64], measured: NDArray[np.float64], top: i
     return float(measured[order[:top]].min() / measured.min() - 1.0)
 
 
-def _tau(predicted: NDArray[np.float64], measured: NDArray[np.float64]) -> float:
-    return float(kendalltau(predicted, measured).statistic)
+def _tau(predicted: NDArray[np.float64], measured: NDArray[np.float64]) -> float | None:
+    """Kendall's tau, which is undefined where either side is all alike."""
+    tau = float(kendalltau(predicted, measured).statistic)
+    return tau if np.isfinite(tau) else None

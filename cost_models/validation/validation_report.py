@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cost_models.validation.row_results import RowResult
-from cost_models.validation.validation import GroupResult, Report, validate
+from cost_models.validation.validation import Grouping, GroupResult, Report, validate
 
 NAMED_ROWS = 3
 """Rows that are named under a reason why they have no prediction."""
@@ -23,9 +23,9 @@ def run_validate(files: list[Path] | None, as_json: bool) -> int:
     """Recompute the rows of files (default: the package's), print the report, return the exit code."""
     report = validate(files)
     if as_json:
-        print(json.dumps(as_document(report), indent=1))
+        print(json.dumps(as_document(report), indent=1, allow_nan=False))
     else:
-        render(report, Console(width=max(Console().width, 100)))
+        render(report, Console(markup=False, emoji=False, highlight=False))
     return 0
 
 
@@ -52,16 +52,27 @@ def _row_document(row: RowResult) -> dict[str, Any]:
 
 
 def render(report: Report, console: Console) -> None:
-    """Rows, then groups, then rankings."""
+    """Rows, then groups, then rankings; what is empty is left out."""
     predicted = [row for row in report.rows if row.predicted is not None]
     missing = [row for row in report.rows if row.predicted is None]
-    console.print(_row_table(predicted))
+    if predicted:
+        console.print(_row_table(predicted))
     if missing:
         console.print(_reason_table(missing))
-    plain = [group for group in report.groups if group.kendall_tau is None]
-    console.print(_group_table([g for g in plain if " | " not in g.name], "Groups of counted rows"))
-    console.print(_group_table([g for g in plain if " | " in g.name], "Source x GPU x model family, counted rows"))
-    console.print(_ranking_table([g for g in report.groups if g.kendall_tau is not None]))
+    if not any(row.counted for row in predicted):
+        console.print("No row counts for the figures: none is predicted and counted by its `bar`.")
+    groups = {grouping: [g for g in report.groups if g.grouping == grouping] for grouping in Grouping}
+    if groups[Grouping.KIND]:
+        console.print(_group_table(groups[Grouping.KIND], "Groups of counted rows"))
+    if groups[Grouping.FAMILY]:
+        console.print(_group_table(groups[Grouping.FAMILY], "Source x GPU x model family, counted rows"))
+    if groups[Grouping.PLANS]:
+        console.print(_ranking_table(groups[Grouping.PLANS]))
+
+
+def _shown(text: str) -> str:
+    """A text of a file that any terminal can take: line breaks and other unprintable characters are spelled out."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def _percent(value: float | None, digits: int = 1) -> str:
@@ -69,13 +80,18 @@ def _percent(value: float | None, digits: int = 1) -> str:
 
 
 def _row_table(rows: list[RowResult]) -> Table:
-    table = Table(title="Rows: predicted and measured (dim: does not count)", title_justify="left", box=SIMPLE_HEAD)
+    table = Table(
+        title="Rows: predicted and measured (dim: does not count)",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
     table.add_column("row", overflow="fold")
-    for column, width in (("quantity", 19), ("predicted", 12), ("measured", 12), ("error", 8)):
-        table.add_column(column, justify="left" if column == "quantity" else "right", min_width=width, no_wrap=True)
+    for column in ("quantity", "predicted", "measured", "error"):
+        table.add_column(column, justify="left" if column == "quantity" else "right", no_wrap=True)
     for row in rows:
         figures = (_quantity(row.predicted, row.unit), _quantity(row.measured, row.unit), _percent(row.error))
-        table.add_row(row.id, row.quantity, *figures, style="" if row.counted else "dim")
+        table.add_row(_shown(row.id), row.quantity, *figures, style="" if row.counted else "dim")
     return table
 
 
@@ -89,7 +105,7 @@ def _reason_table(rows: list[RowResult]) -> Table:
         members = list(group)
         ids = list(dict.fromkeys(row.id for row in members))
         more = f" and {len(ids) - NAMED_ROWS} more" if len(ids) > NAMED_ROWS else ""
-        table.add_row(reason, str(len(members)), ", ".join(ids[:NAMED_ROWS]) + more)
+        table.add_row(_shown(reason), str(len(members)), _shown(", ".join(ids[:NAMED_ROWS])) + more)
     return table
 
 
@@ -100,12 +116,12 @@ def _quantity(value: float | None, unit: str) -> str:
 def _group_table(groups: list[GroupResult], title: str) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("group", overflow="fold")
-    table.add_column("quantity", overflow="fold")
+    table.add_column("quantity", no_wrap=True)
     for column in ("rows", "MAPE", "bias", "strawman"):
         table.add_column(column, justify="right", no_wrap=True)
     for g in groups:
         figures = (_percent(g.mape), _percent(g.bias), _percent(g.strawman_mape))
-        table.add_row(g.name, g.quantity, str(g.rows), *figures)
+        table.add_row(_shown(g.name), g.quantity, str(g.rows), *figures)
     return table
 
 
@@ -115,8 +131,17 @@ def _ranking_table(groups: list[GroupResult]) -> Table:
     for column in ("plans", "MAPE", "regret@1", "regret@5", "Kendall tau"):
         table.add_column(column, justify="right", no_wrap=True)
     for g in groups:
-        tau = f"{g.kendall_tau:.2f} ({g.strawman_kendall_tau:.2f})"
-        first = f"{_percent(g.regret_1)} ({_percent(g.strawman_regret_1)})"
-        mape = f"{_percent(g.mape)} ({_percent(g.strawman_mape)})"
-        table.add_row(g.name, str(g.rows), mape, first, _percent(g.regret_5), tau)
+        tau = _against(_two_digits(g.kendall_tau), _two_digits(g.strawman_kendall_tau))
+        first = _against(_percent(g.regret_1), _percent(g.strawman_regret_1))
+        mape = _against(_percent(g.mape), _percent(g.strawman_mape))
+        table.add_row(_shown(g.name), str(g.rows), mape, first, _percent(g.regret_5), tau)
     return table
+
+
+def _two_digits(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _against(figure: str, strawman: str) -> str:
+    """A figure with the strawman's below it, in brackets."""
+    return f"{figure}\n({strawman})" if strawman else figure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -135,3 +136,30 @@ def test_a_plan_says_where_its_costs_come_from(tmp_path: Path) -> None:
     assert sum(measured.values()) == pytest.approx(1.0, abs=2e-3)
     assert measured["measured"] > 0.1 and measured["interpolated"] > 0.1 and measured["analytic"] == 0
     assert shares(8, 1) == {"measured": 0.0, "interpolated": 0.0, "analytic": 1.0}
+
+
+def _scaled(table: CostTable, name: str, factor: float) -> CostTable:
+    entry = table.entries[name]
+    return replace(table, entries={**table.entries, name: replace(entry, values=entry.values * factor)})
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda t: replace(t, model=""), "model: empty, as in a table of kernels"),
+        (lambda t: replace(t, entries={}), "entries: block_forward, .* missing: the profile was not finished"),
+        (
+            lambda t: replace(t, entries={k: v for k, v in t.entries.items() if k != "optimizer_step"}),
+            "entries: optimizer_step missing",
+        ),
+        (lambda t: _scaled(t, "head_forward", 1e4), "entries.head_forward.values.* contradicts the other entries"),
+        (lambda t: _scaled(t, "block_backward", 1e-3), "entries.block_backward.values.* of block_forward's"),
+    ],
+)
+def test_tables_that_would_make_costs_a_guess_are_refused(
+    change: Callable[[CostTable], CostTable], says: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "h100.json"
+    save_table(change(table_of(truth())), path)
+    with pytest.raises(TableError, match=says):
+        load_engine(str(path), GPU)

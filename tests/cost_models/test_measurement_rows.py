@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cost_models.validation.published import library_files, read_rows
+from cost_models.validation.published import library_files, read_rows, row_cluster
 from cost_models.validation.row_results import RowResult
 from cost_models.validation.validation import validate
 from cost_models.validation.validation_report import as_document
@@ -65,6 +65,8 @@ def test_odd_rows_never_break_a_report(path: Path, tmp_path: Path) -> None:
         (None, "cannot be read: No such file"),
         (b"\xff\xfe\x00", "not a text file"),
         (b"{", "rows.json:1:2: not JSON"),
+        (b"1" * 5000, "rows.json: a number or a nesting is too large"),
+        (b"[" * 100_000, "rows.json: a number or a nesting is too large"),
         (b"3", "rows: there is no list of rows"),
         (b'{"rows": {}}', "rows: there is no list of rows"),
         (b"[3]", r"rows\[0\]: int where an object must stand"),
@@ -129,6 +131,26 @@ def test_hosts_are_eager_and_worlds_are_the_product_of_degrees(tmp_path: Path) -
         ({"zero": 7}, "zero is 7; it must be a ZeRO stage"),
         ({"precision": None}, "precision is not published"),
         ({"gpu": None}, "not in the catalogue"),
+        ({"bar": "false"}, "bar is 'false'; it must be true, false or a list"),
+        ({"bar": 7}, "bar is 7"),
+        ({"bar": math.nan}, "bar is nan"),
+        ({"bar": ["prefil_ms"]}, "bar is ['prefil_ms']"),
+        ({"mbs": 1.5}, "mbs is 1.5; it must be a positive whole number"),
+        ({"gbs": 0.5}, "gbs is 0.5; it must be a positive whole number"),
+        ({"gbs": 7}, "gbs is 7; it must be a multiple of dp x mbs"),
+        ({"gpus": 1, "dp": None, "tp": 1, "pp": 500}, "multiple of tp x pp x cp"),
+        ({"gpus": None, "dp": 1, "tp": 1, "pp": 128, "gbs": 128, "mbs": 1}, "pp is 128; it must be at most the layers"),
+        ({"vpp": 500}, "it must be at most the layers"),
+        ({"gpus": None, "dp": 1, "pp": 1, "tp": 128, "gbs": 128, "mbs": 1}, "tp is 128; it must be at most"),
+        ({"gpus_per_node": 7}, "it must be a multiple of gpus_per_node, 7"),
+        ({"gpus": 2**40}, "1000000 at the most"),
+        ({"arch": {"layers": 10**6}}, "arch.layers is 1000000; it must be a whole number"),
+        ({"measured": {"step_time_s": 10**30}}, "from 1e-15 to 1e15"),
+        ({"measured": {"step_time_s": 10**400}}, "from 1e-15 to 1e15"),
+        ({"measured": {"step_time_s": 5e-324}}, "from 1e-15 to 1e15"),
+        ({"engine": "colossal", "measured": {"peak_mem_gib": 50.0}}, "engine `colossal`"),
+        ({"attention": "ring", "measured": {"peak_mem_gib": 50.0}}, "ring attention is not modelled"),
+        ({"measured": {"peak_mem_mib": 50.0}}, "no model of `peak_mem_mib`"),
     ],
 )
 def test_rules_are_named(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
@@ -139,3 +161,97 @@ def test_rules_are_named(tmp_path: Path, changes: dict[str, Any], reason: str) -
 def test_rows_of_one_id_are_all_answered(tmp_path: Path) -> None:
     row = training_row()
     assert len(results(tmp_path, row, row | {"measured": {"step_time_s": 1.0}})) == 2
+    other = row | {"arch": row["arch"] | {"layers": row["arch"]["layers"] * 2}}
+    assert len(results(tmp_path, row, other, dict(row), other)) == 2
+
+
+@pytest.mark.parametrize(("bars", "counted"), [(({}, {}), 2), (({"bar": None}, {}), 2), (({"bar": False}, {}), 0)])
+def test_all_rows_count_where_none_says_which(tmp_path: Path, bars: Any, counted: int) -> None:
+    base = {key: value for key, value in training_row().items() if key != "bar"}
+    rows = [base | bar | {"id": str(index)} for index, bar in enumerate(bars)]
+    assert sum(r.counted for r in results(tmp_path, *rows)) == counted
+
+
+def memory_row() -> dict[str, Any]:
+    return next(
+        dict(row)
+        for row in ROWS.values()
+        if row.get("group") == "simumax" and row["bar"] and row["tp"] > 1 and row["gbs"] and row["seq_parallel"]
+    )
+
+
+@pytest.mark.parametrize("key", ["zero", "seq_parallel", "engine", "attention", "recompute", "cp", "ep", "dp", "pp"])
+def test_memory_takes_the_defaults_that_times_take(tmp_path: Path, key: str) -> None:
+    given = memory_row() | {"pp": 1, "dp": 4, "tp": 2, "gpus": 8, "cp": 1, "gbs": 16, "mbs": 1, "recompute": "none"}
+    given |= {"zero": 1, "seq_parallel": True, "ep": 1}
+    found = results(tmp_path, given, given | {"id": "null_cef", key: None})
+    for quantity in ("peak_mem_alloc_gib", "step_time_s"):
+        figures = {r.predicted for r in found if r.quantity == quantity}
+        assert len(figures) == 1 and None not in figures
+
+
+def test_all_peaks_of_memory_are_answered_and_one_counts(tmp_path: Path) -> None:
+    measured = {"peak_mem_gib": 72.0, "peak_mem_reserved_gib": 70, "peak_mem_alloc_gib": 66.0, "peak_mem_x": 3}
+    found = {r.quantity: r for r in results(tmp_path, memory_row() | {"bar": True, "measured": measured})}
+    assert set(found) == set(measured)
+    assert [q for q, r in found.items() if r.counted] == ["peak_mem_alloc_gib"]
+    assert found["peak_mem_x"].predicted is None and "peak_mem_x" in found["peak_mem_x"].reason
+    assert found["peak_mem_gib"].predicted == found["peak_mem_reserved_gib"].predicted is not None
+
+
+def ppo_row() -> dict[str, Any]:
+    return next(dict(row) for row in ROWS.values() if row.get("plan"))
+
+
+def test_ppo_iterations_run_on_the_gpu_that_is_stated(tmp_path: Path) -> None:
+    row = ppo_row()
+    gpus = ("A100-80GB-SXM", "H100-80GB-SXM", "nonsense")
+    none, same, faster, unknown = results(tmp_path, row, *(row | {"id": gpu, "gpu": gpu} for gpu in gpus))
+    assert none.predicted == same.predicted is not None
+    assert faster.predicted is not None and faster.predicted < same.predicted
+    assert "`nonsense`, which is not in the catalogue" in unknown.reason
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"gpus": 20}, "multiple of gpus_per_node, 8"),
+        ({"gpus": 8000}, "its 40 layers"),
+        ({"tp": 4, "pp": 4}, "tp is 4; `real-heuristic` has 8"),
+    ],
+)
+def test_ppo_layouts_are_checked(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
+    assert reason in results(tmp_path, ppo_row() | changes)[0].reason
+
+
+def test_replicas_share_the_batch_of_an_inference_row(tmp_path: Path) -> None:
+    row = next(dict(r) for r in ROWS.values() if r.get("group") == "eager-vllm" and r["tp"] == 8 and r["batch"] == 8)
+    rows = [row, {"id": "a", "gpus": 16, "dp": 2, "batch": 16}, {"id": "b", "gpus": 16, "batch": 16}]
+    rows += [{"id": "c", "gpus": 16, "batch": 3}, {"id": "d", "gpus": 12}, {"id": "e", "gpus": 16, "cp": 2}]
+    decode = [r for r in results(tmp_path, *(row | change for change in rows)) if r.quantity == "decode_ms_per_token"]
+    one, stated, derived, uneven, surplus, context = decode
+    assert one.predicted == pytest.approx(stated.predicted, rel=0.05)
+    assert stated.predicted == derived.predicted
+    assert "batch is 3; it must be a multiple of dp" in uneven.reason
+    assert "gpus is 12; it must be a multiple of tp x pp x cp, 8" in surplus.reason
+    assert "cp is 2" in context.reason
+
+
+@pytest.mark.parametrize(
+    ("notes", "gigabits"),
+    [
+        ("inter-node 800 Gb/s per node", 800),
+        ("1.6 Gb/s per node", 1.6),
+        ("8x200 Gb/s per node", 1600),
+        ("8 x 200 Gb/s per node", 1600),
+        ("1,600 Gb/s per node", 1600),
+        ("ib0.800 Gb/s per node", None),
+        ("v800 Gb/s per node", None),
+        ("800 Gb/s per GPU", None),
+    ],
+)
+def test_networks_in_notes(notes: str, gigabits: float | None) -> None:
+    row = training_row() | {"gpus": 16, "gpus_per_node": 8}
+    usual = row_cluster(row | {"notes": None}).inter_node_gbps
+    expected = usual if gigabits is None else gigabits / 8 / 8
+    assert row_cluster(row | {"notes": notes}).inter_node_gbps == pytest.approx(expected)

@@ -12,15 +12,17 @@ import pytest
 from scipy.interpolate import RegularGridInterpolator
 
 from cost_models.tables.interpolation import Grid, Source
-from cost_models.tables.kernels import (
-    collective_seconds,
-    decode_efficiency,
-    gemm_efficiency,
-    kernel_table,
-    prefill_efficiency,
-)
+from cost_models.tables.kernels import kernel_table
 from cost_models.tables.table_schema import OPERATIONS, TableError
 from cost_models.tables.tables import load_table, parse_table, save_table, table_text
+
+
+def answer(gpu: str, operation: str, **points: float) -> float:
+    """What the kernel table of a GPU says."""
+    table = kernel_table(gpu)
+    assert table is not None
+    return float(table.answer(operation, points, np.nan).value)
+
 
 TABLE: dict[str, Any] = {
     "format": "realplan-costs/1",
@@ -194,28 +196,31 @@ class TestShippedKernels:
             ("h100-80gb-sxm", 989, 690, 800),
             ("b200-180gb", 2250, 1400, 1750),
         ):
-            reached = gemm_efficiency(gpu, 8192.0, 8192.0, 8192.0, 0.0).value * peak
+            reached = answer(gpu, "gemm_efficiency", m=8192.0, n=8192.0, k=8192.0) * peak
             assert low <= reached <= high, (gpu, reached)
 
     def test_streaming_one_row_is_bound_by_memory(self) -> None:
         # m = 1 reads the weights once: 2,827 GB/s on the H100 over shapes of more than 3e7 weights.
-        share = float(gemm_efficiency("h100-80gb-sxm", 1.0, 8192.0, 8192.0, 0.0).value)
+        share = answer("h100-80gb-sxm", "gemm_efficiency", m=1.0, n=8192.0, k=8192.0)
         assert share * 989e12 == pytest.approx(2.7e12, rel=0.2)
 
     def test_attention_and_collectives_follow_their_sizes(self) -> None:
-        long, short = (float(prefill_efficiency("h100-80gb-sxm", 32.0, t, 0.0).value) for t in (8192.0, 256.0))
+        card = "h100-80gb-sxm"
+        long, short = (
+            answer(card, "attention_prefill_efficiency", lanes=32.0, sequence_tokens=t) for t in (8192.0, 256.0)
+        )
         assert 0.45 < long < 0.85 and short < long
-        few, many = (float(decode_efficiency("h100-80gb-sxm", lanes, 2048.0, 0.0).value) for lanes in (1.0, 512.0))
+        few, many = (answer(card, "attention_decode_efficiency", lanes=n, cached_tokens=2048.0) for n in (1.0, 512.0))
         assert few < 0.1 and 0.5 < many < 1.0
         # 512 MB over 8 GPUs: bus bandwidth 445 GB/s with NVLS (time x 2 x 7/8).
-        large = float(collective_seconds("h100-80gb-sxm", "all_reduce", 8.0, 512 * 2.0**20, 0.0).value)
+        large = answer(card, "all_reduce_node", ranks=8.0, bytes=512 * 2.0**20)
         assert 512 * 2**20 * 2 * 7 / 8 / large / 1e9 == pytest.approx(445, rel=0.05)
-        small = [
-            float(collective_seconds("h100-80gb-sxm", kind, 8.0, 16384.0, 0.0).value)
-            for kind in ("all_reduce", "custom_all_reduce")
-        ]
+        small = [answer(card, f"{kind}_node", ranks=8.0, bytes=16384.0) for kind in ("all_reduce", "custom_all_reduce")]
         assert small[1] < small[0] / 3
 
-    def test_without_a_table_everything_is_the_fallback(self) -> None:
-        answer = gemm_efficiency("rtx-4090", np.array([1.0, 2.0]), 4096.0, 4096.0, fallback=0.6)
-        assert answer.value.tolist() == [0.6, 0.6] and (answer.source == Source.ANALYTIC).all()
+    def test_a_card_with_fewer_links_has_the_products_of_its_chip_but_not_the_collectives(self) -> None:
+        whole, cut = kernel_table("h100-80gb-sxm"), kernel_table("h800-80gb")
+        assert whole is not None and cut is not None
+        np.testing.assert_array_equal(cut.entries["gemm_efficiency"].values, whole.entries["gemm_efficiency"].values)
+        assert not any(name.endswith("_node") for name in cut.entries)
+        assert kernel_table("rtx-4090") is None

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cost_models.validation.predictions import PREDICTORS
 from cost_models.validation.published import library_files, read_rows
-from cost_models.validation.validation import Report, regret, validate
+from cost_models.validation.row_schema import TIME_QUANTITIES
+from cost_models.validation.validation import Grouping, Report, regret, validate
 from cost_models.validation.validation_report import as_document, run_validate
 from plans.errors import SpecError
 
@@ -122,3 +124,57 @@ def test_command_prints_both_forms(tmp_path: Path, capsys: pytest.CaptureFixture
     assert json.loads(capsys.readouterr().out)["rows"][0]["id"] == "vtrain-multi-0"
     assert run_validate([path], as_json=False) == 0
     assert "vtrain-multi-0" in capsys.readouterr().out
+
+
+def written(tmp_path: Path, *rows: dict[str, Any], name: str = "rows.json") -> Path:
+    path = tmp_path / name
+    path.write_text(json.dumps({"rows": rows}))
+    return path
+
+
+def test_names_of_quantities_are_those_of_the_predictors() -> None:
+    assert tuple(PREDICTORS) == TIME_QUANTITIES
+
+
+def test_plans_that_are_predicted_alike_have_no_tau(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = written(tmp_path, *(row(id=f"r{n}", measured={"step_time_s": 3.0 + n}) for n in range(4)))
+    plans = next(g for g in validate([path]).groups if g.grouping == Grouping.PLANS)
+    assert plans.kendall_tau is None and plans.regret_1 is not None
+    run_validate([path], as_json=True)
+    json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(name))
+    run_validate([path], as_json=False)
+    assert "nan" not in capsys.readouterr().out
+
+
+def test_tables_fit_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    run_validate(None, as_json=False)
+    printed = capsys.readouterr().out
+    assert max(len(line) for line in printed.splitlines()) <= 80
+    assert "\u2026" not in printed
+
+
+def test_groups_go_by_field_and_texts_are_printed_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    path = written(tmp_path, row(id="[/red] \ud800\n:x:", group="a | b"))
+    assert next((g.grouping, g.name) for g in validate([path]).groups) == (Grouping.KIND, "a | b")
+    run_validate([path], as_json=False)
+    printed = capsys.readouterr().out
+    assert "[/red] \\ud800\\n:x:" in printed
+    assert printed.index("Groups of counted rows") < printed.index("a | b") < printed.index("Source x GPU")
+
+
+def test_one_sentence_where_no_row_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_validate([written(tmp_path, row(bar=False))], as_json=False)
+    printed = capsys.readouterr().out
+    assert "No row counts for the figures" in printed and "MAPE" not in printed
+
+
+def test_reasons_name_the_file_among_several(tmp_path: Path) -> None:
+    good, bad = written(tmp_path, row(), name="good.json"), written(tmp_path, row(mbs=None), name="bad.json")
+    assert validate([bad]).rows[0].reason == "mbs is not published"
+    assert [r.reason for r in validate([good, bad]).rows] == ["", f"{bad}: mbs is not published"]

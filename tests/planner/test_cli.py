@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from planner.cli import main
+from planner.commands_memory import memory_hint
+from planner.whatif import what_if
 from plans.checks import check_plan
 from plans.codec import load_plan
 
@@ -115,12 +117,115 @@ def test_out_of_memory_names_the_call_the_place_and_the_terms(realplan: Run, fou
 def test_estimate_and_what_if(realplan: Run, found: Path) -> None:
     code, out, _ = realplan("estimate", str(found))
     assert code == 0 and "memory: peak" in out
-    assert max(len(line) for line in out.splitlines()) <= 100
+    assert max(len(line) for line in out.splitlines()) <= 80
     longer = realplan("estimate", str(found), "--what-if", "response_tokens=2048", "--json")
     base = realplan("estimate", str(found), "--json")
     assert json.loads(longer[1])["iteration_s"] > json.loads(base[1])["iteration_s"]
     bigger = realplan("estimate", str(found), "--what-if", "gpus=32", "--json")
     assert json.loads(bigger[1])["iteration_s"] < json.loads(base[1])["iteration_s"]
+
+
+@pytest.fixture
+def halves(tmp_path: Path) -> Path:
+    """Four 7B models on two nodes: generation on both, scoring and training on a node or a part of one."""
+    rest = (("reward_infer", 0), ("ref_infer", 1), ("critic_infer", 1))
+    calls: list[dict[str, object]] = [{"call": "actor_generate", "mesh": "nodes 0-1", "strategy": "d8 t2 p1"}]
+    calls += [{"call": c, "mesh": f"node {n}", "strategy": "d8 t1 p1", "micro_batches": 32} for c, n in rest]
+    calls += [{"call": "actor_train", "mesh": "node 0", "strategy": "d4 t1 p2 v4", "micro_batches": 16}]
+    calls += [{"call": "critic_train", "mesh": "node 1 gpus 4-7", "strategy": "d1 t1 p4 v2", "micro_batches": 64}]
+    workload = {"algorithm": "ppo", "batch_size": 512, "prompt_tokens": 1024, "response_tokens": 1024, "minibatches": 4}
+    workload |= {"models": dict.fromkeys(("actor", "reward", "ref", "critic"), "llama2-7b")}
+    cluster = {"nodes": 2, "gpus_per_node": 8, "gpu": "h100-80gb-sxm", "inter_node_gbps": 50.0}
+    path = tmp_path / "halves.json"
+    path.write_text(json.dumps({"format": "realplan/1", "workload": workload, "cluster": cluster, "calls": calls}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("memory_gib=40", " of 40 GiB on rank "),
+        ("gpu=rtx-4090", " of 23.5 GiB on rank "),
+        ("host_memory_gib=0.001", "does not fit: node 1 needs "),
+    ],
+)
+def test_estimate_says_what_does_not_fit(realplan: Run, halves: Path, change: str, words: str) -> None:
+    if change.startswith("host"):
+        text = halves.read_text()
+        halves.write_text(text.replace('"call": "ref_infer",', '"call": "ref_infer", "offload": true,'))
+    code, out, err = realplan("estimate", str(halves), "--what-if", change)
+    assert code == 0, err
+    assert out.splitlines()[1].startswith("does not fit: ") and words in out
+    assert max(len(line) for line in out.splitlines()) <= 80
+    answer = json.loads(realplan("estimate", str(halves), "--what-if", change, "--json")[1])
+    assert answer["fits"] is False
+
+
+def test_estimate_of_a_plan_that_fits(realplan: Run, halves: Path) -> None:
+    _, out, _ = realplan("estimate", str(halves), "--what-if", "gpu=b300-288gb")
+    assert "does not fit" not in out
+    assert json.loads(realplan("estimate", str(halves), "--what-if", "gpu=b300-288gb", "--json")[1])["fits"] is True
+
+
+def test_hints_for_memory_are_legal_for_the_call(realplan: Run, halves: Path) -> None:
+    plan = load_plan(halves)
+    for call, named, foreign in (
+        ("actor_generate", '"waves": 2', ("micro_batches", "recompute", "offload")),
+        ("ref_infer", '"offload": true', ("waves", "recompute")),
+        ("critic_infer", '"micro_batches": 64', ("offload", "recompute")),
+        ("actor_train", '"recompute": "full"', ("waves",)),
+    ):
+        hint = memory_hint(plan, call)
+        assert named in hint and f"`{call}`" in hint
+        assert not any(word in hint for word in foreign), hint
+        assert ("a larger mesh" in hint) == (call != "actor_generate")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("response_tokens=nan", "response_tokens: nan is not a whole number from 0 to 10,000,000"),
+        ("gpus=inf", "gpus: inf is not a whole number from 1 to 65,536"),
+        ("batch_size=0.5", "batch_size: 0.5 is not a whole number"),
+        ("prompt_tokens=1e30", "prompt_tokens: 1e30 is not a whole number"),
+        ("inter_node_gbps=nan", "nan is not a positive, finite number"),
+        ("memory_gib=1e400", "1e400 is not a positive, finite number"),
+        ("hbm_gbps=1e300", "hbm_gbps is 1e+300; it must be a number from"),
+        ("gpus", "`gpus=256`"),
+        ("gpus=12", "`gpus=16`"),
+        ("mean_response_tokens=5000", "5000 is above response_tokens 1024"),
+        ("gpus=24", "`reward_infer` on mesh `node 0` cannot have 3/2 of it"),
+        ("gpus=8", "`critic_train` has dp 1 (`d1 t1 p4 v2`), which cannot become 1/2"),
+        ("tokens=8", "not one of the known changes"),
+    ],
+)
+def test_impossible_circumstances_are_one_clear_error(realplan: Run, halves: Path, change: str, words: str) -> None:
+    code, out, err = realplan("estimate", str(halves), "--what-if", change)
+    assert code == 2 and not out
+    assert words in err and "hint:" in err and "Traceback" not in err
+
+
+def test_fewer_gpus_keep_the_samples_that_a_rank_holds_at_once(halves: Path) -> None:
+    text = halves.read_text().replace("node 1 gpus 4-7", "node 1").replace("d1 t1 p4 v2", "d2 t1 p4 v2")
+    halves.write_text(text)
+    plan = what_if(load_plan(halves), ["gpus=8"])
+    assert {c.call: c.mesh.text(plan.cluster) for c in plan.calls} == {
+        "actor_generate": "node 0",
+        "reward_infer": "node 0 gpus 0-3",
+        "ref_infer": "node 0 gpus 4-7",
+        "critic_infer": "node 0 gpus 4-7",
+        "actor_train": "node 0 gpus 0-3",
+        "critic_train": "node 0 gpus 4-7",
+    }
+    generate, train = plan.planned("actor_generate").strategy, plan.planned("actor_train").strategy
+    assert (generate.dp, generate.waves, generate.micro_batches) == (4, 2, 1)
+    assert (train.dp, train.waves, train.micro_batches) == (2, 1, 32)
+
+
+def test_a_part_of_a_node_grows_and_a_cluster_names_its_gpu(halves: Path) -> None:
+    plan = what_if(load_plan(halves), ["gpus=32", "gpu=local-cpu"])
+    assert plan.planned("critic_train").mesh.text(plan.cluster) == "node 3"
+    assert plan.cluster.gpu.name == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -136,6 +241,17 @@ def test_estimate_and_what_if(realplan: Run, found: Path) -> None:
         (["search", "--model", "llama-7b", "--max-memory", "lots"], 2, "72GiB"),
         (["search", "--model", "llama-7b", "--engine", "megatorn"], 2, "`megatron`"),
         (["search", "--model", "llama-70b", "--gpus", "8"], 1, "infeasible"),
+        (
+            ["search", "--model", "llama-7b", "--response-tokens", "-4"],
+            2,
+            "response_tokens is -4; it must be at least 0",
+        ),
+        (["search", "--model", "llama-7b", "--mean-response-tokens", "2000"], 2, "2000 is above response_tokens 1024"),
+        (["search", "--model", "llama-7b", "--group-size", "0"], 2, "group_size is 0"),
+        (["search", "--model", "llama-7b", "--gpus", "0"], 2, "--gpus is 0"),
+        (["search", "--model", "llama-7b", "--async", "-1"], 2, "--async is -1"),
+        (["search", "--model", "llama-7b", "--seed", "-1"], 2, "--seed is -1"),
+        (["search", "--model", "llama-7b", "--seconds", "nan"], 2, "--seconds is nan"),
         (["show", "nowhere.json"], 2, "cannot read plan"),
         (["estimate", "nowhere.json"], 2, "cannot read plan"),
     ],

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
-from plans.checks import check_plan
+from plans.checks import check_plan, divisors
 from plans.codec import BadPlan, digest, dump_plan, load_plan, read_plan, save_plan
 from plans.errors import RealplanError
 from plans.library import load_cluster
 from plans.model import ModelSpec
 from plans.plan import ExecutionPlan
-from plans.planfile import json_schema
-from plans.problems import Problem, locate
+from plans.planfile import CallFile, ClusterFile, json_schema
+from plans.problems import Problem, locate, value_problem
 from plans.workload import Workload
 
 
@@ -145,3 +147,72 @@ def test_workload_arithmetic(plan: ExecutionPlan) -> None:
     assert workload.samples == 2048
     assert workload.samples_per_step("actor_train") == 512
     assert workload.samples_per_step("ref_infer") == 2048
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"response_tokens": -4}, "response_tokens is -4; it must be at least 0"),
+        ({"response_tokens": 10**30}, "it can be at most 10,000,000"),
+        ({"batch_size": 10**5000}, "batch_size is a number of some 5000 digits; it can be at most 1,000,000"),
+        ({"batch_size": 2000, "group_size": 1000}, "2,000,000 samples"),
+        ({"mean_response_tokens": 1025}, "mean_response_tokens 1025 is above response_tokens 1024"),
+    ],
+)
+def test_sizes_of_a_workload_have_bounds(plan: ExecutionPlan, sizes: dict[str, int], words: str) -> None:
+    with pytest.raises(RealplanError, match=re.escape(words)):
+        replace(plan.workload, **sizes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("field", ["inter_node_gbps", "host_memory_gib"])
+@pytest.mark.parametrize("value", [0.0, -1.0, 1e-300, 1e300, float("inf"), float("nan")])
+def test_speeds_and_sizes_of_a_cluster_have_bounds(plan: ExecutionPlan, field: str, value: float) -> None:
+    with pytest.raises(RealplanError, match=f"{field} is {re.escape(str(value))}; it must be a number from"):
+        replace(plan.cluster, **{field: value})  # type: ignore[arg-type]
+    with pytest.raises(RealplanError, match=r"gpu `h100-80gb-sxm`: hbm_gbps"):
+        replace(plan.cluster.gpu, hbm_gbps=value)
+
+
+def test_a_cluster_has_a_largest_size(plan: ExecutionPlan) -> None:
+    assert replace(plan.cluster, nodes=8192).size == 65536
+    with pytest.raises(RealplanError, match="at most 65,536 GPUs"):
+        replace(plan.cluster, nodes=10**12)
+
+
+@pytest.mark.parametrize(
+    ("value", "message", "hint"),
+    [
+        ({"micro_batches": 0}, "micro_batches is 0; it must be at least 1", '"micro_batches": 1'),
+        ({"lag": -1}, "lag is -1; it must be at least 0", '"lag": 0'),
+        ({"lag": 2}, "lag is 2; it must be at most 1", '"lag": 1'),
+        ({"waves": 10**400}, "waves is a number of some 400 digits; it must be at most 1,000,000", '"waves": 1000000'),
+        ({"groups": 0.5}, "groups is 0.5; it must be a whole number", '"groups": 1'),
+        ({"offload": "x" * 300}, 'offload is "xxxxxxxxxxxxxxxxxxxxxxx...xxxxxxx"; it must be true or false', "true"),
+        ({"mesh": [1]}, "mesh is a list; it must be a text in quotes", '"mesh": "..."'),
+        ({"recompute": "some"}, 'recompute is "some", which is unknown', "'none', 'selective' or 'full'"),
+    ],
+)
+def test_wrong_values_name_their_rule_and_a_legal_one(value: dict[str, object], message: str, hint: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        CallFile.model_validate({"call": "actor_train", "mesh": "node 0", "strategy": "d8 t1 p1"} | value)
+    (detail,) = caught.value.errors()
+    problem = value_problem(str(detail["loc"][-1]), detail, detail["loc"])
+    assert problem.message == message
+    assert hint in problem.hint
+
+
+def test_numbers_of_a_cluster_file_are_finite_and_positive() -> None:
+    data = {"nodes": 10**12, "gpus_per_node": 8, "gpu": "cpu", "inter_node_gbps": float("nan"), "host_memory_gib": -3}
+    with pytest.raises(ValidationError) as caught:
+        ClusterFile.model_validate(data)
+    found = [value_problem(str(d["loc"][-1]), d, d["loc"]).message for d in caught.value.errors()]
+    assert found == [
+        "nodes is 1000000000000; it must be at most 65,536",
+        "inter_node_gbps is NaN; it must be a finite number",
+        "host_memory_gib is -3; it must be above 0",
+    ]
+
+
+@pytest.mark.parametrize("number", [1, 2, 12, 36, 97, 1024])
+def test_divisors_ascend(number: int) -> None:
+    assert divisors(number) == [d for d in range(1, number + 1) if number % d == 0]

@@ -11,11 +11,12 @@ import torch
 from ranks import run_ranks
 
 from cost_models.tables.shards import shard_spec
-from cost_models.tables.tables import load_table
-from plans.errors import SpecError
+from cost_models.tables.tables import load_table, save_table
+from plans.errors import RealplanError, SpecError
 from plans.library import load_model
 from profiler import profile as profiling
 from profiler.cases import Cases, grids
+from profiler.command import profile_command
 from profiler.profile import Request, profile
 from profiler.results import full_grid
 from profiler.timers import Timed, Timing, measure, peak_bytes
@@ -108,3 +109,23 @@ def test_only_the_operation_is_timed() -> None:
 def test_peak_of_the_cpu_is_what_backward_keeps() -> None:
     x = torch.randn(1000, requires_grad=True)
     assert peak_bytes(Timed(lambda _: (x * 2).sin().exp()), CPU) == 2 * 4000  # the arguments of sin, the result of exp
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ({"model": "llama-7b"}, "a cost table of model `llama-7b` is there"),
+        ({"precision": "bf16"}, "a cost table of precision `bf16` is there"),
+    ],
+)
+def test_a_table_of_another_kind_is_not_overwritten(other: dict[str, str], says: str, tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    spec = replace(load_model(str(FIXTURE)), name=str(FIXTURE.resolve()))
+    head = profiling._head(replace(request_for((1,)), spec=spec))
+    save_table(replace(head, **other), path)  # type: ignore[arg-type]
+    before = path.read_text()
+    with pytest.raises(RealplanError, match=says):
+        profile_command(str(FIXTURE), "cpu", "1", "fp32", path)
+    assert path.read_text() == before
+    with pytest.raises(RealplanError, match="a folder"):
+        profile_command(str(FIXTURE), "cpu", "1", "fp32", tmp_path)
