@@ -25,7 +25,7 @@ from plans.errors import Infeasible
 TICKS = 1 << 14  # time steps in the first plan's period: rounding costs the bound less than 0.1 %
 GAP = 0.008
 POLISH_EVALUATIONS = 20_000
-SHARE = 0.6  # of the time that is left, for one model
+SHARE = 0.4  # of the time that is left, for one model
 LEAST_S = 2.0  # for the first model where there is no plan yet
 
 
