@@ -91,3 +91,8 @@ class Candidates:
     def ranks_per_node(self, stride: Array, size: Array) -> Array:
         """Ranks of one node that belong to the same group of `size` ranks that are `stride` apart."""
         return np.clip(np.floor(self.gpus_per_node / stride), 1.0, size)
+
+    @property
+    def tensor_group(self) -> tuple[Array, Array]:
+        """Size of the tp groups, and how many of their ranks are on one node."""
+        return self.tp, self.ranks_per_node(np.ones_like(self.tp), self.tp)

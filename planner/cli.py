@@ -9,6 +9,7 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
+from cost_models.time.engines import DEFAULT_ENGINE, TABLE_SUFFIX
 from planner import cli_pictures
 from plans.errors import RealplanError
 
@@ -21,7 +22,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-DEFAULT_ENGINE = "megatron"
 PlanPath = Annotated[Path, typer.Argument(metavar="PLAN", help="plan file (JSON)")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 EngineName = Annotated[str, typer.Option(help="named set of cost constants")]
@@ -53,7 +53,7 @@ def _engine(name: str, table: Path | None) -> str:
             f"--engine {name} and --table {table}: a cost table calibrates the engine `{DEFAULT_ENGINE}`",
             "leave one of the two out",
         )
-    if not table.is_file() or table.suffix != ".json":
+    if not table.is_file() or table.suffix != TABLE_SUFFIX:
         wrong = "no such file" if not table.exists() else "a folder" if table.is_dir() else "its name must end in .json"
         raise RealplanError(f"--table {table}: {wrong}", "`realplan profile -o table.json` writes a cost table")
     return str(table)

@@ -20,7 +20,7 @@ from cost_models.estimate import PlanCost, cost_plan
 from cost_models.tables.sources import plan_sources
 from cost_models.validation.error_band import error_band
 from planner.baselines import symmetric
-from planner.commands_memory import WIDTH, memory_problems, misfits
+from planner.commands_memory import memory_problems, misfits
 from planner.explanation.binding import binding_terms
 from planner.explanation.critical import critical_path
 from planner.limits import Limits
@@ -28,7 +28,7 @@ from planner.loading import legal_plan
 from planner.nearest import with_nearest
 from planner.pricing import Space, build_space
 from planner.progress import SearchProgress
-from planner.report import render_cost
+from planner.report import WIDTH, render_cost
 from planner.request import Request, check_effort
 from planner.search.portfolio import Answer, Method, search
 from planner.tidy import tidy

@@ -8,14 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 from cost_models.estimate import PlanCost
+from planner.report import WIDTH
 from plans.checks import check_plan
 from plans.cluster import GIB
 from plans.graph import CallKind
 from plans.plan import ExecutionPlan, PlannedCall
 from plans.problems import Problem
 from plans.strategy import ParallelStrategy, Recompute
-
-WIDTH = 80
 
 
 def misfits(cost: PlanCost) -> list[str]:

@@ -164,7 +164,7 @@ def _head(machine: Machine, spec: ModelSpec, one: Candidates, tokens: Array) -> 
 
 def _collective(machine: Machine, one: Candidates, message: Array, *, cut: bool) -> Sources:
     """The all-reduce of a tp group, or the two operations that it is cut into; measured inside a node."""
-    inside = one.ranks_per_node(np.ones_like(one.tp), one.tp) == one.tp
+    inside = one.tensor_group[1] == one.tp
     names = ("reduce_scatter", "all_gather") if cut else ("all_reduce",)
     assert machine.kernels is not None
     if (

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from cost_models.candidates import Array, Candidates
-from cost_models.time import collectives, measured, operations
+from cost_models.time import measured, operations
 from cost_models.time.distinct import distinct
 from cost_models.time.inference import ForwardPass, forward_terms
-from cost_models.time.layer import expert_parallel
+from cost_models.time.layer import expert_parallel, hidden_reduce
 from cost_models.time.machine import Machine
 from cost_models.time.pipeline import stage_layers, stage_send
 from cost_models.time.terms import Terms
-from cost_models.time.vocabulary import head_and_choice, hidden_reduce
+from cost_models.time.vocabulary import head_and_choice
 from plans.model import ModelSpec
 
 _NODES_FORCED, _NODES_TAILED = 2, 8
@@ -132,7 +132,7 @@ def _decode_parts(
         "decode_attention": decode_attention(machine, spec, c, rows, length),
         "decode_tensor_parallel": decode_all_reduce(machine, spec, c, rows) + expert_parallel(machine, spec, c, rows),
         "head": head_and_choice(machine, spec, rows, c),
-        "embedding": hidden_reduce(machine, spec, rows, c),
+        "embedding": hidden_reduce(machine, spec, c, rows),
     }
 
 
@@ -148,9 +148,7 @@ def decode_attention(machine: Machine, spec: ModelSpec, candidates: Candidates, 
 
 def decode_all_reduce(machine: Machine, spec: ModelSpec, candidates: Candidates, rows: Array) -> Array:
     """Seconds of the two small all-reduces of [rows, hidden] per layer, mostly latency."""
-    c = candidates
-    message = rows * float(spec.hidden * machine.element_bytes)
-    return 2.0 * collectives.all_reduce(machine, message, c.tp, c.ranks_per_node(np.ones_like(c.tp), c.tp))
+    return 2.0 * hidden_reduce(machine, spec, candidates, rows)
 
 
 def decode_sends(machine: Machine, spec: ModelSpec, candidates: Candidates, rows: Array) -> Array:

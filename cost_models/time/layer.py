@@ -74,14 +74,19 @@ def tensor_parallel(machine: Machine, spec: ModelSpec, candidates: Candidates, t
     two in turn, so that the time is the same where the library is as good at either.
     """
     c = candidates
-    message = tokens * float(spec.hidden * machine.element_bytes)
-    group = c.tp, c.ranks_per_node(np.ones_like(c.tp), c.tp)
-    seconds = 2.0 * collectives.all_reduce(machine, message, *group)
+    seconds = 2.0 * hidden_reduce(machine, spec, c, tokens)
     if machine.kernels is not None:
+        message, group = tokens * float(spec.hidden * machine.element_bytes), c.tensor_group
         cut = collectives.reduce_scatter(machine, message, *group) + collectives.all_gather(machine, message, *group)
         return np.where(c.sequence_parallel, 2.0 * cut, seconds) * (1.0 - machine.engine.tensor_overlap)
     halves = 0.5 / machine.engine.reduce_scatter_efficiency + 0.5 / machine.engine.all_gather_efficiency
     return seconds * np.where(c.sequence_parallel, halves, 1.0) * (1.0 - machine.engine.tensor_overlap)
+
+
+def hidden_reduce(machine: Machine, spec: ModelSpec, candidates: Candidates, tokens: Array) -> Array:
+    """Seconds to sum [tokens, hidden] over tp."""
+    message = tokens * float(spec.hidden * machine.element_bytes)
+    return collectives.all_reduce(machine, message, *candidates.tensor_group)
 
 
 def context_parallel(

@@ -38,5 +38,5 @@ def stage_send(machine: Machine, spec: ModelSpec, candidates: Candidates, tokens
     if not machine.engine.splits_sends:
         parts = np.where(c.sequence_parallel, c.tp, 1.0)
         return point_to_point(machine, message / parts, c.nodes > 1)
-    gather = all_gather(machine, message, c.tp, c.ranks_per_node(np.ones_like(c.tp), c.tp))
+    gather = all_gather(machine, message, *c.tensor_group)
     return point_to_point(machine, message / c.tp, c.nodes > 1) + np.where(c.sequence_parallel, 0.0, gather)

@@ -6,6 +6,7 @@ import numpy as np
 
 from cost_models.candidates import Array, Candidates
 from cost_models.time import collectives, operations
+from cost_models.time.layer import hidden_reduce
 from cost_models.time.machine import Machine
 from plans.model import Head, ModelSpec
 
@@ -21,7 +22,7 @@ def head_and_loss(machine: Machine, spec: ModelSpec, tokens: Array, candidates: 
     c = candidates
     gemms = operations.head(machine, spec, tokens, c.tp) + operations.head_backward(machine, spec, tokens, c.tp)
     loss = operations.loss(machine, spec, tokens, c.tp) * (1.0 + machine.engine.loss_backward_ratio)
-    hidden = hidden_reduce(machine, spec, tokens, c)
+    hidden = hidden_reduce(machine, spec, c, tokens)
     reduced = hidden if spec.head is Head.LM else np.zeros_like(hidden)
     return gemms + loss + loss_reduces(machine, spec, tokens, c) + reduced + np.where(c.pp == 1, hidden, 0.0)
 
@@ -36,7 +37,7 @@ def head_and_log_probs(
     if scored:
         seconds = seconds + operations.loss(machine, spec, head_tokens, c.tp)
         seconds = seconds + loss_reduces(machine, spec, head_tokens, c)
-    return seconds + np.where(c.pp == 1, hidden_reduce(machine, spec, tokens, c), 0.0)
+    return seconds + np.where(c.pp == 1, hidden_reduce(machine, spec, c, tokens), 0.0)
 
 
 def head_and_choice(machine: Machine, spec: ModelSpec, rows: Array, candidates: Candidates) -> Array:
@@ -44,27 +45,15 @@ def head_and_choice(machine: Machine, spec: ModelSpec, rows: Array, candidates: 
     vocabulary."""
     entries = rows * (spec.padded_vocab / candidates.tp)
     sampling = entries * (machine.engine.sampling_bytes / machine.memory_bytes_per_s)
-    gather = collectives.all_gather(machine, rows * CHOICE_BYTES * candidates.tp, *_group(candidates))
+    gather = collectives.all_gather(machine, rows * CHOICE_BYTES * candidates.tp, *candidates.tensor_group)
     return operations.head(machine, spec, rows, candidates.tp) + sampling + gather
-
-
-def hidden_reduce(machine: Machine, spec: ModelSpec, tokens: Array, candidates: Candidates) -> Array:
-    """Seconds to sum [tokens, hidden] over tp."""
-    message = tokens * float(spec.hidden * machine.element_bytes)
-    return collectives.all_reduce(machine, message, *_group(candidates))
 
 
 def loss_reduces(machine: Machine, spec: ModelSpec, tokens: Array, candidates: Candidates) -> Array:
     """Seconds of the reductions of vocabulary-parallel log-probs (Megatron-LM 2019, section 3)."""
     if spec.head is Head.VALUE:
         return np.zeros_like(tokens)
-    group = _group(candidates)
+    group = candidates.tensor_group
     return sum(
         (collectives.all_reduce(machine, tokens * each, *group) for each in LOSS_BYTES), start=np.zeros_like(tokens)
     )
-
-
-def _group(candidates: Candidates) -> tuple[Array, Array]:
-    """Size of the tp group, and its ranks on one node."""
-    c = candidates
-    return c.tp, c.ranks_per_node(np.ones_like(c.tp), c.tp)
