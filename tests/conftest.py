@@ -1,0 +1,13 @@
+"""Options of the test run."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--renew-ledger",
+        action="store_true",
+        help="write tests/cost_models/ledger.json anew from the present formulas; then read its diff",
+    )
