@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from plans.cluster import GIB, ClusterSpec, DeviceMesh
 from plans.errors import SpecError, nearest
-from plans.strategy import ParallelStrategy
+from plans.strategy import SETTINGS, ParallelStrategy
 
 _COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "=": operator.eq,
@@ -25,9 +25,9 @@ _COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt,
 }
 _RULE = re.compile(r"\s*([\w*]+)\.(\w+)\s*(>=|<=|!=|==|=|<|>)\s*(.+?)\s*")
-_NUMBERS = ("dp", "tp", "pp", "cp", "ep", "vpp", "micro_batches", "groups", "gpus", "nodes", "first_node")
-_FLAGS = ("sequence_parallel", "offload", "shard_optimizer")
-_WORDS = ("recompute", "mesh")
+_OF_MESH: Mapping[str, type] = {"gpus": int, "nodes": int, "first_node": int, "mesh": str}
+FIELDS: Mapping[str, type] = {**{name: setting.type for name, setting in SETTINGS.items()}, **_OF_MESH}
+"""What a rule can name: fields of a strategy and of its mesh, with the type of their values."""
 _TRUTH = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
 
 
@@ -65,19 +65,26 @@ def parse_rule(text: str, calls: Sequence[str]) -> Rule:
     call, field, comparison, value = match.groups()
     if call != "*" and call not in calls:
         raise SpecError(f"rule `{text}`: no call `{call}`", nearest(call, list(calls)))
-    if field in _NUMBERS:
+    if field not in FIELDS:
+        raise SpecError(f"rule `{text}`: unknown field `{field}`", nearest(field, list(FIELDS)))
+    return Rule(call, field, comparison, _value(text, field, comparison, value.strip("\"'")), text)
+
+
+def _value(text: str, field: str, comparison: str, value: str) -> int | bool | str:
+    kind = FIELDS[field]
+    if kind is int:
         if not value.isdigit():
             raise SpecError(f"rule `{text}`: `{value}` is not a whole number")
-        return Rule(call, field, comparison, int(value), text)
-    if field in _FLAGS:
+        return int(value)
+    if kind is bool:
         if value.lower() not in _TRUTH:
             raise SpecError(f"rule `{text}`: `{value}` is not true or false")
-        return Rule(call, field, comparison, _TRUTH[value.lower()], text)
-    if field in _WORDS:
-        if comparison not in ("=", "==", "!="):
-            raise SpecError(f"rule `{text}`: {field} can only be compared with = and !=")
-        return Rule(call, field, comparison, value.strip("\"'"), text)
-    raise SpecError(f"rule `{text}`: unknown field `{field}`", nearest(field, [*_NUMBERS, *_FLAGS, *_WORDS]))
+        return _TRUTH[value.lower()]
+    if comparison not in ("=", "==", "!="):
+        raise SpecError(f"rule `{text}`: {field} can only be compared with = and !=")
+    if kind is not str and value not in list(kind):  # type: ignore[call-overload]
+        raise SpecError(f"rule `{text}`: {field} cannot be `{value}`", nearest(value, [str(v) for v in kind]))  # type: ignore[attr-defined]
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)

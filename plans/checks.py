@@ -13,7 +13,7 @@ from plans.graph import CallKind
 from plans.model import ModelSpec
 from plans.plan import ExecutionPlan, PlannedCall
 from plans.problems import Path_, Problem
-from plans.strategy import ParallelStrategy
+from plans.strategy import SETTINGS
 
 CallCheck = Callable[[ExecutionPlan, PlannedCall, ModelSpec], Iterator[Problem]]
 
@@ -146,17 +146,14 @@ def sequence(plan: ExecutionPlan, planned: PlannedCall, spec: ModelSpec) -> Iter
 
 def kind_settings(plan: ExecutionPlan, planned: PlannedCall, spec: ModelSpec) -> Iterator[Problem]:
     """Settings that the kind of the call does not have keep their defaults."""
-    kind, s, plain = _kind(plan, planned), planned.strategy, ParallelStrategy()
-    foreign = {
-        CallKind.TRAIN_STEP: ("groups", "waves"),
-        CallKind.INFERENCE: ("groups", "waves", "recompute", "shard_optimizer"),
-        CallKind.GENERATE: ("micro_batches", "recompute", "shard_optimizer", "sequence_parallel", "cp"),
-    }[kind]
-    for key in foreign:
-        value = getattr(s, key)
-        if value != getattr(plain, key):
-            message = f"{planned.call}: {key} {value} does not apply to a call of kind {kind}"
-            yield _problem("kind", key if key != "cp" else "strategy", message, f"leave out `{key}`")
+    kind, s = _kind(plan, planned), planned.strategy
+    for name, setting in SETTINGS.items():
+        value = getattr(s, name)
+        if kind not in setting.kinds and value != setting.default:
+            message = f"{planned.call}: {name} {value} does not apply to a call of kind {kind}"
+            yield _problem(
+                "kind", "strategy" if setting.letter else name, message, f"leave out `{setting.letter or name}`"
+            )
     if kind is CallKind.GENERATE and s.groups > 1 and s.pp == 1:
         message = f"{planned.call}: groups {s.groups} in flight need a pipeline, pp is {s.pp}"
         yield _problem("groups", "groups", message, "groups 1")

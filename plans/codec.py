@@ -27,11 +27,10 @@ from plans.model import Head, ModelSpec, Norm, Position, RopeScaling
 from plans.plan import Estimate, ExecutionPlan, PlannedCall
 from plans.planfile import FORMAT, CallFile, ClusterFile, GpuFile, ModelFile, PlanFile, WorkloadFile
 from plans.problems import Path_, Problem, blank_comments, locate, value_problem
-from plans.strategy import ParallelStrategy, parse_degrees
+from plans.strategy import KEYS, ParallelStrategy, parse_degrees
 from plans.workload import Workload
 
 VALUE_ROLES = ("critic", "reward")
-_SETTINGS = ("micro_batches", "groups", "waves", "sequence_parallel", "recompute", "shard_optimizer", "offload")
 T = TypeVar("T")
 
 
@@ -211,7 +210,7 @@ class _Reader:
             message = f"graph `{workload.graph.name}` has no call `{file.call}`"
             self.problems.append(Problem("call", message, nearest(file.call, names), (*path, "call")))
         mesh = self.attempt("mesh", (*path, "mesh"), lambda: parse_mesh(file.mesh, cluster))
-        settings: dict[str, Any] = {name: getattr(file, name) for name in _SETTINGS}
+        settings: dict[str, Any] = {name: getattr(file, name) for name in KEYS}
         strategy = self.attempt(
             "strategy", (*path, "strategy"), lambda: ParallelStrategy(**{**settings, **parse_degrees(file.strategy)})
         )
@@ -321,7 +320,7 @@ def _call_file(planned: PlannedCall, plan: ExecutionPlan) -> dict[str, Any]:
         "mesh": planned.mesh.text(plan.cluster),
         "strategy": planned.strategy.degrees,
     }
-    for name in _SETTINGS:
+    for name in KEYS:
         value = getattr(planned.strategy, name)
         if value != CallFile.model_fields[name].default:
             data[name] = value

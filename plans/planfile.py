@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from plans.cluster import FASTEST, MOST_GPUS
-from plans.strategy import Recompute
+from plans.strategy import KEYS, SETTINGS, Setting
 from plans.workload import MOST_SAMPLES, MOST_TOKENS
 
 FORMAT = "realplan/1"
@@ -125,25 +125,30 @@ class ClusterFile(_Closed):
     host_memory_gib: Amount = 1024.0
 
 
-class CallFile(_Closed):
-    """One call: its mesh (`nodes 0-3`, `node 8 gpus 0-3`) and strategy (`d4 t8 p4`), then what its kind allows."""
-
+class _PlaceFile(_Closed):
     call: str
     mesh: str
     strategy: str
-    micro_batches: Annotated[
-        int, Field(ge=1, le=MOST_SAMPLES, description="forward passes per dp rank and minibatch")
-    ] = 1
-    groups: Annotated[
-        int, Field(ge=1, le=MOST_SAMPLES, description="groups of sequences in flight in pipelined generation")
-    ] = 1
-    waves: Annotated[int, Field(ge=1, le=MOST_SAMPLES, description="parts that generate one after the other")] = 1
-    sequence_parallel: bool = False
-    recompute: Recompute = Field(default=Recompute.NONE, strict=False)
-    shard_optimizer: bool = True
-    offload: Annotated[
-        bool, Field(description="frozen model: weights in host memory between calls; trained model: optimizer state")
-    ] = False
+
+
+def _key(setting: Setting) -> tuple[Any, Any]:
+    """The key of a setting as pydantic takes it: its type and its field."""
+    if setting.type is int:
+        return int, Field(default=setting.default, ge=1, le=setting.most, description=setting.meaning)
+    strict = setting.type is bool  # words such as `full` are members of an enumeration only when read loosely
+    return setting.type, Field(default=setting.default, strict=strict, description=setting.meaning)
+
+
+_SettingsFile: Any = create_model(
+    "_SettingsFile",
+    __base__=_PlaceFile,
+    **{name: _key(SETTINGS[name]) for name in KEYS},  # type: ignore[call-overload]
+)
+
+
+class CallFile(_SettingsFile):  # type: ignore[misc]
+    """One call: its mesh (`nodes 0-3`, `node 8 gpus 0-3`) and strategy (`d4 t8 p4`), then what its kind allows."""
+
     lag: Annotated[int, Field(ge=0, le=1, description="run this many periods later than the rest")] = 0
 
 

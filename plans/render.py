@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from plans.cluster import ClusterSpec
 from plans.graph import CallKind
 from plans.plan import ExecutionPlan, PlannedCall
+from plans.strategy import SETTINGS
 from plans.timeline import Span, Timeline
 
 WIDTH = 100
@@ -81,23 +82,10 @@ def _row(row: Sequence[str], widths: Sequence[int]) -> str:
 
 def settings(planned: PlannedCall) -> str:
     """The settings that differ from the defaults, in words."""
-    s = planned.strategy
-    words = [f"{name} {getattr(s, name)}" for name in ("cp", "ep", "vpp") if getattr(s, name) > 1]
-    if s.micro_batches > 1:
-        words.append(f"{s.micro_batches} micro-batches")
-    if s.waves > 1:
-        words.append(f"{s.waves} waves")
-    if s.groups > 1:
-        words.append(f"{s.groups} groups in flight")
-    if s.recompute != "none":
-        words.append(f"recompute {s.recompute.value}")
-    if s.sequence_parallel:
-        words.append("sequence parallel")
-    if s.offload:
-        words.append("offloaded")
+    words = [setting.words(getattr(planned.strategy, name)) for name, setting in SETTINGS.items()]
     if planned.lag:
         words.append(f"lag {planned.lag}")
-    return ", ".join(words)
+    return ", ".join(word for word in words if word)
 
 
 def marks(plan: ExecutionPlan) -> list[str]:

@@ -1,12 +1,22 @@
-"""ParallelStrategy: how one call is cut over its mesh. Degrees in Megatron's words; `d4 t8 p4` in the plan file."""
+"""ParallelStrategy: how one call is cut over its mesh. Degrees in Megatron's words; `d4 t8 p4` in the plan file.
+
+Every field carries its description (`Setting`): the plan file's keys and schema, the rules of `plans.checks`, the
+limits of a search, `diff` and the help texts read it there.
+"""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
+from typing import Any
 
+from plans.cluster import MOST_GPUS
 from plans.errors import SpecError
+from plans.graph import CallKind
+from plans.problems import shortened
+from plans.workload import MOST_SAMPLES
 
 
 class Recompute(StrEnum):
@@ -17,41 +27,98 @@ class Recompute(StrEnum):
     FULL = "full"
 
 
-_DEGREES = {"d": "dp", "t": "tp", "p": "pp", "c": "cp", "e": "ep", "v": "vpp"}
-_PART = re.compile(r"([a-z])(\d{1,6})")
+_GENERATE, _SCORE, _TRAIN = CallKind.GENERATE, CallKind.INFERENCE, CallKind.TRAIN_STEP
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """Description of one field of a strategy.
+
+    name: the attribute, and the key in the plan file where there is no letter. letter: how `d4 t8 p4` writes it.
+    kinds: the kinds of calls that have it; other calls keep the default. most: the largest legal number. shown: how
+    `realplan show` words a value that is not the default.
+    """
+
+    name: str = ""
+    meaning: str
+    letter: str = ""
+    kinds: tuple[CallKind, ...] = (_GENERATE, _SCORE, _TRAIN)
+    default: Any = 1
+    most: int = MOST_GPUS
+    shown: str = ""
+
+    @property
+    def type(self) -> type:
+        """Type of its values: int, bool or Recompute."""
+        return type(self.default)
+
+    def words(self, value: Any) -> str:
+        """A value in words, empty for the default and for degrees that every strategy shows."""
+        return "" if value == self.default else self.shown.format(value)
+
+
+def _field(meaning: str, **about: Any) -> Any:
+    setting = Setting(meaning=meaning, **about)
+    return field(default=setting.default, metadata={"setting": setting})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class ParallelStrategy:
-    """Parallel degrees and settings of one call.
+    """Parallel degrees and settings of one call; `SETTINGS` describes each."""
 
-    dp, tp, pp, cp, ep: data, tensor, pipeline, context, expert degrees (ep lies inside dp x cp); vpp: model chunks
-    per pipeline stage (interleaving). micro_batches: forward passes per dp rank, per minibatch in training.
-    groups: groups of sequences in flight in pipelined generation; waves: parts of a dp rank's samples that generate one
-    after the other, so that the KV cache holds one part at a time. shard_optimizer: masters and Adam states sharded
-    over dp (Megatron's distributed optimizer). offload: the weights of a frozen model, or the optimizer state of a
-    trained one, live in host memory between calls.
-    """
-
-    dp: int = 1
-    tp: int = 1
-    pp: int = 1
-    cp: int = 1
-    ep: int = 1
-    vpp: int = 1
-    micro_batches: int = 1
-    groups: int = 1
-    waves: int = 1
-    sequence_parallel: bool = False
-    recompute: Recompute = Recompute.NONE
-    shard_optimizer: bool = True
-    offload: bool = False
+    dp: int = _field("data parallel degree", letter="d")
+    tp: int = _field("tensor parallel degree", letter="t")
+    pp: int = _field("pipeline parallel degree", letter="p")
+    cp: int = _field("context parallel degree", letter="c", kinds=(_SCORE, _TRAIN), shown="cp {}")
+    ep: int = _field("expert parallel degree, inside dp x cp", letter="e", shown="ep {}")
+    vpp: int = _field("model chunks per pipeline stage (interleaving)", letter="v", kinds=(_TRAIN,), shown="vpp {}")
+    micro_batches: int = _field(
+        "forward passes per dp rank and minibatch", kinds=(_SCORE, _TRAIN), most=MOST_SAMPLES, shown="{} micro-batches"
+    )
+    groups: int = _field(
+        "groups of sequences in flight in pipelined generation",
+        kinds=(_GENERATE,),
+        most=MOST_SAMPLES,
+        shown="{} groups in flight",
+    )
+    waves: int = _field(
+        "parts of a dp rank's samples that generate one after the other, so that the KV cache holds one part at a time",
+        kinds=(_GENERATE,),
+        most=MOST_SAMPLES,
+        shown="{} waves",
+    )
+    sequence_parallel: bool = _field(
+        "cut the tokens between the tensor-parallel parts over tp",
+        kinds=(_SCORE, _TRAIN),
+        default=False,
+        shown="sequence parallel",
+    )
+    recompute: Recompute = _field(  # noqa: RUF009 - it makes a field, and no value that objects would share
+        "activations that the backward pass makes anew: none, the attention core, or every block",
+        kinds=(_TRAIN,),
+        default=Recompute.NONE,
+        shown="recompute {}",
+    )
+    shard_optimizer: bool = _field(
+        "masters and Adam states sharded over dp (Megatron's distributed optimizer)",
+        kinds=(_TRAIN,),
+        default=True,
+        shown="optimizer not sharded",
+    )
+    offload: bool = _field(
+        "frozen model: weights in host memory between calls; trained model: optimizer state",
+        default=False,
+        shown="offloaded",
+    )
 
     def __post_init__(self) -> None:
-        for field in ("dp", "tp", "pp", "cp", "ep", "vpp", "micro_batches", "groups", "waves"):
-            value = getattr(self, field)
-            if not isinstance(value, int) or value < 1:
-                raise SpecError(f"{field} is {value!r}; it must be a whole number of at least 1")
+        for name, most in _RANGES:
+            value = getattr(self, name)
+            if not isinstance(value, int) or not 1 <= value <= most:
+                raise SpecError(
+                    f"{name} is {shortened(value)}; it must be a whole number from 1 to {most:,}",
+                    f"{name} {1 if not isinstance(value, int) or value < 1 else most}, for example",
+                )
         if (self.dp * self.cp) % self.ep:
             raise SpecError(
                 f"ep {self.ep} must divide dp x cp = {self.dp * self.cp}",
@@ -66,22 +133,35 @@ class ParallelStrategy:
     @property
     def degrees(self) -> str:
         """The degrees as the plan file writes them; dp, tp and pp always, the others when above one."""
-        rare = {letter: getattr(self, name) for letter, name in _DEGREES.items() if letter not in "dtp"}
-        extra = "".join(f" {letter}{degree}" for letter, degree in rare.items() if degree > 1)
-        return f"d{self.dp} t{self.tp} p{self.pp}{extra}"
+        degrees = {letter: getattr(self, name) for letter, name in LETTERS.items()}
+        return " ".join(f"{letter}{degree}" for letter, degree in degrees.items() if letter in "dtp" or degree > 1)
+
+
+SETTINGS: Mapping[str, Setting] = {
+    item.name: replace(item.metadata["setting"], name=item.name) for item in fields(ParallelStrategy)
+}
+"""Name -> description of every field of a strategy, in the order of the plan file."""
+LETTERS: Mapping[str, str] = {setting.letter: name for name, setting in SETTINGS.items() if setting.letter}
+"""Letter -> name of the degrees."""
+KEYS: tuple[str, ...] = tuple(name for name, setting in SETTINGS.items() if not setting.letter)
+"""Fields that are keys of their own in a call of a plan file."""
+_RANGES = tuple((name, setting.most) for name, setting in SETTINGS.items() if setting.type is int)
+_PART = re.compile(r"([a-z])(\d{1,6})")
 
 
 def parse_degrees(text: str) -> dict[str, int]:
     """Degrees of `d4 t8 p4` (spaces optional, AReaL's `d4t8p4` reads too) as keyword arguments."""
-    compact = text.replace(" ", "")
+    compact, words = text.replace(" ", ""), ", ".join(f"{k} ({name})" for k, name in LETTERS.items())
     parts = _PART.findall(compact)
     if not parts or "".join(k + v for k, v in parts) != compact:
-        raise SpecError(f"strategy `{text}` is not of the form `d4 t8 p4`", "letters d t p c e v, each with a number")
+        raise SpecError(
+            f"strategy `{shortened(text)}` is not of the form `d4 t8 p4`", f"letters with a number each: {words}"
+        )
     degrees: dict[str, int] = {}
-    for key, value in parts:
-        if key not in _DEGREES:
-            raise SpecError(f"strategy `{text}`: unknown degree `{key}`", "d (data) t (tensor) p (pipeline) c e v")
-        if _DEGREES[key] in degrees:
-            raise SpecError(f"strategy `{text}`: degree `{key}` is given twice")
-        degrees[_DEGREES[key]] = int(value)
+    for letter, value in parts:
+        if letter not in LETTERS:
+            raise SpecError(f"strategy `{text}`: unknown degree `{letter}`", f"one of {words}")
+        if LETTERS[letter] in degrees:
+            raise SpecError(f"strategy `{text}`: degree `{letter}` is given twice")
+        degrees[LETTERS[letter]] = int(value)
     return degrees

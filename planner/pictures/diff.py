@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from cost_models.estimate import PlanCost
 from plans.cluster import GIB
 from plans.plan import ExecutionPlan, PlannedCall
 from plans.render import WIDTH
-from plans.strategy import ParallelStrategy
-
-_DEGREES = ("dp", "tp", "pp", "cp", "ep", "vpp")
+from plans.strategy import KEYS
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +67,8 @@ def _surroundings(a: ExecutionPlan, b: ExecutionPlan) -> list[Change]:
 def _of_call(a: ExecutionPlan, b: ExecutionPlan, before: PlannedCall, after: PlannedCall) -> list[Change]:
     pairs = [("mesh", before.mesh.text(a.cluster), after.mesh.text(b.cluster))]
     pairs.append(("strategy", before.strategy.degrees, after.strategy.degrees))
-    for field in fields(ParallelStrategy):
-        if field.name not in _DEGREES:
-            x, y = getattr(before.strategy, field.name), getattr(after.strategy, field.name)
-            pairs.append((field.name, str(x), str(y)))
+    for name in KEYS:
+        pairs.append((name, str(getattr(before.strategy, name)), str(getattr(after.strategy, name))))
     pairs.append(("lag", str(before.lag), str(after.lag)))
     return [Change(before.call, name, x, y) for name, x, y in pairs if x != y]
 
