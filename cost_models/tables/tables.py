@@ -46,6 +46,7 @@ from cost_models.candidates import Array
 from cost_models.tables.interpolation import Answer, Grid, Source
 from cost_models.tables.table_schema import FORMAT, OPERATIONS, Operation, TableError
 from plans.errors import nearest
+from plans.files import write_atomically
 from plans.library import gpu_names
 from plans.workload import DTYPE_BYTES
 
@@ -238,7 +239,7 @@ def save_table(table: CostTable, path: Path) -> None:
     """Write a table to its file, checked."""
     text = table_text(table)
     parse_table(json.loads(text), str(path))
-    path.write_text(text)
+    write_atomically(path, text)
 
 
 def _entry_text(entry: Entry) -> str:
