@@ -39,6 +39,7 @@ from plans.errors import Infeasible, PlanError
 from plans.plan import ExecutionPlan
 from plans.problems import locate
 from plans.render import render_plan
+from plans.runnable import run_note, run_problems
 
 
 def search_command(
@@ -139,6 +140,8 @@ def _print_verdict(request: Request, plan: ExecutionPlan, cost: PlanCost, engine
         uniform = cost_plan(best, engine).iteration_s
         words += f"; the best symmetric plan takes {uniform:.4g} s ({uniform / cost.iteration_s:.2f}x)"
     _say(words)
+    if note := run_note(plan):
+        _say(note)
     print(f"wrote {output}; look at it with `realplan show {output}`", file=sys.stderr)
 
 
@@ -180,7 +183,8 @@ def check_command(path: Path, *, write: bool, engine: str, as_json: bool) -> int
             problems = locate(text, memory_problems(cost))
     if as_json:
         rows = [{k: v for k, v in asdict(p).items() if k != "path"} for p in problems]
-        print(json.dumps({"ok": not problems, "problems": rows}))
+        refused = [p.message for p in run_problems(plan)] if plan is not None and not problems else []
+        print(json.dumps({"ok": not problems, "problems": rows, "runtime_refuses": refused}))
     for problem in problems if not as_json else ():
         print(problem.text(str(path)), file=sys.stderr)
     if problems or plan is None or cost is None:
@@ -195,6 +199,8 @@ def _checked(path: Path, plan: ExecutionPlan, cost: PlanCost, write: bool, as_js
     if not as_json:
         memory = f"peak {cost.memory.peak_gib:.1f} of {plan.cluster.gpu.memory_gib:g} GiB in {cost.memory.peak_step}"
         print(f"ok: {cost.iteration_s:.4g} s per iteration, {memory}")
+        if note := run_note(plan):
+            _say(note)
         if stale and not write:
             print(f"the estimate in the file is out of date: `realplan check --write {path}`", file=sys.stderr)
     return 0

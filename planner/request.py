@@ -6,15 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from plans.algorithms import PAIRED, algorithm_graph
+from plans.algorithms import ALGORITHMS, algorithm_graph
 from plans.cluster import MOST_GPUS, ClusterSpec
-from plans.codec import VALUE_ROLES
 from plans.errors import SpecError
 from plans.graph import DataflowGraph
 from plans.library import load_cluster, load_model
 from plans.problems import shortened
-from plans.runfile import RunFile, load_run
-from plans.workload import Workload
+from plans.runfile import RunFile, RunWorkload, load_run
+from plans.workload import Workload, role_spec
 
 PYTHON_REWARD_SECONDS = 1e-3
 MOST_STALENESS = 1000
@@ -79,13 +78,12 @@ def build_request(
     )
     specs = {}
     for role in graph.roles:
-        spec = load_model(names.get(role, actor))
-        specs[role] = spec.with_value_head() if role in VALUE_ROLES else spec
+        specs[role] = role_spec(role, load_model(names.get(role, actor)))
     workload = Workload(
         graph=graph,
         models=specs,
         batch_size=wanted.batch_size,
-        group_size=2 if wanted.algorithm in PAIRED and wanted.group_size == 1 else wanted.group_size,
+        group_size=_group_size(graph, wanted),
         prompt_tokens=wanted.prompt_tokens,
         response_tokens=wanted.response_tokens,
         mean_response_tokens=wanted.mean_response_tokens,
@@ -93,3 +91,14 @@ def build_request(
         dtype=wanted.dtype,
     )
     return Request(workload=workload, cluster=load_cluster(cluster, gpus=gpus, gpus_per_node=gpus_per_node), run=run)
+
+
+def _group_size(graph: DataflowGraph, wanted: RunWorkload) -> int:
+    """Samples per prompt: as many as the data has responses, else what was asked for, else the algorithm's own."""
+    record = ALGORITHMS.get(graph.name)
+    if record is None:
+        return wanted.group_size
+    given = "group_size" in wanted.model_fields_set
+    if record.offline and wanted.group_size == 1:
+        return len(record.responses)
+    return wanted.group_size if given else record.group_size

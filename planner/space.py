@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import product
 
+from plans.algorithms import pair_size
 from plans.checks import divisors
 from plans.cluster import ClusterSpec, DeviceMesh
 from plans.graph import CallKind
@@ -139,7 +140,9 @@ def _settings(
             else:
                 pruned.note("groups in flight and waves must divide the samples of a dp rank")
         return
-    counts = [share // size for size in MICRO_BATCH_SAMPLES if share % size == 0]
+    pair = pair_size(workload.graph) if kind is CallKind.TRAIN_STEP else 1
+    pruned.note("pairs stay in one micro-batch", len([size for size in MICRO_BATCH_SAMPLES if size % pair]))
+    counts = [share // size for size in MICRO_BATCH_SAMPLES if share % size == 0 and size % pair == 0]
     parallel = base.tp > 1 and workload.tokens % (base.tp * base.cp) == 0
     pruned.note("with tp, sequence parallelism moves the same bytes and stores less", int(parallel))
     base = replace(base, sequence_parallel=parallel)

@@ -1,4 +1,5 @@
-"""Graphs of the common RLHF algorithms by name. A graph holds no sizes: those are the workload's.
+"""The algorithms, one record each: its graph, the data it reads, its groups of samples. A graph holds no sizes: those
+are the workload's. Losses and advantages are the runtime's, under the same names.
 
 `sequences` are prompt + response tokens with their lengths; log-probs, values and rewards are per sample or token.
 `pairs` are chosen and rejected responses (two samples per prompt), `examples` are prompt + answer tokens. Names that
@@ -7,7 +8,7 @@ end in `_greedy` are of the greedy response to the same prompt.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from plans.errors import SpecError, nearest
@@ -115,18 +116,75 @@ def reward_modelling(variant: Variant) -> DataflowGraph:
     return DataflowGraph(name="reward-modelling", calls=(train,), sources=("pairs",))
 
 
-PAIRED = ("dpo", "reward-modelling")  # two samples per prompt: the chosen and the rejected response
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Algorithm:
+    """What every part of the project knows of an algorithm.
 
-ALGORITHMS: dict[str, Callable[[Variant], DataflowGraph]] = {
-    "ppo": ppo,
-    "grpo": grpo,
-    "rloo": rloo,
-    "remax": remax,
-    "reinforce++": reinforce_pp,
-    "dpo": dpo,
-    "sft": sft,
-    "reward-modelling": reward_modelling,
+    meaning: in a few words. graph: its calls. responses: the columns of the data that hold the responses to a prompt,
+    empty where responses are generated. group_size: samples per prompt where the user says nothing; least_group: the
+    fewest that it can learn from. kl_in_loss: the KL to the reference is a term of the loss and not of the reward.
+    """
+
+    name: str
+    meaning: str
+    graph: Callable[[Variant], DataflowGraph]
+    responses: tuple[str, ...] = ()
+    group_size: int = 1
+    least_group: int = 1
+    kl_in_loss: bool = False
+
+    @property
+    def offline(self) -> bool:
+        """Whether it learns from given responses."""
+        return bool(self.responses)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of the data that it reads."""
+        return ("prompt", *self.responses)
+
+
+_PAIR = ("chosen", "rejected")
+ALGORITHMS: Mapping[str, Algorithm] = {
+    record.name: record
+    for record in (
+        Algorithm(name="ppo", meaning="a critic's advantages", graph=ppo),
+        Algorithm(
+            name="grpo",
+            meaning="distance to the group's mean reward",
+            graph=grpo,
+            group_size=8,
+            least_group=2,
+            kl_in_loss=True,
+        ),
+        Algorithm(name="rloo", meaning="reward against the rest of the group", graph=rloo, group_size=8, least_group=2),
+        Algorithm(name="remax", meaning="reward against a greedy response", graph=remax),
+        Algorithm(name="reinforce++", meaning="rewards normalised over the batch", graph=reinforce_pp),
+        Algorithm(name="dpo", meaning="preferences between pairs", graph=dpo, responses=_PAIR, group_size=2),
+        Algorithm(name="sft", meaning="cross-entropy of given responses", graph=sft, responses=("response",)),
+        Algorithm(
+            name="reward-modelling",
+            meaning="a reward model of pairs",
+            graph=reward_modelling,
+            responses=_PAIR,
+            group_size=2,
+        ),
+    )
 }
+"""Name -> record of every algorithm that has a name."""
+
+
+def algorithm_named(name: str) -> Algorithm:
+    """The record of a named algorithm."""
+    if name not in ALGORITHMS:
+        raise SpecError(f"unknown algorithm `{name}`", nearest(name, list(ALGORITHMS)))
+    return ALGORITHMS[name]
+
+
+def pair_size(graph: DataflowGraph) -> int:
+    """Samples that a training call of a graph must keep together in a micro-batch: 2 for pairs."""
+    record = ALGORITHMS.get(graph.name)
+    return len(record.responses) if record and record.offline else 1
 
 
 def algorithm_graph(
@@ -137,7 +195,5 @@ def algorithm_graph(
     staleness: int = 0,
 ) -> DataflowGraph:
     """The graph of a named algorithm in a variant; generation may run `staleness` iterations ahead."""
-    if name not in ALGORITHMS:
-        raise SpecError(f"unknown algorithm `{name}`", nearest(name, list(ALGORITHMS)))
     variant = Variant(reward_seconds_per_sample=reward_seconds_per_sample, recompute_logprobs=recompute_logprobs)
-    return replace(ALGORITHMS[name](variant), staleness=staleness)
+    return replace(algorithm_named(name).graph(variant), staleness=staleness)

@@ -28,9 +28,8 @@ from plans.plan import Estimate, ExecutionPlan, PlannedCall
 from plans.planfile import FORMAT, CallFile, ClusterFile, GpuFile, ModelFile, PlanFile, WorkloadFile
 from plans.problems import Path_, Problem, blank_comments, locate, value_problem
 from plans.strategy import KEYS, ParallelStrategy, parse_degrees
-from plans.workload import Workload
+from plans.workload import Workload, role_spec
 
-VALUE_ROLES = ("critic", "reward")
 T = TypeVar("T")
 
 
@@ -177,7 +176,7 @@ class _Reader:
                 self.problems.append(Problem("role", f"graph `{graph.name}` has no role `{role}`", hint, path))
             spec = self.attempt("model", path, lambda model=model: _model(model))  # type: ignore[misc]
             if spec is not None:
-                models[role] = spec.with_value_head() if role in VALUE_ROLES else spec
+                models[role] = role_spec(role, spec)
         for role in graph.roles:
             if role not in file.models:
                 hint = f'add "{role}": one of {", ".join(model_names()[:4])}, ...'

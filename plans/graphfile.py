@@ -14,7 +14,9 @@ from plans.planfile import GraphCallFile, GraphFile
 
 
 def graph_of(file: GraphFile, staleness: int = 0) -> DataflowGraph:
-    """The dataflow graph that a file describes."""
+    """The dataflow graph that a file describes; raises SpecError when it has the name of an algorithm."""
+    if file.name in ALGORITHMS:
+        raise SpecError(f"graph `{file.name}` has the name of a built-in algorithm", "give the graph another name")
     calls = tuple(
         Call(
             name=call.name,

@@ -10,6 +10,8 @@ from plans.graph import CallKind, DataflowGraph
 from plans.model import ModelSpec
 from plans.problems import shortened
 
+VALUE_ROLES = ("critic", "reward")
+"""Roles whose models give one scalar per token, in place of a vocabulary."""
 DTYPE_BYTES: Mapping[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
 MOST_TOKENS = 10**7
 """Ceiling of a prompt and of a response: beyond any model's context, and still quick to reckon with."""
@@ -24,6 +26,11 @@ SIZES: Mapping[str, tuple[int, int]] = {
     "minibatches": (1, MOST_SAMPLES),
 }
 """Least and most of every size of a workload."""
+
+
+def role_spec(role: str, spec: ModelSpec) -> ModelSpec:
+    """The architecture that a role runs: a critic's or a reward model's with a value head."""
+    return spec.with_value_head() if role in VALUE_ROLES else spec
 
 
 @dataclass(frozen=True, kw_only=True)

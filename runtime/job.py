@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
+from plans.algorithms import ALGORITHMS, Algorithm
 from plans.errors import RealplanError
 from plans.graph import CallKind
 from plans.plan import ExecutionPlan
 from plans.runfile import RANDOM, Optimizer, RunFile
-from runtime.algorithms import OFFLINE
 from runtime.batches.data import PromptSet, fitting_prompts, read_prompts, read_rows
 from runtime.batches.rewards import Reward, load_reward
 from runtime.batches.sources import Examples, Prompts, RandomExamples, RandomPrompts, TextExamples, TextPrompts
@@ -41,7 +41,7 @@ class Job:
     @property
     def offline(self) -> bool:
         """Whether responses are given."""
-        return self.plan.workload.graph.name in OFFLINE
+        return _algorithm(self.plan).offline
 
     @property
     def sampling(self) -> Sampling:
@@ -80,9 +80,13 @@ def prepare_job(plan: ExecutionPlan, run: RunFile) -> Job:
     if tokenizer is not None:
         _check_vocabulary(plan, tokenizer)
     reward = _reward(plan, run, tokenizer)
-    if workload.graph.name in OFFLINE:
+    if _algorithm(plan).offline:
         return Job(plan, run, None, _examples(plan, run, tokenizer), tokenizer, reward)
     return Job(plan, run, _prompts(plan, run, tokenizer), None, tokenizer, reward)
+
+
+def _algorithm(plan: ExecutionPlan) -> Algorithm:
+    return ALGORITHMS[plan.workload.graph.name]
 
 
 def _prompts(plan: ExecutionPlan, run: RunFile, tokenizer: Tokenizer | None) -> Prompts:
@@ -101,7 +105,7 @@ def _examples(plan: ExecutionPlan, run: RunFile, tokenizer: Tokenizer | None) ->
     if not run.data.source:
         return RandomExamples(_random_vocabulary(plan, run), *sizes, run.seed)
     tokenizer = _needed(tokenizer)
-    rows = read_rows(run.data.source, ("prompt", *OFFLINE[workload.graph.name]))
+    rows = read_rows(run.data.source, _algorithm(plan).columns)
     fitting = set(fitting_prompts([row[0] for row in rows], tokenizer, workload.prompt_tokens))
     rows = [row for row in rows if row[0] in fitting][: run.data.max_prompts or None]
     prompts = PromptSet(tuple(row[0] for row in rows), workload.batch_size, run.seed)

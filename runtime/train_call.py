@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from plans.algorithms import ALGORITHMS
 from plans.graph import Call
 from plans.plan import PlannedCall
 from runtime.algorithms.losses import Loss, kl_loss, policy_loss, value_loss
 from runtime.algorithms.offline import dpo_loss, pair_loss, sft_loss
-from runtime.algorithms.table import ALGORITHMS
 from runtime.batches.experience import Experience, experience
 from runtime.batches.transfer import Rows
 from runtime.job import Job

@@ -52,13 +52,8 @@ class Signal:
     returns: Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
-class Algorithm:
-    """advantages: the signal of a replica's samples; collective over its dp group. kl_in_loss: the KL to the reference
-    is a term of the loss and not of the reward."""
-
-    advantages: Callable[[Samples, Ppo], Signal]
-    kl_in_loss: bool = False
+Advantages = Callable[[Samples, Ppo], Signal]
+"""The signal of a replica's samples; collective over its dp group."""
 
 
 def response_mask(lengths: Tensor, tokens: int) -> Tensor:

@@ -1,16 +1,18 @@
-"""Algorithms by the names of their graphs (`plans.algorithms`)."""
+"""Advantages of the algorithms that generate their responses, by the names of `plans.algorithms`."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from runtime.algorithms.groups import grpo, rloo
 from runtime.algorithms.ppo import ppo
 from runtime.algorithms.reinforce import reinforce_pp, remax
-from runtime.algorithms.samples import Algorithm
+from runtime.algorithms.samples import Advantages
 
-ALGORITHMS: dict[str, Algorithm] = {
-    "ppo": Algorithm(advantages=ppo),
-    "grpo": Algorithm(advantages=grpo, kl_in_loss=True),
-    "rloo": Algorithm(advantages=rloo),
-    "remax": Algorithm(advantages=remax),
-    "reinforce++": Algorithm(advantages=reinforce_pp),
+ADVANTAGES: Mapping[str, Advantages] = {
+    "ppo": ppo,
+    "grpo": grpo,
+    "rloo": rloo,
+    "remax": remax,
+    "reinforce++": reinforce_pp,
 }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from runtime.algorithms.samples import Samples, Signal, gather_samples, response_mask
-from runtime.algorithms.table import ALGORITHMS
+from runtime.algorithms.table import ADVANTAGES
 from runtime.batches.transfer import Rows
 from runtime.calls import sequence_mask
 from runtime.job import Job
@@ -54,7 +54,7 @@ def experience(job: Job, trainer: Trainer, inputs: Mapping[str, Rows], rows: Seq
     }
     if not job.offline:
         samples = _samples(tensors, index, workload.group_size, mask, gather)
-        signal = ALGORITHMS[workload.graph.name].advantages(samples, job.run.ppo)
+        signal = ADVANTAGES[workload.graph.name](samples, job.run.ppo)
         batch |= {"old_logprobs": samples.old_logprobs, "advantages": signal.advantages, "returns": signal.returns}
         report |= _report(samples, signal)
     tokens_of = gather(mask.sum(1, keepdim=True).double()).squeeze(1).tolist()

@@ -21,7 +21,7 @@ from plans.program import StepKind, compile_program
 @pytest.mark.parametrize("name", ALGORITHMS)
 @pytest.mark.parametrize("variant", [Variant(), Variant(reward_seconds_per_sample=0.1, recompute_logprobs=True)])
 def test_data_edges_form_a_dag(name: str, variant: Variant) -> None:
-    graph = ALGORITHMS[name](variant)
+    graph = ALGORITHMS[name].graph(variant)
     whole = graph.as_networkx()
     assert set(whole.nodes) == {call.name for call in graph.calls}
     data = nx.DiGraph([(u, v) for u, v, distance in whole.edges(data="distance") if not distance])

@@ -11,13 +11,13 @@ import torch.distributed as dist
 from ranks import run_ranks
 from torch import Tensor
 
+from plans.algorithms import ALGORITHMS as RECORDS
 from plans.runfile import Ppo
-from runtime.algorithms import GROUPED, ONLINE
 from runtime.algorithms.losses import kl_loss, policy_loss, value_loss
 from runtime.algorithms.offline import dpo_loss, sft_loss
 from runtime.algorithms.ppo import gae
 from runtime.algorithms.samples import Samples, gather_samples, moments, response_mask, sample_sums, token_rewards
-from runtime.algorithms.table import ALGORITHMS
+from runtime.algorithms.table import ADVANTAGES
 
 LENGTHS = torch.tensor([5, 1, 3, 0])
 R = 5
@@ -75,19 +75,19 @@ def kl_rewards() -> list[float]:
 
 
 def test_grpo_compares_with_the_group() -> None:
-    signal = ALGORITHMS["grpo"].advantages(samples(), SETTINGS)
+    signal = ADVANTAGES["grpo"](samples(), SETTINGS)
     for low, high, a, b in [(1, 0, -10.0, 1.0), (3, 2, 0.0, 0.5)]:
         half = (b - a) / 2  # two samples lie half their distance from the mean, and its square root of 2 is their std
         expected = half / (half * 2**0.5 + 1e-6)
         torch.testing.assert_close(signal.advantages[high], expected * MASK[high].double())
         torch.testing.assert_close(signal.advantages[low], -expected * MASK[low].double())
     assert float(signal.rewards.sum()) == pytest.approx(1.0 - 10.0 + 0.5), "the KL is not in the reward"
-    assert ALGORITHMS["grpo"].kl_in_loss and not ALGORITHMS["rloo"].kl_in_loss
+    assert RECORDS["grpo"].kl_in_loss and not RECORDS["rloo"].kl_in_loss
 
 
 def test_rloo_leaves_the_sample_out() -> None:
     together = samples(group_size=4)
-    signal, rewards = ALGORITHMS["rloo"].advantages(together, SETTINGS), kl_rewards()
+    signal, rewards = ADVANTAGES["rloo"](together, SETTINGS), kl_rewards()
     for n in range(4):
         others = [reward for i, reward in enumerate(rewards) if i != n]
         expected = (rewards[n] - sum(others) / 3) * MASK[n].double()
@@ -102,7 +102,7 @@ def following(n: int, t: int) -> float:
 
 
 def test_reinforce_pp_normalises_over_the_batch() -> None:
-    signal = ALGORITHMS["reinforce++"].advantages(samples(), SETTINGS)
+    signal = ADVANTAGES["reinforce++"](samples(), SETTINGS)
     returns = torch.tensor([following(n, t) for n in range(4) for t in range(int(LENGTHS[n]))]).double()
     torch.testing.assert_close(signal.returns[MASK], returns)
     expected = (returns - returns.mean()) / returns.std(correction=0)
@@ -112,7 +112,7 @@ def test_reinforce_pp_normalises_over_the_batch() -> None:
 
 def test_remax_compares_with_the_greedy_response() -> None:
     greedy = torch.tensor([0.5, -30.0, 1.0, 2.0]).double()
-    signal = ALGORITHMS["remax"].advantages(samples(greedy_scores=greedy), SETTINGS)
+    signal = ADVANTAGES["remax"](samples(greedy_scores=greedy), SETTINGS)
     for n in range(4):
         for t in range(R):
             expected = following(n, t) - max(float(greedy[n]), -10.0) if MASK[n, t] else 0.0
@@ -121,7 +121,7 @@ def test_remax_compares_with_the_greedy_response() -> None:
 
 def test_ppo_whitens_over_real_tokens_only() -> None:
     values = random(4)
-    signal = ALGORITHMS["ppo"].advantages(samples(values=values), SETTINGS)
+    signal = ADVANTAGES["ppo"](samples(values=values), SETTINGS)
     real = signal.advantages[MASK]
     assert float(real.mean()) == pytest.approx(0, abs=1e-12)
     assert float(real.var(unbiased=False)) == pytest.approx(1, abs=1e-6)
@@ -131,9 +131,9 @@ def test_ppo_whitens_over_real_tokens_only() -> None:
     torch.testing.assert_close(real, (plain[MASK] - mean) / variance**0.5)
 
 
-@pytest.mark.parametrize("name", GROUPED)
+@pytest.mark.parametrize("name", [name for name, record in RECORDS.items() if record.least_group > 1])
 def test_a_group_may_be_spread(name: str) -> None:
-    whole = ALGORITHMS[name].advantages(samples(), SETTINGS).advantages
+    whole = ADVANTAGES[name](samples(), SETTINGS).advantages
 
     def part() -> Tensor:
         rows = torch.tensor([[0, 2], [1, 3]])[dist.get_rank()]
@@ -143,14 +143,14 @@ def test_a_group_may_be_spread(name: str) -> None:
             **{key: getattr(every, key)[rows] for key in ("mask", "old_logprobs", "ref_logprobs", "scores")},
             gather=lambda own: gather_samples(own, rows, 4, dist.group.WORLD),
         )
-        return ALGORITHMS[name].advantages(own, SETTINGS).advantages
+        return ADVANTAGES[name](own, SETTINGS).advantages
 
     first, second = run_ranks(2, part)
     assert torch.equal(torch.stack([first, second], 1).view(4, R), whole)
 
 
 def test_every_algorithm_has_a_name() -> None:
-    assert tuple(ALGORITHMS) == ONLINE and set(GROUPED) <= set(ONLINE)
+    assert set(ADVANTAGES) == {name for name, record in RECORDS.items() if not record.offline}
 
 
 def test_samples_gather_in_their_places() -> None:

@@ -1,0 +1,124 @@
+"""What this project's runtime runs and what it does not, so that a search, a check and a run say the same.
+
+A plan that keeps `plans.checks` is legal; one that also keeps these rules runs under `realrun`. Other engines run more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from plans.algorithms import ALGORITHMS, Algorithm, pair_size
+from plans.checks import closest_divisor, divisors
+from plans.layout import Layout
+from plans.model import Head, ModelSpec, Position
+from plans.plan import ExecutionPlan
+from plans.problems import Problem
+from plans.workload import Workload
+
+RUN_ACTIVATIONS = ("silu", "gelu", "relu")
+RUN_DTYPES = ("bf16", "fp32")
+
+
+def run_problems(plan: ExecutionPlan) -> list[Problem]:
+    """Why the runtime would refuse a legal plan, in file order; empty for a plan that runs."""
+    problems = workload_problems(plan.workload)
+    for i, planned in enumerate(plan.calls):
+        layout = plan.layout(planned.call)
+        for problem in [*layout_problems(layout), *_pairs(plan, planned.call)]:
+            path = ("calls", i, "strategy")
+            problems.append(Problem(problem.rule, f"{planned.call}: {problem.message}", problem.hint, path))
+    return problems
+
+
+def run_note(plan: ExecutionPlan) -> str:
+    """One line on why the runtime does not run a plan, empty when it does."""
+    problems = run_problems(plan)
+    if not problems:
+        return ""
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"this runtime does not run the plan: {problems[0].message}{more}"
+
+
+def workload_problems(workload: Workload) -> list[Problem]:
+    """What of a workload does not run, whatever the layouts: the algorithm, its groups of samples, the type."""
+    name = workload.graph.name
+    if name not in ALGORITHMS:
+        hint = f"one of {', '.join(ALGORITHMS)}"
+        message = f"this runtime does not train `{name}`; the plan can be searched, costed and drawn"
+        return [Problem("algorithm", message, hint, ("workload", "algorithm"))]
+    problems = list(_groups(ALGORITHMS[name], workload))
+    if workload.dtype not in RUN_DTYPES:
+        message = f"dtype {workload.dtype} needs loss scaling, which this runtime does not have"
+        problems.append(Problem("dtype", message, f"dtype {' or '.join(RUN_DTYPES)}", ("workload", "dtype")))
+    return problems
+
+
+def _groups(record: Algorithm, workload: Workload) -> Iterator[Problem]:
+    size, path = workload.group_size, ("workload", "group_size")
+    if size < record.least_group:
+        message = f"{record.name} compares the samples of one prompt, and the plan's group_size is {size}"
+        yield Problem("group", message, f"plan with group_size {record.least_group} or more", path)
+    if record.offline and size != len(record.responses):
+        given = f"{len(record.responses)} responses per prompt ({', '.join(record.responses)})"
+        message = f"{record.name} has {given}, the plan's group_size is {size}"
+        yield Problem("group", message, f"plan with group_size {len(record.responses)}", path)
+
+
+def _pairs(plan: ExecutionPlan, call: str) -> Iterator[Problem]:
+    """Both responses of a pair are in one micro-batch of a training call."""
+    workload, pair = plan.workload, pair_size(plan.workload.graph)
+    if call not in workload.graph.trainers.values():
+        return
+    s = plan.planned(call).strategy
+    size = workload.samples_per_step(call) // s.dp // s.micro_batches
+    if size % pair:
+        message = f"micro-batches of {size} samples cut pairs of chosen and rejected responses apart"
+        yield Problem("pairs", message, "fewer micro_batches, minibatches or dp ranks, so that a micro-batch is even")
+
+
+def layout_problems(layout: Layout) -> list[Problem]:
+    """What of an architecture under a layout does not run."""
+    return [*spec_problems(layout.spec), *_degree_problems(layout)]
+
+
+def spec_problems(spec: ModelSpec) -> list[Problem]:
+    """What of an architecture does not run under any layout."""
+    rules = (
+        (
+            spec.position is Position.ROPE,
+            f"position encoding `{spec.position}`",
+            "only rotary positions run: a model of the Llama or Qwen family",
+        ),
+        (spec.activation in RUN_ACTIVATIONS, f"activation `{spec.activation}`", f"one of {', '.join(RUN_ACTIVATIONS)}"),
+        (spec.norms_per_layer == 2, f"{spec.norms_per_layer} norms per layer", "a model with 2 norms per layer"),
+        (not spec.experts, f"{spec.experts} experts", "only dense models run"),
+        (
+            not (spec.tied_embeddings and spec.head is Head.VALUE),
+            "a value head tied to its embedding",
+            "tied_embeddings false: a value head has weights of its own",
+        ),
+    )
+    return [_of_model(spec, what, hint) for runs, what, hint in rules if not runs]
+
+
+def _degree_problems(layout: Layout) -> list[Problem]:
+    spec, stages = layout.spec, layout.pp * layout.vpp
+    rules = (
+        (layout.cp == 1, f"context parallel degree {layout.cp}", "leave out `c`: only degree 1 runs"),
+        (
+            spec.kv_heads % layout.tp == 0,
+            f"kv_heads {spec.kv_heads}, not a multiple of tp {layout.tp}",
+            f"tp one of {divisors(spec.kv_heads)}",
+        ),
+        (
+            spec.layers % stages == 0,
+            f"{spec.layers} layers, not a multiple of pp x vpp {stages}",
+            f"pp x vpp {closest_divisor(spec.layers, stages)}",
+        ),
+        (layout.vpp == 1 or layout.pp > 1, f"vpp {layout.vpp} without a pipeline", "leave out `v`"),
+    )
+    return [_of_model(spec, what, hint) for runs, what, hint in rules if not runs]
+
+
+def _of_model(spec: ModelSpec, what: str, hint: str) -> Problem:
+    return Problem("runtime", f"model `{spec.name}` has {what}", hint)
