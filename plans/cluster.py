@@ -188,19 +188,3 @@ def check_mesh(mesh: DeviceMesh, cluster: ClusterSpec, text: str = "") -> None:
             f"a part of {mesh.gpus} GPUs starts at a multiple of {mesh.gpus}",
             f"`node {mesh.first_node} gpus {start}-{start + mesh.gpus - 1}`",
         )
-
-
-def all_meshes(cluster: ClusterSpec) -> list[DeviceMesh]:
-    """Every legal mesh: aligned power-of-two parts of each node, then runs of whole nodes by growing length."""
-    per_node = cluster.gpus_per_node
-    meshes = []
-    size = 1
-    while size < per_node:
-        for node in range(cluster.nodes):
-            for first in range(0, per_node - size + 1, size):
-                meshes.append(DeviceMesh(first_node=node, nodes=1, first_gpu=first, gpus=size))
-        size *= 2
-    for count in range(1, cluster.nodes + 1):
-        for node in range(cluster.nodes - count + 1):
-            meshes.append(DeviceMesh(first_node=node, nodes=count, first_gpu=0, gpus=per_node))
-    return meshes

@@ -1,4 +1,4 @@
-"""Reallocation: the fewest bytes that turn one layout of a model's parameters into another, as explicit transfers.
+"""Reallocation: the fewest bytes that turn one layout of a model's parameters into another, as explicit moves.
 
 Pure and deterministic: every rank computes the same list from the two layouts and needs no negotiation. Data that
 a rank already holds is never sent. A slice that several ranks of one node need crosses the network once (round 0)
@@ -27,7 +27,7 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Transfer:
+class Move:
     """One piece from one rank to another. Round 1 sends what its source received in round 0."""
 
     source: int
@@ -43,12 +43,12 @@ class Reallocation:
 
     grid: int
     local: tuple[tuple[int, Piece], ...]
-    transfers: tuple[Transfer, ...]
+    moves: tuple[Move, ...]
 
     @property
     def elements(self) -> int:
         """Elements that cross between ranks."""
-        return sum(t.elements for t in self.transfers)
+        return sum(t.elements for t in self.moves)
 
 
 def _elements(unit: Unit, piece: Piece, grid: int) -> int:
@@ -56,7 +56,7 @@ def _elements(unit: Unit, piece: Piece, grid: int) -> int:
 
 
 def reallocation(source: Layout, target: Layout, gpus_per_node: int) -> Reallocation:
-    """Transfers that give every rank of `target` its slices out of `source`. Total elements are the minimum: what
+    """Moves that give every rank of `target` its slices out of `source`. Total elements are the minimum: what
     the target ranks hold in `target` and do not hold in `source`."""
     grid = lcm(source.tp, target.tp)
     units = {unit.name: unit for unit in model_units(target.spec)}
@@ -69,8 +69,8 @@ def reallocation(source: Layout, target: Layout, gpus_per_node: int) -> Realloca
             local += [(rank, piece) for piece in kept]
             for piece in missing:
                 needs[piece].append(rank)
-    transfers = _route(source, needs, units, grid, gpus_per_node)
-    return Reallocation(grid, tuple(local), tuple(transfers))
+    moves = _route(source, needs, units, grid, gpus_per_node)
+    return Reallocation(grid, tuple(local), tuple(moves))
 
 
 def _split(
@@ -100,10 +100,10 @@ def _split(
 
 def _route(
     source: Layout, needs: dict[Piece, list[int]], units: dict[str, Unit], grid: int, per_node: int
-) -> list[Transfer]:
+) -> list[Move]:
     """Choose senders: the same node before the network, then the least loaded holder, then the lowest rank."""
     sent: dict[int, int] = defaultdict(int)
-    transfers: list[Transfer] = []
+    moves: list[Move] = []
     for piece in sorted(needs):
         probe = piece.start if piece.stop > piece.start else None
         owners = [r for r in source.holders[piece.unit] if probe is None or _covers(source, r, probe, grid)]
@@ -121,8 +121,8 @@ def _route(
                 relay[node] = [rank]
             sender = min(candidates, key=lambda r: (sent[r], r))
             sent[sender] += size
-            transfers.append(Transfer(sender, rank, piece, size, turn))
-    return transfers
+            moves.append(Move(sender, rank, piece, size, turn))
+    return moves
 
 
 def _covers(layout: Layout, rank: int, at: int, grid: int) -> bool:

@@ -54,7 +54,7 @@ class Data(_Closed):
     max_prompts: Annotated[int, Field(ge=0)] = 0
 
 
-class Sampling(_Closed):
+class RunSampling(_Closed):
     """How responses are drawn. temperature 0 takes the likeliest token; top_k 0 and top_p 1 cut nothing."""
 
     temperature: Annotated[float, Field(ge=0)] = 1.0
@@ -111,7 +111,7 @@ class RunFile(_Closed):
     tokenizer: str = ""
     data: Data = Data()
     reward: str = ""
-    sampling: Sampling = Sampling()
+    sampling: RunSampling = RunSampling()
     actor: Optimizer = Optimizer()
     critic: Optimizer = Optimizer(lr=5e-6)
     ppo: Ppo = Ppo()

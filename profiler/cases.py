@@ -50,7 +50,6 @@ CPU = Cases(
 MODULES = ("embedding_forward", "embedding_backward", "head_forward", "head_backward")
 BLOCKS = ("block_forward", "block_backward", "block_recompute", "block_prefill")
 CALLS = ("inference_call", "train_call")
-SAVING = ("block_forward", "head_forward")
 
 
 def grids(cases: Cases) -> dict[str, Axes]:

@@ -13,7 +13,8 @@ from cost_models.tables.tables import CostTable, load_table
 from cost_models.time.engines import DEFAULT_ENGINE, load_engine
 from plans.errors import RealplanError
 from plans.library import load_model
-from profiler.devices import DTYPES, hardware_kind, parse_device
+from plans.runnable import RUN_DTYPES
+from profiler.devices import hardware_kind, parse_device
 from profiler.profile import Request, profile
 
 DEGREES = (1, 2, 4, 8)
@@ -26,8 +27,8 @@ def profile_command(model: str, device: str, degrees: str, dtype: str, output: P
     if Path(model).exists():
         spec = replace(spec, name=str(Path(model).resolve()))  # so that the table finds its architecture again
     precision = dtype or ("bf16" if target.type == "cuda" else "fp32")
-    if precision not in DTYPES:
-        raise RealplanError(f"--dtype `{precision}` is unknown", f"one of {', '.join(DTYPES)}")
+    if precision not in RUN_DTYPES:
+        raise RealplanError(f"--dtype `{precision}` is unknown", f"one of {', '.join(RUN_DTYPES)}")
     _check_output(output, spec.name, hardware_kind(target), precision)
     chosen = _degrees(degrees) if degrees else legal_degrees(spec, DEGREES)
     try:

@@ -22,7 +22,6 @@ _KINDS = (
     (r"L40S", "l40s"),
     (r"4090", "rtx-4090"),
 )
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Precisions that the runtime trains in."""
 _CLOCKS = {"graphics": "clocks.max.graphics", "memory": "clocks.max.memory", "graphics_now": "clocks.current.graphics"}
 

@@ -23,12 +23,13 @@ from plans.errors import RealplanError
 from plans.model import ModelSpec
 from profiler.cases import CALLS, CPU, GPU, Axes, Cases, grids
 from profiler.collectives import CPU_BYTES, GPU_BYTES, device_count, measure_collectives
-from profiler.devices import DTYPES, clocks_mhz, device_name, hardware_kind, versions
+from profiler.devices import clocks_mhz, device_name, hardware_kind, versions
 from profiler.layers import Shard
 from profiler.results import Coordinates, Results
 from profiler.timers import Timing, measure, peak_bytes
 from runtime.groups import GroupCache
-from runtime.models.compat import install
+from runtime.models.installation import install
+from runtime.models.model import TORCH_DTYPES
 
 Advance = Callable[[str], None]
 ATTEMPTS = 5
@@ -116,7 +117,7 @@ def _alone(device: torch.device) -> Iterator[GroupCache]:
 def _shard(request: Request, tp: int, results: Results, communicators: GroupCache, advance: Advance) -> None:
     """All operations of one shard."""
     spec = shard_spec(request.spec, tp)
-    device, dtype = request.device, DTYPES[request.dtype]
+    device, dtype = request.device, TORCH_DTYPES[request.dtype]
     axes = grids(request.sizes)
     for some, of in ((tuple(n for n in axes if n not in CALLS), spec), (CALLS, call_spec(spec, CALL_VOCAB))):
         wanted = {name: axes[name] for name in some if _missing(results, name, tp, axes[name])}

@@ -16,10 +16,9 @@ from runtime.batches.data import PromptSet, fitting_prompts, read_prompts, read_
 from runtime.batches.rewards import Reward, load_reward
 from runtime.batches.sources import Examples, Prompts, RandomExamples, RandomPrompts, TextExamples, TextPrompts
 from runtime.batches.tokenizer import Tokenizer
+from runtime.models.model import TORCH_DTYPES
 from runtime.passes.sampling import Sampling
 from runtime.passes.training import AdamSettings
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Job:
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights."""
-        return DTYPES[self.plan.workload.dtype]
+        return TORCH_DTYPES[self.plan.workload.dtype]
 
     @property
     def offline(self) -> bool:

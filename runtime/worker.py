@@ -18,7 +18,7 @@ from runtime.executor import Executor
 from runtime.groups import GroupCache
 from runtime.job import prepare_job
 from runtime.launching.failures import Failure, write_failure
-from runtime.models.compat import install
+from runtime.models.installation import install
 from runtime.reports.records import Recorder
 
 # A rank that lost a peer gives the launcher this long to find the peer first, and to stop everybody.

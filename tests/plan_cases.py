@@ -9,7 +9,7 @@ from typing import Any
 
 from plans.algorithms import algorithm_graph
 from plans.checks import check_plan
-from plans.cluster import parse_mesh
+from plans.cluster import ClusterSpec, DeviceMesh, parse_mesh
 from plans.library import load_cluster, load_model
 from plans.plan import ExecutionPlan, PlannedCall
 from plans.runfile import RunFile
@@ -100,3 +100,19 @@ def vowels(prompts: list[str], responses: list[str]) -> list[float]:
 def failing(prompts: list[str], responses: list[str]) -> list[float]:
     """A reward with a mistake in it."""
     raise ZeroDivisionError("no reward today")
+
+
+def all_meshes(cluster: ClusterSpec) -> list[DeviceMesh]:
+    """Every legal mesh: aligned power-of-two parts of each node, then runs of whole nodes by growing length."""
+    per_node = cluster.gpus_per_node
+    meshes = []
+    size = 1
+    while size < per_node:
+        for node in range(cluster.nodes):
+            for first in range(0, per_node - size + 1, size):
+                meshes.append(DeviceMesh(first_node=node, nodes=1, first_gpu=first, gpus=size))
+        size *= 2
+    for count in range(1, cluster.nodes + 1):
+        for node in range(cluster.nodes - count + 1):
+            meshes.append(DeviceMesh(first_node=node, nodes=count, first_gpu=0, gpus=per_node))
+    return meshes

@@ -26,12 +26,6 @@ def model_names() -> list[str]:
     return [*data["aliases"], *data["models"]]
 
 
-def published_params(name: str) -> float:
-    """Published parameter count of a named architecture, in billions."""
-    data = _read("models.json")
-    return float(data["models"][data["aliases"].get(name, name)]["params_b"])
-
-
 def load_model(name: str) -> ModelSpec:
     """A named architecture (`llama-70b`), or the one of a folder that holds a Hugging Face `config.json`."""
     data = _read("models.json")

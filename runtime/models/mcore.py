@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from runtime.models.compat import importing_megatron
+from runtime.models.quiet import importing_megatron
 
 with importing_megatron():
     from megatron.core import __version__

@@ -17,6 +17,7 @@ from runtime.models.architecture import build_chunk, transformer_config
 from runtime.models.mcore import get_cuda_rng_tracker, get_transformer_layer_offset, model_parallel_cuda_manual_seed
 from runtime.models.support import check_runnable
 
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
 
@@ -116,14 +117,6 @@ def alias_parameters(source: Model, view: Model) -> None:
         for name, parameter in theirs.named_parameters():
             parameter.data = weights[name].data
             parameter.requires_grad_(False)
-
-
-@torch.no_grad()
-def move_weights(model: Model, device: torch.device) -> None:
-    """Move the weights of a model that no Trainer owns, to host memory (pinned) and back."""
-    for chunk in model.chunks:
-        for parameter in chunk.parameters():
-            parameter.data = moved(parameter.data, device)
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:

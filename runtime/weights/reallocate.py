@@ -129,7 +129,7 @@ class _Side:
 def _messages(plan: Reallocation, rank: int, turn: int) -> _Messages:
     sends: dict[int, list[Piece]] = {}
     receives: dict[int, list[Piece]] = {}
-    for transfer in plan.transfers:
+    for transfer in plan.moves:
         if transfer.round != turn:
             continue
         if transfer.source == rank:

@@ -17,23 +17,22 @@ from plans.layout import Layout
 from plans.model import ModelSpec
 from plans.strategy import Recompute
 from runtime.groups import GroupCache
-from runtime.models import compat
+from runtime.models import installation
 from runtime.models.mcore import schedules
-from runtime.models.model import build_model
+from runtime.models.model import TORCH_DTYPES, build_model
 
 CPU = torch.device("cpu")
 SPEC = ModelSpec(
     name="small", layers=2, hidden=256, heads=8, kv_heads=2, head_dim=32, ffn=704, vocab=512, max_context=512
 )
 SEQUENCES, TOKENS = 4, 128
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def stored_bytes(layers: int, precision: str, recompute: Recompute) -> int:
     """Bytes of the distinct storages that a forward pass saves for the backward pass, weights apart."""
     layout = Layout(dataclasses.replace(SPEC, layers=layers), (0,))
     groups = GroupCache(CPU).collection(layout)
-    module = build_model(layout, groups, dtype=DTYPES[precision], device=CPU, recompute=recompute).chunks[0]
+    module = build_model(layout, groups, dtype=TORCH_DTYPES[precision], device=CPU, recompute=recompute).chunks[0]
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     module.train()
@@ -53,7 +52,7 @@ def stored_bytes(layers: int, precision: str, recompute: Recompute) -> int:
 
 def measured(precision: str, recompute: Recompute) -> float:
     """Bytes per token and layer: the difference between models of four and two layers."""
-    compat.install(CPU)
+    installation.install(CPU)
     extra = stored_bytes(4, precision, recompute) - stored_bytes(2, precision, recompute)
     return extra / 2 / (SEQUENCES * TOKENS)
 
@@ -81,7 +80,7 @@ def test_in_flight_is_what_megatrons_schedules_warm_up_with(pp: int, vpp: int, m
 
 
 def test_stored_bytes_are_what_autograd_keeps_of_the_runtimes_blocks() -> None:
-    cases = [(precision, recompute) for precision in DTYPES for recompute in Recompute]
+    cases = [(precision, recompute) for precision in TORCH_DTYPES for recompute in Recompute]
     found = run_ranks(1, lambda: [measured(*case) for case in cases])[0]
     for case, kept in zip(cases, found, strict=True):
         # Beyond the model: fp32 row statistics of the norms and the rotary table, which does not grow with the batch.

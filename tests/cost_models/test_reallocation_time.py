@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+from plan_cases import all_meshes
 
 from cost_models.reallocation import reallocation_matrix, reallocation_time, reallocation_traffic, transfer_time
 from cost_models.time.engines import Engine, load_engine
 from cost_models.time.machine import Machine
-from plans.cluster import ClusterSpec, all_meshes
+from plans.cluster import ClusterSpec
 from plans.layout import Layout
 from plans.library import load_cluster, load_model
 from plans.model import ModelSpec
@@ -39,7 +40,7 @@ class Listed:
     @classmethod
     def of(cls, source: Layout, target: Layout, per_node: int) -> Listed:
         listed = cls()
-        for transfer in reallocation(source, target, per_node).transfers:
+        for transfer in reallocation(source, target, per_node).moves:
             listed.received[transfer.target] += transfer.elements
             if transfer.source // per_node == transfer.target // per_node:
                 listed.relayed[transfer.source] += transfer.elements

@@ -6,11 +6,12 @@ import random
 from dataclasses import replace
 
 import pytest
+from plan_cases import all_meshes
 
 from cost_models.simulate import Durations, latency_s, simulate
 from plans.algorithms import Variant, ppo
 from plans.checks import check_plan
-from plans.cluster import ClusterSpec, DeviceMesh, all_meshes
+from plans.cluster import ClusterSpec, DeviceMesh
 from plans.library import load_cluster, load_model
 from plans.plan import ExecutionPlan, PlannedCall
 from plans.program import Program, StepKind, compile_program

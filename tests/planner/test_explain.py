@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from plan_cases import all_meshes
 from typer.testing import CliRunner
 
 from cost_models.estimate import cost_plan
@@ -25,7 +26,7 @@ from planner.pricing import Space, build_space
 from planner.space import Pruned, Shape, strategies
 from plans.algorithms import Variant, ppo
 from plans.checks import check_plan
-from plans.cluster import DeviceMesh, all_meshes, parse_mesh
+from plans.cluster import DeviceMesh, parse_mesh
 from plans.codec import save_plan
 from plans.library import load_cluster, load_model
 from plans.plan import ExecutionPlan, PlannedCall

@@ -75,7 +75,7 @@ def content(spec: ModelSpec, piece: Piece, grid: int) -> set[Element]:
 def received(plan: Reallocation, spec: ModelSpec) -> dict[int, list[tuple[int, int, set[Element]]]]:
     """Target rank -> (round, source, elements) of what reaches it."""
     found: dict[int, list[tuple[int, int, set[Element]]]] = defaultdict(list)
-    for t in plan.transfers:
+    for t in plan.moves:
         elements = content(spec, t.piece, plan.grid)
         assert len(elements) == t.elements
         found[t.target].append((t.round, t.source, elements))
@@ -116,7 +116,7 @@ def test_the_network_carries_a_slice_to_a_node_once(case: tuple[Layout, Layout, 
     source, target, per_node = case
     plan = reallocation(source, target, per_node)
     crossed: dict[int, list[Element]] = defaultdict(list)
-    for t in plan.transfers:
+    for t in plan.moves:
         if t.source // per_node != t.target // per_node:
             # Replicated parameters (norms) go with every tensor-parallel slice, so they may cross with each.
             crossed[t.target // per_node] += content(source.spec, replace(t.piece, replicated=False), plan.grid)

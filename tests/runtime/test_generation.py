@@ -19,7 +19,7 @@ from plans.layout import Layout
 from runtime.batches.data import left_padded, read_prompts
 from runtime.batches.tokenizer import Tokenizer
 from runtime.groups import GroupCache
-from runtime.models import compat
+from runtime.models import installation
 from runtime.models.model import Model
 from runtime.passes.generation import Generated, generate
 from runtime.passes.sampling import Sampling
@@ -74,7 +74,7 @@ def _on_model(
     """Results of `work(model)` on each rank of a world."""
 
     def run() -> Any:
-        compat.install(CPU)
+        installation.install(CPU)
         model = build(GroupCache(CPU), layout_of(spec_from_folder(folder), **degrees), **settings)
         assert model is not None
         load_weights(model, folder)

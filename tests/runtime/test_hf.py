@@ -16,7 +16,7 @@ from plans.errors import SpecError
 from plans.huggingface import spec_from_config, spec_from_folder
 from plans.model import ModelSpec
 from runtime.groups import GroupCache
-from runtime.models import compat
+from runtime.models import installation
 from runtime.models.model import named_shards
 from runtime.passes.forward import token_values
 from runtime.weights.export import export, weight_files
@@ -38,7 +38,7 @@ def test_round_trip_is_bit_identical(kind: str, tmp_path: Path):
     layouts = ({"tp": 2, "pp": 2}, {"dp": 2, "tp": 2}, {"pp": 2, "vpp": 2}, {})
 
     def write() -> None:
-        compat.install(CPU)
+        installation.install(CPU)
         groups = GroupCache(CPU)
         for i, degrees in enumerate(layouts):
             model = build(groups, layout_of(spec, **degrees))
@@ -66,7 +66,7 @@ def test_a_second_export_replaces_the_first(tmp_path: Path):
     spec = ModelSpec(name="tiny", layers=2, hidden=32, heads=2, kv_heads=2, head_dim=16, ffn=48, vocab=130)
 
     def write() -> None:
-        compat.install(CPU)
+        installation.install(CPU)
         model = build(GroupCache(CPU), layout_of(spec))
         assert model is not None
         for seed in (1, 2):
@@ -85,7 +85,7 @@ def test_value_head_from_a_language_model_starts_from_zero_and_returns(tmp_path:
     batch = padded_batch(2, prompt=6, response=6)
 
     def write() -> tuple[torch.Tensor, torch.Tensor]:
-        compat.install(CPU)
+        installation.install(CPU)
         model = build(GroupCache(CPU), layout_of(spec, pp=2))
         assert model is not None
         load_weights(model, tmp_path / "lm")
@@ -126,7 +126,7 @@ def test_each_rank_reads_only_its_part(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(Checkpoint, "tensor", lambda self, name, shape: Counting(real(self, name, shape)))
 
     def read() -> int:
-        compat.install(CPU)
+        installation.install(CPU)
         model = build(GroupCache(CPU), layout_of(spec, tp=2, pp=2))
         assert model is not None
         load_weights(model, tmp_path)
@@ -173,7 +173,7 @@ def test_index_is_like_hugging_faces(tmp_path: Path):
     spec = spec_from_folder(tmp_path / "source")
 
     def write() -> None:
-        compat.install(CPU)
+        installation.install(CPU)
         model = build(GroupCache(CPU), layout_of(spec, pp=2))
         assert model is not None
         load_weights(model, tmp_path / "source")

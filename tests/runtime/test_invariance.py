@@ -24,7 +24,7 @@ from runtime.batches.transfer import BatchStore, Rows
 from runtime.executor import Executor
 from runtime.groups import GroupCache
 from runtime.job import prepare_job
-from runtime.models.compat import install
+from runtime.models.installation import install
 from runtime.models.support import check_supported
 from runtime.reports.metrics import Metrics, iteration_metrics
 from runtime.reports.records import Recorder, RecordReader

@@ -17,7 +17,7 @@ from plans.layout import Layout, model_units
 from plans.model import ModelSpec, Norm, Position
 from plans.strategy import Recompute
 from runtime.groups import GroupCache, rank_sets
-from runtime.models import compat
+from runtime.models import installation
 from runtime.models.model import alias_parameters, build_model, named_shards
 from runtime.models.modules import KVCache
 from runtime.models.shards import shard, shard_shape, unshard
@@ -51,7 +51,7 @@ SPEC = ModelSpec(name="tiny", layers=4, hidden=64, heads=4, kv_heads=2, head_dim
 )
 def test_parameters_are_those_of_the_layout(spec: ModelSpec):
     def built() -> list[tuple[dict[str, int], list[str]]]:
-        compat.install(CPU)
+        installation.install(CPU)
         groups = GroupCache(CPU)
         found = []
         for degrees in LAYOUTS:
@@ -140,7 +140,7 @@ def test_logprobs_equal_hugging_face(kind: str, tmp_path: Path):
     spec = spec_from_folder(tmp_path)
 
     def errors() -> dict[str, float]:
-        compat.install(CPU)
+        installation.install(CPU)
         groups = GroupCache(CPU)
         found = {}
         for degrees in LAYOUTS:
@@ -172,7 +172,7 @@ def test_values_equal_hugging_face(tmp_path: Path):
     spec = spec_from_folder(tmp_path).with_value_head()
 
     def errors() -> dict[str, float]:
-        compat.install(CPU)
+        installation.install(CPU)
         groups = GroupCache(CPU)
         found = {}
         for degrees in LAYOUTS:
@@ -195,7 +195,7 @@ def test_bfloat16_is_near_hugging_face(tmp_path: Path):
     spec = spec_from_folder(tmp_path)
 
     def logprobs() -> torch.Tensor:
-        compat.install(CPU)
+        installation.install(CPU)
         model = build(GroupCache(CPU), layout_of(spec, tp=2), dtype=torch.bfloat16, sequence_parallel=True)
         assert model is not None
         load_weights(model, tmp_path)
@@ -210,7 +210,7 @@ def test_random_weights_do_not_depend_on_the_layout():
     batch = padded_batch(2, prompt=6, response=6)
 
     def logprobs() -> list[torch.Tensor]:
-        compat.install(CPU)
+        installation.install(CPU)
         groups = GroupCache(CPU)
         found = []
         for degrees in LAYOUTS:
@@ -235,7 +235,7 @@ def test_a_view_shares_weights_and_generates(tmp_path: Path):
     spec = spec_from_folder(tmp_path)
 
     def decode() -> torch.Tensor:
-        compat.install(CPU)
+        installation.install(CPU)
         groups = GroupCache(CPU)
         layout = layout_of(spec, tp=2)
         training = build(groups, layout, sequence_parallel=True, recompute=Recompute.FULL)

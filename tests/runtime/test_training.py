@@ -15,7 +15,7 @@ from plans.errors import RealplanError
 from plans.huggingface import spec_from_folder
 from plans.strategy import Recompute
 from runtime.groups import GroupCache
-from runtime.models import compat
+from runtime.models import installation
 from runtime.models.model import Model, named_shards
 from runtime.passes.forward import Batch, TokenOutput, cut, pack, packed_width, token_logprobs
 from runtime.passes.logprobs import token_logprobs_of
@@ -127,7 +127,7 @@ def test_steps_equal_one_process(kind: str, tmp_path: Path):
     spec = spec.with_value_head() if kind == "reward" else spec
 
     def errors() -> dict[str, dict[str, float]]:
-        compat.install(CPU)
+        installation.install(CPU)
         groups = GroupCache(CPU)
         found = {}
         for case in CASES:
@@ -176,7 +176,7 @@ def test_bfloat16_has_float32_masters(sharded: bool, tmp_path: Path):
     settings = AdamSettings(lr=1e-6, clip_norm=0.1)
 
     def run() -> tuple[float, float, float]:
-        compat.install(CPU)
+        installation.install(CPU)
         model = build(GroupCache(CPU), layout_of(spec, dp=2), dtype=torch.bfloat16)
         assert model is not None
         load_weights(model, tmp_path)
@@ -206,7 +206,7 @@ def test_restored_state_continues_the_run(dtype: torch.dtype, tmp_path: Path):
     spec = spec_from_folder(tmp_path)
 
     def run() -> bool:
-        compat.install(CPU)
+        installation.install(CPU)
         groups = GroupCache(CPU)
 
         def start() -> tuple[Model, Trainer]:
@@ -239,7 +239,7 @@ def test_training_and_scoring_alternate(tmp_path: Path):
     spec = spec_from_folder(tmp_path)
 
     def run() -> list[torch.Tensor]:
-        compat.install(CPU)
+        installation.install(CPU)
         model = build(GroupCache(CPU), layout_of(spec, pp=2, vpp=2))
         assert model is not None
         load_weights(model, tmp_path)

@@ -1,8 +1,7 @@
-"""Megatron-core 0.16.1 on devices it was not written for. The only module that touches its internals.
+"""Torch as megatron-core sees it on the CPU.
 
-On CUDA almost nothing is done. On the CPU every `megatron.core` module gets, under the name `torch`, a proxy that
-maps CUDA devices to the CPU and stands in for `torch.cuda`; global torch stays as it is, but for `Tensor.cuda`.
-`parallel_state` is never initialised, so that code which falls back on global process groups fails.
+Every `megatron.core` module gets, under the name `torch`, a proxy that maps CUDA devices to the CPU and stands in for
+`torch.cuda`; global torch stays as it is, but for `Tensor.cuda`.
 """
 
 from __future__ import annotations
@@ -11,63 +10,23 @@ import contextlib
 import functools
 import importlib
 import inspect
-import logging
 import sys
 import types
-import warnings
 from collections.abc import Callable, Iterator
 from importlib.machinery import ModuleSpec
 from typing import Any
 
 import torch
 
-from plans.errors import RealplanError
-
 CPU = torch.device("cpu")
-VERSION = "0.16.1"
 _FACTORIES = (
     "zeros", "ones", "empty", "tensor", "full", "arange", "rand", "randn", "as_tensor", "randint", "empty_like",
     "zeros_like",
 )  # fmt: skip
 
 
-@contextlib.contextmanager
-def importing_megatron() -> Iterator[None]:
-    """Hold while `megatron.core` is imported: no warnings about optional packages, and on the CPU no `torch.compile`.
-
-    `megatron.core.jit` binds its fuser to `torch.compile` at import; on the CPU that costs seconds and a C++ compiler.
-    """
-    compile_ = torch.compile
-    if not torch.cuda.is_available():
-        torch.compile = _keep_function  # type: ignore[assignment]
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        torch.compile = compile_
-        logging.disable(disabled)
-
-
-def install(device: torch.device) -> None:
-    """Make megatron-core run on `device`. Call once per process before models are built; a second call is free."""
-    from runtime.models import mcore
-
-    if mcore.__version__ != VERSION:
-        raise RealplanError(
-            f"megatron-core is {mcore.__version__}; this runtime patches {VERSION}",
-            f"pip install megatron-core=={VERSION}",
-        )
-    _quieten()
-    state = importlib.import_module("megatron.core.parallel_state")
-    if state._GLOBAL_MEMORY_BUFFER is None:  # scratch memory for sequence parallel, not a process group
-        state._set_global_memory_buffer()
-    importlib.import_module("megatron.core.transformer.moe.moe_utils").__dict__.setdefault("te_general_gemm", None)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        return
+def put_on_cpu() -> None:
+    """Make megatron-core run on the CPU; a second call is free."""
     layers = importlib.import_module("megatron.core.tensor_parallel.layers")
     if isinstance(layers.torch, _Proxy):
         return
@@ -76,20 +35,6 @@ def install(device: torch.device) -> None:
     _patch_type_names()
     _patch_moe()
     torch.Tensor.cuda = _keep_tensor  # type: ignore[method-assign, assignment]
-
-
-def _quieten() -> None:
-    """Hide warnings about how megatron-core is written, which its users cannot mend."""
-    warnings.filterwarnings("ignore", module=r"megatron\.core")
-    for message in (
-        r".*torch\.distributed\.\w+_tensor. is deprecated",
-        r"The \.grad attribute of a Tensor that is not",
-    ):
-        warnings.filterwarnings("ignore", message=message)
-
-
-def _keep_function(function: Any = None, *_: Any, **__: Any) -> Any:
-    return function if callable(function) else _keep_function
 
 
 def _keep_tensor(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:

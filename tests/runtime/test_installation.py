@@ -11,22 +11,22 @@ import torch
 from megatron.core import parallel_state
 from ranks import RankError, run_ranks
 
-from runtime.models import compat
+from runtime.models import installation
 
 CPU = torch.device("cpu")
 
 
 def test_install_leaves_global_torch_alone():
     zeros, cuda, compile_ = torch.zeros, torch.cuda, torch.compile
-    compat.install(CPU)
-    compat.install(CPU)
+    installation.install(CPU)
+    installation.install(CPU)
     assert (torch.zeros, torch.cuda, torch.compile) == (zeros, cuda, compile_)
     assert isinstance(cuda, types.ModuleType)
     assert not parallel_state.is_initialized()
 
 
 def test_megatron_sees_the_cpu():
-    compat.install(CPU)
+    installation.install(CPU)
     from megatron.core.tensor_parallel import layers
 
     assert layers.torch.cuda.current_device() == CPU
@@ -36,13 +36,13 @@ def test_megatron_sees_the_cpu():
 
 
 def test_groups_of_megatron_cannot_be_used_by_mistake():
-    compat.install(CPU)
+    installation.install(CPU)
     with pytest.raises(AssertionError):
         parallel_state.get_tensor_model_parallel_group()
 
 
 def test_import_is_quiet():
-    code = "import torch; from runtime.models import compat; compat.install(torch.device('cpu'))"
+    code = "import torch; from runtime.models import installation; installation.install(torch.device('cpu'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == ""
     assert "megatron" not in done.stderr.lower()

@@ -1,0 +1,36 @@
+"""Megatron-core 0.16.1 made ready on a device. Only this module and `cpu` touch its internals.
+
+`parallel_state` is never initialised, so that code which falls back on global process groups fails.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+
+from plans.errors import RealplanError
+from runtime.models.cpu import put_on_cpu
+from runtime.models.quiet import quieten
+
+VERSION = "0.16.1"
+
+
+def install(device: torch.device) -> None:
+    """Make megatron-core run on `device`. Call once per process before models are built; a second call is free."""
+    from runtime.models import mcore
+
+    if mcore.__version__ != VERSION:
+        raise RealplanError(
+            f"megatron-core is {mcore.__version__}; this runtime patches {VERSION}",
+            f"pip install megatron-core=={VERSION}",
+        )
+    quieten()
+    state = importlib.import_module("megatron.core.parallel_state")
+    if state._GLOBAL_MEMORY_BUFFER is None:  # scratch memory for sequence parallel, not a process group
+        state._set_global_memory_buffer()
+    importlib.import_module("megatron.core.transformer.moe.moe_utils").__dict__.setdefault("te_general_gemm", None)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        return
+    put_on_cpu()
