@@ -34,10 +34,10 @@ from planner.search.portfolio import Answer, Method, search
 from planner.tidy import tidy
 from planner.whatif import what_if
 from plans.checks import check_plan
-from plans.codec import digest, read_plan, save_plan
-from plans.errors import Infeasible, PlanError
+from plans.codec import digest, plan_text, read_plan, save_plan
+from plans.documents import locate
+from plans.errors import Infeasible
 from plans.plan import ExecutionPlan
-from plans.problems import locate
 from plans.render import render_plan
 from plans.runnable import run_note, run_problems
 
@@ -170,10 +170,7 @@ def _infeasible(reason: Infeasible, as_json: bool) -> int:
 
 def check_command(path: Path, *, write: bool, engine: str, as_json: bool) -> int:
     """Every problem of a plan, or its new estimate."""
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(f"cannot read plan `{path}`: {error}", "`realplan search` writes a plan") from None
+    text = plan_text(path)
     plan, problems = read_plan(text)
     cost = None
     if plan is not None:

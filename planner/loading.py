@@ -6,16 +6,16 @@ from pathlib import Path
 
 from cost_models.time.engines import DEFAULT_ENGINE
 from plans.checks import check_plan
-from plans.codec import load_plan
+from plans.codec import load_plan, plan_text
+from plans.documents import locate
 from plans.errors import PlanError
 from plans.plan import ExecutionPlan
-from plans.problems import locate
 
 
 def legal_plan(path: Path) -> ExecutionPlan:
     """A plan that keeps every rule of `plans.checks`; raises PlanError with all that it breaks."""
     plan = load_plan(path)
-    problems = locate(path.read_text(), check_plan(plan))
+    problems = locate(plan_text(path), check_plan(plan))
     if problems:
         raise PlanError("\n".join(problem.text(str(path)) for problem in problems))
     return plan

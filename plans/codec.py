@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 
 from plans.algorithms import algorithm_graph
 from plans.cluster import ClusterSpec, GpuSpec, parse_mesh
+from plans.documents import BadText, locate, parse_json, read_text
 from plans.errors import PlanError, RealplanError, nearest
 from plans.files import write_atomically
 from plans.graph import DataflowGraph
@@ -25,8 +25,9 @@ from plans.graphfile import file_of, graph_of
 from plans.library import load_gpu, load_model, model_names
 from plans.model import Head, ModelSpec, Norm, Position, RopeScaling
 from plans.plan import Estimate, ExecutionPlan, PlannedCall
-from plans.planfile import FORMAT, CallFile, ClusterFile, GpuFile, ModelFile, PlanFile, WorkloadFile
-from plans.problems import Path_, Problem, blank_comments, locate, value_problem
+from plans.planfile import FORMAT, CallFile, ClusterFile, ModelFile, PlanFile, WorkloadFile
+from plans.problems import Path_, Problem, blank_comments
+from plans.shapes import shape_problems
 from plans.strategy import KEYS, ParallelStrategy, parse_degrees
 from plans.workload import Workload, role_spec
 
@@ -46,78 +47,30 @@ class BadPlan(PlanError):
 
 def load_plan(path: Path) -> ExecutionPlan:
     """Read a plan file; raises BadPlan with every problem of shape and value. Rules are `plans.checks.check_plan`."""
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise PlanError(f"cannot read plan `{path}`: {reason}", "`realplan search` writes a plan") from None
-    plan, problems = read_plan(text)
+    plan, problems = read_plan(plan_text(path))
     if plan is None:
         raise BadPlan(str(path), problems)
     return plan
 
 
+def plan_text(path: Path) -> str:
+    """The text of a plan file; raises PlanError when it cannot be read."""
+    return read_text(path, PlanError, "plan", "`realplan search` writes a plan")
+
+
 def read_plan(text: str) -> tuple[ExecutionPlan | None, list[Problem]]:
     """A plan from the text of a file, or the located problems of its shape and values."""
     try:
-        data = json.loads(blank_comments(text), object_pairs_hook=_no_duplicates)
-    except json.JSONDecodeError as error:
-        hint = "a comma or a quote is missing, or there is a comma too many, at or before this place"
-        return None, [Problem("json", f"not JSON: {error.msg}", hint, (), error.lineno, error.colno)]
-    except PlanError as error:
-        return None, locate(text, [Problem("duplicate-key", error.message, error.hint)])
-    except (ValueError, RecursionError):
-        message = "not JSON that can be read: a number is too long, or brackets stand too deep inside each other"
-        return None, [Problem("json", message, "`realplan schema` prints what a plan file holds")]
+        data = parse_json(blank_comments(text))
+    except BadText as error:
+        return None, [error.problem]
     try:
         file = PlanFile.model_validate(data)
     except ValidationError as error:
-        return None, locate(text, [_shape_problem(data, detail) for detail in error.errors()])
+        return None, locate(text, shape_problems(PlanFile, data, error, "the plan"))
     reader = _Reader()
     plan = reader.plan(file)
     return (None, locate(text, reader.problems)) if reader.problems else (plan, [])
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    twice = next((key for key in keys if keys.count(key) > 1), None)
-    if twice is not None:
-        raise PlanError(f"key `{twice}` is given twice", "keep one of them")
-    return dict(pairs)
-
-
-def _shape_problem(data: Any, detail: ErrorDetails) -> Problem:
-    # Union members add a step such as `ModelFile` to the location; only steps that exist in the data lead somewhere.
-    path: list[str | int] = []
-    node = data
-    for step in detail["loc"]:
-        if isinstance(node, dict) and (step in node or detail["type"] in ("missing",)):
-            path.append(step)
-            node = node.get(step)
-        elif isinstance(node, list) and isinstance(step, int) and step < len(node):
-            path.append(step)
-            node = node[step]
-    where = ".".join(str(step) for step in path) or "the plan"
-    if detail["type"] == "extra_forbidden":
-        known = _known_keys(tuple(path[:-1]))
-        return Problem("unknown-key", f"unknown key `{path[-1]}`", nearest(str(path[-1]), known), tuple(path))
-    if detail["type"] == "missing":
-        parent = tuple(path[:-1])
-        return Problem("missing-key", f"key `{path[-1]}` is missing", f'add "{path[-1]}"', parent)
-    return value_problem(where, detail, tuple(path))
-
-
-def _known_keys(path: Path_) -> list[str]:
-    model: Any = {
-        "workload": WorkloadFile,
-        "cluster": ClusterFile,
-        "calls": CallFile,
-    }.get(str(path[0]) if path else "", PlanFile)
-    if path[:1] == ("workload",) and len(path) > 1:
-        model = ModelFile
-    if path[:1] == ("cluster",) and len(path) > 1:
-        model = GpuFile
-    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 class _Reader:
@@ -141,8 +94,9 @@ class _Reader:
         calls = [self.call(call, ("calls", i), cluster, workload) for i, call in enumerate(file.calls)]
         planned = tuple(call for call in calls if call is not None)
         names = [call.call for call in planned]
+        first = {name: i for i, name in reversed(list(enumerate(names)))}
         for i, name in enumerate(names):
-            if name in names[:i]:
+            if first[name] < i:
                 self.problems.append(Problem("call-twice", f"call `{name}` stands twice", "delete one", ("calls", i)))
         for call in workload.graph.model_calls:
             if not self.problems and call.name not in [entry.call for entry in file.calls]:

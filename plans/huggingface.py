@@ -1,96 +1,112 @@
-"""ModelSpec from a Hugging Face `config.json`, and back. Reads JSON only; weights are the runtime's business."""
+"""ModelSpec from a Hugging Face `config.json`, and back. Reads JSON only; weights are the runtime's business.
+
+Which keys are obeyed is said in `plans/families.py`; a config is applied whole or refused by the name of the key.
+"""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from plans.errors import SpecError, nearest
-from plans.model import ModelSpec, RopeScaling
+from pydantic import ValidationError
 
-_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-_ACTIVATIONS = {"silu": "silu", "swish": "silu"}
+from plans.documents import BadText, locate, parse_json, read_text, refuse
+from plans.errors import SpecError, nearest
+from plans.families import FAMILIES, INERT, Decoder
+from plans.model import ModelSpec
+from plans.problems import Problem, shortened
+from plans.shapes import shape_problems
+
+CONFIG = "config.json"
 
 
 def spec_from_folder(folder: Path) -> ModelSpec:
-    """The architecture of a Hugging Face model folder (or of a `config.json` itself)."""
-    path = folder if folder.is_file() else folder / "config.json"
-    if not path.is_file():
-        raise SpecError(f"no config.json in `{folder}`", "name a folder that holds a Hugging Face model")
+    """The architecture of a Hugging Face model folder (or of a `config.json` itself).
+
+    Raises SpecError with every located problem: a family or a key that is not obeyed, a value out of its range.
+    """
+    path = folder if folder.is_file() else folder / CONFIG
+    hint = "name a folder that holds a Hugging Face model"
+    if not path.exists():
+        raise SpecError(f"no {CONFIG} in `{folder}`", hint)
+    text = read_text(path, SpecError, "config", hint)
     try:
-        config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise SpecError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from None
-    if not isinstance(config, dict):
-        raise SpecError(f"{path}: a config.json holds one object")
-    return spec_from_config(config, path.parent.name)
+        config = parse_json(text)
+    except BadText as error:
+        refuse(SpecError, path, [error.problem])
+    found = _read(config, path.resolve().parent.name)
+    return refuse(SpecError, path, locate(text, found)) if isinstance(found, list) else found
 
 
 def spec_from_config(config: dict[str, Any], name: str) -> ModelSpec:
-    """ModelSpec of a parsed `config.json`. Errors name the missing or unsupported key."""
-    family = config.get("model_type", "llama")
-    if family not in _FAMILIES:
-        raise SpecError(f"config.json: model_type `{family}` is not supported", nearest(str(family), _FAMILIES))
-    for key in ("attention_bias", "mlp_bias"):
-        if config.get(key) and family != "qwen2":
-            raise SpecError(f"config.json: {key} of a {family} model is not supported", "a model without these biases")
-    activation = config.get("hidden_act", "silu")
-    if activation not in _ACTIVATIONS:
-        raise SpecError(f"config.json: hidden_act `{activation}` is not supported", "`silu`")
+    """ModelSpec of a parsed `config.json`; raises as `spec_from_folder`."""
+    found = _read(config, name)
+    return refuse(SpecError, CONFIG, found) if isinstance(found, list) else found
+
+
+def runs(folder: Path) -> bool:
+    """Whether the runtime computes the family of a folder, so that its weights can be used."""
+    config = parse_json(read_text(folder / CONFIG, SpecError, "config"))
+    return FAMILIES[config["model_type"]].RUNS
+
+
+def _read(config: Any, name: str) -> ModelSpec | list[Problem]:
+    if not isinstance(config, dict):
+        return [Problem("value", "a config holds one object", '{"model_type": ..., ...}')]
+    family = _family(config)
+    if isinstance(family, Problem):
+        return [family]
+    strange = [key for key, value in config.items() if value not in (None, {}, []) and not _known(key, family)]
+    if strange:
+        return [_strange(key, family, config) for key in strange]
     try:
-        heads = config["num_attention_heads"]
-        return ModelSpec(
-            name=name,
-            layers=config["num_hidden_layers"],
-            hidden=config["hidden_size"],
-            heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            ffn=config["intermediate_size"],
-            vocab=config["vocab_size"],
-            activation=_ACTIVATIONS[activation],
-            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-            norm_eps=config.get("rms_norm_eps", 1e-6),
-            max_context=min(config.get("max_position_embeddings", 4096), _window(config)),
-            rope_theta=_rope(config).get("rope_theta", config.get("rope_theta", 10000.0)),
-            rope_scaling=_scaling(_rope(config)),
-            qkv_bias=family == "qwen2",
-            qk_norm=family == "qwen3",
-        )
-    except KeyError as missing:
-        raise SpecError(f"config.json: key {missing} is missing") from None
+        return family.model_validate({k: v for k, v in config.items() if k in family.model_fields}).spec(name)
+    except ValidationError as error:
+        problems = shape_problems(family, config, error, "the config")
+        refused = {problem.path[:-1] for problem in problems if problem.rule == "not-obeyed"}
+        # Keys beside a refused kind of scaling belong to that kind.
+        return [p for p in problems if p.rule == "not-obeyed" or not p.path[:-1] or p.path[:-1] not in refused]
+    except SpecError as error:
+        return [Problem("model", error.message, error.hint)]
 
 
-def _window(config: dict[str, Any]) -> int:
-    """Tokens up to which attention over a sliding window equals full attention."""
-    return (
-        config["sliding_window"] if config.get("use_sliding_window", True) and config.get("sliding_window") else 2**31
-    )
+def _family(config: dict[str, Any]) -> type[Decoder] | Problem:
+    kind = config.get("model_type")
+    run = ", ".join(f"`{name}`" for name, family in FAMILIES.items() if family.RUNS)
+    plan = ", ".join(f"`{name}`" for name, family in FAMILIES.items() if not family.RUNS)
+    hint = f"these run: {run}; these can be planned: {plan}"
+    if isinstance(kind, str) and kind in FAMILIES:
+        return FAMILIES[kind]
+    if kind is None:
+        return Problem("missing-key", "key `model_type` is missing", hint)
+    inner = config.get("text_config")
+    if isinstance(inner, dict):
+        part = inner.get("model_type")
+        message = f"model_type `{shortened(kind)}` joins a text model (`{shortened(part)}`) with other parts"
+        return Problem("family", f"{message}; only text models are known", hint, ("text_config",))
+    return Problem("family", f"model_type `{shortened(kind)}` is not known", hint, ("model_type",))
 
 
-def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Rotary settings: `rope_parameters` of newer configs, `rope_scaling` of older ones."""
-    return config.get("rope_parameters") or config.get("rope_scaling") or {}
+def _known(key: str, family: type[Decoder]) -> bool:
+    return key in family.model_fields or key in INERT or key.startswith("_")
 
 
-def _scaling(rope: dict[str, Any]) -> RopeScaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise SpecError(f"config.json: rope_type `{kind}` is not supported", "`default` or `llama3`")
-    return RopeScaling(
-        factor=rope["factor"],
-        low_freq_factor=rope["low_freq_factor"],
-        high_freq_factor=rope["high_freq_factor"],
-        original_max_position=rope["original_max_position_embeddings"],
-    )
+def _strange(key: str, family: type[Decoder], config: dict[str, Any]) -> Problem:
+    """The problem of a key that the family does not have; other families that do have it are named."""
+    kind = config["model_type"]
+    others = [f"`{name}`" for name, other in FAMILIES.items() if key in other.model_fields]
+    if others:
+        hint = f"a key of {', '.join(others)}: is `model_type` right? Delete it if the model does not use it"
+    else:
+        close = nearest(key, [name for name in family.model_fields if name not in config])
+        hint = close if close.startswith("did") else "delete it if it changes nothing"
+    message = f"key `{shortened(key)}` is not one of a {kind} model, and may change the numbers"
+    return Problem("unknown-key", message, hint, (key,))
 
 
 def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
     """A `config.json` for a model that was not read from one."""
-    family = "qwen3" if spec.qk_norm else "qwen2" if spec.qkv_bias else "llama"
+    family = "qwen3" if spec.qk_norm else "qwen2" if spec.qkv_bias else "mistral" if spec.window else "llama"
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": spec.rope_theta}
     if spec.rope_scaling:
         scaling = spec.rope_scaling
@@ -102,7 +118,7 @@ def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
             "original_max_position_embeddings": scaling.original_max_position,
         }
     return {
-        "architectures": [f"{family.capitalize()}ForCausalLM"],
+        "architectures": [FAMILIES[family].ARCHITECTURE],
         "model_type": family,
         "num_hidden_layers": spec.layers,
         "hidden_size": spec.hidden,
@@ -117,4 +133,5 @@ def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
         "max_position_embeddings": spec.max_context,
         "rope_theta": spec.rope_theta,
         "rope_parameters": rope,
+        **({"sliding_window": spec.window} if family == "mistral" else {}),
     }

@@ -6,10 +6,13 @@ Knows nothing of layouts or of time. Parameter counts follow the published archi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from plans.errors import SpecError
+
+MOST_EXPERTS = 200_000
 
 
 class Norm(StrEnum):
@@ -50,6 +53,7 @@ class ModelSpec:
 
     `ffn` is the inner width of one MLP (of one expert where `experts` > 0); `head_dim` may differ from
     hidden / heads (Gemma, Qwen3). `linear_bias` means biases on every linear of the block (GPT-2, GPT-3, BLOOM).
+    `window`: tokens that attention sees, 0 for all; no longer sequence is computed rightly without it.
     `norms_per_layer` counts the norms over the hidden width in one block (Gemma 2 and 3 have four).
     """
 
@@ -69,6 +73,7 @@ class ModelSpec:
     norms_per_layer: int = 2
     position: Position = Position.ROPE
     max_context: int = 4096
+    window: int = 0
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     qkv_bias: bool = False
@@ -87,7 +92,12 @@ class ModelSpec:
         if self.heads % self.kv_heads:
             raise SpecError(
                 f"model `{self.name}`: heads {self.heads} must be a multiple of kv_heads {self.kv_heads}",
-                f"kv_heads one of {[k for k in range(1, self.heads + 1) if self.heads % k == 0]}",
+                f"kv_heads {math.gcd(self.heads, self.kv_heads)}, for example",
+            )
+        if self.layers * self.experts > MOST_EXPERTS:
+            raise SpecError(
+                f"model `{self.name}`: {self.layers} x {self.experts} experts; {MOST_EXPERTS:,} at most",
+                f"experts {MOST_EXPERTS // self.layers}, for example",
             )
         if self.experts_per_token > self.experts:
             raise SpecError(

@@ -52,13 +52,14 @@ class ModelFile(_Closed):
     norms_per_layer: int = 2
     position: Literal["rope", "learned", "alibi"] = "rope"
     max_context: Size = 4096
+    window: Annotated[int, Field(ge=0, le=10**8, description="tokens that attention sees; 0: all")] = 0
     rope_theta: float = 10000.0
     rope_scaling: RopeScalingFile | None = None
     qkv_bias: bool = False
     qk_norm: bool = False
     linear_bias: bool = False
-    experts: Annotated[int, Field(ge=0, le=10**8)] = 0
-    experts_per_token: Annotated[int, Field(ge=0, le=10**8)] = 0
+    experts: Annotated[int, Field(ge=0, le=10**5)] = 0
+    experts_per_token: Annotated[int, Field(ge=0, le=10**5)] = 0
     shared_ffn: Annotated[int, Field(ge=0, le=10**8)] = 0
 
 

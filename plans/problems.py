@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import yaml
 from pydantic_core import ErrorDetails
 
 Path_ = tuple[str | int, ...]
 LONGEST_VALUE = 40
+MOST_PROBLEMS = 20
 _KINDS = {
     "int": ("a whole number", "1"),
     "float": ("a number", "1.0"),
@@ -25,10 +25,13 @@ _KINDS = {
     "model": ("keys with values", "{...}"),
 }
 """Start of pydantic's name of a mistake -> what the value must be, and how that is written."""
+REFUSED = "refused"
+"""Name of a mistake that a validator of ours finds; it brings its own hint."""
 _BOUNDS = {
     "greater_than_equal": ("ge", "at least"),
     "less_than_equal": ("le", "at most"),
     "greater_than": ("gt", "above"),
+    "less_than": ("lt", "below"),
 }
 
 
@@ -68,11 +71,15 @@ def value_problem(where: str, detail: ErrorDetails, path: Path_) -> Problem:
     kind, context = detail["type"], detail.get("ctx", {})
     shown = f" is {_shown(detail.get('input'))}"
     key = where.rpartition(".")[2]
+    if kind == REFUSED:
+        return Problem("not-obeyed", f"{where}{shown}: {detail['msg']}", context["hint"], path)
     if kind in _BOUNDS:
         name, words = _BOUNDS[kind]
-        bound = int(context[name])
-        legal = bound + 1 if kind == "greater_than" else bound
-        return Problem("value", f"{where}{shown}; it must be {words} {bound:,}", f'"{key}": {legal}, for example', path)
+        bound = context[name]
+        legal = bound if name in ("ge", "le") else bound + 1 if name == "gt" else bound / 2
+        rule = f"{words} {int(bound):,}" if float(bound).is_integer() else f"{words} {bound:g}"
+        example = f"{legal:g}" if isinstance(legal, float) else str(legal)
+        return Problem("value", f"{where}{shown}; it must be {rule}", f'"{key}": {example}, for example', path)
     if "expected" in context:
         return Problem("value", f"{where}{shown}, which is unknown", f"one of {context['expected']}", path)
     rule, example = next((words for start, words in _KINDS.items() if kind.startswith(start)), (detail["msg"], ""))
@@ -95,40 +102,14 @@ def blank_comments(text: str) -> str:
         found = match.group()
         return found if found.startswith('"') else re.sub(r"[^\n]", " ", found)
 
-    return re.sub(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/\*.*?\*/', blank, text, flags=re.DOTALL)
+    # What is not closed matches to its end, so that no text is scanned twice.
+    return re.sub(r'"(?:\\.|[^"\\\n])*"?|//[^\n]*|/\*.*?(?:\*/|\Z)', blank, text, flags=re.DOTALL)
 
 
-def locate(text: str, problems: Sequence[Problem]) -> list[Problem]:
-    """Give every problem the line and column of its value, or of the nearest parent that exists."""
-    try:
-        root = yaml.compose(blank_comments(text).replace("\t", " "), Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, RecursionError):
-        return list(problems)
-    located = []
-    for problem in problems:
-        mark = _mark(root, problem.path)
-        located.append(replace(problem, line=mark[0] + 1, column=mark[1] + 1))
-    return sorted(located, key=lambda p: (p.line, p.column))
-
-
-def _mark(node: yaml.Node | None, path: Path_) -> tuple[int, int]:
-    if node is None:
-        return 0, 0
-    at = (node.start_mark.line, node.start_mark.column)
-    for depth, part in enumerate(path):
-        last = depth == len(path) - 1
-        if isinstance(node, yaml.MappingNode):
-            pair = next(((k, v) for k, v in node.value if k.value == str(part)), None)
-            if pair is None:
-                return at
-            node = pair[1]
-            mark = node.start_mark
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            node = node.value[part]
-            mark = node.start_mark
-        else:
-            return at
-        at = (mark.line, mark.column)
-        if last:
-            return at
-    return at
+def counted(problems: Iterable[Problem]) -> list[Problem]:
+    """The first problems, and how many more there are."""
+    found = list(problems)
+    if len(found) <= MOST_PROBLEMS:
+        return found
+    more = f"{len(found) - MOST_PROBLEMS + 1:,} more problems"
+    return [*found[: MOST_PROBLEMS - 1], Problem("more", more, "mend these first", found[MOST_PROBLEMS].path)]

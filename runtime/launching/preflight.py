@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from plans.checks import check_plan
-from plans.codec import BadPlan, digest, load_plan
+from plans.codec import BadPlan, digest, load_plan, plan_text
+from plans.documents import locate
 from plans.errors import RealplanError
 from plans.huggingface import spec_from_folder
 from plans.model import Head, ModelSpec
 from plans.plan import ExecutionPlan
-from plans.problems import locate
 from plans.runfile import RANDOM, RunFile, load_run
 
 PACKAGES = {
@@ -29,7 +29,7 @@ def legal_plan(path: Path) -> ExecutionPlan:
     plan = load_plan(path)
     problems = check_plan(plan)
     if problems:
-        raise BadPlan(str(path), locate(path.read_text(), problems))
+        raise BadPlan(str(path), locate(plan_text(path), problems))
     return plan
 
 

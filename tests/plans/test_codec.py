@@ -12,12 +12,13 @@ from pydantic import ValidationError
 
 from plans.checks import check_plan, divisors
 from plans.codec import BadPlan, digest, dump_plan, load_plan, read_plan, save_plan
+from plans.documents import locate
 from plans.errors import RealplanError
 from plans.library import load_cluster
 from plans.model import ModelSpec
 from plans.plan import ExecutionPlan
 from plans.planfile import CallFile, ClusterFile, json_schema
-from plans.problems import Problem, locate, value_problem
+from plans.problems import Problem, value_problem
 from plans.workload import Workload
 
 
