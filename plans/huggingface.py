@@ -44,10 +44,14 @@ def spec_from_config(config: dict[str, Any], name: str) -> ModelSpec:
     return refuse(SpecError, CONFIG, found) if isinstance(found, list) else found
 
 
-def runs(folder: Path) -> bool:
-    """Whether the runtime computes the family of a folder, so that its weights can be used."""
-    config = parse_json(read_text(folder / CONFIG, SpecError, "config"))
-    return FAMILIES[config["model_type"]].RUNS
+def check_runs(folder: Path) -> None:
+    """Raise SpecError for a folder whose family can be planned but not run."""
+    kind = parse_json(read_text(folder / CONFIG, SpecError, "config"))["model_type"]
+    if not FAMILIES[kind].RUNS:
+        run = ", ".join(f"`{name}`" for name, family in FAMILIES.items() if family.RUNS)
+        raise SpecError(
+            f"`{folder}`: model_type `{kind}` can be planned, this runtime does not run it", f"one of {run}"
+        )
 
 
 def _read(config: Any, name: str) -> ModelSpec | list[Problem]:

@@ -6,6 +6,7 @@ A plan that keeps `plans.checks` is legal; one that also keeps these rules runs 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from plans.algorithms import ALGORITHMS, Algorithm, pair_size
 from plans.checks import closest_divisor, divisors
@@ -50,7 +51,17 @@ def workload_problems(workload: Workload) -> list[Problem]:
     if workload.dtype not in RUN_DTYPES:
         message = f"dtype {workload.dtype} needs loss scaling, which this runtime does not have"
         problems.append(Problem("dtype", message, f"dtype {' or '.join(RUN_DTYPES)}", ("workload", "dtype")))
-    return problems
+    return [*problems, *_windows(workload)]
+
+
+def _windows(workload: Workload) -> Iterator[Problem]:
+    """Attention over a window equals full attention only up to the window's length."""
+    for role, spec in workload.models.items():
+        if 0 < spec.window < workload.tokens:
+            sizes = f"{workload.prompt_tokens} + {workload.response_tokens}"
+            what = f"a window of {spec.window} tokens, which this runtime does not apply, for samples of {sizes}"
+            hint = f"at most {spec.window} tokens in all, for which the window changes nothing"
+            yield replace(_of_model(spec, what, hint), path=("workload", "models", role))
 
 
 def _groups(record: Algorithm, workload: Workload) -> Iterator[Problem]:

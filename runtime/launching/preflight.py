@@ -11,7 +11,7 @@ from plans.checks import check_plan
 from plans.codec import BadPlan, digest, load_plan, plan_text
 from plans.documents import locate
 from plans.errors import RealplanError
-from plans.huggingface import spec_from_folder
+from plans.huggingface import check_runs, spec_from_folder
 from plans.model import Head, ModelSpec
 from plans.plan import ExecutionPlan
 from plans.runfile import RANDOM, RunFile, load_run
@@ -62,6 +62,7 @@ def check_weights(plan: ExecutionPlan, run: RunFile) -> None:
         if not Path(weights).is_dir():
             raise RealplanError(f"weights `{weights}` of `{role}`: no such folder", "weights=FOLDER or weights=random")
         found, planned = spec_from_folder(Path(weights)), plan.workload.models[role]
+        check_runs(Path(weights))
         different = _differences(found, planned)
         if different:
             name, (theirs, ours) = next(iter(different.items()))

@@ -10,9 +10,15 @@ import torch
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from tiny_models import build, layout_of, padded_batch, save_tiny
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, MistralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
-from plans.errors import SpecError
 from plans.huggingface import spec_from_config, spec_from_folder
 from plans.model import ModelSpec
 from runtime.groups import GroupCache
@@ -160,12 +166,12 @@ def test_missing_and_misshapen_tensors_are_named(tmp_path: Path):
         checkpoint.tensor("model.norm.weight", (16,))
 
 
-def test_configs_that_would_run_wrongly_are_refused():
-    config = LlamaConfig(attention_bias=True).to_dict()
-    with pytest.raises(SpecError, match="attention_bias of a llama model"):
-        spec_from_config(config, "biased")
-    window = MistralConfig(sliding_window=4096, max_position_embeddings=32768).to_dict()
-    assert spec_from_config(window, "windowed").max_context == 4096
+def test_configs_that_transformers_writes_are_read():
+    for config in (LlamaConfig(), MistralConfig(), Qwen2Config(), Qwen3Config()):
+        spec = spec_from_config(config.to_dict(), "x")
+        assert (spec.heads, spec.kv_heads) == (config.num_attention_heads, config.num_key_value_heads)
+        assert (spec.norm_eps, spec.max_context) == (config.rms_norm_eps, config.max_position_embeddings)
+        assert spec.window == (4096 if config.model_type == "mistral" else 0)
 
 
 def test_index_is_like_hugging_faces(tmp_path: Path):

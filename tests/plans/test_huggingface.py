@@ -1,0 +1,184 @@
+"""A `config.json` is applied whole, or refused by the name, place and rule of the key that would change the numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from plans.errors import SpecError
+from plans.families import FAMILIES
+from plans.huggingface import config_from_spec, spec_from_config, spec_from_folder
+from plans.library import load_model
+
+SIZES = {
+    "num_hidden_layers": 36,
+    "hidden_size": 2560,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 9728,
+    "vocab_size": 151936,
+}
+QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "attention_bias": False,
+    **SIZES,
+    "rope_theta": 1000000,
+    "rope_scaling": None,
+    "hidden_act": "silu",
+    "max_position_embeddings": 40960,
+    "max_window_layers": 36,
+    "sliding_window": None,
+    "use_sliding_window": False,
+    "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-06,
+}
+LLAMA = {"model_type": "llama", **SIZES}
+QWEN3_MOE = {
+    **QWEN3,
+    "model_type": "qwen3_moe",
+    "num_hidden_layers": 48,
+    "hidden_size": 2048,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "decoder_sparse_step": 1,
+    "tie_word_embeddings": False,
+    "norm_topk_prob": True,
+    "mlp_only_layers": [],
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def refusal(config: dict[str, Any], folder: Path) -> tuple[str, str, int, int]:
+    """Message and hint of a config that must be refused, with the line and column they name."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(config, indent=1))
+    with pytest.raises(SpecError) as raised:
+        spec_from_folder(folder)
+    message, _, hint = str(raised.value).partition("\n  hint: ")
+    place, line, column, words = message.split(":", 3)
+    assert place == str(path)
+    return words, hint, int(line), int(column)
+
+
+def test_published_sizes() -> None:
+    assert spec_from_config(QWEN3, "qwen3-4b").params == pytest.approx(4.02e9, rel=0.003)
+    moe = spec_from_config(QWEN3_MOE, "qwen3-30b-a3b")
+    assert (moe.experts, moe.experts_per_token, moe.ffn, moe.qk_norm) == (128, 8, 768, True)
+    assert moe.params == pytest.approx(30.53e9, rel=0.003)
+    nemo = spec_from_config(LLAMA | {"model_type": "mistral", "sliding_window": None}, "nemo")
+    assert nemo.head_dim == 128 and nemo.window == 0
+
+
+@pytest.mark.parametrize("name", ["llama2-7b", "mistral-7b-v0.1", "qwen2-0.5b", "qwen3-4b", "llama3.1-8b"])
+def test_an_exported_config_reads_back(name: str) -> None:
+    spec = load_model(name)
+    assert spec_from_config(config_from_spec(spec), name) == spec
+
+
+@pytest.mark.parametrize(("key", "value", "words", "hint"), [
+    ("rope_scaling", {"type": "linear", "factor": 4.0}, 'type is "linear": it changes the numbers', "llama3"),
+    ("rope_scaling", {"type": "yarn", "factor": 4.0, "beta_fast": 32}, 'type is "yarn"', "or llama3"),
+    ("rope_scaling", {"rope_type": "dynamic", "factor": 2.0}, 'rope_type is "dynamic"', "or llama3"),
+    ("rope_scaling", {**LLAMA3_ROPE, "factor": None}, "a llama3 scaling lacks factor", 'add "factor"'),
+    ("rope_parameters", {"rope_type": "longrope"}, 'rope_parameters.rope_type is "longrope"', "default"),
+    ("attention_bias", True, "attention_bias is true: it changes the numbers and is not applied", "false alone"),
+    ("mlp_bias", True, "mlp_bias is true", "false alone"),
+    ("hidden_act", "gelu", 'hidden_act is "gelu"', "silu"),
+    ("attention_dropout", 0.1, "attention_dropout is 0.1", "0.0"),
+    ("partial_rotary_factor", 0.5, "partial_rotary_factor is 0.5", "1.0"),
+    ("num_experts", 8, "key `num_experts` is not one of a llama model", "`qwen3_moe`"),
+    ("sliding_window", 4, "key `sliding_window` is not one of a llama model", "`mistral`"),
+    ("attn_logit_softcapping", 50.0, "key `attn_logit_softcapping` is not one of a llama model", "delete it if"),
+    ("rms_norm_epsilon", 1e-5, "key `rms_norm_epsilon`", "`rms_norm_eps`"),
+    ("rms_norm_eps", "1e-5", 'rms_norm_eps is "1e-5"; it must be a number', '"rms_norm_eps": 1.0'),
+    ("max_position_embeddings", float("inf"), "max_position_embeddings is Infinity; it must be a whole number", ": 1"),
+    ("num_attention_heads", 10**20, "num_attention_heads is 100000000000000000000; it must be at most", "100000000"),
+    ("num_key_value_heads", 7, "num_key_value_heads is 7: it must divide the 32 attention heads", ": 1"),
+    ("num_hidden_layers", True, "num_hidden_layers is true; it must be a whole number", "1"),
+    ("model_type", "qwen3_next", "model_type `qwen3_next` is not known", "these run: `llama`"),
+    ("model_type", 3, "model_type `3` is not known", "these run: `llama`"),
+])  # fmt: skip
+def test_what_would_change_the_numbers_is_refused(
+    key: str, value: object, words: str, hint: str, tmp_path: Path
+) -> None:
+    found, advice, line, column = refusal(LLAMA | {key: value}, tmp_path)
+    assert words in found and hint in advice
+    text = (tmp_path / "config.json").read_text().splitlines()[line - 1]
+    assert column > 1 and (f'"{key}"' in text or isinstance(value, dict))
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "vocab_size", "model_type"])
+def test_missing_keys_are_named(key: str, tmp_path: Path) -> None:
+    found, hint, line, column = refusal({k: v for k, v in LLAMA.items() if k != key}, tmp_path)
+    assert f"key `{key}` is missing" in found and hint and (line, column) == (1, 1)
+
+
+def test_what_changes_nothing_is_known() -> None:
+    inert = {
+        "_name_or_path": "x",
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "eos_token_id": [1, 2],
+        "pruned_heads": {},
+    }
+    assert spec_from_config(LLAMA | inert | {"some_new_key": None}, "x") == spec_from_config(LLAMA, "x")
+
+
+def test_a_window_is_a_fact_of_the_architecture() -> None:
+    mistral = LLAMA | {"model_type": "mistral", "max_position_embeddings": 32768}
+    assert spec_from_config(mistral | {"sliding_window": 256}, "x").window == 256
+    assert spec_from_config(mistral, "x").window == 4096, "what transformers assumes"
+    qwen = QWEN3 | {"sliding_window": 256, "use_sliding_window": True}
+    assert spec_from_config(QWEN3 | {"sliding_window": 256}, "x").window == 0
+    assert spec_from_config(qwen, "x").window == 0, "max_window_layers is above the number of layers"
+    assert spec_from_config(qwen | {"max_window_layers": 20}, "x").window == 256
+    full = ["full_attention"] * 36
+    assert spec_from_config(qwen | {"max_window_layers": 20, "layer_types": full}, "x").window == 0
+
+
+def test_parts_of_other_kinds_are_named(tmp_path: Path) -> None:
+    config = {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}, "vision_config": {}}
+    found, _, line, _ = refusal(config, tmp_path)
+    assert "joins a text model (`gemma3_text`) with other parts" in found and line == 3
+
+
+def test_no_family_is_taken_for_another() -> None:
+    """The hint for an unknown family never offers a name that would be planned as something else."""
+    for name in ("qwen3_next", "gemma2", "deepseek_v3", "gpt_oss", "llama4_text"):
+        with pytest.raises(SpecError) as raised:
+            spec_from_config(LLAMA | {"model_type": name}, "x")
+        assert "did you mean" not in str(raised.value)
+        assert all(f"`{family}`" in str(raised.value) for family in FAMILIES)
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    (b"\xef\xbb\xbf" + json.dumps(LLAMA).encode(), ""),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n", "git-LFS pointer"),
+    (b'{"model_type": "llama",\n "hidden_size": 2 "x"}', ":2:19: not JSON"),
+    (b'{"hidden_size": 2,\n "hidden_size": 4}', ":2:2: key `hidden_size` is given twice"),
+    (b'{"a": "\xe9"}', ":1:8: byte 0xe9 is not UTF-8"),
+    (b"[" * 100_000, "brackets stand too deep"),
+    (b"[]", "a config holds one object"),
+    (b" " * (2**21 + 1), "more than 2,097,152 bytes"),
+])  # fmt: skip
+def test_files_that_are_no_config(content: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    if not words:
+        assert spec_from_folder(tmp_path).layers == 36
+        return
+    with pytest.raises(SpecError) as raised:
+        spec_from_folder(tmp_path)
+    assert words in str(raised.value)
