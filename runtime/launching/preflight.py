@@ -70,6 +70,15 @@ def check_weights(plan: ExecutionPlan, run: RunFile) -> None:
                 f"weights `{weights}` do not fit `{role}`: {name} is {theirs} there and {ours} in the plan",
                 f"the plan's model is `{planned.name}`; name its weights, or plan for the other model",
             )
+        _check_tensors(Path(weights), planned)
+
+
+def _check_tensors(folder: Path, spec: ModelSpec) -> None:
+    """The files of a folder hold the tensors of the model, and no others."""
+    check_packages()
+    from runtime.weights.hf_files import Checkpoint
+
+    Checkpoint(folder).check(spec)
 
 
 def _differences(found: ModelSpec, planned: ModelSpec) -> dict[str, tuple[Any, Any]]:

@@ -19,7 +19,7 @@ from plans.layout import EMBEDDING, Layout, Parameter, model_units
 from plans.model import Head, ModelSpec
 from runtime.models.model import Model, named_shards
 from runtime.models.shards import unshard
-from runtime.weights.hf import INDEX, SINGLE
+from runtime.weights.hf_files import INDEX, SINGLE
 from runtime.weights.hf_names import hf_names, hf_shape, split
 
 SHARD_BYTES = 5 * 10**9

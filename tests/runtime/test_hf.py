@@ -9,7 +9,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
-from tiny_models import build, layout_of, padded_batch, save_tiny
+from tiny_models import build, layout_of, padded_batch, save_tiny, tiny_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -26,7 +26,8 @@ from runtime.models import installation
 from runtime.models.model import named_shards
 from runtime.passes.forward import token_values
 from runtime.weights.export import export, weight_files
-from runtime.weights.hf import Checkpoint, WeightsError, load_weights, random_weights
+from runtime.weights.hf import load_weights, random_weights
+from runtime.weights.hf_files import INDEX, Checkpoint, WeightsError
 
 CPU = torch.device("cpu")
 
@@ -190,3 +191,132 @@ def test_index_is_like_hugging_faces(tmp_path: Path):
     theirs = json.loads((tmp_path / "source" / "model.safetensors.index.json").read_text())
     assert ours["weight_map"].keys() == theirs["weight_map"].keys()
     assert ours["metadata"]["total_size"] == theirs["metadata"]["total_size"]
+
+
+def small_folder(folder: Path, kind: str = "llama", **overrides: object) -> tuple[ModelSpec, dict[str, torch.Tensor]]:
+    """A folder of one file; its architecture and tensors."""
+    tiny_model(kind, **overrides).save_pretrained(folder)
+    return spec_from_folder(folder), tensors(folder)
+
+
+def rewrite(folder: Path, held: dict[str, torch.Tensor], **config: object) -> None:
+    """Write tensors and keys of the config over a folder."""
+    save_file({name: tensor.contiguous() for name, tensor in held.items()}, folder / "model.safetensors")
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+
+
+def in_blocks(weight: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A matrix in float8 with a scale per block, block by block: the float8, the scales, and what they stand for."""
+    height, width = weight.shape
+    scales = torch.empty(-(-height // rows), -(-width // columns))
+    small, meant = torch.empty(height, width, dtype=torch.float8_e4m3fn), torch.empty(height, width)
+    for i in range(scales.shape[0]):
+        for j in range(scales.shape[1]):
+            block = (slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns))
+            scales[i, j] = weight[block].abs().max() / 448
+            small[block] = (weight[block] / scales[i, j]).to(torch.float8_e4m3fn)
+            meant[block] = small[block].float() * scales[i, j]
+    return small, scales, meant
+
+
+@pytest.mark.parametrize(("rows", "columns", "ending", "quantisation"), [
+    (32, 16, "_scale_inv", {"quant_method": "fp8", "weight_block_size": [32, 16]}),
+    (128, 128, "_scale_inv", {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}),
+    (1, 10**6, "_scale", {"quant_method": "compressed-tensors", "format": "float-quantized"}),
+    (10**6, 10**6, "_scale", {"quant_method": "fbgemm_fp8"}),
+])  # fmt: skip
+def test_scaled_weights_are_what_they_stand_for(
+    rows: int, columns: int, ending: str, quantisation: dict[str, object], tmp_path: Path
+) -> None:
+    spec, held = small_folder(tmp_path)
+    meant = {}
+    for name, tensor in list(held.items()):
+        meant[name] = tensor
+        if "_proj" in name:
+            held[name], held[name + ending], meant[name] = in_blocks(tensor, rows, columns)
+    rewrite(tmp_path, held, quantization_config=quantisation)
+    checkpoint = Checkpoint(tmp_path)
+    checkpoint.check(spec)
+    for name, tensor in meant.items():
+        whole = checkpoint.tensor(name, tuple(tensor.shape))
+        assert torch.equal(torch.as_tensor(whole[:]).float(), tensor), name
+        if tensor.dim() == 2:
+            assert torch.equal(whole[7:41, 3:50].float(), tensor[7:41, 3:50])
+            assert torch.equal(whole[5:9].float(), tensor[5:9])
+
+
+def broken_folder(folder: Path, what: str) -> None:
+    """A folder of the small Llama with one thing wrong."""
+    _, held = small_folder(folder)
+    name = "model.layers.1.mlp.up_proj.weight"
+    if what == "no scales":
+        held[name] = held[name].to(torch.float8_e4m3fn)
+    elif what == "wrong scales":
+        held[name], held[name + "_scale_inv"] = held[name].to(torch.float8_e4m3fn), torch.ones(3, 5)
+    elif what == "bias":
+        held["model.layers.0.self_attn.q_proj.bias"] = torch.ones(64)
+    elif what == "one layer more":
+        held["model.layers.4.input_layernorm.weight"] = torch.ones(64)
+    elif what == "no head":
+        del held["lm_head.weight"]
+    elif what == "wide score":
+        held["score.weight"] = torch.ones(2, 64)
+    rewrite(folder, held, **({"quantization_config": {"quant_method": "gptq", "bits": 4}} if what == "gptq" else {}))
+    if what == "pointer":
+        (folder / "model.safetensors").write_bytes(
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n"
+        )
+    elif what == "cut off":
+        whole = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    elif what == "another format":
+        (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    if not what.startswith("index"):
+        return
+    places: dict[str, object] = dict.fromkeys(held, "model.safetensors")
+    if what == "index without a file":
+        places[name] = "model-2.safetensors"
+    elif what == "index says more":
+        places["model.layers.9.weight"] = "model.safetensors"
+    elif what == "index says less":
+        del places[name]
+    elif what == "index outside":
+        places[name] = "../model.safetensors"
+    content = json.dumps({} if what == "index without map" else {"weight_map": places})
+    (folder / INDEX).write_text(content[:-1] if what == "index cut off" else content)
+
+
+@pytest.mark.parametrize(("what", "words", "hint"), [
+    ("no scales", "`model.layers.1.mlp.up_proj.weight` is F8_E4M3 and has no scales", "in bf16"),
+    ("wrong scales", "of shape [96, 64] has scales of shape [3, 5]", "one per block of 128 x 128"),
+    ("gptq", "is quantised by `gptq`, which this runtime does not read", "bf16"),
+    ("bias", "a tensor `model.layers.0.self_attn.q_proj.bias` that the model of its config.json", "attention_bias"),
+    ("one layer more", "a tensor `model.layers.4.input_layernorm.weight` that", "config.json"),
+    ("no head", "has no tensor `lm_head.weight`", '"tie_word_embeddings": true'),
+    ("pointer", "is a git-LFS pointer", "git lfs pull"),
+    ("cut off", "cannot read", "download it again"),
+    ("another format", "(it has pytorch_model.bin)", "converted first"),
+    ("index without a file", "model-2.safetensors`: No such file", "download"),
+    ("index says more", "says that model.safetensors has `model.layers.9.weight`; it has not", "different downloads"),
+    ("index says less", "has `model.layers.1.mlp.up_proj.weight`, which", "different downloads"),
+    ("index outside", "'../model.safetensors', which is no name of a file beside the index", "weight_map"),
+    ("index without map", "index.json:1:1: the index has no `weight_map`", "weight_map"),
+    ("index cut off", "not JSON", "comma"),
+])  # fmt: skip
+def test_folders_that_are_not_what_they_seem(what: str, words: str, hint: str, tmp_path: Path) -> None:
+    broken_folder(tmp_path, what)
+    with pytest.raises(WeightsError) as raised:
+        Checkpoint(tmp_path).check(spec_from_folder(tmp_path))
+    assert words in str(raised.value) and hint in str(raised.value)
+
+
+def test_heads_of_other_roles_are_left_alone(tmp_path: Path) -> None:
+    spec, held = small_folder(tmp_path)
+    Checkpoint(tmp_path).check(spec.with_value_head())
+    rewrite(tmp_path, held | {"v_head.summary.weight": torch.ones(1, 64), "model.rotary_emb.inv_freq": torch.ones(8)})
+    Checkpoint(tmp_path).check(spec)
+    Checkpoint(tmp_path).check(spec.with_value_head())
+    broken_folder(tmp_path, "wide score")
+    with pytest.raises(WeightsError, match=r"`score.weight` has shape \[2, 64\]"):
+        Checkpoint(tmp_path).check(spec.with_value_head())

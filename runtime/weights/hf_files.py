@@ -1,0 +1,163 @@
+"""The safetensors files of a Hugging Face folder: that they are what index and config say, before a tensor is used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from plans.documents import BadText, parse_json, read_text, refuse
+from plans.errors import RealplanError, nearest
+from plans.layout import model_units
+from plans.model import Head, ModelSpec
+from plans.problems import Problem
+from runtime.weights.hf_names import SCORE, hf_names, hf_shape
+from runtime.weights.hf_quantised import Format, Scaled, quantisation
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+VALUE_HEADS = (SCORE, "v_head.weight", "v_head.summary.weight")
+MOST_INDEX_BYTES = 64 * 2**20
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_OTHER_HEADS = ("score.", "v_head.", "value_head.")
+_BUFFERS = (".rotary_emb.inv_freq", ".input_scale", ".k_scale", ".v_scale", ".activation_scale")
+"""Endings of what older exporters saved and nobody needs: tables of angles, scales of activations."""
+
+
+class WeightsError(RealplanError):
+    """A checkpoint that cannot be read or does not fit the model."""
+
+
+class Checkpoint:
+    """The tensors of a Hugging Face folder, of one file or of those that an index names; files stay open.
+
+    Raises WeightsError for files that are missing, broken or git-LFS pointers, for an index that contradicts its
+    files, and for a quantisation that is not plain.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._open_files: dict[str, Any] = {}
+        if (folder / INDEX).is_file():
+            self.files = _index(folder / INDEX)
+            self._check_index()
+        elif (folder / SINGLE).is_file():
+            self.files = dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
+        else:
+            found = [p.name for kind in ("*.bin", "*.pt", "*.gguf", "*.safetensors") for p in sorted(folder.glob(kind))]
+            beside = f" (it has {', '.join(found[:3])})" if found else ""
+            raise WeightsError(
+                f"no weights at `{folder}`: it has neither {SINGLE} nor {INDEX}{beside}",
+                "name a Hugging Face folder with safetensors; other formats must be converted first",
+            )
+        self._format: Format = quantisation(folder, WeightsError)
+
+    def _open(self, file: str) -> Any:
+        if file not in self._open_files:
+            path = self.folder / file
+            try:
+                with path.open("rb") as start:
+                    if start.read(len(_POINTER)) == _POINTER:
+                        hint = f"`git lfs pull` in `{self.folder}`"
+                        raise WeightsError(f"`{path}` is a git-LFS pointer, not the weights themselves", hint)
+                self._open_files[file] = safe_open(path, "pt")
+            except OSError as error:
+                hint = "download the folder again, whole"
+                raise WeightsError(f"cannot read `{path}`: {error.strerror or error}", hint) from None
+            except SafetensorError as error:
+                hint = "the file is broken or cut off: download it again"
+                raise WeightsError(f"cannot read `{path}`: {error}", hint) from None
+        return self._open_files[file]
+
+    def _check_index(self) -> None:
+        """The index says of every file exactly which tensors it has."""
+        said: dict[str, set[str]] = {}
+        for name, file in self.files.items():
+            said.setdefault(file, set()).add(name)
+        held_by = {file: set(self._open(file).keys()) for file in said}  # a file that is missing is said first
+        for file, names in said.items():
+            held = held_by[file]
+            for name in sorted(names - held)[:1]:
+                hint = "index and files are of different downloads: fetch the folder again"
+                raise WeightsError(f"`{self.folder / INDEX}` says that {file} has `{name}`; it has not", hint)
+            for name in sorted(held - names)[:1]:
+                where = f"in {self.files[name]}" if name in self.files else "nowhere"
+                hint = "index and files are of different downloads: fetch the folder again"
+                raise WeightsError(f"{file} has `{name}`, which `{self.folder / INDEX}` places {where}", hint)
+
+    def find(self, name: str) -> str | None:
+        """The name under which the checkpoint holds a tensor; a bare body has no `model.` prefix."""
+        return next((n for n in (name, name.removeprefix("model.")) if n in self.files), None)
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Any:
+        """A tensor of the checkpoint to take slices of, multiplied by its scales where it is quantised; raises when it
+        is missing or has another shape."""
+        found = self.find(name)
+        if found is None:
+            raise self._missing(name)
+        part = self._open(self.files[found]).get_slice(found)
+        if tuple(part.get_shape()) != shape:
+            raise WeightsError(
+                f"`{self.folder}`: tensor `{found}` has shape {part.get_shape()}; the model needs {list(shape)}",
+                "check that the model of the plan is the one of these weights",
+            )
+        scale = next((s for s in self._format.scales(found) if s in self.files), None)
+        kind = part.get_dtype()
+        if scale is None and not self._format.is_plain(kind):
+            hint = "a folder with its scales, or one in bf16"
+            raise WeightsError(f"`{self.folder}`: tensor `{found}` is {kind} and has no scales", hint)
+        if scale is None:
+            return part
+        table = self._open(self.files[scale]).get_tensor(scale)
+        return Scaled.of(part, table, shape, self._format, found, WeightsError)
+
+    def _missing(self, name: str) -> WeightsError:
+        hint = nearest(name, list(self.files))
+        if name == "lm_head.weight":
+            hint = '"tie_word_embeddings": true in its config.json, if its head is its embedding; else another folder'
+        return WeightsError(f"`{self.folder}` has no tensor `{name}`", hint)
+
+    def check(self, spec: ModelSpec) -> None:
+        """Raise WeightsError unless the folder has every tensor of the model, in its shape, and none that nobody would
+        read. A value head may be missing; heads of other roles are left alone."""
+        wanted: set[str] = set()
+        for parameter in (p for unit in model_units(spec) for p in unit.parameters):
+            for i, name in enumerate(hf_names(spec, parameter.name)):
+                if name == SCORE:
+                    for head in filter(self.find, VALUE_HEADS):
+                        self.tensor(head, (1, spec.hidden))
+                    continue
+                self.tensor(name, hf_shape(spec, parameter, i))
+                wanted.add(self.find(name) or name)
+        free = _OTHER_HEADS if not spec.tied_embeddings and spec.head is Head.LM else (*_OTHER_HEADS, "lm_head.")
+        for name in self._unread(wanted, free):
+            announced = "set attention_bias or mlp_bias" if name.endswith(".bias") else "the right config.json"
+            raise WeightsError(
+                f"`{self.folder}` has a tensor `{name}` that the model of its config.json does not have",
+                f"{announced}, if the model has it; else a folder without it",
+            )
+
+    def _unread(self, wanted: set[str], free: tuple[str, ...]) -> Iterable[str]:
+        scales = {scale for name in wanted for scale in self._format.scales(name)}
+        for name in self.files:
+            if name not in wanted | scales and not name.startswith(free) and not name.endswith(_BUFFERS):
+                yield name
+
+
+def _index(path: Path) -> dict[str, str]:
+    """Tensor -> file of an index; raises WeightsError unless it has such a map."""
+    try:
+        data = parse_json(read_text(path, WeightsError, "index", most=MOST_INDEX_BYTES))
+    except BadText as error:
+        refuse(WeightsError, path, [error.problem])
+    found = data.get("weight_map") if isinstance(data, dict) else None
+    hint = '"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors", ...}'
+    if not isinstance(found, dict) or not found:
+        refuse(WeightsError, path, [Problem("index", "the index has no `weight_map`", hint, (), 1, 1)])
+    for name, file in found.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            message = f"`{name}` is at {file!r}, which is no name of a file beside the index"
+            refuse(WeightsError, path, [Problem("index", message, hint, (), 1, 1)])
+    return found
