@@ -6,13 +6,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from cost_models.candidates import Candidates
-from cost_models.memory.memory import MemoryTerms, call_memory
-from cost_models.memory.memory_terms import context_bytes
+from cost_models.engines.engine import MEGATRON, Engine
+from cost_models.engines.machine import Machine
+from cost_models.memory.memory import call_memory
+from cost_models.memory.memory_terms import MemoryTerms
 from cost_models.memory.moments import CallMemory, MemoryProfile, memory_profile
 from cost_models.reallocation import reallocation_time, transfer_time
 from cost_models.simulate import Durations, latency_s, simulate
 from cost_models.time.calls import call_time
-from cost_models.time.engines import DEFAULT_ENGINE, Engine, load_engine
 from plans.batches import rank_rows
 from plans.cluster import GIB
 from plans.codec import digest
@@ -38,7 +39,7 @@ class PlanCost:
     """Predicted cost of a plan. terms: call -> term -> seconds."""
 
     program: Program
-    engine: str
+    engine: Engine
     terms: Mapping[str, Mapping[str, float]]
     durations: Durations
     timeline: Timeline
@@ -69,7 +70,7 @@ class PlanCost:
             peak_gib=round(self.memory.peak_gib, 2),
             peak_at=f"{call}, rank {self.memory.peak_rank}",
             host_gib=round(float(self.memory.host_bytes_by_node.max()) / GIB, 2),
-            engine=self.engine,
+            engine=self.engine.name,
             of=digest(plan),
         )
 
@@ -81,23 +82,23 @@ def _figures(value: float) -> float:
 
 def cost_plan(
     plan: ExecutionPlan,
-    engine: str = DEFAULT_ENGINE,
+    engine: Engine = MEGATRON,
     *,
     foreign: Mapping[str, CallCost] | None = None,
     steps_s: Mapping[str, float] | None = None,
 ) -> PlanCost:
-    """Cost a legal plan (`plans.checks`) under a named engine.
+    """Cost a legal plan (`plans.checks`) under an engine.
 
     foreign: calls that another engine runs, with their cost. steps_s: seconds of steps by name where they are known
     otherwise.
     """
-    constants = load_engine(engine, plan.cluster.gpu.name, plan.workload.dtype)
+    machine = engine.on(plan.cluster, plan.workload.dtype)
     program = compile_program(plan)
     costs = {p.call: (foreign or {}).get(p.call) or call_cost(plan, p.call, engine) for p in plan.calls}
     seconds = {call: sum(cost.terms.values()) for call, cost in costs.items()}
     for step in program.steps:
         if step.kind not in (StepKind.CALL, StepKind.LOAD, StepKind.OFFLOAD, StepKind.RELEASE):
-            seconds[step.name] = _step_seconds(program, step, constants)
+            seconds[step.name] = _step_seconds(program, step, machine)
     durations = Durations(seconds | dict(steps_s or {}))
     memory = {call: cost.memory for call, cost in costs.items()}
     return PlanCost(
@@ -107,21 +108,21 @@ def cost_plan(
         durations=durations,
         timeline=simulate(program, durations),
         latency_s=latency_s(program, durations),
-        memory=memory_profile(program, memory, context_bytes(plan.cluster, engine)),
+        memory=memory_profile(program, memory, machine.context_bytes),
     )
 
 
-def call_cost(plan: ExecutionPlan, call: str, engine: str) -> CallCost:
-    """Time and memory of one call of a plan under a named engine."""
-    planned, workload, cluster = plan.planned(call), plan.workload, plan.cluster
+def call_cost(plan: ExecutionPlan, call: str, engine: Engine) -> CallCost:
+    """Time and memory of one call of a plan under an engine."""
+    planned, workload = plan.planned(call), plan.workload
     candidates = Candidates.of([(planned.mesh, planned.strategy)])
-    constants = load_engine(engine, cluster.gpu.name, workload.dtype)
-    seconds = call_time(workload, call, cluster, candidates, constants)
-    memory = call_memory(workload, call, cluster, candidates, engine)
+    machine = engine.running(workload.graph.call(call).kind).on(plan.cluster, workload.dtype)
+    seconds = call_time(machine, workload, call, candidates)
+    memory = call_memory(machine, workload, call, candidates)
     return CallCost({name: float(values[0]) for name, values in seconds.items()}, _call_memory(plan, call, memory))
 
 
-def _step_seconds(program: Program, step: Step, engine: Engine) -> float:
+def _step_seconds(program: Program, step: Step, machine: Machine) -> float:
     plan = program.plan
     if step.kind is StepKind.FUNCTION:
         rows = max(len(rows) for rows in rank_rows(plan, step.subject).values())
@@ -129,11 +130,11 @@ def _step_seconds(program: Program, step: Step, engine: Engine) -> float:
     if step.kind is StepKind.TRANSFER:
         messages = program.messages[step.subject, step.consumer]
         sizes = [len(m.rows) * _row_bytes(plan, m.keys) for m in messages]
-        return transfer_time(plan.cluster, engine, [(m.source, m.target) for m in messages], sizes)
+        return transfer_time(machine, [(m.source, m.target) for m in messages], sizes)
     assert step.kind is StepKind.REALLOCATE, step.kind
     copy = program.copy_of[step.subject]
     pair = program.homes[copy.role].layout, copy.layout
-    return float(reallocation_time(plan.cluster, engine, plan.workload.element_bytes, [pair])[0])
+    return float(reallocation_time(machine, [pair])[0])
 
 
 def _row_bytes(plan: ExecutionPlan, keys: Iterable[str]) -> float:

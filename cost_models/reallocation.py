@@ -16,9 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from cost_models.candidates import Array, Flags
+from cost_models.engines.machine import Machine
 from cost_models.holdings import Contents, Holdings, IntArray, UnitSizes, unit_sizes
-from cost_models.time.engines import Engine
-from cost_models.time.machine import Machine
 from plans.cluster import ClusterSpec
 from plans.layout import Layout
 
@@ -39,29 +38,25 @@ class Traffic:
     messages: Array
 
 
-def reallocation_matrix(
-    cluster: ClusterSpec, engine: Engine, element_bytes: float, sources: Sequence[Layout], targets: Sequence[Layout]
-) -> Array:
+def reallocation_matrix(machine: Machine, sources: Sequence[Layout], targets: Sequence[Layout]) -> Array:
     """Seconds to make a copy of a model's weights in each target layout out of each source layout, [sources, targets].
 
     What comes over the network is passed on inside the node in a second round, so that the two add up, and a message's
     overhead for every piece. Nothing moves where every rank already holds its slices.
     """
-    machine = Machine(cluster, engine)
+    element_bytes, cluster = machine.element_bytes, machine.cluster
     moved = reallocation_traffic(cluster, sources, targets)
     link_s = moved.rank_peak * (element_bytes / machine.link_send_bytes_per_s)
     network_s = moved.node_peak * (element_bytes / (machine.network_bytes_per_s * cluster.gpus_per_node))
-    seconds: Array = link_s + network_s + moved.messages * engine.message_s
+    seconds: Array = link_s + network_s + moved.messages * machine.constants.message_s
     return seconds
 
 
-def reallocation_time(
-    cluster: ClusterSpec, engine: Engine, element_bytes: float, pairs: Sequence[tuple[Layout, Layout]]
-) -> Array:
+def reallocation_time(machine: Machine, pairs: Sequence[tuple[Layout, Layout]]) -> Array:
     """Seconds of some reallocations (source, target) of one model, [pairs]; see `reallocation_matrix`."""
     sources = {source: None for source, _ in pairs}
     targets = {target: None for _, target in pairs}
-    matrix = reallocation_matrix(cluster, engine, element_bytes, list(sources), list(targets))
+    matrix = reallocation_matrix(machine, list(sources), list(targets))
     row, column = ({layout: i for i, layout in enumerate(seen)} for seen in (sources, targets))
     return np.array([matrix[row[source], column[target]] for source, target in pairs])
 
@@ -209,19 +204,17 @@ class _SharedNodes:
         return result
 
 
-def transfer_time(
-    cluster: ClusterSpec, engine: Engine, messages: Sequence[tuple[int, int]], message_bytes: Sequence[float]
-) -> float:
+def transfer_time(machine: Machine, messages: Sequence[tuple[int, int]], message_bytes: Sequence[float]) -> float:
     """Seconds to send a batch's tensors: `messages` are (source rank, target rank), `message_bytes` their sizes.
 
     The busiest rank counts: what it sends or receives over its link or its share of the network, and its messages.
     """
-    machine = Machine(cluster, engine)
+    gpus = machine.cluster.gpus_per_node
     busy: dict[tuple[int, str], float] = defaultdict(float)
     for (source, target), size in zip(messages, message_bytes, strict=True):
-        across = source // cluster.gpus_per_node != target // cluster.gpus_per_node
+        across = source // gpus != target // gpus
         bandwidth = machine.network_bytes_per_s if across else machine.link_send_bytes_per_s
-        seconds = engine.message_s + size / bandwidth
+        seconds = machine.constants.message_s + size / bandwidth
         busy[source, "sends"] += seconds
         busy[target, "receives"] += seconds
     return max(busy.values(), default=0.0)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
-from cost_models.time.engines import DEFAULT_ENGINE, TABLE_SUFFIX
+from cost_models.engines.constants import DEFAULT_ENGINE
 from planner import cli_pictures
 from plans.errors import RealplanError
+
+if TYPE_CHECKING:
+    from cost_models.engines.engine import Engine
 
 app = typer.Typer(
     name="realplan",
@@ -24,7 +27,9 @@ app = typer.Typer(
 
 PlanPath = Annotated[Path, typer.Argument(metavar="PLAN", help="plan file (JSON)")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object")]
-EngineName = Annotated[str, typer.Option(help="named set of cost constants")]
+EngineName = Annotated[
+    str, typer.Option(help="whose costs, such as fsdp; two for training and generation: megatron+cuda-graphs")
+]
 TablePath = Annotated[Path | None, typer.Option(help="cost table of this machine, as `realplan profile` writes it")]
 
 
@@ -44,19 +49,11 @@ def fail(message: str, code: int) -> NoReturn:
     raise SystemExit(code)
 
 
-def _engine(name: str, table: Path | None) -> str:
-    """The engine that costs are taken from: a named one, or the default one calibrated with a cost table."""
-    if table is None:
-        return name
-    if name != DEFAULT_ENGINE:
-        raise RealplanError(
-            f"--engine {name} and --table {table}: a cost table calibrates the engine `{DEFAULT_ENGINE}`",
-            "leave one of the two out",
-        )
-    if not table.is_file() or table.suffix != TABLE_SUFFIX:
-        wrong = "no such file" if not table.exists() else "a folder" if table.is_dir() else "its name must end in .json"
-        raise RealplanError(f"--table {table}: {wrong}", "`realplan profile -o table.json` writes a cost table")
-    return str(table)
+def _engine(words: str, table: Path | None) -> Engine:
+    """The engine that costs are taken from."""
+    from planner.engine_words import engine_of
+
+    return engine_of(words, table)
 
 
 @app.command()

@@ -16,8 +16,9 @@ from os.path import relpath
 from pathlib import Path
 from typing import Any
 
+from cost_models.engines.engine import Engine
 from cost_models.estimate import PlanCost, cost_plan
-from cost_models.tables.sources import plan_sources
+from cost_models.provenance.sources import plan_sources
 from cost_models.validation.error_band import error_band
 from planner.baselines import symmetric
 from planner.commands_memory import memory_problems, misfits
@@ -45,7 +46,7 @@ from plans.runnable import run_note, run_problems
 def search_command(
     request: Request,
     *,
-    engine: str,
+    engine: Engine,
     method: str,
     seconds: float,
     seed: int,
@@ -92,7 +93,7 @@ def _finished(
     output: Path,
     found: Answer,
     method: str,
-    engine: str,
+    engine: Engine,
     seed: int,
     seconds: float,
 ) -> ExecutionPlan:
@@ -105,7 +106,7 @@ def _finished(
         "seconds": round(seconds, 2),
         "evaluated": found.evaluated,
         "seed": seed,
-        "engine": engine,
+        "engine": engine.name,
     }
     run = relpath(request.run.resolve(), output.resolve().parent) if request.run else ""
     plan = replace(cost.program.plan, run=run, provenance={"search": search_record, "costs": plan_sources(cost).shares})
@@ -130,7 +131,7 @@ def _summary(plan: ExecutionPlan, cost: PlanCost, found: Answer, output: Path, s
     }
 
 
-def _print_verdict(request: Request, plan: ExecutionPlan, cost: PlanCost, engine: str, output: Path) -> None:
+def _print_verdict(request: Request, plan: ExecutionPlan, cost: PlanCost, engine: Engine, output: Path) -> None:
     record = plan.provenance["search"]
     words = f"{cost.iteration_s:.4g} s per iteration"
     if record["gap"] is not None:
@@ -168,7 +169,7 @@ def _infeasible(reason: Infeasible, as_json: bool) -> int:
     return 1
 
 
-def check_command(path: Path, *, write: bool, engine: str, as_json: bool) -> int:
+def check_command(path: Path, *, write: bool, engine: Engine, as_json: bool) -> int:
     """Every problem of a plan, or its new estimate."""
     text = plan_text(path)
     plan, problems = read_plan(text)
@@ -203,7 +204,7 @@ def _checked(path: Path, plan: ExecutionPlan, cost: PlanCost, write: bool, as_js
     return 0
 
 
-def estimate_command(path: Path, *, engine: str, changes: list[str], as_json: bool) -> int:
+def estimate_command(path: Path, *, engine: Engine, changes: list[str], as_json: bool) -> int:
     """Predicted time by term and memory by moment, as the plan stands or under what-if changes."""
     plan = legal_plan(path)
     before = cost_plan(plan, engine)

@@ -8,13 +8,14 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from cost_models.engines.engine import Engine
 from planner.explanation.explain import explain
 from planner.explanation.explain_text import render_explanation
 from planner.loading import legal_plan
 from planner.request import check_effort
 
 
-def explain_command(path: Path, *, engine: str, seconds: float, seed: int, as_json: bool) -> int:
+def explain_command(path: Path, *, engine: Engine, seconds: float, seed: int, as_json: bool) -> int:
     """Explain a legal plan. Returns the exit code: 1 when the plan does not fit in memory."""
     check_effort(seconds, seed)
     plan = legal_plan(path)

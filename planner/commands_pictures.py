@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from cost_models.engines.engine import Engine
 from cost_models.estimate import PlanCost, cost_plan
 from planner.baselines import Contender
+from planner.engine_words import engine_of, plan_engine
 from planner.limits import Limits
-from planner.loading import legal_plan, plan_engine
+from planner.loading import legal_plan
 from planner.pictures import headline as published
 from planner.pictures.compare import baselines as all_baselines
 from planner.pictures.compare import compare, compare_page, render_rows
@@ -95,18 +97,18 @@ def _is_timeline(path: Path) -> bool:
 def compare_command(paths: Sequence[Path], *, baselines: bool, html: Path | None, engine: str, as_json: bool) -> int:
     """The table of several plans and, where asked, of the baselines for the first one's workload."""
     plans = [legal_plan(path) for path in paths]
-    engine = engine or plan_engine(plans[0])
+    runs = engine_of(engine) if engine else plan_engine(plans[0])
     names = [path.stem for path in paths]
     names = names if len(set(names)) == len(names) else [str(path) for path in paths]
     contenders = [
-        Contender(name=name, cost=cost_plan(plan, engine), engines=engine)
+        Contender(name=name, cost=cost_plan(plan, runs), engines=runs.name)
         for name, plan in zip(names, plans, strict=True)
     ]
     missing: dict[str, Infeasible] = {}
     if baselines:
-        found, missing = all_baselines(plans[0], engine)
+        found, missing = all_baselines(plans[0], runs)
         contenders += found
-    rows = compare(contenders, engine)
+    rows = compare(contenders, runs)
     if as_json:
         print(
             json.dumps({"plans": [asdict(row) for row in rows], "missing": {k: v.reason for k, v in missing.items()}})
@@ -116,7 +118,7 @@ def compare_command(paths: Sequence[Path], *, baselines: bool, html: Path | None
     if any((p.workload, p.cluster) != (plans[0].workload, plans[0].cluster) for p in plans[1:]):
         print("the plans are for different workloads or clusters: ratios compare unlike things", file=sys.stderr)
     if html:
-        _write(html, compare_page(contenders, engine, "Plans compared"))
+        _write(html, compare_page(contenders, runs, "Plans compared"))
     return 0
 
 
@@ -136,18 +138,18 @@ def diff_command(before: Path, after: Path, *, as_json: bool) -> int:
 def headline_command(*, engine: str, seconds: float, seed: int, html: Path | None, as_json: bool) -> int:
     """The published case: our hours beside those measured by others."""
     check_effort(seconds, seed)
-    engine = engine or published.ENGINE
-    rows, contenders = published.headline_rows(_searched(engine, seconds, seed), engine)
+    runs = engine_of(engine) if engine else published.ENGINE
+    rows, contenders = published.headline_rows(_searched(runs, seconds, seed), runs)
     if as_json:
-        print(json.dumps({"steps": published.STEPS, "engine": engine, "rows": [asdict(row) for row in rows]}))
+        print(json.dumps({"steps": published.STEPS, "engine": runs.name, "rows": [asdict(row) for row in rows]}))
     else:
-        print(published.render_headline(rows, engine))
+        print(published.render_headline(rows, runs))
     if html:
-        _write(html, compare_page(contenders, engine, "PPO with four 70B models on 128 A100-80GB"))
+        _write(html, compare_page(contenders, runs, "PPO with four 70B models on 128 A100-80GB"))
     return 0
 
 
-def _searched(engine: str, seconds: float, seed: int) -> Contender | Infeasible:
+def _searched(engine: Engine, seconds: float, seed: int) -> Contender | Infeasible:
     request = published.headline_request()
     space = build_space(request.workload, request.cluster, engine, Limits())
     if isinstance(space, Infeasible):
@@ -157,7 +159,7 @@ def _searched(engine: str, seconds: float, seed: int) -> Contender | Infeasible:
     if isinstance(found, Infeasible):
         return found
     plan = replace(space.plan(tidy(space.problem, found.decision)), notes=published.SEARCHED)
-    return Contender(name=published.SEARCHED, cost=cost_plan(plan, engine), engines=engine)
+    return Contender(name=published.SEARCHED, cost=cost_plan(plan, engine), engines=engine.name)
 
 
 def _write(path: Path, text: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cost_models.time.engines import DEFAULT_ENGINE
 from plans.checks import check_plan
 from plans.codec import load_plan, plan_text
 from plans.documents import locate
@@ -19,8 +18,3 @@ def legal_plan(path: Path) -> ExecutionPlan:
     if problems:
         raise PlanError("\n".join(problem.text(str(path)) for problem in problems))
     return plan
-
-
-def plan_engine(plan: ExecutionPlan) -> str:
-    """The engine of the plan's own estimate."""
-    return plan.estimate.engine if plan.estimate else DEFAULT_ENGINE

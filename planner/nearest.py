@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-from cost_models.memory.memory_terms import context_bytes
+from cost_models.engines.engine import Engine
 from planner.limits import Limits
 from planner.pricing import Space, build_space
 from planner.search import mcmc
@@ -22,7 +22,7 @@ EVALUATIONS = 30_000
 
 
 def with_nearest(
-    infeasible: Infeasible, workload: Workload, cluster: ClusterSpec, engine: str, limits: Limits
+    infeasible: Infeasible, workload: Workload, cluster: ClusterSpec, engine: Engine, limits: Limits
 ) -> Infeasible:
     """The same reason with a hint that says what would fit; unchanged where more memory is no remedy."""
     roomy = least_memory(workload, cluster, engine, limits)
@@ -37,7 +37,7 @@ def with_nearest(
     return replace(infeasible, hint=f"needs {gpus} more {'GPU' if gpus == 1 else 'GPUs'}, or {memory}")
 
 
-def least_nodes(workload: Workload, cluster: ClusterSpec, engine: str, limits: Limits) -> int | None:
+def least_nodes(workload: Workload, cluster: ClusterSpec, engine: Engine, limits: Limits) -> int | None:
     """The fewest nodes, up to `MOST_NODES` times as many, on which a short walk finds a plan."""
 
     def fits(nodes: int) -> bool:
@@ -48,7 +48,7 @@ def least_nodes(workload: Workload, cluster: ClusterSpec, engine: str, limits: L
 
 
 def least_memory(
-    workload: Workload, cluster: ClusterSpec, engine: str, limits: Limits
+    workload: Workload, cluster: ClusterSpec, engine: Engine, limits: Limits
 ) -> tuple[int, ExecutionPlan] | None:
     """The least memory per GPU, in whole GiB, with which a short walk finds a plan on the cluster, and that plan."""
     most = MOST_MEMORY * cluster.gpu.memory_gib
@@ -56,7 +56,7 @@ def least_memory(
     space = build_space(workload, larger, engine, replace(limits, max_memory_gib=0.0))
     if isinstance(space, Infeasible):
         return None
-    context = context_bytes(cluster, engine)
+    context = engine.on(cluster, workload.dtype).context_bytes
     found: dict[int, ExecutionPlan] = {}
 
     def fits(gib: int) -> bool:

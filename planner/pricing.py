@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cost_models.candidates import Candidates
+from cost_models.engines.engine import Engine
+from cost_models.engines.machine import Machine
 from cost_models.memory.memory import call_memory
-from cost_models.memory.memory_terms import context_bytes
 from cost_models.reallocation import reallocation_matrix
 from cost_models.time.calls import call_time
-from cost_models.time.engines import DEFAULT_ENGINE, Engine, engine_names, load_engine
 from planner.limits import Limits
 from planner.search.problem import Decision, Dependency, Options, Problem
 from planner.space import Pruned, Shape, positions, shapes, strategies
@@ -34,7 +34,7 @@ class Space:
 
     workload: Workload
     cluster: ClusterSpec
-    engine: str
+    engine: Engine
     options: Mapping[str, tuple[Entry, ...]]
     problem: Problem
     pruned: Mapping[str, int]
@@ -72,11 +72,11 @@ class Priced:
         )
 
 
-def build_space(workload: Workload, cluster: ClusterSpec, engine: str, limits: Limits) -> Space | Infeasible:
+def build_space(workload: Workload, cluster: ClusterSpec, engine: Engine, limits: Limits) -> Space | Infeasible:
     """Enumerate, price, prune and place every call's layouts."""
-    constants = load_engine(engine, cluster.gpu.name, workload.dtype)
+    machine = engine.on(cluster, workload.dtype)
     pruned = Pruned()
-    capacity = usable_bytes(cluster, engine, limits)
+    capacity = usable_bytes(machine, limits)
     options: dict[str, tuple[Entry, ...]] = {}
     columns: list[Options] = []
     for call in workload.graph.model_calls:
@@ -103,7 +103,7 @@ def build_space(workload: Workload, cluster: ClusterSpec, engine: str, limits: L
         names=names,
         options=tuple(columns),
         edges=_dependencies(workload, names),
-        moves=_moves(workload, cluster, constants, names, options),
+        moves=_moves(workload, machine, names, options),
         same_mesh=tuple(tuple(names.index(call) for call in group) for group in _joined(limits.same_mesh)),
     )
     return Space(
@@ -116,32 +116,33 @@ def build_space(workload: Workload, cluster: ClusterSpec, engine: str, limits: L
     )
 
 
-def usable_bytes(cluster: ClusterSpec, engine: str, limits: Limits) -> float:
+def usable_bytes(machine: Machine, limits: Limits) -> float:
     """Memory of a GPU that calls may use: its own or the user's bound, without the process's context."""
-    capacity = float(cluster.gpu_memory_bytes)
+    capacity = float(machine.cluster.gpu_memory_bytes)
     if limits.max_memory_gib:
         capacity = min(capacity, limits.max_memory_gib * GIB)
-    return capacity - context_bytes(cluster, engine)
+    return capacity - machine.context_bytes
 
 
 def price_call(
     workload: Workload,
     call: str,
     cluster: ClusterSpec,
-    engine: str,
+    engine: Engine,
     pruned: Pruned,
     on: Sequence[Shape],
 ) -> Priced:
     """Time and memory of every legal layout of a call on some shapes. A function that the call hosts adds its time."""
-    others = engine in engine_names() and engine != DEFAULT_ENGINE
-    found = [(shape, s) for shape in on for s in strategies(workload, call, shape, pruned, context_parallel=others)]
+    runs = engine.running(workload.graph.call(call).kind)
+    cp = runs.abilities.context_parallel
+    found = [(shape, s) for shape in on for s in strategies(workload, call, shape, pruned, context_parallel=cp)]
     candidates = Candidates.of([(shape.at(0), strategy) for shape, strategy in found])
     if not found:
         empty = np.zeros(0)
         return Priced(shapes=(), strategies=(), time_s=empty, resident=empty, transient=empty, copy=empty)
-    constants = load_engine(engine, cluster.gpu.name, workload.dtype)
-    terms = call_time(workload, call, cluster, candidates, constants)
-    memory = call_memory(workload, call, cluster, candidates, engine)
+    machine = runs.on(cluster, workload.dtype)
+    terms = call_time(machine, workload, call, candidates)
+    memory = call_memory(machine, workload, call, candidates)
     hosted = sum(
         function.seconds_per_sample
         for function in workload.graph.calls
@@ -248,8 +249,7 @@ def _too_large(call: str, priced: Priced, capacity: float, cluster: ClusterSpec)
 
 def _moves(
     workload: Workload,
-    cluster: ClusterSpec,
-    engine: Engine,
+    machine: Machine,
     names: tuple[str, ...],
     options: Mapping[str, tuple[Entry, ...]],
 ) -> dict[tuple[int, int], NDArray[np.float64]]:
@@ -259,9 +259,9 @@ def _moves(
         for v, name in enumerate(names):
             if name == trainer or workload.graph.call(name).model != role:
                 continue
-            source, row = _distinct(workload.models[role], options[trainer], cluster)
-            target, column = _distinct(workload.models[role], options[name], cluster)
-            seconds = reallocation_matrix(cluster, engine, workload.element_bytes, source, target)
+            source, row = _distinct(workload.models[role], options[trainer], machine.cluster)
+            target, column = _distinct(workload.models[role], options[name], machine.cluster)
+            seconds = reallocation_matrix(machine, source, target)
             moves[names.index(trainer), v] = seconds[np.ix_(row, column)]
     return moves
 

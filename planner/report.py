@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from cost_models.estimate import PlanCost
 from cost_models.memory.moments import RankGroup
-from cost_models.tables.sources import Sources
+from cost_models.provenance.sources import Sources
 from cost_models.validation.error_band import ErrorBand
 from planner.explanation.binding import BindingTerm, by_resource
 from plans.cluster import GIB
@@ -43,7 +43,7 @@ def render_cost(
 
 
 def _origin(cost: PlanCost, sources: Sources, band: ErrorBand) -> Iterator[str]:
-    yield from _wrapped(f"engine {cost.engine}; band: {band.origin}")
+    yield from _wrapped(f"engine {cost.engine.name}; band: {band.origin}")
     shares = [f"{share:.0%} {name}" for name, share in sources.shares.items()]
     reach = f", sizes up to {sources.beyond:.1f}x beyond the measured ones" if sources.beyond > 1.05 else ""
     yield from _wrapped(f"seconds of the calls: {', '.join(shares)}{reach}")

@@ -7,10 +7,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from cost_models.tables.calibration import calibrate
+from cost_models.calibration.fit import calibrate
+from cost_models.engines.constants import DEFAULT_ENGINE, load_constants
 from cost_models.tables.shards import legal_degrees
 from cost_models.tables.tables import CostTable, load_table
-from cost_models.time.engines import DEFAULT_ENGINE, load_engine
 from plans.errors import RealplanError
 from plans.library import load_model
 from plans.runnable import RUN_DTYPES
@@ -74,7 +74,7 @@ def _points(table: CostTable) -> int:
 
 
 def _say(table: CostTable, seconds: float, output: Path) -> None:
-    fit = calibrate(table, load_engine(DEFAULT_ENGINE, table.hardware, table.precision))
+    fit = calibrate(table, load_constants(DEFAULT_ENGINE, table.hardware, table.precision))
     print(f"{table.device}: {_points(table)} points of {table.model} in {seconds:.0f} s", file=sys.stderr)
     print(f"{'operation':24}{'spread':>8}{'off after the fit':>20}", file=sys.stderr)
     for name, error in fit.errors.items():

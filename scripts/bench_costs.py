@@ -10,8 +10,8 @@ import random
 import time
 
 from cost_models.candidates import Candidates
+from cost_models.engines.engine import MEGATRON
 from cost_models.time.calls import call_time
-from cost_models.time.engines import load_engine
 from plans.algorithms import ppo
 from plans.cluster import ClusterSpec, DeviceMesh, GpuSpec
 from plans.model import ModelSpec
@@ -51,7 +51,7 @@ def main() -> None:
     cluster = ClusterSpec(nodes=16, gpus_per_node=8, gpu=GPU, inter_node_gbps=50)
     graph = ppo()
     workload = Workload(graph=graph, models=dict.fromkeys(graph.roles, MODEL))
-    engine = load_engine("megatron", GPU.name)
+    machine = MEGATRON.on(cluster, workload.dtype)
     generator = random.Random(0)
     candidates = Candidates.of([random_layout(generator, cluster.nodes) for _ in range(args.layouts)])
     costs, spent = 0, 0.0
@@ -59,7 +59,7 @@ def main() -> None:
     while spent < args.seconds:
         for name in per_call:
             started = time.perf_counter()
-            call_time(workload, name, cluster, candidates, engine).total_s.sum()
+            call_time(machine, workload, name, candidates).total_s.sum()
             per_call[name] += time.perf_counter() - started
         costs += len(per_call) * len(candidates)
         spent = sum(per_call.values())

@@ -16,23 +16,25 @@ import json
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import least_squares, minimize_scalar
 
-from cost_models.time.engines import DEFAULT_ENGINE, Engine, load_engine
+from cost_models.engines.constants import DEFAULT_ENGINE, Constants, load_constants
+from cost_models.engines.engine import Abilities, Engine
+from cost_models.engines.machine import Machine, machine_of
 from cost_models.validation import published
 from cost_models.validation.error_band import ANY_ENGINE, KINDS, RESIDUALS
 from cost_models.validation.predictions import PREDICTORS
 from cost_models.validation.published import Row, Unpredictable
 from cost_models.validation.row_results import counts
 from plans.cluster import ClusterSpec
+from plans.graph import CallKind
 
 LIBRARY = Path(str(files("cost_models"))) / "library" / "engines.json"
 PULL = 0.1
@@ -154,26 +156,36 @@ def _belongs(row: Row, quantity: str, fit: Fit) -> bool:
         return False
 
 
-def errors(engine: Engine, cases: Sequence[Case]) -> NDArray[np.float64]:
-    """log(predicted / measured) of each case under an engine."""
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """An engine of constants that are being fitted."""
 
-    def chosen(name: str, cluster: ClusterSpec, dtype: str) -> Engine:
-        return engine
+    constants: Constants
+    name: str = "trial"
+    abilities: Abilities = field(default_factory=Abilities)
 
-    with (
-        patch("cost_models.validation.published.row_engine", chosen),
-        patch("cost_models.validation.predictions.row_engine", chosen),
-    ):
-        return np.array([np.log(PREDICTORS[q](row) / row["measured"][q]) for row, q in cases])
+    def running(self, kind: CallKind) -> Engine:
+        """Itself."""
+        return self
+
+    def on(self, cluster: ClusterSpec, dtype: str) -> Machine:
+        """Any cluster with these constants."""
+        return machine_of(cluster, self.constants, dtype)
 
 
-SHARES = {f.name for f in fields(Engine) if f.name.endswith(("efficiency", "overlap"))}
+def errors(constants: Constants, cases: Sequence[Case]) -> NDArray[np.float64]:
+    """log(predicted / measured) of each case under an engine's constants."""
+    trial = Trial(constants)
+    return np.array([np.log(PREDICTORS[q](row, lambda _: trial) / row["measured"][q]) for row, q in cases])
+
+
+SHARES = {f.name for f in fields(Constants) if f.name.endswith(("efficiency", "overlap"))}
 CAPS = {"gemm_efficiency": 0.95, "memory_efficiency": 0.95, "kv_efficiency": 0.95, "link_efficiency": 0.95}
 """Largest shares of a peak that a fit may claim; 1 for the others."""
 
 
-def solve(fit: Fit, cases: Sequence[Case], start: Engine) -> Engine:
-    """The engine that fits the cases best."""
+def solve(fit: Fit, cases: Sequence[Case], start: Constants) -> Constants:
+    """The constants that fit the cases best."""
     initial = np.array([getattr(start, name) or (0.5 if name in SHARES else 1e-6) for name in fit.constants])
     low = np.log(np.where([name in SHARES for name in fit.constants], 0.02, initial / 50))
     high = np.log(
@@ -181,25 +193,25 @@ def solve(fit: Fit, cases: Sequence[Case], start: Engine) -> Engine:
     )
     origin = np.clip(np.log(initial), low + 1e-6, high - 1e-6)
 
-    def engine_at(point: NDArray[np.float64]) -> Engine:
-        constants: dict[str, Any] = dict(zip(fit.constants, np.exp(point).tolist(), strict=True))
-        return replace(start, **constants)
+    def constants_at(point: NDArray[np.float64]) -> Constants:
+        found: dict[str, Any] = dict(zip(fit.constants, np.exp(point).tolist(), strict=True))
+        return replace(start, **found)
 
     def residuals(point: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.concatenate([errors(engine_at(point), cases), PULL * (point - origin)])
+        return np.concatenate([errors(constants_at(point), cases), PULL * (point - origin)])
 
     found = least_squares(
         residuals, origin, bounds=(low, high), loss="soft_l1", f_scale=0.1, x_scale=0.3, max_nfev=40, diff_step=1e-3
     )
-    return engine_at(found.x)
+    return constants_at(found.x)
 
 
-def mape(engine: Engine, cases: Sequence[Case]) -> float:
+def mape(constants: Constants, cases: Sequence[Case]) -> float:
     """Mean absolute percentage error."""
-    return 100 * float(np.mean(np.abs(np.expm1(errors(engine, cases)))))
+    return 100 * float(np.mean(np.abs(np.expm1(errors(constants, cases)))))
 
 
-def held_out(fit: Fit, cases: Sequence[Case], start: Engine) -> tuple[list[Case], NDArray[np.float64]]:
+def held_out(fit: Fit, cases: Sequence[Case], start: Constants) -> tuple[list[Case], NDArray[np.float64]]:
     """Cases and log(predicted / measured) under constants fitted to the random half that a case is not in."""
     shuffled = list(cases)
     random.Random(0).shuffle(shuffled)
@@ -212,7 +224,7 @@ def write_residuals() -> None:
     """Quantiles of measured / predicted by engine and kind of work, over rows that the constants were not fitted to."""
     ratios: dict[tuple[str, str], list[float]] = defaultdict(list)
     for fit in FITS:
-        cases, start = cases_of(fit), general_engine(fit)
+        cases, start = cases_of(fit), general_constants(fit)
         if len(cases) < FEWEST_TO_HALVE:
             continue
         ordered, logs = held_out(fit, cases, start)
@@ -230,41 +242,42 @@ def write_residuals() -> None:
     RESIDUALS.write_text('{\n  "entries": [\n' + lines + "\n  ]\n}\n")
 
 
-def write(fit: Fit, engine: Engine, rows: int, of: str = "") -> None:
+def write(fit: Fit, constants: Constants, rows: int, of: str = "") -> None:
     """Put the fitted constants into the library; `of` says whose rows they are if not the engine's own."""
     library = json.loads(LIBRARY.read_text())
     key = {"engine": fit.engine, "gpu": fit.gpu, "precision": "bf16"}
     kept = [e for e in library["entries"] if {k: e[k] for k in key} != key]
-    constants = {name: float(f"{getattr(engine, name):.4g}") for name in fit.constants}
+    fitted = {name: float(f"{getattr(constants, name):.4g}") for name in fit.constants}
     origin = f"fitted to {rows} published {', '.join(fit.quantities)}{of} by scripts/fit_engines.py"
-    entries = [*kept, key | {"origin": origin, "constants": constants}]
+    entries = [*kept, key | {"origin": origin, "constants": fitted}]
     lines = ",\n".join("    " + json.dumps(entry) for entry in entries)
-    LIBRARY.write_text('{\n  "entries": [\n' + lines + "\n  ]\n}\n")
+    engines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(record)}" for name, record in library["engines"].items())
+    LIBRARY.write_text('{\n  "engines": {\n' + engines + '\n  },\n  "entries": [\n' + lines + "\n  ]\n}\n")
 
 
 def throttle(gpu: str, engines: Sequence[str]) -> tuple[float, int]:
     """The `throttle` with which measured kernels fit the rows of some engines best, which keep their other constants;
     and how many rows those are."""
     fits = [fit for fit in FITS if fit.gpu == gpu and fit.engine in engines]
-    rows = [(replace(load_engine(fit.engine, gpu), measured_kernels=True), cases_of(fit)) for fit in fits]
+    rows = [(replace(load_constants(fit.engine, gpu), measured_kernels=True), cases_of(fit)) for fit in fits]
 
     def error(value: float) -> float:
-        parts = [errors(replace(engine, throttle=value), cases) for engine, cases in rows]
+        parts = [errors(replace(start, throttle=value), cases) for start, cases in rows]
         return float(np.mean(np.abs(np.concatenate(parts))))
 
     found = minimize_scalar(error, bounds=(0.0, 1.0), method="bounded", options={"xatol": 0.005})
     return float(found.x), sum(len(cases) for _, cases in rows)
 
 
-def general_engine(fit: Fit) -> Engine:
+def general_constants(fit: Fit) -> Constants:
     """Where a fit starts: the library's constants for any GPU, and the GPU's links."""
     library = json.loads(LIBRARY.read_text())["entries"]
-    engine = Engine(name=fit.engine)
+    constants = Constants()
     for name, gpu in (("*", "*"), ("*", fit.gpu), (fit.engine, "*")):
         for entry in library:
             if (entry["engine"], entry["gpu"]) == (name, gpu):
-                engine = replace(engine, **entry["constants"])
-    return engine
+                constants = replace(constants, **entry["constants"])
+    return constants
 
 
 def main() -> None:
@@ -281,17 +294,15 @@ def main() -> None:
     for fit in FITS:
         if not f"{fit.engine}/{fit.gpu}".startswith(args.only):
             continue
-        cases, start = cases_of(fit), general_engine(fit)
-        engine = solve(fit, cases, start)
-        print(
-            f"{fit.engine} on {fit.gpu}: {len(cases)} rows, {mape(start, cases):.1f} % -> {mape(engine, cases):.1f} %"
-        )
-        print("   ", ", ".join(f"{n} {getattr(start, n):.3g} -> {getattr(engine, n):.3g}" for n in fit.constants))
+        cases, start = cases_of(fit), general_constants(fit)
+        found = solve(fit, cases, start)
+        print(f"{fit.engine} on {fit.gpu}: {len(cases)} rows, {mape(start, cases):.1f} % -> {mape(found, cases):.1f} %")
+        print("   ", ", ".join(f"{n} {getattr(start, n):.3g} -> {getattr(found, n):.3g}" for n in fit.constants))
         if args.check and len(cases) >= FEWEST_TO_HALVE:
             missed = np.mean(np.abs(np.expm1(held_out(fit, cases, start)[1])))
             print(f"    on the half not fitted: {100 * missed:.1f} %")
         if args.write:
-            write(fit, engine, len(cases))
+            write(fit, found, len(cases))
     for gpus, engines in THROTTLED.items():
         if not f"{DEFAULT_ENGINE}/{gpus[0]}".startswith(args.only):
             continue
@@ -299,7 +310,7 @@ def main() -> None:
         print(f"{DEFAULT_ENGINE} on {', '.join(gpus)}: throttle {value:.3f} from {rows} rows of {', '.join(engines)}")
         for gpu in gpus if args.write else ():
             fit = Fit(DEFAULT_ENGINE, gpu, ("throttle",), STEP)
-            write(fit, Engine(throttle=value), rows, f" of {', '.join(engines)} on {gpus[0]}")
+            write(fit, Constants(throttle=value), rows, f" of {', '.join(engines)} on {gpus[0]}")
 
 
 if __name__ == "__main__":

@@ -12,11 +12,12 @@ from typing import Any
 
 from plan_cases import FIXTURES
 
+from cost_models.calibration.profiled import profiled_engine
 from cost_models.candidates import Candidates
-from cost_models.memory.memory import call_memory, context_bytes
+from cost_models.engines.engine import MEGATRON, Engine, NamedEngine
+from cost_models.memory.memory import call_memory
 from cost_models.reallocation import reallocation_time
 from cost_models.time.calls import call_time
-from cost_models.time.engines import load_engine
 from plans.algorithms import algorithm_graph
 from plans.cluster import ClusterSpec, parse_mesh
 from plans.layout import Layout
@@ -172,16 +173,17 @@ def figures(case: Case) -> dict[str, dict[str, float]]:
     settings = {"shard_optimizer": True} | dict(case.settings)
     strategy = ParallelStrategy(**parse_degrees(case.degrees), **settings)
     candidates = Candidates.of([(parse_mesh(case.mesh, cluster), strategy)])
-    name = str(TABLE) if case.engine == "table" else case.engine
-    terms = call_time(workload, case.call, cluster, candidates, load_engine(name, cluster.gpu.name, case.dtype))
-    memory = call_memory(workload, case.call, cluster, candidates, name)
+    engine: Engine = profiled_engine(TABLE) if case.engine == "table" else NamedEngine(case.engine)
+    machine = engine.on(cluster, case.dtype)
+    terms = call_time(machine, workload, case.call, candidates)
+    memory = call_memory(machine, workload, case.call, candidates)
     held = {
         **memory.terms(),
         "host": memory.host_bytes,
         "resident": memory.resident_bytes,
         "transient": memory.transient_bytes,
         "copy": memory.copy_bytes,
-        "context": [context_bytes(cluster, name)],
+        "context": [machine.context_bytes],
     }
     return {
         "seconds": {term: float(seconds[0]) for term, seconds in terms.items()},
@@ -192,15 +194,12 @@ def figures(case: Case) -> dict[str, dict[str, float]]:
 def reallocation_seconds(gpu: str) -> dict[str, float]:
     """Seconds of every reallocation on four nodes of a GPU kind."""
     cluster = load_cluster(gpu, gpus=32)
-    engine = load_engine("megatron", cluster.gpu.name)
-    return {
-        name: float(
-            reallocation_time(
-                cluster, engine, 2.0, [(_layout(model, source, cluster), _layout(model, target, cluster))]
-            )[0]
-        )
-        for name, (model, source, target) in REALLOCATIONS.items()
-    }
+    machine = MEGATRON.on(cluster, "bf16")
+    found = {}
+    for name, (model, *places) in REALLOCATIONS.items():
+        source, target = (_layout(model, place, cluster) for place in places)
+        found[name] = float(reallocation_time(machine, [(source, target)])[0])
+    return found
 
 
 def _layout(model: str, place: tuple[str, str], cluster: ClusterSpec) -> Layout:

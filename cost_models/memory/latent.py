@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from cost_models.candidates import Array
+from cost_models.engines.habits import MemoryHabits
 from cost_models.memory.activations import BlockWidths
-from cost_models.memory.memory_terms import MemoryEngine, MemoryTerms
+from cost_models.memory.memory_terms import MemoryTerms
 from cost_models.memory.memory_training import fullest_stage, stage_terms
 from cost_models.memory.training_case import StageParts, TrainingCase
 
@@ -116,15 +117,15 @@ def _widths(spec: LatentSpec, dense_share: float) -> BlockWidths:
     )
 
 
-def latent_training_terms(spec: LatentSpec, layers: int, case: TrainingCase, engine: MemoryEngine) -> MemoryTerms:
+def latent_training_terms(spec: LatentSpec, layers: int, case: TrainingCase, habits: MemoryHabits) -> MemoryTerms:
     """Memory of a training step of the first `layers` layers on the fullest of first and last stage."""
     pp = int(case.pp[0])
-    first, last = (_stage_terms(spec, layers, index, pp, case, engine) for index in (0, pp - 1))
+    first, last = (_stage_terms(spec, layers, index, pp, case, habits) for index in (0, pp - 1))
     return fullest_stage(first, last)
 
 
 def _stage_terms(
-    spec: LatentSpec, layers: int, index: int, pp: int, case: TrainingCase, engine: MemoryEngine
+    spec: LatentSpec, layers: int, index: int, pp: int, case: TrainingCase, habits: MemoryHabits
 ) -> MemoryTerms:
     here = layers // pp
     dense = 1 if index == 0 else 0
@@ -149,4 +150,4 @@ def _stage_terms(
         shapes=float(sum(matrices) + mlp),
         largest=float(max(*matrices, mlp * 2 // 3)),
     )
-    return stage_terms(stage, _widths(spec, dense / here), case, engine)
+    return stage_terms(stage, _widths(spec, dense / here), case, habits)

@@ -7,8 +7,9 @@ from dataclasses import replace
 import numpy as np
 
 from cost_models.candidates import Array, Candidates
+from cost_models.engines.habits import MemoryHabits
 from cost_models.memory.activations import forward_block_bytes
-from cost_models.memory.memory_terms import MemoryEngine, MemoryTerms
+from cost_models.memory.memory_terms import MemoryTerms
 from cost_models.memory.memory_training import communicator_bytes, fullest_stage
 from cost_models.memory.training_case import StageParts, stage_parts
 from plans.model import ModelSpec
@@ -29,17 +30,17 @@ def kv_cache_bytes(spec: ModelSpec, candidates: Candidates, sequences: Array, to
     return cache
 
 
-def inference_terms(workload: Workload, spec: ModelSpec, candidates: Candidates, engine: MemoryEngine) -> MemoryTerms:
+def inference_terms(workload: Workload, spec: ModelSpec, candidates: Candidates, habits: MemoryHabits) -> MemoryTerms:
     """Memory of one forward pass over the batch in micro-batches; log-probs need the logits of every token."""
     element = float(workload.element_bytes)
     sequences = np.ceil(workload.samples / (candidates.dp * candidates.micro_batches))
     tokens = sequences * workload.tokens / candidates.cp
-    activations = forward_block_bytes(spec, element, candidates.tp, fused_pointwise=engine.fused_pointwise) * tokens
-    logits = (element + engine.forward_logit_bytes) / candidates.tp * tokens
-    return _fullest(spec, candidates, engine, element, activations, logits)
+    activations = forward_block_bytes(spec, element, candidates.tp, fused_pointwise=habits.fused_pointwise) * tokens
+    logits = (element + habits.forward_logit_bytes) / candidates.tp * tokens
+    return _fullest(spec, candidates, habits, element, activations, logits)
 
 
-def generation_terms(workload: Workload, spec: ModelSpec, candidates: Candidates, engine: MemoryEngine) -> MemoryTerms:
+def generation_terms(workload: Workload, spec: ModelSpec, candidates: Candidates, habits: MemoryHabits) -> MemoryTerms:
     """Memory of generation: KV cache at full length, prefill of one group of sequences at once with its attention mask,
     logits of one token per sequence of a group.
     """
@@ -47,17 +48,17 @@ def generation_terms(workload: Workload, spec: ModelSpec, candidates: Candidates
     sequences = np.ceil(workload.samples / (candidates.dp * candidates.waves))
     cache = kv_cache_bytes(spec, candidates, sequences, workload.tokens, element)
     group = np.ceil(sequences / candidates.groups)
-    block = forward_block_bytes(spec, element, candidates.tp, fused_pointwise=engine.fused_pointwise)
+    block = forward_block_bytes(spec, element, candidates.tp, fused_pointwise=habits.fused_pointwise)
     activations = block * group * workload.prompt_tokens
-    logits = engine.sampling_bytes / candidates.tp * group
-    terms = _fullest(spec, candidates, engine, element, activations, logits)
-    return replace(terms, kv_cache=cache, workspace=engine.mask_bytes * group * float(workload.prompt_tokens) ** 2)
+    logits = habits.sampling_bytes / candidates.tp * group
+    terms = _fullest(spec, candidates, habits, element, activations, logits)
+    return replace(terms, kv_cache=cache, workspace=habits.mask_bytes * group * float(workload.prompt_tokens) ** 2)
 
 
 def _fullest(
     spec: ModelSpec,
     candidates: Candidates,
-    engine: MemoryEngine,
+    habits: MemoryHabits,
     element: float,
     activations: Array,
     bytes_per_logit: Array,
@@ -76,8 +77,8 @@ def _fullest(
             logits=logits,
             kv_cache=none,
             workspace=none,
-            communicators=communicator_bytes(engine, candidates.tp, candidates.pp, candidates.cp),
-            reserve=engine.reserve * (activations + logits),
+            communicators=communicator_bytes(habits, candidates.tp, candidates.pp, candidates.cp),
+            reserve=habits.reserve * (activations + logits),
             host=none,
             weights_stay=np.ones_like(none, dtype=np.bool_),
             state_stays=np.ones_like(none, dtype=np.bool_),

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from cost_models.candidates import FULL_RECOMPUTE, Array
+from cost_models.engines.habits import MemoryHabits
 from cost_models.memory.activations import (
     BlockWidths,
     backward_block_bytes,
@@ -18,7 +19,7 @@ from cost_models.memory.activations import (
     kept_block_bytes,
     stored_block_bytes,
 )
-from cost_models.memory.memory_terms import MemoryEngine, MemoryTerms
+from cost_models.memory.memory_terms import MemoryTerms
 from cost_models.memory.training_case import StageParts, TrainingCase, stage_parts
 from plans.cluster import GIB
 from plans.model import ModelSpec
@@ -68,15 +69,15 @@ def in_flight(stage: Array, pp: Array, vpp: Array, micro_batches: Array) -> Arra
     return np.minimum(chunks / vpp, micro_batches)
 
 
-def weight_gradient_bytes(stage: StageParts, case: TrainingCase, engine: MemoryEngine) -> Array:
-    """Weight gradients in the run's precision beside the fp32 ones: see `MemoryEngine.wgrad_buffers`."""
-    return (stage.shapes if engine.wgrad_buffers else stage.largest) * case.element / case.tp
+def weight_gradient_bytes(stage: StageParts, case: TrainingCase, habits: MemoryHabits) -> Array:
+    """Weight gradients in the run's precision beside the fp32 ones: see `MemoryHabits.wgrad_buffers`."""
+    return (stage.shapes if habits.wgrad_buffers else stage.largest) * case.element / case.tp
 
 
-def gathered_bytes(stage: StageParts, case: TrainingCase, engine: MemoryEngine) -> Array:
+def gathered_bytes(stage: StageParts, case: TrainingCase, habits: MemoryHabits) -> Array:
     """Whole layers that ZeRO-3 holds at once in the run's precision, with the fp32 gradient of one of them."""
     layer = (stage.sharded / case.tp + stage.replicated + stage.experts / (case.tp * case.ep)) / stage.layers
-    return np.where(case.zero >= 3, layer * (engine.gathered_layers * case.element + FP32_BYTES), 0.0)
+    return np.where(case.zero >= 3, layer * (habits.gathered_layers * case.element + FP32_BYTES), 0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,23 +102,23 @@ def _fullest(moments: list[Moment]) -> Moment:
     return best
 
 
-def moments(stage: StageParts, widths: BlockWidths, case: TrainingCase, engine: MemoryEngine) -> list[Moment]:
+def moments(stage: StageParts, widths: BlockWidths, case: TrainingCase, habits: MemoryHabits) -> list[Moment]:
     """The moments that may be the fullest: backward of a block, loss, gradient of the embedding."""
-    kept = kept_block_bytes(widths, case, gathers_keys=engine.gathers_keys) * case.rank_tokens * stage.layers
+    kept = kept_block_bytes(widths, case, gathers_keys=habits.gathers_keys) * case.rank_tokens * stage.layers
     flight = in_flight(stage.index, case.pp, case.vpp, case.micro_batches)
     stored = kept * flight
-    if engine.keeps_outputs:
+    if habits.keeps_outputs:
         output = widths.hidden * case.element / np.where(case.sequence_parallel, case.tp, 1.0) * case.rank_tokens
         stored = stored + np.where(case.vpp > 1, output * flight * case.vpp, 0.0)
-    again = stored_block_bytes(widths, case, case.scores, gathers_keys=engine.gathers_keys) * case.rank_tokens
+    again = stored_block_bytes(widths, case, case.scores, gathers_keys=habits.gathers_keys) * case.rank_tokens
     again = np.where(case.recompute == FULL_RECOMPUTE, again, 0.0)
-    gathered = gathered_bytes(stage, case, engine)
-    wgrad = weight_gradient_bytes(stage, case, engine)
+    gathered = gathered_bytes(stage, case, habits)
+    wgrad = weight_gradient_bytes(stage, case, habits)
     temporaries = backward_block_bytes(widths, case) * case.rank_tokens
     none = np.zeros_like(kept)
-    buffers = wgrad if engine.wgrad_buffers else none
+    buffers = wgrad if habits.wgrad_buffers else none
     embedding = stage.embedding / case.tp * case.element
-    last = _loss(stage, widths, case, engine)
+    last = _loss(stage, widths, case, habits)
     return [
         Moment(stored, none, again + temporaries + wgrad + gathered),
         Moment(stored, last.logits, last.workspace + buffers + gathered),
@@ -125,7 +126,7 @@ def moments(stage: StageParts, widths: BlockWidths, case: TrainingCase, engine: 
     ]
 
 
-def _loss(stage: StageParts, widths: BlockWidths, case: TrainingCase, engine: MemoryEngine) -> Moment:
+def _loss(stage: StageParts, widths: BlockWidths, case: TrainingCase, habits: MemoryHabits) -> Moment:
     """The loss on the stage of the head: logits cut over tp; input and output of the final norm, the gathered input of
     the projection and its gradient; the weight gradient of the projection."""
     has_head = stage.vocabulary > 0
@@ -133,20 +134,20 @@ def _loss(stage: StageParts, widths: BlockWidths, case: TrainingCase, engine: Me
     stream = widths.hidden * case.element * (2.0 / np.where(case.sequence_parallel, case.tp, 1.0) + 2.0)
     return Moment(
         activations=np.zeros_like(rows),
-        logits=rows * (case.element + engine.logit_bytes) * case.rank_tokens,
+        logits=rows * (case.element + habits.logit_bytes) * case.rank_tokens,
         workspace=np.where(has_head, stream * case.rank_tokens + rows * widths.hidden * case.element, 0.0),
     )
 
 
-def communicator_bytes(engine: MemoryEngine, *degrees: Array) -> Array:
+def communicator_bytes(habits: MemoryHabits, *degrees: Array) -> Array:
     """NCCL buffers: one set per group of more than one rank."""
-    return sum((degree > 1) * engine.communicator_gib * GIB for degree in degrees) + np.zeros_like(degrees[0])
+    return sum((degree > 1) * habits.communicator_gib * GIB for degree in degrees) + np.zeros_like(degrees[0])
 
 
-def stage_terms(stage: StageParts, widths: BlockWidths, case: TrainingCase, engine: MemoryEngine) -> MemoryTerms:
+def stage_terms(stage: StageParts, widths: BlockWidths, case: TrainingCase, habits: MemoryHabits) -> MemoryTerms:
     """Memory of one stage at its fullest moment."""
     state = state_bytes(stage, case)
-    moment = _fullest(moments(stage, widths, case, engine))
+    moment = _fullest(moments(stage, widths, case, habits))
     stay = np.ones_like(case.tp, dtype=np.bool_)
     return MemoryTerms(
         weights=state.weights,
@@ -157,8 +158,8 @@ def stage_terms(stage: StageParts, widths: BlockWidths, case: TrainingCase, engi
         logits=moment.logits,
         kv_cache=np.zeros_like(case.tp),
         workspace=moment.workspace,
-        communicators=communicator_bytes(engine, case.tp, case.pp, case.dp * case.cp),
-        reserve=engine.reserve * moment.total,
+        communicators=communicator_bytes(habits, case.tp, case.pp, case.dp * case.cp),
+        reserve=habits.reserve * moment.total,
         host=np.zeros_like(case.tp),
         weights_stay=stay,
         state_stays=stay,
@@ -176,8 +177,8 @@ def fullest_stage(first: MemoryTerms, last: MemoryTerms) -> MemoryTerms:
     return MemoryTerms(**chosen, is_copy=first.is_copy)
 
 
-def training_terms(spec: ModelSpec, case: TrainingCase, engine: MemoryEngine) -> MemoryTerms:
+def training_terms(spec: ModelSpec, case: TrainingCase, habits: MemoryHabits) -> MemoryTerms:
     """Memory of a training step on its fullest stage."""
-    widths = block_widths(spec, fused_pointwise=engine.fused_pointwise, element=case.element)
-    first, last = (stage_terms(stage_parts(spec, case.pp, last=end), widths, case, engine) for end in (False, True))
+    widths = block_widths(spec, fused_pointwise=habits.fused_pointwise, element=case.element)
+    first, last = (stage_terms(stage_parts(spec, case.pp, last=end), widths, case, habits) for end in (False, True))
     return fullest_stage(first, last)

@@ -5,25 +5,22 @@ from __future__ import annotations
 import numpy as np
 
 from cost_models.candidates import Candidates
+from cost_models.engines.machine import Machine
 from cost_models.time.data_parallel import state_load
-from cost_models.time.engines import Engine
 from cost_models.time.generation import Sampling, generation_time
 from cost_models.time.inference import ForwardPass, inference_time, weight_load
-from cost_models.time.machine import Machine
 from cost_models.time.terms import Terms
 from cost_models.time.training import TrainingStep, training_time
-from plans.cluster import ClusterSpec
 from plans.graph import CallKind
 from plans.workload import Workload
 
 
-def call_time(workload: Workload, call: str, cluster: ClusterSpec, candidates: Candidates, engine: Engine) -> Terms:
+def call_time(machine: Machine, workload: Workload, call: str, candidates: Candidates) -> Terms:
     """Seconds of a model call by term, arrays [candidates].
 
     A training call is `minibatches` optimizer steps. Where a frozen model (or a trained one's optimizer state) lives
     in host memory, the load is the term `offload`.
     """
-    machine = Machine(cluster, engine, workload.dtype)
     spec, kind = workload.spec(call), workload.graph.call(call).kind
     assert kind is not CallKind.FUNCTION, f"`{call}` is a function call"
     if kind is CallKind.TRAIN_STEP:
@@ -39,5 +36,5 @@ def call_time(workload: Workload, call: str, cluster: ClusterSpec, candidates: C
             spec, workload.samples, workload.prompt_tokens, workload.response_tokens, workload.mean_response_tokens
         )
         terms = dict(generation_time(machine, sampling, candidates))
-    terms["call"] = np.full(len(candidates), engine.call_s)
+    terms["call"] = np.full(len(candidates), machine.constants.call_s)
     return Terms(terms)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from cost_models.candidates import Array, Candidates
-from cost_models.time import collectives, operations
+from cost_models.engines.machine import Machine
+from cost_models.time import operations
 from cost_models.time.layer import LayerTime
-from cost_models.time.machine import Machine
 from cost_models.time.pipeline import stage_layers
 from plans.model import Head, ModelSpec
 
@@ -37,14 +37,14 @@ def gradient_reduce(machine: Machine, spec: ModelSpec, candidates: Candidates, b
 
     It may hide behind the backward pass of the last micro-batch, `data_overlap` of it.
     """
-    engine, (size, per_node) = machine.engine, _data_group(candidates)
-    if engine.shards_weights:
+    constants, (size, per_node) = machine.constants, _data_group(candidates)
+    if constants.shards_weights:
         return np.zeros_like(size)
-    message = rank_params(spec, candidates) * engine.gradient_bytes
-    whole = collectives.all_reduce(machine, message, size, per_node)
-    scattered = collectives.reduce_scatter(machine, message, size, per_node)
+    message = rank_params(spec, candidates) * constants.gradient_bytes
+    whole = machine.kernels.all_reduce(message, size, per_node)
+    scattered = machine.kernels.reduce_scatter(message, size, per_node)
     seconds = np.where(candidates.shard_optimizer, scattered, whole)
-    exposed: Array = seconds - np.minimum(engine.data_overlap * seconds, backward)
+    exposed: Array = seconds - np.minimum(constants.data_overlap * seconds, backward)
     return exposed + tied_embedding_reduce(machine, spec, candidates)
 
 
@@ -53,21 +53,21 @@ def tied_embedding_reduce(machine: Machine, spec: ModelSpec, candidates: Candida
     c = candidates
     if not (spec.tied_embeddings and spec.head is Head.LM):
         return np.zeros_like(c.pp)
-    message = spec.padded_vocab * spec.hidden / c.tp * machine.engine.gradient_bytes
+    message = spec.padded_vocab * spec.hidden / c.tp * machine.constants.gradient_bytes
     two = np.full_like(c.pp, 2.0)
-    seconds = collectives.all_reduce(machine, message, two, np.where(c.nodes > 1, 1.0, 2.0))
+    seconds = machine.kernels.all_reduce(message, two, np.where(c.nodes > 1, 1.0, 2.0))
     return np.where(c.pp > 1, seconds, 0.0)
 
 
 def parameter_gather(machine: Machine, spec: ModelSpec, candidates: Candidates, backward: Array) -> Array:
     """Exposed seconds of gathering updated weights after a sharded optimizer step; `gather_overlap` of it hides behind
     the next forward, taken as half of a backward."""
-    engine, (size, per_node) = machine.engine, _data_group(candidates)
-    if engine.shards_weights:
+    constants, (size, per_node) = machine.constants, _data_group(candidates)
+    if constants.shards_weights:
         return np.zeros_like(size)
     message = rank_params(spec, candidates) * machine.element_bytes
-    seconds = np.where(candidates.shard_optimizer, collectives.all_gather(machine, message, size, per_node), 0.0)
-    return seconds - np.minimum(engine.gather_overlap * seconds, 0.5 * backward)
+    seconds = np.where(candidates.shard_optimizer, machine.kernels.all_gather(message, size, per_node), 0.0)
+    return seconds - np.minimum(constants.gather_overlap * seconds, 0.5 * backward)
 
 
 def weight_gather(machine: Machine, spec: ModelSpec, candidates: Candidates, layer: LayerTime, after: Array) -> Array:
@@ -76,18 +76,18 @@ def weight_gather(machine: Machine, spec: ModelSpec, candidates: Candidates, lay
 
     What is not hidden: the excess of communication over compute, and the share 1 - data_overlap of the rest.
     """
-    engine, (size, per_node) = machine.engine, _data_group(candidates)
-    if not engine.shards_weights:
+    constants, (size, per_node) = machine.constants, _data_group(candidates)
+    if not constants.shards_weights:
         return np.zeros_like(size)
     gather = layer_gather(machine, spec, candidates)
-    message = spec.layer_params / candidates.tp * engine.gradient_bytes
-    both = gather + collectives.reduce_scatter(machine, message, size, per_node)
+    message = spec.layer_params / candidates.tp * constants.gradient_bytes
+    both = gather + machine.kernels.reduce_scatter(message, size, per_node)
     return _exposed(machine, gather, layer.gpu) + _exposed(machine, both, after)
 
 
 def forward_weight_gather(machine: Machine, spec: ModelSpec, candidates: Candidates, layer: LayerTime) -> Array:
     """Exposed seconds per layer and forward pass of gathering weights that are sharded over dp."""
-    if not machine.engine.shards_weights:
+    if not machine.constants.shards_weights:
         return np.zeros_like(candidates.dp)
     return _exposed(machine, layer_gather(machine, spec, candidates), layer.gpu)
 
@@ -96,23 +96,23 @@ def layer_gather(machine: Machine, spec: ModelSpec, candidates: Candidates) -> A
     """Seconds to gather one layer's weights that are sharded over dp x cp."""
     size, per_node = _data_group(candidates)
     message = spec.layer_params / candidates.tp * machine.element_bytes
-    return collectives.all_gather(machine, message, size, per_node)
+    return machine.kernels.all_gather(message, size, per_node)
 
 
 def _exposed(machine: Machine, communication: Array, compute: Array) -> Array:
-    return communication - machine.engine.data_overlap * np.minimum(communication, compute)
+    return communication - machine.constants.data_overlap * np.minimum(communication, compute)
 
 
 def accumulation(machine: Machine, params: Array | float) -> Array | float:
     """Seconds to add the gradients of `params` local parameters of one micro-batch up in their buffer."""
-    return params * (machine.engine.accumulate_bytes / machine.memory_bytes_per_s)
+    return params * (machine.constants.accumulate_bytes / machine.memory_bytes_per_s)
 
 
 def optimizer(machine: Machine, spec: ModelSpec, candidates: Candidates) -> Array:
     """Seconds of clipping and Adam, on the local shard where the optimizer is sharded."""
     params = rank_params(spec, candidates)
     size, _ = _data_group(candidates)
-    sharded = candidates.shard_optimizer | machine.engine.shards_weights
+    sharded = candidates.shard_optimizer | machine.constants.shards_weights
     return operations.optimizer_update(machine, params / np.where(sharded, size, 1.0))
 
 

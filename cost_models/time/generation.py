@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from cost_models.candidates import Array, Candidates
-from cost_models.time import measured, operations
-from cost_models.time.distinct import distinct
+from cost_models.distinct import distinct
+from cost_models.engines.machine import Machine
+from cost_models.time import operations
 from cost_models.time.inference import ForwardPass, forward_terms
 from cost_models.time.layer import expert_parallel, hidden_reduce
-from cost_models.time.machine import Machine
 from cost_models.time.pipeline import stage_layers, stage_send
 from cost_models.time.terms import Terms
 from cost_models.time.vocabulary import head_and_choice
@@ -101,7 +101,7 @@ def decode_step(
     The batch of a dp rank runs as `groups` groups; a stage works on one group while other stages work on others, so
     that a token of all groups takes max(groups, pp) stage times.
     """
-    c, engine = candidates, machine.engine
+    c, constants = candidates, machine.constants
     rows = np.maximum(sequences / (c.dp * c.groups), 1.0)
     layers, last_layers = stage_layers(spec, c.pp)
     lengths = np.broadcast_to(np.asarray(length, dtype=np.float64), rows.shape)
@@ -109,13 +109,13 @@ def decode_step(
     each = _decode_parts(machine, spec, c.take(first), rows[first], lengths[first])
     spread = {name: seconds[inverse] for name, seconds in each.items()}
     logits = spread.pop("head") + np.where(c.pp == 1, spread.pop("embedding"), 0.0)
-    parts = spread | {"decode_kernels": np.full_like(rows, engine.decode_layer_s)}
+    parts = spread | {"decode_kernels": np.full_like(rows, constants.decode_layer_s)}
     layer = sum(parts.values(), np.zeros_like(rows))
-    parts["decode_host"] = np.maximum(engine.host_decode_layer_s - layer, 0.0)
+    parts["decode_host"] = np.maximum(constants.host_decode_layer_s - layer, 0.0)
     turns = np.maximum(c.groups, c.pp) * layers
     terms = {name: seconds * turns for name, seconds in parts.items()}
-    short = (layers - last_layers) * np.maximum(layer, engine.host_decode_layer_s)
-    head = logits + engine.decode_step_s + rows * engine.decode_row_s
+    short = (layers - last_layers) * np.maximum(layer, constants.host_decode_layer_s)
+    head = logits + constants.decode_step_s + rows * constants.decode_row_s
     steady = np.where(c.groups >= c.pp, np.maximum(head - short, 0.0), head - short)
     terms["decode_head"] = steady * np.where(c.groups >= c.pp, c.groups, 1.0)
     terms["decode_p2p"] = decode_sends(machine, spec, c, rows)
@@ -128,7 +128,7 @@ def _decode_parts(
     """Seconds of one layer's parts, of the head, and of summing the embedding's output."""
     c = candidates
     return {
-        "decode_linears": operations.linears(machine, spec, rows, c.tp, c.ep)[0],
+        "decode_linears": operations.linears(machine, spec, rows, c.tp, c.ep),
         "decode_attention": decode_attention(machine, spec, c, rows, length),
         "decode_tensor_parallel": decode_all_reduce(machine, spec, c, rows) + expert_parallel(machine, spec, c, rows),
         "head": head_and_choice(machine, spec, rows, c),
@@ -139,11 +139,7 @@ def _decode_parts(
 def decode_attention(machine: Machine, spec: ModelSpec, candidates: Candidates, rows: Array, length: Array) -> Array:
     """Seconds to read the keys and values of one layer: rows x length x 2 x kv_heads / tp x head_dim elements."""
     kv_heads = np.maximum(spec.kv_heads / candidates.tp, 1.0)
-    if machine.kernels is not None:
-        return measured.decode_attention(machine, spec.head_dim, rows, length, kv_heads).value
-    bandwidth = 1e9 * machine.cluster.gpu.hbm_gbps * machine.engine.kv_efficiency
-    seconds: Array = rows * (2.0 * spec.head_dim * kv_heads) * (length * machine.element_bytes / bandwidth)
-    return seconds
+    return machine.kernels.cache_read(spec.head_dim, rows, length, kv_heads)
 
 
 def decode_all_reduce(machine: Machine, spec: ModelSpec, candidates: Candidates, rows: Array) -> Array:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from cost_models.candidates import Array, Candidates
+from cost_models.engines.machine import Machine
 from cost_models.time.data_parallel import forward_weight_gather, rank_params
 from cost_models.time.layer import forward_layer
-from cost_models.time.machine import Machine
 from cost_models.time.pipeline import fill_and_drain, stage_layers, stage_send
 from cost_models.time.terms import Terms
 from cost_models.time.vocabulary import head_and_log_probs
@@ -49,7 +49,7 @@ def forward_terms(machine: Machine, work: ForwardPass, candidates: Candidates, p
         "expert_parallel": layer.expert_parallel,
         "gaps": layer.gaps,
         "weight_gather": forward_weight_gather(machine, spec, c, layer),
-        "host": np.maximum(machine.engine.host_forward_layer_s - layer.gpu, 0.0),
+        "host": np.maximum(machine.constants.host_forward_layer_s - layer.gpu, 0.0),
     }
     one_layer = layer.gpu + parts["weight_gather"] + parts["host"]
     head_tokens = sequences * work.head_tokens / c.cp
@@ -59,7 +59,7 @@ def forward_terms(machine: Machine, work: ForwardPass, candidates: Candidates, p
     terms["head_and_loss"] = np.maximum(last - inner, 0.0) * passes
     terms["bubble"] = fill_and_drain(c.pp, np.ones_like(c.pp), inner, last)
     terms["pipeline_p2p"] = forward_sends(machine, spec, c, tokens, passes)
-    terms["overhead"] = passes * machine.engine.micro_batch_s
+    terms["overhead"] = passes * machine.constants.micro_batch_s
     return terms
 
 
@@ -67,7 +67,7 @@ def forward_sends(machine: Machine, spec: ModelSpec, candidates: Candidates, tok
     """Seconds of sends between stages: one [tokens, hidden] activation per slot."""
     c = candidates
     one = stage_send(machine, spec, c, tokens)
-    return np.where(c.pp > 1, one * (passes + c.pp - 1) * (1.0 - machine.engine.pipeline_overlap), 0.0)
+    return np.where(c.pp > 1, one * (passes + c.pp - 1) * (1.0 - machine.constants.pipeline_overlap), 0.0)
 
 
 def weight_load(machine: Machine, spec: ModelSpec, candidates: Candidates) -> Array:

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cost_models.candidates import Array, Candidates
-from cost_models.time import collectives, operations
-from cost_models.time.distinct import distinct
-from cost_models.time.machine import Machine
+from cost_models.distinct import distinct
+from cost_models.engines.machine import Machine
+from cost_models.time import operations
 from plans.model import ModelSpec
 
 
@@ -53,8 +53,8 @@ def forward_layer(
 
 def _layer_time(machine: Machine, spec: ModelSpec, candidates: Candidates, tokens: Array, length: Array) -> LayerTime:
     c = candidates
-    attention = operations.attention_core(machine, spec, tokens, length, c.tp, c.cp)
-    linears, linears_backward = operations.linears(machine, spec, tokens, c.tp, c.ep)
+    attention = operations.attention_core(machine, spec, tokens, length, c.tp)
+    linears, linears_backward = operations.linears_both_ways(machine, spec, tokens, c.tp, c.ep)
     return LayerTime(
         linears=linears,
         linears_backward=linears_backward,
@@ -63,30 +63,30 @@ def _layer_time(machine: Machine, spec: ModelSpec, candidates: Candidates, token
         tensor_parallel=tensor_parallel(machine, spec, c, tokens),
         context_parallel=context_parallel(machine, spec, c, tokens, attention),
         expert_parallel=expert_parallel(machine, spec, c, tokens),
-        gaps=np.full_like(tokens, machine.engine.layer_gap_s),
+        gaps=np.full_like(tokens, machine.constants.layer_gap_s),
     )
 
 
 def tensor_parallel(machine: Machine, spec: ModelSpec, candidates: Candidates, tokens: Array) -> Array:
     """Exposed seconds of a layer's two all-reduces of [tokens, hidden] (Megatron-LM 2019, figure 4).
 
-    With sequence parallelism each is a reduce-scatter and an all-gather of the same bytes; a ring all-reduce is the
-    two in turn, so that the time is the same where the library is as good at either.
+    With sequence parallelism each is a reduce-scatter and an all-gather of the same bytes.
     """
     c = candidates
-    seconds = 2.0 * hidden_reduce(machine, spec, c, tokens)
-    if machine.kernels is not None:
-        message, group = tokens * float(spec.hidden * machine.element_bytes), c.tensor_group
-        cut = collectives.reduce_scatter(machine, message, *group) + collectives.all_gather(machine, message, *group)
-        return np.where(c.sequence_parallel, 2.0 * cut, seconds) * (1.0 - machine.engine.tensor_overlap)
-    halves = 0.5 / machine.engine.reduce_scatter_efficiency + 0.5 / machine.engine.all_gather_efficiency
-    return seconds * np.where(c.sequence_parallel, halves, 1.0) * (1.0 - machine.engine.tensor_overlap)
+    message, group = hidden_bytes(machine, spec, tokens), c.tensor_group
+    whole = machine.kernels.all_reduce(message, *group)
+    cut = machine.kernels.scattered_all_reduce(message, *group)
+    return 2.0 * np.where(c.sequence_parallel, cut, whole) * (1.0 - machine.constants.tensor_overlap)
 
 
 def hidden_reduce(machine: Machine, spec: ModelSpec, candidates: Candidates, tokens: Array) -> Array:
     """Seconds to sum [tokens, hidden] over tp."""
-    message = tokens * float(spec.hidden * machine.element_bytes)
-    return collectives.all_reduce(machine, message, *candidates.tensor_group)
+    return machine.kernels.all_reduce(hidden_bytes(machine, spec, tokens), *candidates.tensor_group)
+
+
+def hidden_bytes(machine: Machine, spec: ModelSpec, tokens: Array) -> Array:
+    """Bytes of [tokens, hidden] in the run's precision."""
+    return tokens * float(spec.hidden * machine.element_bytes)
 
 
 def context_parallel(
@@ -96,7 +96,7 @@ def context_parallel(
     c = candidates
     kv_bytes = tokens * 2.0 * np.maximum(spec.kv_heads / c.tp, 1.0) * float(spec.head_dim * machine.element_bytes)
     across = c.ranks_per_node(c.tp, c.cp) < c.cp
-    ring: Array = (c.cp - 1) * collectives.point_to_point(machine, kv_bytes, across)
+    ring: Array = (c.cp - 1) * machine.kernels.send(kv_bytes, across)
     return np.maximum(ring - attention * (c.cp - 1) / c.cp, 0.0)
 
 
@@ -106,4 +106,4 @@ def expert_parallel(machine: Machine, spec: ModelSpec, candidates: Candidates, t
         return np.zeros_like(tokens)
     c = candidates
     message = tokens * float(spec.experts_per_token * spec.hidden * machine.element_bytes)
-    return 2.0 * collectives.all_to_all(machine, message, c.ep, c.ranks_per_node(c.tp, c.ep))
+    return 2.0 * machine.kernels.all_to_all(message, c.ep, c.ranks_per_node(c.tp, c.ep))

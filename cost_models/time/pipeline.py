@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from cost_models.candidates import Array, Candidates
-from cost_models.time.collectives import all_gather, point_to_point
-from cost_models.time.machine import Machine
+from cost_models.engines.machine import Machine
 from plans.model import ModelSpec
 
 
@@ -35,8 +34,8 @@ def stage_send(machine: Machine, spec: ModelSpec, candidates: Candidates, tokens
     """
     c = candidates
     message = tokens * float(spec.hidden * machine.element_bytes)
-    if not machine.engine.splits_sends:
+    if not machine.constants.splits_sends:
         parts = np.where(c.sequence_parallel, c.tp, 1.0)
-        return point_to_point(machine, message / parts, c.nodes > 1)
-    gather = all_gather(machine, message, *c.tensor_group)
-    return point_to_point(machine, message / c.tp, c.nodes > 1) + np.where(c.sequence_parallel, 0.0, gather)
+        return machine.kernels.send(message / parts, c.nodes > 1)
+    gather = machine.kernels.all_gather(message, *c.tensor_group)
+    return machine.kernels.send(message / c.tp, c.nodes > 1) + np.where(c.sequence_parallel, 0.0, gather)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cost_models.candidates import FULL_RECOMPUTE, SELECTIVE_RECOMPUTE, Array, Candidates
+from cost_models.engines.machine import Machine
 from cost_models.time.data_parallel import (
     accumulation,
     gradient_reduce,
@@ -16,7 +17,6 @@ from cost_models.time.data_parallel import (
     weight_gather,
 )
 from cost_models.time.layer import LayerTime, forward_layer
-from cost_models.time.machine import Machine
 from cost_models.time.pipeline import fill_and_drain, stage_layers, stage_send
 from cost_models.time.terms import Terms
 from cost_models.time.vocabulary import head_and_loss
@@ -69,7 +69,7 @@ def training_time(machine: Machine, step: TrainingStep, candidates: Candidates) 
     terms["parameter_gather"] = parameter_gather(machine, step.spec, c, slot.backward)
     terms["accumulation"] = c.micro_batches * accumulation(machine, rank_params(step.spec, c))
     terms["optimizer"] = optimizer(machine, step.spec, c)
-    terms["overhead"] = machine.engine.step_s + c.micro_batches * machine.engine.micro_batch_s
+    terms["overhead"] = machine.constants.step_s + c.micro_batches * machine.constants.micro_batch_s
     return Terms(terms)
 
 
@@ -88,7 +88,7 @@ def _slot(machine: Machine, step: TrainingStep, candidates: Candidates) -> _Slot
     layers, last_layers = stage_layers(spec, c.pp)
     terms = {
         "linears": layer.linears + layer.linears_backward,
-        "attention": layer.attention * (1.0 + machine.engine.attention_backward_ratio),
+        "attention": layer.attention * (1.0 + machine.constants.attention_backward_ratio),
         "streaming": layer.streaming * 3.0,
         "recompute": recompute,
         "tensor_parallel": 2.0 * layer.tensor_parallel,
@@ -112,7 +112,7 @@ def backward_time(machine: Machine, layer: LayerTime) -> Array:
     same communication as forward."""
     return (
         layer.linears_backward
-        + layer.attention * machine.engine.attention_backward_ratio
+        + layer.attention * machine.constants.attention_backward_ratio
         + layer.streaming * 2.0
         + layer.tensor_parallel
         + 2.0 * layer.context_parallel
@@ -134,10 +134,10 @@ def recomputation(machine: Machine, layer: LayerTime, candidates: Candidates) ->
 
 def host_wait(machine: Machine, forward: Array, backward: Array, recompute: Array, candidates: Candidates) -> Array:
     """Seconds of a layer in which the GPU waits for the CPU to launch: what the launch time exceeds the GPU time by."""
-    engine = machine.engine
-    again = np.where(candidates.recompute == FULL_RECOMPUTE, engine.host_forward_layer_s, 0.0)
-    wait = np.maximum(engine.host_forward_layer_s - forward, 0.0)
-    return wait + np.maximum(engine.host_backward_layer_s + again - backward - recompute, 0.0)
+    constants = machine.constants
+    again = np.where(candidates.recompute == FULL_RECOMPUTE, constants.host_forward_layer_s, 0.0)
+    wait = np.maximum(constants.host_forward_layer_s - forward, 0.0)
+    return wait + np.maximum(constants.host_backward_layer_s + again - backward - recompute, 0.0)
 
 
 def pipeline_sends(machine: Machine, step: TrainingStep, candidates: Candidates) -> Array:
@@ -146,4 +146,4 @@ def pipeline_sends(machine: Machine, step: TrainingStep, candidates: Candidates)
     c = candidates
     one = stage_send(machine, step.spec, c, micro_batch_tokens(step, c))
     slots = c.micro_batches + (c.pp - 1) / c.vpp
-    return np.where(c.pp > 1, 2.0 * one * slots * c.vpp * (1.0 - machine.engine.pipeline_overlap), 0.0)
+    return np.where(c.pp > 1, 2.0 * one * slots * c.vpp * (1.0 - machine.constants.pipeline_overlap), 0.0)

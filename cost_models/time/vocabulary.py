@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from cost_models.candidates import Array, Candidates
-from cost_models.time import collectives, operations
+from cost_models.engines.machine import Machine
+from cost_models.time import operations
 from cost_models.time.layer import hidden_reduce
-from cost_models.time.machine import Machine
 from plans.model import Head, ModelSpec
 
 LOSS_BYTES = (4.0, 12.0)
@@ -20,11 +20,13 @@ def head_and_loss(machine: Machine, spec: ModelSpec, tokens: Array, candidates: 
     """Seconds of the head's three GEMMs, the loss and their collectives on one micro-batch of a training step: the
     gradient of the head's input is summed over tp, as is, without a pipeline, the output of the embedding."""
     c = candidates
-    gemms = operations.head(machine, spec, tokens, c.tp) + operations.head_backward(machine, spec, tokens, c.tp)
-    loss = operations.loss(machine, spec, tokens, c.tp) * (1.0 + machine.engine.loss_backward_ratio)
+    forward, backward = operations.head_both_ways(machine, spec, tokens, c.tp)
+    loss = operations.loss(machine, spec, tokens, c.tp) * (1.0 + machine.constants.loss_backward_ratio)
     hidden = hidden_reduce(machine, spec, c, tokens)
     reduced = hidden if spec.head is Head.LM else np.zeros_like(hidden)
-    return gemms + loss + loss_reduces(machine, spec, tokens, c) + reduced + np.where(c.pp == 1, hidden, 0.0)
+    return (
+        forward + backward + loss + loss_reduces(machine, spec, tokens, c) + reduced + np.where(c.pp == 1, hidden, 0.0)
+    )
 
 
 def head_and_log_probs(
@@ -44,8 +46,8 @@ def head_and_choice(machine: Machine, spec: ModelSpec, rows: Array, candidates: 
     """Seconds of the head in a decode step, of sampling, and of gathering the best entry of every part of the
     vocabulary."""
     entries = rows * (spec.padded_vocab / candidates.tp)
-    sampling = entries * (machine.engine.sampling_bytes / machine.memory_bytes_per_s)
-    gather = collectives.all_gather(machine, rows * CHOICE_BYTES * candidates.tp, *candidates.tensor_group)
+    sampling = entries * (machine.constants.sampling_bytes / machine.memory_bytes_per_s)
+    gather = machine.kernels.all_gather(rows * CHOICE_BYTES * candidates.tp, *candidates.tensor_group)
     return operations.head(machine, spec, rows, candidates.tp) + sampling + gather
 
 
@@ -54,6 +56,4 @@ def loss_reduces(machine: Machine, spec: ModelSpec, tokens: Array, candidates: C
     if spec.head is Head.VALUE:
         return np.zeros_like(tokens)
     group = candidates.tensor_group
-    return sum(
-        (collectives.all_reduce(machine, tokens * each, *group) for each in LOSS_BYTES), start=np.zeros_like(tokens)
-    )
+    return sum((machine.kernels.all_reduce(tokens * each, *group) for each in LOSS_BYTES), start=np.zeros_like(tokens))

@@ -75,7 +75,7 @@ def residuals_of(engine: str, kind: str) -> Residuals:
 
 def error_band(cost: PlanCost) -> ErrorBand:
     """The band around a plan's iteration time."""
-    whole = [entry for entry in residuals() if (entry.engine, entry.kind) == (cost.engine, "iteration")]
+    whole = [entry for entry in residuals() if (entry.engine, entry.kind) == (cost.engine.name, "iteration")]
     shares = dict.fromkeys(whole, 1.0) or _shares(cost)
     return ErrorBand(
         low_s=cost.iteration_s * sum(entry.low * share for entry, share in shares.items()),
@@ -90,6 +90,7 @@ def _shares(cost: PlanCost) -> dict[Residuals, float]:
     graph, shares = cost.program.plan.workload.graph, dict[Residuals, float]()
     seconds = {call: sum(terms.values()) for call, terms in cost.terms.items()}
     for call, value in seconds.items():
-        entry = residuals_of(cost.engine, _KIND_OF[graph.call(call).kind])
+        kind = graph.call(call).kind
+        entry = residuals_of(cost.engine.running(kind).name, _KIND_OF[kind])
         shares[entry] = shares.get(entry, 0.0) + value / sum(seconds.values())
     return shares

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 
 from cost_models.candidates import FULL_RECOMPUTE, NO_RECOMPUTE, SELECTIVE_RECOMPUTE, Array
+from cost_models.engines.engine import memory_habits
+from cost_models.engines.habits import MemoryHabits
 from cost_models.memory.latent import LATENT_MODELS, latent_training_terms
-from cost_models.memory.memory_terms import MemoryEngine, MemoryTerms, memory_engine
+from cost_models.memory.memory_terms import MemoryTerms
 from cost_models.memory.memory_training import training_terms
 from cost_models.memory.training_case import OPERATOR_RECOMPUTE, TrainingCase
 from cost_models.validation.published import Unpredictable, number, train_engine_name, whole
@@ -29,11 +31,6 @@ RECOMPUTE_CODES: Mapping[str, int] = {
     "selective-op": OPERATOR_RECOMPUTE,
     "full": FULL_RECOMPUTE,
 }
-
-
-def training_memory(spec: ModelSpec, case: TrainingCase, engine: str | MemoryEngine = "megatron-te") -> MemoryTerms:
-    """Memory of a training step on its fullest stage under the habits of an engine."""
-    return training_terms(spec, case, memory_engine(engine) if isinstance(engine, str) else engine)
 
 
 def training_case_of(
@@ -145,20 +142,20 @@ def _row_terms(row: Mapping[str, Any]) -> MemoryTerms:
         layers = (row.get("arch") or {}).get("layers")
         if not layers:
             raise SpecError("not published: layers of the model")
-        return latent_training_terms(LATENT_MODELS[model], layers, case, row_engine(row))
-    return training_terms(row_spec(row), case, row_engine(row))
+        return latent_training_terms(LATENT_MODELS[model], layers, case, row_habits(row))
+    return training_terms(row_spec(row), case, row_habits(row))
 
 
-def row_engine(row: Mapping[str, Any]) -> MemoryEngine:
+def row_habits(row: Mapping[str, Any]) -> MemoryHabits:
     """Habits of the engine that a row names, with what its settings say: a fused cross entropy (`cef` in its name), and
     gradient accumulation that is not fused (an argument in its notes)."""
     name = train_engine_name(row)
-    engine = memory_engine("fsdp" if row_zero(row) >= 3 else name)
+    habits = memory_habits("fsdp" if row_zero(row) >= 3 else name)
     if str(row["id"]).endswith("_cef"):
-        engine = replace(engine, logit_bytes=FUSED_LOSS_BYTES)
+        habits = replace(habits, logit_bytes=FUSED_LOSS_BYTES)
     if "--no-gradient-accumulation-fusion" in (row.get("notes") or ""):
-        engine = replace(engine, wgrad_buffers=False)
-    return engine
+        habits = replace(habits, wgrad_buffers=False)
+    return habits
 
 
 def row_spec(row: Mapping[str, Any]) -> ModelSpec:

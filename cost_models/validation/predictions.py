@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 from cost_models.candidates import Candidates
+from cost_models.engines.engine import Engine, NamedEngine
 from cost_models.time.calls import call_time
 from cost_models.time.generation import Sampling, decode_terms, generation_time
 from cost_models.time.inference import ForwardPass, forward_terms
@@ -17,7 +19,6 @@ from cost_models.validation.published import (
     number,
     ppo_cluster,
     row_dtype,
-    row_engine,
     row_machine,
     row_spec,
     train_engine_name,
@@ -30,10 +31,13 @@ from plans.library import load_model
 from plans.strategy import ParallelStrategy, Recompute
 from plans.workload import Workload
 
+EngineOf = Callable[[str], Engine]
+"""The engine that predicts rows of an engine of that name; a fit puts its own in."""
 
-def step_time_s(row: Row) -> float:
+
+def step_time_s(row: Row, engine_of: EngineOf = NamedEngine) -> float:
     """Seconds of a training step."""
-    machine = row_machine(row, train_engine_name(row))
+    machine = row_machine(row, engine_of(train_engine_name(row)))
     step = TrainingStep(row_spec(row), number(row, "gbs"), number(row, "seq_len"))
     return float(training_time(machine, step, train_candidates(row, machine.cluster)).total_s[0])
 
@@ -42,30 +46,30 @@ def _sampling(row: Row) -> Sampling:
     return Sampling(row_spec(row), number(row, "batch"), number(row, "input_len"), number(row, "output_len"))
 
 
-def prefill_ms(row: Row) -> float:
+def prefill_ms(row: Row, engine_of: EngineOf = NamedEngine) -> float:
     """Milliseconds to the first token of a batch."""
-    machine = row_machine(row, inference_engine_name(row))
+    machine = row_machine(row, engine_of(inference_engine_name(row)))
     candidates, work = inference_candidates(row, machine.cluster), _sampling(row)
     prompts = ForwardPass(work.spec, work.samples, work.prompt_tokens, head_tokens=1.0, scored=False)
     return 1e3 * float(Terms(forward_terms(machine, prompts, candidates, candidates.micro_batches)).total_s[0])
 
 
-def decode_ms_per_token(row: Row) -> float:
+def decode_ms_per_token(row: Row, engine_of: EngineOf = NamedEngine) -> float:
     """Milliseconds of one decode step of the whole batch, mean over the response."""
-    machine, work = row_machine(row, inference_engine_name(row)), _sampling(row)
+    machine, work = row_machine(row, engine_of(inference_engine_name(row))), _sampling(row)
     if work.response_tokens < 2:
         raise Unpredictable("output_len leaves no decode step")
     terms = decode_terms(machine, work, inference_candidates(row, machine.cluster))
     return 1e3 * float(Terms(terms).total_s[0]) / (work.response_tokens - 1)
 
 
-def total_latency_ms(row: Row) -> float:
+def total_latency_ms(row: Row, engine_of: EngineOf = NamedEngine) -> float:
     """Milliseconds of prefill and all decode steps."""
-    machine = row_machine(row, inference_engine_name(row))
+    machine = row_machine(row, engine_of(inference_engine_name(row)))
     return 1e3 * float(generation_time(machine, _sampling(row), inference_candidates(row, machine.cluster)).total_s[0])
 
 
-def iteration_s(row: Row) -> float:
+def iteration_s(row: Row, engine_of: EngineOf = NamedEngine) -> float:
     """Seconds of a PPO iteration of `real-heuristic`: six calls in turn on all GPUs, TP in the node, PP over nodes."""
     if row.get("plan") != "real-heuristic":
         raise Unpredictable(f"plan `{row.get('plan')}` is not a known layout")
@@ -73,11 +77,11 @@ def iteration_s(row: Row) -> float:
         raise Unpredictable("models must name actor, ref, critic and reward")
     cluster, workload = ppo_cluster(row), _ppo_workload(row)
     _check_heuristic(row, cluster, workload)
-    engine = row_engine("real", cluster, workload.dtype)
+    machine = engine_of("real").on(cluster, workload.dtype)
     total = 0.0
     for call in workload.graph.model_calls:
         candidates = Candidates.of([(cluster.whole, heuristic_strategy(call.name, call.model, cluster))])
-        total += float(call_time(workload, call.name, cluster, candidates, engine).total_s[0])
+        total += float(call_time(machine, workload, call.name, candidates).total_s[0])
     return total
 
 
@@ -123,7 +127,15 @@ def heuristic_strategy(call: str, role: str, cluster: ClusterSpec) -> ParallelSt
     )
 
 
-PREDICTORS: Mapping[str, Callable[[Row], float]] = {
+class Predictor(Protocol):
+    """What predicts one quantity of a row."""
+
+    def __call__(self, row: Row, engine_of: EngineOf = NamedEngine) -> float:
+        """The quantity in the row's own unit; raises Unpredictable."""
+        ...
+
+
+PREDICTORS: Mapping[str, Predictor] = {
     "step_time_s": step_time_s,
     "prefill_ms": prefill_ms,
     "decode_ms_per_token": decode_ms_per_token,

@@ -15,8 +15,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from cost_models.time.engines import Engine, load_engine
-from cost_models.time.machine import Machine
+from cost_models.engines.engine import Engine
+from cost_models.engines.machine import Machine
 from cost_models.validation.row_schema import is_number
 from plans.cluster import ClusterSpec
 from plans.errors import SpecError
@@ -219,12 +219,6 @@ def inference_engine_name(row: Row) -> str:
     return HOST_ENGINES[host]
 
 
-def row_machine(row: Row, engine_name: str) -> Machine:
-    """Cluster, constants and precision of a row."""
-    cluster, dtype = row_cluster(row), row_dtype(row)
-    return Machine(cluster, row_engine(engine_name, cluster, dtype), dtype)
-
-
-def row_engine(name: str, cluster: ClusterSpec, dtype: str) -> Engine:
-    """The engine of a row."""
-    return load_engine(name, cluster.gpu.name, dtype)
+def row_machine(row: Row, engine: Engine) -> Machine:
+    """The cluster of a row as an engine uses it in the row's precision."""
+    return engine.on(row_cluster(row), row_dtype(row))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 
+from cost_models.engines.engine import Engine
 from cost_models.estimate import PlanCost, cost_plan
 from planner.pricing import Entry, Priced, price_call
 from planner.space import Pruned, Shape
@@ -51,7 +52,7 @@ class NoLayoutError(Exception):
         self.reason = reason
 
 
-def price_on(workload: Workload, cluster: ClusterSpec, call: str, mesh: DeviceMesh, engine: str) -> Priced:
+def price_on(workload: Workload, cluster: ClusterSpec, call: str, mesh: DeviceMesh, engine: Engine) -> Priced:
     """Every layout of a call on one mesh, under an engine."""
     return price_call(workload, call, cluster, engine, Pruned(), [Shape(mesh.gpus, mesh.nodes)])
 
@@ -100,16 +101,16 @@ def best(costs: Iterable[PlanCost], most: int = 8) -> PlanCost | None:
     return min(fitting, key=lambda cost: cost.iteration_s) if fitting else (tried[0] if tried else None)
 
 
-def plain(name: str, way: Callable[[Workload, ClusterSpec, str], ExecutionPlan | Infeasible]) -> Way:
+def plain(name: str, way: Callable[[Workload, ClusterSpec, Engine], ExecutionPlan | Infeasible]) -> Way:
     """A baseline that runs on the engine of the searched plan."""
 
-    def costed(workload: Workload, cluster: ClusterSpec, engine: str) -> Contender | Infeasible:
+    def costed(workload: Workload, cluster: ClusterSpec, engine: Engine) -> Contender | Infeasible:
         plan = way(workload, cluster, engine)
         if isinstance(plan, Infeasible):
             return plan
-        return Contender(name=name, cost=cost_plan(plan, engine), engines=engine)
+        return Contender(name=name, cost=cost_plan(plan, engine), engines=engine.name)
 
     return costed
 
 
-Way = Callable[[Workload, ClusterSpec, str], Contender | Infeasible]
+Way = Callable[[Workload, ClusterSpec, Engine], Contender | Infeasible]

@@ -13,6 +13,7 @@ architecture do, and the fragmentation of its gather buffers. Both make the real
 
 from __future__ import annotations
 
+from cost_models.engines.engine import Engine, NamedEngine
 from cost_models.estimate import CallCost, PlanCost, call_cost, cost_plan
 from planner.baselines import zero3
 from planner.baselines.base import Contender, NoLayoutError, best, settle
@@ -23,19 +24,19 @@ from plans.plan import ExecutionPlan
 from plans.workload import Workload
 
 NAME = "deepspeed-chat"
-GENERATION_ENGINE = "eager"
+GENERATION_ENGINE = NamedEngine("eager")
 CAVEATS = ("weights are gathered once per generate call, not once per token",)
 OFFLOADS = ((False, False), (True, False), (True, True))  # frozen models, optimizer states
 
 
-def deepspeed_chat(workload: Workload, cluster: ClusterSpec, engine: str) -> Contender | Infeasible:
+def deepspeed_chat(workload: Workload, cluster: ClusterSpec, engine: Engine) -> Contender | Infeasible:
     """The baseline; its own engines price it, whatever engine prices the searched plan."""
     try:
         cost = best(_settled(workload, cluster, *offload) for offload in OFFLOADS)
     except NoLayoutError as error:
         return error.reason
     assert cost
-    engines = f"{zero3.ENGINE} for training and scoring, {GENERATION_ENGINE} for generation"
+    engines = f"{zero3.ENGINE.name} for training and scoring, {GENERATION_ENGINE.name} for generation"
     return Contender(name=NAME, cost=cost, engines=engines, caveats=CAVEATS)
 
 

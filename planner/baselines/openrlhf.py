@@ -15,9 +15,8 @@ Not modelled: Ray's object store on the way of batches (10.9 of 94.9 s in the pu
 
 from __future__ import annotations
 
+from cost_models.engines.engine import Engine, NamedEngine
 from cost_models.estimate import PlanCost, call_cost, cost_plan
-from cost_models.time.engines import load_engine
-from cost_models.time.machine import Machine
 from planner.baselines import zero3
 from planner.baselines.base import Contender, NoLayoutError, best, settle
 from planner.space import shapes
@@ -30,12 +29,12 @@ from plans.program import StepKind, compile_program
 from plans.workload import Workload
 
 NAME = "openrlhf"
-GENERATION_ENGINE = "cuda-graphs"
+GENERATION_ENGINE = NamedEngine("cuda-graphs")
 CAVEATS = ("batches travel over the network at once, not through Ray's object store",)
 ACTOR_ROLES = ("actor", "ref")
 
 
-def openrlhf(workload: Workload, cluster: ClusterSpec, engine: str) -> Contender | Infeasible:
+def openrlhf(workload: Workload, cluster: ClusterSpec, engine: Engine) -> Contender | Infeasible:
     """The baseline; its own engines price it, whatever engine prices the searched plan."""
     meshes = groups(workload, cluster)
     if isinstance(meshes, Infeasible):
@@ -45,7 +44,7 @@ def openrlhf(workload: Workload, cluster: ClusterSpec, engine: str) -> Contender
     except NoLayoutError as error:
         return error.reason
     assert cost
-    engines = f"{zero3.ENGINE} for training and scoring, {GENERATION_ENGINE} for generation"
+    engines = f"{zero3.ENGINE.name} for training and scoring, {GENERATION_ENGINE.name} for generation"
     return Contender(name=NAME, cost=cost, engines=engines, caveats=CAVEATS)
 
 
@@ -109,7 +108,7 @@ def _price(plan: ExecutionPlan) -> PlanCost:
 def _broadcasts(plan: ExecutionPlan) -> dict[str, float]:
     """Weight sync: the trainers' gather, then all weights over the link of one GPU."""
     workload, cluster = plan.workload, plan.cluster
-    machine = Machine(cluster, load_engine(zero3.ENGINE, cluster.gpu.name, workload.dtype), workload.dtype)
+    machine = zero3.ENGINE.on(cluster, workload.dtype)
     seconds = {}
     for step in compile_program(plan).steps:
         if step.kind is StepKind.REALLOCATE:

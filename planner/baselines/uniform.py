@@ -12,6 +12,7 @@ from itertools import product
 
 import numpy as np
 
+from cost_models.engines.engine import Engine
 from planner.limits import Limits
 from planner.pricing import Priced, price_call, usable_bytes
 from planner.space import Pruned, Shape
@@ -24,7 +25,7 @@ from plans.workload import Workload
 Chosen = tuple[float, dict[str, int]]
 
 
-def symmetric(workload: Workload, cluster: ClusterSpec, engine: str) -> ExecutionPlan | Infeasible:
+def symmetric(workload: Workload, cluster: ClusterSpec, engine: Engine) -> ExecutionPlan | Infeasible:
     """The best plan with one layout of the whole cluster for every call."""
     degrees = [
         (tp, pp)
@@ -35,7 +36,7 @@ def symmetric(workload: Workload, cluster: ClusterSpec, engine: str) -> Executio
     return _best_uniform(workload, cluster, engine, degrees, frozen_offload=(False, True))
 
 
-def real_heuristic(workload: Workload, cluster: ClusterSpec, engine: str) -> ExecutionPlan | Infeasible:
+def real_heuristic(workload: Workload, cluster: ClusterSpec, engine: Engine) -> ExecutionPlan | Infeasible:
     """TP over the node, PP over the nodes, DP over what neither divides; frozen models wait in host memory."""
     kv_heads = [spec.kv_heads for spec in workload.models.values()]
     layers = [spec.layers for spec in workload.models.values()]
@@ -47,14 +48,14 @@ def real_heuristic(workload: Workload, cluster: ClusterSpec, engine: str) -> Exe
 def _best_uniform(
     workload: Workload,
     cluster: ClusterSpec,
-    engine: str,
+    engine: Engine,
     degrees: list[tuple[int, int]],
     frozen_offload: tuple[bool, ...],
 ) -> ExecutionPlan | Infeasible:
     shape = Shape(cluster.gpus_per_node, cluster.nodes)
     calls = [call.name for call in workload.graph.model_calls]
     priced = {call: price_call(workload, call, cluster, engine, Pruned(), [shape]) for call in calls}
-    capacity = usable_bytes(cluster, engine, Limits())
+    capacity = usable_bytes(engine.on(cluster, workload.dtype), Limits())
     chosen = [found for tp, pp in degrees for found in _settings(workload, priced, capacity, (tp, pp), frozen_offload)]
     if not chosen:
         return Infeasible(f"no plan with one layout for all calls fits {cluster.size} GPUs", "more GPUs")

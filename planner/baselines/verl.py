@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import product
 
-from cost_models.estimate import PlanCost, call_cost, cost_plan
+from cost_models.engines.engine import ComposedEngine, Engine, NamedEngine
+from cost_models.estimate import PlanCost, cost_plan
 from planner.baselines.base import Contender, Ladder, NoLayoutError, best, climb, price_on, settle
 from plans.checks import divisors
 from plans.cluster import ClusterSpec
@@ -29,29 +30,28 @@ from plans.strategy import ParallelStrategy
 from plans.workload import Workload
 
 NAME = "verl"
-GENERATION_ENGINE = "cuda-graphs"
+GENERATION_ENGINE = NamedEngine("cuda-graphs")
 CAVEATS = ("every sample costs its full length: no padding removal",)
 OFFLOADS = ((False, False), (True, False), (True, True))  # frozen models, optimizer states
 TRIED = 6
 
 
-def verl(workload: Workload, cluster: ClusterSpec, engine: str) -> Contender | Infeasible:
+def verl(workload: Workload, cluster: ClusterSpec, engine: Engine) -> Contender | Infeasible:
     """The baseline: `engine` prices training and scoring, its own engine the rollout."""
+    both = ComposedEngine(engine.running(CallKind.TRAIN_STEP), GENERATION_ENGINE)
 
     def price(plan: ExecutionPlan) -> PlanCost:
-        rollouts = [p.call for p in plan.calls if workload.graph.call(p.call).kind is CallKind.GENERATE]
-        foreign = {call: call_cost(plan, call, GENERATION_ENGINE) for call in rollouts}
-        return cost_plan(plan, engine, foreign=foreign)
+        return cost_plan(plan, both)
 
     for frozen, state in OFFLOADS:
-        ranked = sorted(_layouts(workload, cluster, engine, frozen, state), key=_fastest_s)
+        ranked = sorted(_layouts(workload, cluster, both, frozen, state), key=_fastest_s)
         if not ranked:
             return Infeasible(f"no layout of all models on {cluster.size} GPUs", "another number of GPUs")
         cost = best((settle(workload, cluster, ladders, price) for ladders in ranked), most=TRIED)
         if cost and (cost.fits or (frozen, state) == OFFLOADS[-1]):
             break
     assert cost
-    engines = f"{engine} for training and scoring, {GENERATION_ENGINE} for generation"
+    engines = f"{both.first.name} for training and scoring, {GENERATION_ENGINE.name} for generation"
     return Contender(name=NAME, cost=cost, engines=engines, caveats=CAVEATS)
 
 
@@ -60,12 +60,11 @@ def _fastest_s(ladders: list[Ladder]) -> float:
 
 
 def _layouts(
-    workload: Workload, cluster: ClusterSpec, engine: str, frozen: bool, state: bool
+    workload: Workload, cluster: ClusterSpec, engine: Engine, frozen: bool, state: bool
 ) -> Iterator[list[Ladder]]:
     """For each (tp, pp) of the trained layout, the ladders of all calls."""
     calls = workload.graph.model_calls
-    engines = {c.name: GENERATION_ENGINE if c.kind is CallKind.GENERATE else engine for c in calls}
-    priced = {name: price_on(workload, cluster, name, cluster.whole, pays) for name, pays in engines.items()}
+    priced = {call.name: price_on(workload, cluster, call.name, cluster.whole, engine) for call in calls}
     for degrees in product(divisors(cluster.gpus_per_node), divisors(cluster.nodes)):
         keeps = {call.name: partial(_offered, workload, call, degrees, frozen, state) for call in calls}
         try:

@@ -13,11 +13,9 @@ from functools import partial
 
 import numpy as np
 
+from cost_models.engines.engine import Engine, NamedEngine
 from cost_models.estimate import CallCost, call_cost
 from cost_models.memory.moments import CallMemory
-from cost_models.time import collectives
-from cost_models.time.engines import load_engine
-from cost_models.time.machine import Machine
 from planner.baselines.base import Ladder, climb, price_on
 from plans.cluster import ClusterSpec, DeviceMesh
 from plans.graph import Call, CallKind
@@ -25,7 +23,7 @@ from plans.plan import ExecutionPlan
 from plans.strategy import ParallelStrategy, Recompute
 from plans.workload import Workload
 
-ENGINE = "fsdp"
+ENGINE = NamedEngine("fsdp")
 GATHERED_LAYERS = 2  # one in use, one prefetched
 
 
@@ -33,7 +31,7 @@ def ladders(
     workload: Workload,
     cluster: ClusterSpec,
     meshes: Mapping[str, DeviceMesh],
-    generation_engine: str,
+    generation_engine: Engine,
     *,
     frozen: bool = False,
     state: bool = False,
@@ -66,8 +64,8 @@ def sharded_call(plan: ExecutionPlan, call: str) -> CallCost:
     spec, planned = plan.workload.spec(call), plan.planned(call)
     layer_bytes = float(spec.layer_params * plan.workload.element_bytes)
     seconds = spec.layers * planned.strategy.micro_batches * _gather_s(plan, planned.strategy.dp, layer_bytes)
-    engine = load_engine(ENGINE, plan.cluster.gpu.name, plan.workload.dtype)
-    exposed = seconds - engine.data_overlap * min(seconds, sum(cost.terms.values()))
+    constants = ENGINE.on(plan.cluster, plan.workload.dtype).constants
+    exposed = seconds - constants.data_overlap * min(seconds, sum(cost.terms.values()))
     return CallCost({**cost.terms, "weight_gather": exposed}, _cut(cost.memory, planned.strategy.dp, layer_bytes))
 
 
@@ -90,6 +88,6 @@ def gather_model_s(plan: ExecutionPlan, call: str, ranks: int) -> float:
 def _gather_s(plan: ExecutionPlan, ranks: int, message: float) -> float:
     """Seconds to gather one layer."""
     cluster = plan.cluster
-    machine = Machine(cluster, load_engine(ENGINE, cluster.gpu.name, plan.workload.dtype), plan.workload.dtype)
+    machine = ENGINE.on(cluster, plan.workload.dtype)
     size, per_node = np.array([float(ranks)]), np.array([float(min(ranks, cluster.gpus_per_node))])
-    return float(collectives.all_gather(machine, np.array([message]), size, per_node)[0])
+    return float(machine.kernels.all_gather(np.array([message]), size, per_node)[0])

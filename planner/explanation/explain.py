@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from cost_models.engines.engine import Engine
 from cost_models.estimate import PlanCost, cost_plan
 from cost_models.simulate import Durations, simulate
 from planner.explanation.alternatives import Elsewhere, TooLarge, elsewhere
@@ -71,7 +72,7 @@ class Explanation:
 
 def explain(
     plan: ExecutionPlan,
-    engine: str,
+    engine: Engine,
     *,
     seconds: float,
     seed: int = 0,

@@ -12,7 +12,6 @@ from cost_models.candidates import Candidates
 from cost_models.estimate import PlanCost
 from cost_models.memory.memory import call_memory
 from cost_models.reallocation import reallocation_time
-from cost_models.time.engines import load_engine
 from planner.limits import Limits
 from planner.pricing import Entry, Space, price_call, usable_bytes
 from planner.search import schedule
@@ -92,7 +91,7 @@ def _problem(cost: PlanCost, call: str, entries: Sequence[Entry], price: NDArray
     edges = plan.workload.graph.model_edges
     return Problem(
         gpus=plan.cluster.size,
-        capacity_bytes=usable_bytes(plan.cluster, cost.engine, Limits()),
+        capacity_bytes=usable_bytes(cost.engine.on(plan.cluster, plan.workload.dtype), Limits()),
         names=names,
         options=options,
         edges=tuple(Dependency(names.index(e.source), names.index(e.target), e.distance) for e in edges),
@@ -104,7 +103,9 @@ def _present_price(cost: PlanCost, call: str) -> NDArray[np.float64]:
     """[1, 4] of the call as planned; the functions that it hosts add their time."""
     plan, now = cost.program.plan, cost.program.plan.planned(call)
     candidates = Candidates.of([(now.mesh, now.strategy)])
-    memory = call_memory(plan.workload, call, plan.cluster, candidates, cost.engine)
+    kind = plan.workload.graph.call(call).kind
+    machine = cost.engine.running(kind).on(plan.cluster, plan.workload.dtype)
+    memory = call_memory(machine, plan.workload, call, candidates)
     graph = plan.workload.graph
     hosted = [f.name for f in graph.calls if not f.model and graph.host(f.name) == call]
     seconds = sum(cost.durations.seconds.get(name, 0.0) for name in (call, *hosted))
@@ -133,7 +134,7 @@ def _moves(
 ) -> dict[tuple[int, int], NDArray[np.float64]]:
     """Reallocation seconds from the options of each trainer to those of its model's other calls."""
     plan = cost.program.plan
-    engine = load_engine(cost.engine, plan.cluster.gpu.name, plan.workload.dtype)
+    machine = cost.engine.on(plan.cluster, plan.workload.dtype)
     moves = {}
     for role, trainer in plan.workload.graph.trainers.items():
         spec = plan.workload.models[role]
@@ -142,6 +143,6 @@ def _moves(
                 continue
             pair = [[Layout.of(spec, *entry, plan.cluster) for entry in layouts[c]] for c in (trainer, name)]
             pairs = [(source, target) for source in pair[0] for target in pair[1]]
-            seconds = reallocation_time(plan.cluster, engine, plan.workload.element_bytes, pairs)
+            seconds = reallocation_time(machine, pairs)
             moves[names.index(trainer), names.index(name)] = seconds.reshape(len(pair[0]), len(pair[1]))
     return moves

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from cost_models.engines.engine import Engine
 from cost_models.estimate import cost_plan
 from planner.baselines import BASELINES, Contender
 from planner.pictures.idle import idle_share
@@ -46,7 +47,7 @@ class Row:
         )
 
 
-def compare(contenders: Sequence[Contender], engine: str) -> list[Row]:
+def compare(contenders: Sequence[Contender], engine: Engine) -> list[Row]:
     """One row per plan; the first, which `engine` runs, is what the others are measured against."""
     first = contenders[0].cost.iteration_s
     return [
@@ -65,15 +66,15 @@ def compare(contenders: Sequence[Contender], engine: str) -> list[Row]:
     ]
 
 
-def same_engine_s(contender: Contender, engine: str) -> float | None:
+def same_engine_s(contender: Contender, engine: Engine) -> float | None:
     """Seconds per iteration of the contender's plan on another engine, None where it does not fit there."""
-    if contender.engines == engine:
+    if contender.engines == engine.name:
         return contender.cost.iteration_s
     cost = cost_plan(contender.plan, engine)
     return cost.iteration_s if cost.fits else None
 
 
-def baselines(plan: ExecutionPlan, engine: str) -> tuple[list[Contender], dict[str, Infeasible]]:
+def baselines(plan: ExecutionPlan, engine: Engine) -> tuple[list[Contender], dict[str, Infeasible]]:
     """Every baseline for a plan's workload and cluster, and why others have no plan."""
     found: list[Contender] = []
     missing: dict[str, Infeasible] = {}
@@ -106,7 +107,7 @@ def _line(cells: Sequence[str]) -> str:
     return f"{name[:16]:17}{middle}  {engines}"[:WIDTH].rstrip()
 
 
-def compare_page(contenders: Sequence[Contender], engine: str, title: str) -> str:
+def compare_page(contenders: Sequence[Contender], engine: Engine, title: str) -> str:
     """The HTML page: the table, then the pictures under each other on one time axis."""
     pictures = [
         Picture(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cost_models.engines.engine import Engine, NamedEngine
 from planner.baselines import BASELINES, Contender
 from planner.pictures.compare import same_engine_s
 from planner.request import Request, build_request
@@ -19,7 +20,7 @@ STEPS = 1600
 SEARCHED = "searched plan"
 PUBLISHED_HOURS = {SEARCHED: 17.0, "real-heuristic": 21.2, "deepspeed-chat": 141.5, "openrlhf": 152.8}
 PUBLISHED_BY = {SEARCHED: "ReaL's own searched plan"}
-ENGINE = "real"
+ENGINE = NamedEngine("real")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +48,7 @@ def headline_request() -> Request:
     return build_request(models=models, sizes=sizes, cluster="a100-80gb", gpus=128, gpus_per_node=8, run=None)
 
 
-def headline_rows(searched: Contender | Infeasible, engine: str) -> tuple[list[HeadlineRow], list[Contender]]:
+def headline_rows(searched: Contender | Infeasible, engine: Engine) -> tuple[list[HeadlineRow], list[Contender]]:
     """The searched plan and every baseline, with the hours others measured."""
     request = headline_request()
     answers: dict[str, Contender | Infeasible] = {SEARCHED: searched}
@@ -56,7 +57,7 @@ def headline_rows(searched: Contender | Infeasible, engine: str) -> tuple[list[H
     return rows, [answer for answer in answers.values() if not isinstance(answer, Infeasible)]
 
 
-def _row(name: str, answer: Contender | Infeasible, engine: str) -> HeadlineRow:
+def _row(name: str, answer: Contender | Infeasible, engine: Engine) -> HeadlineRow:
     measured = PUBLISHED_HOURS.get(name)
     if isinstance(answer, Infeasible):
         return HeadlineRow(name=name, estimated_h=None, same_engine_h=None, measured_h=measured, fits=False)
@@ -74,8 +75,9 @@ def _hours(iteration_s: float) -> float:
     return STEPS * iteration_s / 3600.0
 
 
-def render_headline(rows: Sequence[HeadlineRow], engine: str) -> str:
+def render_headline(rows: Sequence[HeadlineRow], engine: Engine) -> str:
     """The table as text, saying which column is whose."""
+    own = f"`{engine.name}`"
     lines = [
         "PPO, 4 x llama2-70b (actor, ref, critic, reward), 128 x a100-80gb, batch 512, 128 + 128 tokens,",
         f"4 minibatches, fp16; hours of {STEPS:,} steps",
@@ -94,7 +96,7 @@ def render_headline(rows: Sequence[HeadlineRow], engine: str) -> str:
             *lines,
             "",
             "Our estimates: none of these was run. The searched plan, symmetric and real-heuristic are priced with",
-            f"engine `{engine}`, the others with engines of their own; `same engine`: their plans on `{engine}` (-: do",
+            f"engine {own}, the others with engines of their own; `same engine`: their plans on {own} (-: do",
             "not fit there). An estimate is what a plan needs where everything runs well; the releases that",
             "were measured in 2024 took longer than their plans need.",
             "Measured by others: Mei et al. 2024 (arXiv 2406.14088v1); the GPU kind is not published there,",

@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cost_models.calibration.fit import calibrate
+from cost_models.calibration.predictions import PREDICTORS, predict_entry
+from cost_models.calibration.profiled import profiled_engine
+from cost_models.engines.constants import Constants, load_constants
+from cost_models.engines.machine import machine_of
 from cost_models.estimate import cost_plan
-from cost_models.tables.calibration import calibrate, table_engine
-from cost_models.tables.cost_sources import cost_sources
-from cost_models.tables.table_predictions import PREDICTORS, predict_entry
+from cost_models.provenance.sources import plan_sources
 from cost_models.tables.table_schema import OPERATIONS, TableError
 from cost_models.tables.tables import CostTable, Entry, save_table
-from cost_models.time import collectives
-from cost_models.time.engines import Engine, load_engine
-from cost_models.time.machine import Machine
 from plans.algorithms import algorithm_graph
 from plans.library import load_cluster, load_model
 from plans.plan import ExecutionPlan, PlannedCall
@@ -36,10 +36,10 @@ AXES = {
 }
 
 
-def truth() -> Engine:
+def truth() -> Constants:
     """A machine that nobody has: constants far from the library's."""
     return replace(
-        load_engine("megatron", GPU),
+        load_constants("megatron", GPU),
         measured_kernels=False,
         gemm_efficiency=0.5,
         backward_gemm_ratio=2.3,
@@ -59,9 +59,9 @@ def truth() -> Engine:
     )
 
 
-def table_of(engine: Engine, noise: float = 0.0) -> CostTable:
+def table_of(constants: Constants, noise: float = 0.0) -> CostTable:
     """The table that a profile of that machine would write."""
-    machine = Machine(load_cluster(GPU), engine, "bf16")
+    machine = machine_of(load_cluster(GPU), constants)
     random = np.random.default_rng(0)
     entries = {}
     for name in PREDICTORS:
@@ -72,10 +72,10 @@ def table_of(engine: Engine, noise: float = 0.0) -> CostTable:
     ranks, size = np.array([2.0, 4.0, 8.0]), np.array([2.0**16, 2.0**20, 2.0**24, 2.0**28])
     grid = np.meshgrid(ranks, size, indexing="ij")
     made = {
-        "all_reduce_node": collectives.all_reduce(machine, grid[1], grid[0], grid[0]),
-        "all_gather_node": collectives.all_gather(machine, grid[1], grid[0], grid[0]),
-        "reduce_scatter_node": collectives.reduce_scatter(machine, grid[1], grid[0], grid[0]),
-        "send_recv_node": collectives.point_to_point(machine, grid[1], np.zeros_like(grid[1], dtype=np.bool_)),
+        "all_reduce_node": machine.kernels.all_reduce(grid[1], grid[0], grid[0]),
+        "all_gather_node": machine.kernels.all_gather(grid[1], grid[0], grid[0]),
+        "reduce_scatter_node": machine.kernels.reduce_scatter(grid[1], grid[0], grid[0]),
+        "send_recv_node": machine.kernels.send(grid[1], np.zeros_like(grid[1], dtype=np.bool_)),
     }
     entries |= {name: Entry(axes={"ranks": ranks, "bytes": size}, values=values) for name, values in made.items()}
     return CostTable(
@@ -84,23 +84,23 @@ def table_of(engine: Engine, noise: float = 0.0) -> CostTable:
 
 
 def test_constants_of_a_synthetic_machine_are_found() -> None:
-    wanted, start = truth(), load_engine("megatron", GPU)
+    wanted, start = truth(), load_constants("megatron", GPU)
     found = calibrate(table_of(wanted), start)
     assert max(found.errors.values()) < 0.05, found.errors
     for name in ("gemm_efficiency", "backward_gemm_ratio", "kv_efficiency"):
-        assert getattr(found.engine, name) == pytest.approx(getattr(wanted, name), rel=0.15), name
+        assert getattr(found.constants, name) == pytest.approx(getattr(wanted, name), rel=0.15), name
     for name in ("optimizer_bytes", "loss_passes"):  # bytes over bandwidth: only the quotient shows
-        per_byte = getattr(found.engine, name) / found.engine.memory_efficiency
+        per_byte = getattr(found.constants, name) / found.constants.memory_efficiency
         assert per_byte == pytest.approx(getattr(wanted, name) / wanted.memory_efficiency, rel=0.1), name
     for name in ("link_efficiency", "all_gather_efficiency", "reduce_scatter_efficiency", "send_efficiency"):
-        assert getattr(found.engine, name) == pytest.approx(getattr(wanted, name), rel=0.1), name
-    assert found.engine.network_efficiency == start.network_efficiency  # the table does not tell
+        assert getattr(found.constants, name) == pytest.approx(getattr(wanted, name), rel=0.1), name
+    assert found.constants.network_efficiency == start.network_efficiency  # the table does not tell
 
 
 def test_noise_moves_little() -> None:
-    found = calibrate(table_of(truth(), noise=0.1), load_engine("megatron", GPU))
+    found = calibrate(table_of(truth(), noise=0.1), load_constants("megatron", GPU))
     clean = table_of(truth())
-    machine = Machine(load_cluster(GPU), found.engine, "bf16")
+    machine = machine_of(load_cluster(GPU), found.constants)
     for name in ("block_forward", "block_backward", "head_forward"):
         ratio = predict_entry(machine, load_model(MODEL), name, clean.entries[name]) / clean.entries[name].values
         assert np.mean(np.abs(ratio - 1.0)) < 0.1, name
@@ -109,14 +109,15 @@ def test_noise_moves_little() -> None:
 def test_a_table_names_an_engine(tmp_path: Path) -> None:
     path = tmp_path / "h100.json"
     save_table(table_of(truth()), path)
-    engine = load_engine(str(path), GPU, "bf16")
-    assert engine.name == str(path) and engine.backward_gemm_ratio == pytest.approx(2.3, rel=0.1)
+    engine, cluster = profiled_engine(path), load_cluster(GPU)
+    constants = engine.on(cluster, "bf16").constants
+    assert engine.name == str(path) and constants.backward_gemm_ratio == pytest.approx(2.3, rel=0.1)
     with pytest.raises(TableError, match="hardware: the table was measured on `h100-80gb-sxm`, the plan needs `cpu`"):
-        table_engine(str(path), "cpu", "bf16")
+        engine.on(load_cluster("local-cpu"), "bf16")
     with pytest.raises(TableError, match="precision"):
-        table_engine(str(path), GPU, "fp32")
+        engine.on(cluster, "fp32")
     with pytest.raises(TableError, match="no such cost table"):
-        load_engine(str(tmp_path / "none.json"), GPU)
+        profiled_engine(tmp_path / "none.json")
 
 
 def test_a_plan_says_where_its_costs_come_from(tmp_path: Path) -> None:
@@ -130,7 +131,8 @@ def test_a_plan_says_where_its_costs_come_from(tmp_path: Path) -> None:
     def shares(tp: int, dp: int) -> dict[str, float]:
         strategy = ParallelStrategy(tp=tp, dp=dp)
         calls = [PlannedCall(call=c.name, mesh=cluster.whole, strategy=strategy) for c in workload.graph.calls]
-        return cost_sources(cost_plan(ExecutionPlan(workload=workload, cluster=cluster, calls=tuple(calls)), str(path)))
+        plan = ExecutionPlan(workload=workload, cluster=cluster, calls=tuple(calls))
+        return plan_sources(cost_plan(plan, profiled_engine(path))).shares
 
     measured = shares(2, 4)  # 4 sequences of 1,024 tokens are in the table; generation lies between its points
     assert sum(measured.values()) == pytest.approx(1.0, abs=2e-3)
@@ -162,4 +164,4 @@ def test_tables_that_would_make_costs_a_guess_are_refused(
     path = tmp_path / "h100.json"
     save_table(change(table_of(truth())), path)
     with pytest.raises(TableError, match=says):
-        load_engine(str(path), GPU)
+        profiled_engine(path).on(load_cluster(GPU), "bf16")

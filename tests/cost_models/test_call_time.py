@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from cost_models.candidates import Candidates
-from cost_models.time import collectives, operations
+from cost_models.engines.constants import Constants, engine_names, load_constants
+from cost_models.engines.engine import MEGATRON, NamedEngine
+from cost_models.engines.machine import Machine, machine_of
 from cost_models.time.calls import call_time
 from cost_models.time.data_parallel import gradient_reduce
-from cost_models.time.engines import Engine, engine_names, load_engine
 from cost_models.time.generation import Sampling, decode_step, decode_terms, response_quadrature
-from cost_models.time.machine import Machine
 from cost_models.time.pipeline import fill_and_drain, stage_layers
 from cost_models.time.terms import Terms
 from cost_models.time.training import TrainingStep, training_time
@@ -30,7 +30,7 @@ LLAMA = load_model("llama-7b")
 
 def machine(gpus: int = 8, gpu: str = "a100-80gb", **constants: object) -> Machine:
     cluster = load_cluster(gpu, gpus=gpus)
-    return Machine(cluster, replace(load_engine("megatron", cluster.gpu.name), **constants))  # type: ignore[arg-type]
+    return machine_of(cluster, replace(load_constants("megatron", cluster.gpu.name), **constants))  # type: ignore[arg-type]
 
 
 def layout(gpus: int, **settings: object) -> Candidates:
@@ -51,7 +51,7 @@ def test_gemm_follows_the_measured_passage_from_streaming_to_compute() -> None:
     measured = {1: 1.4, 16: 22.3, 64: 88.2, 128: 152.9, 256: 217.6, 512: 254.0, 2048: 277.2, 8192: 286.8}
     at = machine(measured_kernels=False, gemm_efficiency=0.93, gemm_half_extent=16.0)
     m = array(*measured)
-    seconds = operations.gemm(at, m, 8192.0, 8192.0)
+    seconds = at.kernels.gemm(m, 8192.0, 8192.0)
     reached = 2 * m * 8192 * 8192 / seconds / 1e12
     assert reached == pytest.approx(list(measured.values()), rel=0.11)
 
@@ -67,20 +67,20 @@ def test_gemm_follows_the_measured_passage_from_streaming_to_compute() -> None:
 )
 def test_all_gather_matches_nccl(gpu: str, size: int, megabytes: float, microseconds: float) -> None:
     """nccl-tests all_gather times inside a node (NVIDIA's tables)."""
-    seconds = collectives.all_gather(machine(gpu=gpu), array(megabytes * 2**20), array(size), array(size))
+    seconds = machine(gpu=gpu).kernels.all_gather(array(megabytes * 2**20), array(size), array(size))
     assert 1e6 * seconds[0] == pytest.approx(microseconds, rel=0.2)
 
 
 def test_collectives_of_one_rank_are_free_and_nodes_share_their_network() -> None:
     at = machine(64)
     message = array(1e9)
-    for collective in (collectives.all_reduce, collectives.all_gather, collectives.all_to_all):
-        assert collective(at, message, array(1), array(1))[0] == 0
-    alone = collectives.all_reduce(at, message, array(8), array(1))[0]
-    ring = collectives.all_reduce(at, message, array(64), array(8))[0]
+    for collective in (at.kernels.all_reduce, at.kernels.all_gather, at.kernels.all_to_all):
+        assert collective(message, array(1), array(1))[0] == 0
+    alone = at.kernels.all_reduce(message, array(8), array(1))[0]
+    ring = at.kernels.all_reduce(message, array(64), array(8))[0]
     assert alone == pytest.approx(2 * 7 / 8 * 1e9 / at.network_bytes_per_s, rel=0.3)
     assert ring < 0.25 * alone
-    assert collectives.all_reduce(at, message, array(8), array(8))[0] < ring
+    assert at.kernels.all_reduce(message, array(8), array(8))[0] < ring
 
 
 def simulate_1f1b(forward: list[float], backward: list[float], micro_batches: int) -> float:
@@ -157,7 +157,7 @@ def test_settings_move_time_the_right_way() -> None:
 
 def test_whole_activations_take_longer_between_stages_than_parts() -> None:
     at = machine(16)
-    split = replace(at, engine=replace(at.engine, splits_sends=True))
+    split = machine_of(at.cluster, replace(at.constants, splits_sends=True))
     deep = layout(16, tp=8, pp=2, micro_batches=8)
     assert step_s(split, deep) < step_s(at, deep)
     parts = layout(16, tp=8, pp=2, micro_batches=8, sequence_parallel=True)
@@ -177,7 +177,7 @@ def test_tied_embeddings_are_summed_between_the_ends_of_a_pipeline() -> None:
 
 def test_sharded_weights_cost_communication_in_every_micro_batch() -> None:
     at = machine(16)
-    sharded = replace(at, engine=replace(at.engine, shards_weights=True))
+    sharded = machine_of(at.cluster, replace(at.constants, shards_weights=True))
     one, many = (layout(16, dp=16, micro_batches=m) for m in (1, 4))
     terms = [training_time(sharded, TrainingStep(LLAMA, 64, 2048), c)["weight_gather"][0] for c in (one, many)]
     assert terms[1] > terms[0] > 0
@@ -231,11 +231,11 @@ def workload(**settings: object) -> Workload:
 
 def test_calls_scale_with_their_work() -> None:
     cluster = load_cluster("h100-80gb-sxm", gpus=8)
-    engine = load_engine("megatron", cluster.gpu.name)
+    at = MEGATRON.on(cluster, "bf16")
     candidates = layout(8, dp=2, tp=4, micro_batches=8)
 
     def seconds(call: str, **settings: object) -> float:
-        return float(call_time(workload(**settings), call, cluster, candidates, engine).total_s[0])
+        return float(call_time(at, workload(**settings), call, candidates).total_s[0])
 
     for call in ("actor_generate", "ref_infer", "actor_train"):
         assert seconds(call, batch_size=1024) > 1.5 * seconds(call, batch_size=512)
@@ -246,28 +246,28 @@ def test_calls_scale_with_their_work() -> None:
 
 def test_offload_pays_for_the_bus() -> None:
     cluster = load_cluster("a100-80gb", gpus=8)
-    engine = load_engine("megatron", cluster.gpu.name)
+    at = MEGATRON.on(cluster, "bf16")
     kept, offloaded = (layout(8, dp=8, micro_batches=8, offload=flag) for flag in (False, True))
-    terms = [call_time(workload(), "ref_infer", cluster, c, engine) for c in (kept, offloaded)]
+    terms = [call_time(at, workload(), "ref_infer", c) for c in (kept, offloaded)]
     assert terms[0]["offload"][0] == 0
-    bus = cluster.gpu.pcie_gbps * 1e9 * engine.offload_efficiency
+    bus = cluster.gpu.pcie_gbps * 1e9 * at.constants.offload_efficiency
     assert terms[1]["offload"][0] == pytest.approx(2 * LLAMA.params / bus, rel=0.01)
 
 
 def test_every_engine_costs_every_call_on_every_device() -> None:
     for gpu, name in itertools.product(gpu_names(), engine_names()):
-        engine = load_engine(name, gpu, "fp32" if gpu == "cpu" else "bf16")
         cluster = load_cluster("local-cpu" if gpu == "cpu" else gpu)
         work = workload(dtype="fp32" if gpu == "cpu" else "bf16")
+        at = NamedEngine(name).on(cluster, work.dtype)
         mesh = cluster.whole
         candidates = Candidates.of([(mesh, ParallelStrategy(dp=mesh.size, micro_batches=4))])
         for call in work.graph.model_calls:
-            assert 0 < call_time(work, call.name, cluster, candidates, engine).total_s[0] < np.inf
+            assert 0 < call_time(at, work, call.name, candidates).total_s[0] < np.inf
 
 
 def test_vector_and_single_costs_agree() -> None:
     cluster = load_cluster("h100-80gb-sxm", gpus=32)
-    engine = load_engine("megatron", cluster.gpu.name)
+    at = MEGATRON.on(cluster, "bf16")
     mesh = cluster.whole
     strategies = [
         ParallelStrategy(dp=32 // (tp * pp), tp=tp, pp=pp, micro_batches=4, groups=pp, recompute=recompute)
@@ -275,24 +275,23 @@ def test_vector_and_single_costs_agree() -> None:
     ]
     candidates = Candidates.of([(mesh, s) for s in strategies])
     for call in workload().graph.model_calls:
-        together = call_time(workload(), call.name, cluster, candidates, engine).total_s
-        alone = [
-            call_time(workload(), call.name, cluster, candidates.take([i]), engine).total_s[0]
-            for i in range(len(strategies))
-        ]
+        together = call_time(at, workload(), call.name, candidates).total_s
+        alone = [call_time(at, workload(), call.name, candidates.take([i])).total_s[0] for i in range(len(strategies))]
         assert together == pytest.approx(alone)
 
 
 def test_unknown_engine_offers_names() -> None:
     with pytest.raises(SpecError, match="megatron-te"):
-        load_engine("megatron-tee", "a100-80gb")
-    assert load_engine("fsdp", "h100-80gb-sxm", "fp16") == load_engine("fsdp", "h100-80gb-sxm", "bf16")
-    assert isinstance(load_engine("megatron", "h200-141gb"), Engine)
+        NamedEngine("megatron-tee")
+    with pytest.raises(SpecError, match="megatron-te"):
+        load_constants("megatron-tee", "a100-80gb")
+    assert load_constants("fsdp", "h100-80gb-sxm", "fp16") == load_constants("fsdp", "h100-80gb-sxm", "bf16")
+    assert isinstance(load_constants("megatron", "h200-141gb"), Constants)
 
 
 def test_sharded_weights_are_gathered_for_inference_and_prefill() -> None:
     cluster = load_cluster("a100-80gb", gpus=16)
     candidates = layout(16, dp=16, micro_batches=8)
-    plain, sharded = load_engine("megatron", cluster.gpu.name), load_engine("fsdp", cluster.gpu.name)
-    assert call_time(workload(), "ref_infer", cluster, candidates, plain)["weight_gather"][0] == 0
-    assert call_time(workload(), "ref_infer", cluster, candidates, sharded)["weight_gather"][0] > 0
+    plain, sharded = (NamedEngine(name).on(cluster, "bf16") for name in ("megatron", "fsdp"))
+    assert call_time(plain, workload(), "ref_infer", candidates)["weight_gather"][0] == 0
+    assert call_time(sharded, workload(), "ref_infer", candidates)["weight_gather"][0] > 0

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from cost_models.engines.engine import MEGATRON, NamedEngine
 from cost_models.estimate import PlanCost, cost_plan
+from cost_models.provenance.sources import call_sources, plan_sources
 from cost_models.tables.interpolation import Source
-from cost_models.tables.sources import call_sources, plan_sources
 from cost_models.validation.error_band import ANY_ENGINE, KINDS, error_band, residuals, residuals_of
 from planner.commands import estimate_command
 from planner.explanation.binding import binding_terms
@@ -45,7 +46,7 @@ def ppo_plan(gpu: str = "h100-80gb-sxm", tp: int = 4, batch: int = 64) -> Execut
 
 @cache
 def cost_of(engine: str = "megatron", gpu: str = "h100-80gb-sxm", batch: int = 64) -> PlanCost:
-    return cost_plan(ppo_plan(gpu, batch=batch), engine)
+    return cost_plan(ppo_plan(gpu, batch=batch), NamedEngine(engine))
 
 
 def test_sources_add_up_to_the_seconds_of_the_calls() -> None:
@@ -119,7 +120,7 @@ def test_the_report_fits_100_columns_and_names_every_part() -> None:
 def test_json_carries_sources_band_and_binding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "plan.json"
     save_plan(ppo_plan(tp=8), path)
-    assert estimate_command(path, engine="megatron", changes=[], as_json=True) == 0
+    assert estimate_command(path, engine=MEGATRON, changes=[], as_json=True) == 0
     found = json.loads(capsys.readouterr().out)
     assert sum(found["costs"].values()) == pytest.approx(1.0, abs=2e-3)
     assert found["band"]["low_s"] < found["iteration_s"] < found["band"]["high_s"]

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 from cost_models.candidates import Candidates
+from cost_models.engines.constants import engine_names
+from cost_models.engines.engine import MEGATRON, memory_habits
 from cost_models.memory.activations import block_widths, kept_block_bytes
-from cost_models.memory.memory import call_memory, context_bytes
-from cost_models.memory.memory_terms import MemoryTerms, memory_engine
-from cost_models.memory.memory_training import in_flight, stage_terms
-from cost_models.memory.training_case import model_parts, stage_parts
-from cost_models.time.engines import engine_names
-from cost_models.validation.memory_rows import predict_memory, training_case_of, training_memory
+from cost_models.memory.memory import call_memory
+from cost_models.memory.memory_terms import MemoryTerms
+from cost_models.memory.memory_training import in_flight, stage_terms, training_terms
+from cost_models.memory.training_case import TrainingCase, model_parts, stage_parts
+from cost_models.validation.memory_rows import predict_memory, training_case_of
 from plans.algorithms import algorithm_graph
 from plans.cluster import DeviceMesh
 from plans.errors import SpecError
@@ -44,6 +45,10 @@ GPT_22B = ModelSpec(
     max_context=2048,
 )
 """Korthikanti et al. 2022, table 3: the 22B model, micro-batch 4, sequence length 2,048, t = 8."""
+
+
+def training_memory(spec: ModelSpec, case: TrainingCase) -> MemoryTerms:
+    return training_terms(spec, case, memory_habits("megatron-te"))
 
 
 def published_rows() -> list[dict[str, Any]]:
@@ -140,12 +145,12 @@ def test_stage_elements_are_the_layouts(name: str, pp: int) -> None:
 @pytest.mark.parametrize("name", ["llama2-70b", "gpt3-125m"])
 @pytest.mark.parametrize("vpp", [1, 3])
 def test_no_stage_between_is_fuller_than_first_and_last(name: str, vpp: int) -> None:
-    spec, pp, engine = load_model(name), 4, memory_engine("megatron-te")
+    spec, pp, habits = load_model(name), 4, memory_habits("megatron-te")
     units = {unit.name: unit for unit in model_units(spec)}
     case = training_case_of(dp=1, pp=pp, vpp=vpp, micro_batches=8, micro_batch=2, seq_len=2048)
     first = stage_parts(spec, case.pp, last=False)
     widths = block_widths(spec, fused_pointwise=True)
-    fullest = training_memory(spec, case, engine).peak_bytes[0]
+    fullest = training_memory(spec, case).peak_bytes[0]
     for index in (1, 2):
         held = [units[unit] for unit in Layout(spec, tuple(range(pp)), pp=pp).stage_units(index)]
         middle = replace(
@@ -155,7 +160,7 @@ def test_no_stage_between_is_fuller_than_first_and_last(name: str, vpp: int) -> 
             replicated=np.array([float(sum(unit.replicated for unit in held))]),
             embedding=np.zeros(1),
         )
-        assert stage_terms(middle, widths, case, engine).peak_bytes[0] <= fullest
+        assert stage_terms(middle, widths, case, habits).peak_bytes[0] <= fullest
 
 
 def test_experts_are_cut_by_ep() -> None:
@@ -220,9 +225,8 @@ def memory_of(
     call: str, workload: Workload, *strategies: ParallelStrategy, cluster: str = "h100-80gb-sxm"
 ) -> MemoryTerms:
     mesh = DeviceMesh(first_node=0, nodes=1, first_gpu=0, gpus=8)
-    return call_memory(
-        workload, call, load_cluster(cluster), Candidates.of([(mesh, strategy) for strategy in strategies])
-    )
+    machine = MEGATRON.on(load_cluster(cluster), workload.dtype)
+    return call_memory(machine, workload, call, Candidates.of([(mesh, strategy) for strategy in strategies]))
 
 
 class TestCalls:
@@ -275,9 +279,9 @@ class TestCalls:
     def test_cpu_has_no_communicators_and_no_context(self) -> None:
         workload = ppo_workload("smollm2-135m", dtype="fp32")
         terms = memory_of("actor_train", workload, ParallelStrategy(dp=2), cluster="local-cpu")
-        assert terms.communicators[0] == 0 and context_bytes(load_cluster("local-cpu")) == 0
+        assert terms.communicators[0] == 0 and MEGATRON.on(load_cluster("local-cpu"), "fp32").context_bytes == 0
         assert terms.masters[0] == 0
-        assert context_bytes(load_cluster("h100-80gb-sxm")) > 0
+        assert MEGATRON.on(load_cluster("h100-80gb-sxm"), "bf16").context_bytes > 0
 
     def test_terms_add_up(self) -> None:
         terms = memory_of("actor_train", self.WORKLOAD, ParallelStrategy(tp=4, pp=2))
@@ -287,6 +291,6 @@ class TestCalls:
 
 def test_every_engine_of_the_time_model_has_memory_habits() -> None:
     for name in engine_names():
-        assert memory_engine(name).name == name
+        assert memory_habits(name).context_gib > 0
     with pytest.raises(SpecError, match="unknown engine"):
-        memory_engine("megatrn")
+        memory_habits("megatrn")

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from plan_cases import all_meshes
 
+from cost_models.engines.engine import MEGATRON
+from cost_models.engines.machine import Machine
 from cost_models.reallocation import reallocation_matrix, reallocation_time, reallocation_traffic, transfer_time
-from cost_models.time.engines import Engine, load_engine
-from cost_models.time.machine import Machine
 from plans.cluster import ClusterSpec
 from plans.layout import Layout
 from plans.library import load_cluster, load_model
@@ -60,8 +60,8 @@ def layouts(cluster: ClusterSpec, spec: ModelSpec) -> list[Layout]:
     return found
 
 
-def engine_of(cluster: ClusterSpec) -> Engine:
-    return load_engine("megatron", cluster.gpu.name)
+def machine_on(cluster: ClusterSpec) -> Machine:
+    return MEGATRON.on(cluster, "bf16")
 
 
 @pytest.mark.parametrize(
@@ -105,15 +105,15 @@ def test_one_pair_costs_what_it_costs_among_many() -> None:
     cluster = load_cluster("a100-80gb", gpus=24, gpus_per_node=6)
     generator = random.Random(3)
     sources, targets = (generator.sample(layouts(cluster, tiny()), 20) for _ in range(2))
-    matrix = reallocation_matrix(cluster, engine_of(cluster), 2, sources, targets)
+    matrix = reallocation_matrix(machine_on(cluster), sources, targets)
     for (i, source), (j, target) in itertools.product(enumerate(sources), enumerate(targets)):
-        assert reallocation_time(cluster, engine_of(cluster), 2, [(source, target)])[0] == matrix[i, j]
+        assert reallocation_time(machine_on(cluster), [(source, target)])[0] == matrix[i, j]
 
 
 def test_nothing_moves_between_equal_layouts() -> None:
     cluster = load_cluster("a100-80gb", gpus=8, gpus_per_node=4)
     found = layouts(cluster, tiny())
-    seconds = reallocation_matrix(cluster, engine_of(cluster), 2, found, found)
+    seconds = reallocation_matrix(machine_on(cluster), found, found)
     assert np.all(np.diag(seconds) == 0)
     assert np.all(seconds >= 0)
 
@@ -122,8 +122,8 @@ def test_seventy_billion_takes_its_bytes_over_the_network() -> None:
     cluster = load_cluster("a100-80gb", gpus=16)
     spec = load_model("llama-70b")
     first, second = Layout(spec, tuple(range(8)), tp=8), Layout(spec, tuple(range(8, 16)), tp=8)
-    machine = Machine(cluster, engine_of(cluster))
-    seconds = reallocation_time(cluster, machine.engine, 2, [(first, second)])[0]
+    machine = machine_on(cluster)
+    seconds = reallocation_time(machine, [(first, second)])[0]
     least = spec.params * 2 / (8 * machine.network_bytes_per_s)
     assert least < seconds < 1.2 * least
 
@@ -140,16 +140,16 @@ def test_a_quarter_million_pairs_on_a_thousand_gpus() -> None:
             strategy = ParallelStrategy(dp=mesh.size // (tp * pp), tp=tp, pp=pp)
             found.append(Layout.of(spec, mesh, strategy, cluster))
     started = time.process_time()
-    seconds = reallocation_matrix(cluster, engine_of(cluster), 2, found, found)
+    seconds = reallocation_matrix(machine_on(cluster), found, found)
     assert seconds.shape == (500, 500)
     assert time.process_time() - started < 4.0
 
 
 def test_transfer_waits_for_the_busiest_rank() -> None:
     cluster = load_cluster("a100-80gb", gpus=16)
-    machine = Machine(cluster, engine_of(cluster))
-    inside = transfer_time(cluster, machine.engine, [(0, 1), (2, 3)], [1e9, 1e9])
-    assert inside == pytest.approx(machine.engine.message_s + 1e9 / machine.link_bytes_per_s)
-    across = transfer_time(cluster, machine.engine, [(0, 8), (1, 8)], [1e9, 1e9])
-    assert across == pytest.approx(2 * (machine.engine.message_s + 1e9 / machine.network_bytes_per_s))
-    assert transfer_time(cluster, machine.engine, [], []) == 0.0
+    machine = machine_on(cluster)
+    inside = transfer_time(machine, [(0, 1), (2, 3)], [1e9, 1e9])
+    assert inside == pytest.approx(machine.constants.message_s + 1e9 / machine.link_bytes_per_s)
+    across = transfer_time(machine, [(0, 8), (1, 8)], [1e9, 1e9])
+    assert across == pytest.approx(2 * (machine.constants.message_s + 1e9 / machine.network_bytes_per_s))
+    assert transfer_time(machine, [], []) == 0.0

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from cost_models.engines.engine import MEGATRON, NamedEngine
 from cost_models.estimate import call_cost, cost_plan
 from planner.baselines import BASELINES, Contender, zero3
 from planner.pictures.compare import compare, render_rows
@@ -28,7 +29,7 @@ def contenders(published: Request) -> dict[str, Contender]:
     """Every baseline of the published case."""
     found = {}
     for name, way in BASELINES.items():
-        answer = way(published.workload, published.cluster, "real")
+        answer = way(published.workload, published.cluster, NamedEngine("real"))
         assert isinstance(answer, Contender), answer
         found[name] = answer
     return found
@@ -121,7 +122,7 @@ def test_estimates_against_the_published_hours(contenders: dict[str, Contender])
 def test_baselines_scale_down(gpus: int) -> None:
     request = small(gpus, batch_size=128, prompt_tokens=256, response_tokens=256)
     for name, way in BASELINES.items():
-        answer = way(request.workload, request.cluster, "megatron")
+        answer = way(request.workload, request.cluster, MEGATRON)
         assert isinstance(answer, Contender), (name, answer)
         assert not check_plan(answer.plan), name
         kinds = [request.workload.graph.call(p.call).kind for p in answer.plan.calls]
@@ -130,19 +131,19 @@ def test_baselines_scale_down(gpus: int) -> None:
 
 def test_a_system_without_a_plan_says_why() -> None:
     request = small(8, batch_size=12, minibatches=4)
-    answer = BASELINES["deepspeed-chat"](request.workload, request.cluster, "megatron")
+    answer = BASELINES["deepspeed-chat"](request.workload, request.cluster, MEGATRON)
     assert isinstance(answer, Infeasible) and "8 GPUs" in answer.reason
     one = small(1)
-    answer = BASELINES["openrlhf"](one.workload, one.cluster, "megatron")
+    answer = BASELINES["openrlhf"](one.workload, one.cluster, MEGATRON)
     assert isinstance(answer, Infeasible) and "3 groups" in answer.reason
 
 
 def test_table_measures_against_the_first_and_says_what_is_not_modelled(contenders: dict[str, Contender]) -> None:
     order = [contenders["real-heuristic"], contenders["verl"], contenders["openrlhf"]]
-    rows = compare(order, "real")
+    rows = compare(order, NamedEngine("real"))
     assert rows[0].ratio == 1.0 and rows[0].same_engine_s == rows[0].iteration_s
     assert rows[1].ratio == pytest.approx(order[1].cost.iteration_s / order[0].cost.iteration_s)
-    assert rows[1].same_engine_s == pytest.approx(cost_plan(order[1].plan, "real").iteration_s)
+    assert rows[1].same_engine_s == pytest.approx(cost_plan(order[1].plan, NamedEngine("real")).iteration_s)
     assert rows[2].same_engine_s is None  # whole weights on every rank do not fit
     assert rows[2].idle > 0.25  # groups wait for each other
     text = render_rows(rows, {"other": Infeasible("too few GPUs")})

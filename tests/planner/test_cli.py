@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cost_models.engines.engine import MEGATRON
 from planner.cli import main
 from planner.commands_memory import memory_hint
 from planner.whatif import what_if
@@ -45,7 +46,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     code = search_command(
         request,
-        engine="megatron",
+        engine=MEGATRON,
         method="mcmc",
         seconds=20.0,
         seed=0,

@@ -11,6 +11,7 @@ import pytest
 from plan_cases import all_meshes
 from typer.testing import CliRunner
 
+from cost_models.engines.engine import MEGATRON
 from cost_models.estimate import cost_plan
 from cost_models.simulate import Durations, simulate
 from planner.cli import app
@@ -151,7 +152,7 @@ def test_a_layout_that_lacks_memory_says_how_much() -> None:
 
 @pytest.fixture(scope="module")
 def explanation() -> Explanation:
-    return explain(plan_7b(), "megatron", seconds=2.0)
+    return explain(plan_7b(), MEGATRON, seconds=2.0)
 
 
 def test_kinds_differ_and_are_in_order(explanation: Explanation) -> None:
@@ -200,7 +201,7 @@ def test_same_kind_for_nearly_the_same_width() -> None:
 def test_command_prints_one_object_for_a_hand_edited_plan(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     plan = plan_7b(critic_infer=("nodes 0-1", "d4 t4 p1", {"micro_batches": 128}))
-    space = build_space(plan.workload, plan.cluster, "megatron", Limits())
+    space = build_space(plan.workload, plan.cluster, MEGATRON, Limits())
     edited = plan.planned("critic_infer")
     assert isinstance(space, Space)
     assert (edited.mesh, edited.strategy) not in space.options["critic_infer"], "so slow that no search looks at it"

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from cost_models.engines.engine import MEGATRON
 from planner.limits import Limits, parse_limits
 from planner.nearest import with_nearest
 from planner.pricing import Space, build_space
@@ -14,7 +15,7 @@ from planner.request import Request, build_request
 from planner.search.portfolio import Answer, search
 from plans.errors import Infeasible
 
-ENGINE = "megatron"
+ENGINE = MEGATRON
 
 
 def request(model: str, gpus: int) -> Request:

@@ -1,14 +1,15 @@
-"""Engines: the named sets of constants that tell one implementation of the same arithmetic from another.
+"""Constants: what tells one implementation of the same arithmetic from another; and the library that holds them.
 
-A constant belongs to an engine, a GPU kind and a precision, never to a measurement. `library/engines.json` is a list
-of entries, each with the engine, GPU and precision it is for (`*`: any), an `origin` and the constants it sets;
-the entries that match are laid over one another from the general to the special.
+A constant belongs to an engine, a GPU kind and a precision, never to a measurement. `library/engines.json` holds
+`engines`, by name (what each is, can do and keeps in memory: `engines.engine`), and `entries`, each with the engine,
+GPU and precision it is for (`*`: any), an `origin` and the constants it sets; the entries that match are laid over one
+another from the general to the special.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from importlib.resources import files
 from typing import Any
@@ -16,10 +17,12 @@ from typing import Any
 from plans.errors import SpecError, nearest
 
 DEFAULT_ENGINE = "megatron"
+TABLE_SUFFIX = ".json"
+"""Cost tables end so; the name of an engine that one calibrates is its path."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Engine:
+class Constants:
     """Constants of one engine on one GPU kind in one precision. Fractions are of vendor peaks.
 
     Measured kernels
@@ -74,7 +77,6 @@ class Engine:
       offload_efficiency: share of PCIe bandwidth in copies from and to host memory.
     """
 
-    name: str = DEFAULT_ENGINE
     measured_kernels: bool = False
     throttle: float = 0.0
     gemm_efficiency: float = 0.75
@@ -125,42 +127,37 @@ class Engine:
     offload_efficiency: float = 0.8
 
 
-TABLE_SUFFIX = ".json"
-"""An engine whose name ends so is the default engine calibrated with the cost table of that path."""
-
-
 def engine_names() -> tuple[str, ...]:
     """Names in the library."""
-    return tuple(dict.fromkeys(entry["engine"] for entry in _entries() if entry["engine"] != "*"))
+    return tuple(engine_records())
 
 
-def load_engine(name: str, gpu: str, dtype: str = "bf16") -> Engine:
-    """The constants of an engine on a GPU kind (`GpuSpec.name`) in a precision (`bf16` and `fp16` are one).
+def engine_records() -> dict[str, dict[str, Any]]:
+    """The library's record of every engine by name: `about`, what it `can` do, its `memory` habits."""
+    records: dict[str, dict[str, Any]] = _library()["engines"]
+    return records
 
-    The path of a cost table (`*.json`) names the default engine with the constants of the machine that was measured.
-    """
-    if name.endswith(TABLE_SUFFIX):
-        from cost_models.tables.calibration import table_engine  # it needs the engines itself
 
-        return table_engine(name, gpu, dtype)
+def load_constants(name: str, gpu: str, dtype: str = "bf16") -> Constants:
+    """The constants of a named engine on a GPU kind (`GpuSpec.name`) in a precision (`bf16` and `fp16` are one)."""
     if name not in engine_names():
         raise SpecError(f"unknown engine `{name}`", nearest(name, list(engine_names())))
     wanted = {"engine": name, "gpu": gpu, "precision": "bf16" if dtype == "fp16" else dtype}
-    matching = [e for e in _entries() if all(e[key] in ("*", value) for key, value in wanted.items())]
+    matching = [e for e in _library()["entries"] if all(e[key] in ("*", value) for key, value in wanted.items())]
     matching.sort(key=lambda entry: [entry[key] != "*" for key in ("engine", "gpu", "precision")].count(True))
     constants: dict[str, Any] = {}
     for entry in matching:
         constants |= entry["constants"]
-    return replace(Engine(name=name), **constants)
+    return Constants(**constants)
 
 
 @lru_cache(maxsize=1)
-def _entries() -> tuple[dict[str, Any], ...]:
+def _library() -> dict[str, Any]:
     path = files("cost_models") / "library" / "engines.json"
-    known = {f.name for f in fields(Engine)} - {"name"}
-    entries = json.loads(path.read_text())["entries"]
-    for entry in entries:
+    known = {f.name for f in fields(Constants)}
+    library: dict[str, Any] = json.loads(path.read_text())
+    for entry in library["entries"]:
         for key in entry["constants"]:
             if key not in known:
                 raise SpecError(f"{path}: unknown constant `{key}`", nearest(key, sorted(known)))
-    return tuple(entries)
+    return library

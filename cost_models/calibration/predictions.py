@@ -8,6 +8,7 @@ from functools import cache
 import numpy as np
 
 from cost_models.candidates import Array, Candidates
+from cost_models.engines.machine import Machine
 from cost_models.tables.shards import call_spec, shard_spec
 from cost_models.tables.table_schema import CALL_VOCAB, STEP_PROMPT, STEP_TOKENS
 from cost_models.tables.tables import Entry
@@ -16,7 +17,6 @@ from cost_models.time.data_parallel import accumulation
 from cost_models.time.generation import decode_step
 from cost_models.time.inference import ForwardPass, inference_time
 from cost_models.time.layer import LayerTime, forward_layer
-from cost_models.time.machine import Machine
 from cost_models.time.training import TrainingStep, backward_time, training_time
 from plans.cluster import DeviceMesh
 from plans.model import ModelSpec
@@ -51,12 +51,12 @@ def _layer(machine: Machine, spec: ModelSpec, points: Points) -> LayerTime:
 
 
 def _block_forward(machine: Machine, spec: ModelSpec, points: Points) -> Array:
-    return np.maximum(_layer(machine, spec, points).gpu, machine.engine.host_forward_layer_s)
+    return np.maximum(_layer(machine, spec, points).gpu, machine.constants.host_forward_layer_s)
 
 
 def _block_backward(machine: Machine, spec: ModelSpec, points: Points) -> Array:
     backward = backward_time(machine, _layer(machine, spec, points))
-    return np.maximum(backward, machine.engine.host_backward_layer_s) + accumulation(machine, spec.layer_params)
+    return np.maximum(backward, machine.constants.host_backward_layer_s) + accumulation(machine, spec.layer_params)
 
 
 def _block_decode(machine: Machine, spec: ModelSpec, points: Points) -> Array:
@@ -80,9 +80,9 @@ def _head_forward(machine: Machine, spec: ModelSpec, points: Points) -> Array:
 
 def _head_backward(machine: Machine, spec: ModelSpec, points: Points) -> Array:
     tokens, one = points["tokens"], np.ones_like(points["tokens"])
-    gemms = operations.head(machine, spec, tokens, one) * machine.engine.backward_gemm_ratio
+    _, gemms = operations.head_both_ways(machine, spec, tokens, one)
     vocabulary = accumulation(machine, float(spec.padded_vocab * spec.hidden))
-    return gemms + operations.loss(machine, spec, tokens, one) * machine.engine.loss_backward_ratio + vocabulary
+    return gemms + operations.loss(machine, spec, tokens, one) * machine.constants.loss_backward_ratio + vocabulary
 
 
 def _optimizer_step(machine: Machine, spec: ModelSpec, points: Points) -> Array:

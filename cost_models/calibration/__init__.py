@@ -1,0 +1,1 @@
+"""Engines that are calibrated with the cost table of a profile."""

@@ -1,0 +1,1 @@
+"""Engines: who runs the calls, with which constants and memory habits; a machine is an engine on a cluster."""

@@ -1,0 +1,52 @@
+"""Memory habits: what an engine keeps on a GPU beside what the arithmetic needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from plans.cluster import ClusterSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryHabits:
+    """Memory habits of one training and generation engine; whether attention is fused and weights are sharded over dp
+    is said by its `Constants`.
+
+    fused_pointwise: SwiGLU and rotary embedding are one kernel each, so their intermediate results are not stored.
+    wgrad_buffers: Transformer Engine's fused gradient accumulation returns one bf16 dummy per distinct weight shape
+    and keeps it (TE >= 2, `get_dummy_wgrad`); without it the largest weight gradient is alive for a moment.
+    logit_bytes: bytes per token and vocabulary entry at the peak of the loss, beside the logits themselves: the fp32
+    softmax (4) and what the loss makes of it. 4 is Megatron's vocab_parallel_cross_entropy (the in-place fp32 softmax,
+    which its backward pass reuses); 10 is this runtime's backward pass: fp32 probabilities, their gradient, and its
+    copy in the run's precision.
+    forward_logit_bytes: the same in a forward pass that wants log-probs only: scaled logits and their exponentials in
+    fp32. sampling_bytes: per sequence and vocabulary entry of the rank in decoding: logits (2), their fp32 copy (4),
+    weights (4), hash and noise of the entry (8 + 4), scores (4). mask_bytes: per pair of tokens of a prefill with
+    padded prompts: the mask, its inverse and the bias that the attention kernel makes of it.
+    reserve: cached but unused share of the allocator, as a fraction of all memory that comes and goes (SimuMax B200
+    rows, reserved - allocated over transient: 0.19 to 0.30). communicator_gib: NCCL buffers per group of a layout, 0.34
+    to 0.4 GB on A100 and H100. context_gib: CUDA context and libraries, 0.5 to 0.8 GB there.
+    gathered_layers: whole layers that sharded weights hold at once. gathers_keys: context parallelism gathers keys and
+    values; otherwise it exchanges heads for tokens (all-to-all). keeps_outputs: the interleaved schedule keeps what a
+    stage sent on until its backward pass.
+    """
+
+    fused_pointwise: bool = True
+    wgrad_buffers: bool = False
+    logit_bytes: float = 4.0
+    forward_logit_bytes: float = 8.0
+    reserve: float = 0.25
+    communicator_gib: float = 0.3
+    context_gib: float = 0.8
+    sampling_bytes: float = 26.0
+    mask_bytes: float = 0.0
+    gathered_layers: int = 2
+    gathers_keys: bool = True
+    keeps_outputs: bool = False
+
+
+def habits_on(cluster: ClusterSpec, habits: MemoryHabits) -> MemoryHabits:
+    """The habits on that cluster: CPU devices have no NCCL, no context and an allocator that keeps little."""
+    if "cpu" not in cluster.gpu.name:
+        return habits
+    return replace(habits, communicator_gib=0.0, context_gib=0.0, reserve=0.05)

@@ -1,0 +1,1 @@
+"""Where the numbers of a plan come from: measured, interpolated, analytic."""

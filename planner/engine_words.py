@@ -1,0 +1,46 @@
+"""Engines from words: the name of one, two names (`megatron+cuda-graphs`), or the path of a cost table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cost_models.calibration.profiled import profiled_engine
+from cost_models.engines.constants import DEFAULT_ENGINE, TABLE_SUFFIX
+from cost_models.engines.engine import MEGATRON, ComposedEngine, Engine, NamedEngine
+from plans.errors import RealplanError
+from plans.plan import ExecutionPlan
+
+
+def engine_of(words: str, table: Path | None = None) -> Engine:
+    """The engine of `--engine` and `--table`. `first+second`: one for training and scoring, one for generation; a table
+    calibrates the default engine wherever it stands."""
+    names = [words] if words.endswith(TABLE_SUFFIX) and Path(words).exists() else words.split("+")
+    if table is not None:
+        _check_table(words, names, table)
+    if len(names) > 2:
+        raise RealplanError(
+            f"--engine {words}: {len(names)} engines; there can be two, for training and scoring and for generation",
+            f"`{names[0]}+{names[-1]}`, for example",
+        )
+    first, *rest = (profiled_engine(table) if table and name == DEFAULT_ENGINE else _single(name) for name in names)
+    return ComposedEngine(first, rest[0]) if rest else first
+
+
+def plan_engine(plan: ExecutionPlan) -> Engine:
+    """The engine of the plan's own estimate."""
+    return engine_of(plan.estimate.engine) if plan.estimate else MEGATRON
+
+
+def _check_table(words: str, names: list[str], table: Path) -> None:
+    if DEFAULT_ENGINE not in names:
+        raise RealplanError(
+            f"--engine {words} and --table {table}: a cost table calibrates the engine `{DEFAULT_ENGINE}`",
+            "leave one of the two out",
+        )
+    if not table.is_file() or table.suffix != TABLE_SUFFIX:
+        wrong = "no such file" if not table.exists() else "a folder" if table.is_dir() else "its name must end in .json"
+        raise RealplanError(f"--table {table}: {wrong}", "`realplan profile -o table.json` writes a cost table")
+
+
+def _single(name: str) -> Engine:
+    return profiled_engine(Path(name)) if name.endswith(TABLE_SUFFIX) else NamedEngine(name)
