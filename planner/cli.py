@@ -78,6 +78,9 @@ def search(
     mean_response_tokens: Annotated[
         int | None, typer.Option(help="mean of the long-tailed response lengths [all reach the longest]")
     ] = None,
+    lengths: Annotated[
+        Path | None, typer.Option(help="file of lengths: a run's metrics.jsonl, or one response length per line")
+    ] = None,
     minibatches: Annotated[int | None, typer.Option(help="optimizer steps per iteration [4]")] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32 [bf16]")] = None,
     recompute_logprobs: Annotated[
@@ -124,6 +127,7 @@ def search(
         run=run,
         own_graph=load_graph(graph) if graph else None,
         staleness=staleness,
+        lengths=lengths,
     )
     calls = [call.name for call in request.workload.graph.model_calls]
     limits = parse_limits(pin or [], forbid or [], same_mesh or [], max_memory, calls)

@@ -10,6 +10,8 @@ from plans.algorithms import ALGORITHMS, algorithm_graph
 from plans.cluster import MOST_GPUS, ClusterSpec
 from plans.errors import SpecError
 from plans.graph import DataflowGraph
+from plans.lengths import percentiles_of
+from plans.lengthsfile import lengths_file
 from plans.library import load_cluster, load_model
 from plans.problems import shortened
 from plans.runfile import RunFile, RunWorkload, load_run
@@ -53,14 +55,17 @@ def build_request(
     run: Path | None,
     own_graph: DataflowGraph | None = None,
     staleness: int = 0,
+    lengths: Path | None = None,
 ) -> Request:
     """Flags over the run file's workload over the defaults. `models` are role -> name, empty where not given; `sizes`
-    are the other keys of `RunWorkload`, None where not given."""
+    are the other keys of `RunWorkload`, None where not given. `lengths`: a file that lengths are taken from."""
     check_range("--gpus", gpus, 1, MOST_GPUS, 8)
     check_range("--gpus-per-node", gpus_per_node, 1, MOST_GPUS, 8)
     check_range("--async", staleness, 0, MOST_STALENESS, 1)
     file = load_run(run) if run else RunFile()
     wanted = file.workload.model_copy(update={key: value for key, value in sizes.items() if value is not None})
+    if lengths:
+        wanted = _measured(wanted, lengths)
     names = {**wanted.models, **{role: name for role, name in models.items() if name}}
     actor = names.get("actor") or (file.weights_of("actor") if run else "")
     if not actor:
@@ -86,7 +91,10 @@ def build_request(
         group_size=_group_size(graph, wanted),
         prompt_tokens=wanted.prompt_tokens,
         response_tokens=wanted.response_tokens,
+        mean_prompt_tokens=wanted.mean_prompt_tokens,
         mean_response_tokens=wanted.mean_response_tokens,
+        prompt_lengths=percentiles_of(wanted.prompt_lengths),
+        response_lengths=percentiles_of(wanted.response_lengths),
         minibatches=wanted.minibatches,
         dtype=wanted.dtype,
     )
@@ -102,3 +110,11 @@ def _group_size(graph: DataflowGraph, wanted: RunWorkload) -> int:
     if record.offline and wanted.group_size == 1:
         return len(record.responses)
     return wanted.group_size if given else record.group_size
+
+
+def _measured(wanted: RunWorkload, path: Path) -> RunWorkload:
+    """The workload with the lengths of a file, in the place of what it said of them."""
+    found = lengths_file(path, prompt_tokens=wanted.prompt_tokens, response_tokens=wanted.response_tokens)
+    parts = [part for part in ("prompt", "response") if {f"{part}_lengths", f"mean_{part}_tokens"} & set(found)]
+    blank: dict[str, object] = {f"mean_{part}_tokens": 0 for part in parts} | {f"{part}_lengths": {} for part in parts}
+    return wanted.model_copy(update={**blank, **found})

@@ -15,6 +15,7 @@ from plans.checks import check_plan, divisors
 from plans.cluster import MOST_GPUS, ClusterSpec, DeviceMesh, GpuSpec, check_mesh
 from plans.errors import RealplanError, SpecError, nearest
 from plans.graph import CallKind
+from plans.lengths import Lengths, Percentiles
 from plans.library import cluster_names, load_cluster, load_gpu
 from plans.plan import ExecutionPlan, PlannedCall
 from plans.problems import shortened
@@ -38,7 +39,8 @@ def what_if(plan: ExecutionPlan, changes: Sequence[str]) -> ExecutionPlan:
         gpu = replace(gpu, **{key: value for key, value in speeds.items() if key in _GPU})  # type: ignore[arg-type]
         links = {key: value for key, value in speeds.items() if key in _CLUSTER}
         cluster = replace(plan.cluster, gpu=gpu, **links)  # type: ignore[arg-type]
-        workload = replace(plan.workload, **sizes)  # type: ignore[arg-type]
+        lengths = _rescaled(plan, sizes)
+        workload = replace(plan.workload, **sizes, **lengths)  # type: ignore[arg-type]
     except SpecError as error:
         raise SpecError(f"--what-if {', '.join(changes)}: {error.message}", error.hint) from None
     plan = _scaled(replace(plan, workload=workload, cluster=cluster), gpus)
@@ -46,6 +48,16 @@ def what_if(plan: ExecutionPlan, changes: Sequence[str]) -> ExecutionPlan:
     if problems:
         raise SpecError(f"the plan is not legal under {', '.join(changes)}: {problems[0].message}", problems[0].hint)
     return replace(plan, estimate=None)
+
+
+def _rescaled(plan: ExecutionPlan, sizes: dict[str, int]) -> dict[str, Percentiles]:
+    """Measured lengths under another mean, which they take over from `sizes`."""
+    found = {}
+    for part in ("prompt", "response"):
+        if getattr(plan.workload, f"{part}_lengths") and f"mean_{part}_tokens" in sizes:
+            lengths: Lengths = getattr(plan.workload, f"{part}s")
+            found[f"{part}_lengths"] = lengths.with_mean(sizes.pop(f"mean_{part}_tokens")).percentiles
+    return found
 
 
 def _parted(change: str) -> tuple[str, str]:

@@ -22,6 +22,7 @@ from plans.errors import PlanError, RealplanError, nearest
 from plans.files import write_atomically
 from plans.graph import DataflowGraph
 from plans.graphfile import file_of, graph_of
+from plans.lengths import keys_of, percentiles_of
 from plans.library import load_gpu, load_model, model_names
 from plans.model import Head, ModelSpec, Norm, Position, RopeScaling
 from plans.plan import Estimate, ExecutionPlan, PlannedCall
@@ -31,6 +32,7 @@ from plans.shapes import shape_problems
 from plans.strategy import KEYS, ParallelStrategy, parse_degrees
 from plans.workload import Workload, role_spec
 
+LENGTHS = ("prompt_lengths", "response_lengths")
 T = TypeVar("T")
 
 
@@ -137,9 +139,22 @@ class _Reader:
                 self.problems.append(Problem("role-missing", f"no model for `{role}`", hint, ("workload", "models")))
         if self.problems:
             return None
-        sizes = {f.name: getattr(file, f.name) for f in fields(Workload) if f.name not in ("graph", "models")}
+        lengths = {
+            key: self.attempt(
+                "lengths",
+                ("workload", key),
+                lambda key=key: percentiles_of(getattr(file, key)),  # type: ignore[misc]
+            )
+            for key in LENGTHS
+        }
+        if self.problems:
+            return None
+        apart = ("graph", "models", *LENGTHS)
+        sizes = {f.name: getattr(file, f.name) for f in fields(Workload) if f.name not in apart}
         return self.attempt(
-            "workload", ("workload", "minibatches"), lambda: Workload(graph=graph, models=models, **sizes)
+            "workload",
+            ("workload", "minibatches"),
+            lambda: Workload(graph=graph, models=models, **sizes, **lengths),  # type: ignore[arg-type]
         )
 
     def graph(self, file: WorkloadFile) -> DataflowGraph | None:
@@ -230,6 +245,7 @@ def _core(plan: ExecutionPlan) -> dict[str, Any]:
 def _workload_file(workload: Workload) -> dict[str, Any]:
     graph = workload.graph
     own = file_of(graph)
+    lengths: dict[str, Any] = {key: keys_of(getattr(workload, key)) for key in LENGTHS}
     costs = [call.seconds_per_sample for call in graph.calls if not call.model and not own]
     file = WorkloadFile(
         algorithm=graph.name,
@@ -238,7 +254,8 @@ def _workload_file(workload: Workload) -> dict[str, Any]:
         recompute_logprobs=not own and any(call.name == "actor_infer" for call in graph.calls),
         reward_seconds_per_sample=costs[0] if costs else None,
         models={},
-        **{f.name: getattr(workload, f.name) for f in fields(Workload) if f.name not in ("graph", "models")},
+        **lengths,
+        **{f.name: getattr(workload, f.name) for f in fields(Workload) if f.name not in ("graph", "models", *LENGTHS)},
     )
     keep = {"algorithm", "batch_size", "prompt_tokens", "response_tokens", "minibatches"}
     data = {k: v for k, v in file.model_dump().items() if k in keep or v != WorkloadFile.model_fields[k].default}

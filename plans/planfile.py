@@ -17,6 +17,10 @@ from plans.workload import MOST_SAMPLES, MOST_TOKENS
 FORMAT = "realplan/1"
 Size = Annotated[int, Field(ge=1, le=10**8)]
 Samples = Annotated[int, Field(ge=1, le=MOST_SAMPLES)]
+PercentilesFile = Annotated[
+    dict[str, Annotated[int, Field(ge=0, le=MOST_TOKENS)]],
+    Field(description='percentile -> tokens, such as {"p50": 700, "p99": 6000}; empty: all reach the maximum'),
+]
 Amount = Annotated[float, Field(gt=0, le=FASTEST, allow_inf_nan=False)]
 
 
@@ -94,7 +98,10 @@ class WorkloadFile(_Closed):
     group_size: Samples = 1
     prompt_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)]
     response_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS)]
-    mean_response_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS)] = 0
+    mean_prompt_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS, description="0: see prompt_lengths")] = 0
+    mean_response_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS, description="0: see response_lengths")] = 0
+    prompt_lengths: PercentilesFile = {}
+    response_lengths: PercentilesFile = {}
     minibatches: Samples
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     recompute_logprobs: bool = False

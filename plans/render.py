@@ -33,6 +33,8 @@ def _header(plan: ExecutionPlan) -> str:
     algorithm = w.graph.name.upper()
     samples = f"{w.batch_size} prompts" + (f" x {w.group_size} samples" if w.group_size > 1 else "")
     tokens = f"{w.prompt_tokens} + {w.response_tokens} tokens"
+    if not (w.prompts.full and w.responses.full):
+        tokens += f" (mean {w.prompts.mean:.0f} + {w.responses.mean:.0f})"
     nodes = f"{c.nodes} nodes of {c.gpus_per_node}, {c.inter_node_gbps:g} GB/s per GPU between nodes"
     lines = [
         f"{algorithm}: {samples}, {tokens}, {w.minibatches} minibatches, {w.dtype}",

@@ -36,7 +36,10 @@ class RunWorkload(_Closed):
     group_size: Positive = 1
     prompt_tokens: Positive = 1024
     response_tokens: Positive = 1024
+    mean_prompt_tokens: Annotated[int, Field(ge=0)] = 0
     mean_response_tokens: Annotated[int, Field(ge=0)] = 0
+    prompt_lengths: dict[str, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
+    response_lengths: dict[str, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
     minibatches: Positive = 4
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     recompute_logprobs: bool = False

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from plans.errors import SpecError
 from plans.graph import CallKind, DataflowGraph
+from plans.lengths import Lengths, Percentiles
 from plans.model import ModelSpec
 from plans.problems import shortened
 
@@ -22,6 +24,7 @@ SIZES: Mapping[str, tuple[int, int]] = {
     "group_size": (1, MOST_SAMPLES),
     "prompt_tokens": (1, MOST_TOKENS),
     "response_tokens": (0, MOST_TOKENS),
+    "mean_prompt_tokens": (0, MOST_TOKENS),
     "mean_response_tokens": (0, MOST_TOKENS),
     "minibatches": (1, MOST_SAMPLES),
 }
@@ -38,8 +41,9 @@ class Workload:
     """One iteration's work.
 
     batch_size: prompts per iteration. group_size: samples per prompt. minibatches: optimizer steps per iteration.
-    prompt_tokens, response_tokens: the longest prompt and response, tokens. mean_response_tokens: the mean of the
-    response length distribution (0: every response reaches response_tokens). models: role -> architecture.
+    prompt_tokens, response_tokens: the longest prompt and response, tokens. How long they are: mean_prompt_tokens,
+    mean_response_tokens (0: not given), or the percentiles prompt_lengths, response_lengths; with neither all reach the
+    maximum. `prompts` and `responses` are the distributions that follow. models: role -> architecture.
     """
 
     graph: DataflowGraph
@@ -48,7 +52,10 @@ class Workload:
     group_size: int = 1
     prompt_tokens: int = 1024
     response_tokens: int = 1024
+    mean_prompt_tokens: int = 0
     mean_response_tokens: int = 0
+    prompt_lengths: Percentiles = ()
+    response_lengths: Percentiles = ()
     minibatches: int = 4
     dtype: str = "bf16"
 
@@ -81,12 +88,34 @@ class Workload:
                 f" an iteration can have at most {MOST_SAMPLES:,}",
                 f"batch_size {MOST_SAMPLES // self.group_size} or less",
             )
-        if self.mean_response_tokens > self.response_tokens:
-            raise SpecError(
-                f"workload: mean_response_tokens {self.mean_response_tokens} is above response_tokens"
-                f" {self.response_tokens}, the longest response",
-                f"mean_response_tokens {self.response_tokens} or less, or a larger response_tokens",
-            )
+        for part in ("prompt", "response"):
+            mean, longest = getattr(self, f"mean_{part}_tokens"), getattr(self, f"{part}_tokens")
+            if mean > longest:
+                raise SpecError(
+                    f"workload: mean_{part}_tokens {mean} is above {part}_tokens {longest}, the longest {part}",
+                    f"mean_{part}_tokens {longest} or less, or a larger {part}_tokens",
+                )
+            try:
+                _ = getattr(self, f"{part}s")
+            except SpecError as error:
+                raise SpecError(f"workload: {part}_lengths: {error.message}", error.hint) from None
+
+    @cached_property
+    def prompts(self) -> Lengths:
+        """How long prompts are."""
+        return Lengths(self.prompt_tokens, self.mean_prompt_tokens, self.prompt_lengths)
+
+    @cached_property
+    def responses(self) -> Lengths:
+        """How long responses are."""
+        return Lengths(self.response_tokens, self.mean_response_tokens, self.response_lengths)
+
+    def sample_lengths(self, seed: int = 0) -> tuple[tuple[int, int], ...]:
+        """Prompt and response tokens of every sample of an iteration that stands for the distributions; the samples of
+        one prompt stand side by side."""
+        prompts = self.prompts.draw(self.batch_size, seed)
+        responses = self.responses.draw(self.samples, seed + 1)
+        return tuple((prompts[i // self.group_size], tokens) for i, tokens in enumerate(responses))
 
     @property
     def samples(self) -> int:

@@ -7,7 +7,7 @@ import numpy as np
 from cost_models.candidates import Candidates
 from cost_models.engines.machine import Machine
 from cost_models.time.data_parallel import state_load
-from cost_models.time.generation import Sampling, generation_time
+from cost_models.time.generation import Generation, generation_time
 from cost_models.time.inference import ForwardPass, inference_time, weight_load
 from cost_models.time.terms import Terms
 from cost_models.time.training import TrainingStep, training_time
@@ -32,9 +32,7 @@ def call_time(machine: Machine, workload: Workload, call: str, candidates: Candi
         terms = dict(inference_time(machine, work, candidates))
         terms["offload"] = weight_load(machine, spec, candidates)
     else:
-        sampling = Sampling(
-            spec, workload.samples, workload.prompt_tokens, workload.response_tokens, workload.mean_response_tokens
-        )
-        terms = dict(generation_time(machine, sampling, candidates))
+        generation = Generation(spec, workload.samples, workload.prompt_tokens, workload.responses)
+        terms = dict(generation_time(machine, generation, candidates))
     terms["call"] = np.full(len(candidates), machine.constants.call_s)
     return Terms(terms)

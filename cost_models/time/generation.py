@@ -15,21 +15,20 @@ from cost_models.time.layer import expert_parallel, hidden_reduce
 from cost_models.time.pipeline import stage_layers, stage_send
 from cost_models.time.terms import Terms
 from cost_models.time.vocabulary import head_and_choice
+from plans.lengths import Lengths
 from plans.model import ModelSpec
 
-_NODES_FORCED, _NODES_TAILED = 2, 8
+_NODES_FORCED, _NODES_TAILED, _NODES_MEASURED = 2, 8, 16
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
-    """`samples` prompts of `prompt_tokens`; responses of at most `response_tokens`, of mean `mean_tokens` (0: all
-    reach the limit)."""
+class Generation:
+    """`samples` prompts of `prompt_tokens`, and how long their responses are."""
 
     spec: ModelSpec
     samples: float
     prompt_tokens: float
-    response_tokens: float
-    mean_tokens: float = 0.0
+    responses: Lengths
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +41,7 @@ class Quadrature:
     alive: Array
 
 
-def generation_time(machine: Machine, work: Sampling, candidates: Candidates) -> Terms:
+def generation_time(machine: Machine, work: Generation, candidates: Candidates) -> Terms:
     """Terms of a generate call, seconds. Prefill takes a pass per group and wave, or per micro-batch where those are
     more; waves decode one after the other."""
     c = candidates
@@ -53,11 +52,11 @@ def generation_time(machine: Machine, work: Sampling, candidates: Candidates) ->
     return Terms(terms)
 
 
-def decode_terms(machine: Machine, work: Sampling, candidates: Candidates) -> dict[str, Array]:
+def decode_terms(machine: Machine, work: Generation, candidates: Candidates) -> dict[str, Array]:
     """Terms of all decode steps of one wave after the first token, which prefill makes."""
     samples = work.samples / candidates.waves
     sums: dict[str, Array] = {}
-    points = response_quadrature(work)
+    points = response_quadrature(work.responses)
     for position, weight, alive in zip(points.position, points.weight, points.alive, strict=True):
         running = 1.0 if alive >= 1.0 else 1.0 - (1.0 - alive) ** samples
         step = decode_step(machine, work.spec, candidates, samples * alive, work.prompt_tokens + position)
@@ -66,30 +65,15 @@ def decode_terms(machine: Machine, work: Sampling, candidates: Candidates) -> di
     return sums
 
 
-def response_quadrature(work: Sampling) -> Quadrature:
-    """Gauss-Legendre points over the response_tokens - 1 decode steps.
-
-    Lengths are exponential, cut at the limit, with the rate that gives the mean: alive(t) = exp(-rate t). That is
-    the long tail of sampled responses with a stop token of constant hazard.
-    """
-    steps = max(work.response_tokens - 1.0, 0.0)
-    tailed = 0.0 < work.mean_tokens < 0.98 * work.response_tokens
-    nodes, weights = np.polynomial.legendre.leggauss(_NODES_TAILED if tailed else _NODES_FORCED)
+def response_quadrature(responses: Lengths) -> Quadrature:
+    """Gauss-Legendre points over the decode steps of the longest response; prefill makes its first token."""
+    steps = max(responses.longest - 1.0, 0.0)
+    nodes, weights = np.polynomial.legendre.leggauss(
+        _NODES_FORCED if responses.full else _NODES_MEASURED if responses.percentiles else _NODES_TAILED
+    )
     position = 0.5 * steps * (nodes + 1.0)
-    rate = _hazard(work.mean_tokens, work.response_tokens) if tailed else 0.0
-    return Quadrature(position + 1.0, 0.5 * steps * weights, np.exp(-rate * position))
-
-
-def _hazard(mean: float, limit: float) -> float:
-    """Rate r with (1 - exp(-r limit)) / r = mean, by bisection."""
-    low, high = 1e-9 / limit, 50.0 / mean
-    for _ in range(60):
-        rate = 0.5 * (low + high)
-        if -np.expm1(-rate * limit) / rate > mean:
-            low = rate
-        else:
-            high = rate
-    return 0.5 * (low + high)
+    alive = np.array([responses.beyond(p) for p in position])
+    return Quadrature(position + 1.0, 0.5 * steps * weights, alive)
 
 
 def decode_step(

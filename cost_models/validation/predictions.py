@@ -8,7 +8,7 @@ from typing import Protocol
 from cost_models.candidates import Candidates
 from cost_models.engines.engine import Engine, NamedEngine
 from cost_models.time.calls import call_time
-from cost_models.time.generation import Sampling, decode_terms, generation_time
+from cost_models.time.generation import Generation, decode_terms, generation_time
 from cost_models.time.inference import ForwardPass, forward_terms
 from cost_models.time.terms import Terms
 from cost_models.time.training import TrainingStep, training_time
@@ -27,6 +27,7 @@ from cost_models.validation.published import (
 from cost_models.validation.row_layouts import inference_candidates, train_candidates
 from plans.algorithms import ppo
 from plans.cluster import ClusterSpec
+from plans.lengths import Lengths
 from plans.library import load_model
 from plans.strategy import ParallelStrategy, Recompute
 from plans.workload import Workload
@@ -42,31 +43,34 @@ def step_time_s(row: Row, engine_of: EngineOf = NamedEngine) -> float:
     return float(training_time(machine, step, train_candidates(row, machine.cluster)).total_s[0])
 
 
-def _sampling(row: Row) -> Sampling:
-    return Sampling(row_spec(row), number(row, "batch"), number(row, "input_len"), number(row, "output_len"))
+def _generation(row: Row) -> Generation:
+    responses = Lengths(round(number(row, "output_len")))
+    return Generation(row_spec(row), number(row, "batch"), number(row, "input_len"), responses)
 
 
 def prefill_ms(row: Row, engine_of: EngineOf = NamedEngine) -> float:
     """Milliseconds to the first token of a batch."""
     machine = row_machine(row, engine_of(inference_engine_name(row)))
-    candidates, work = inference_candidates(row, machine.cluster), _sampling(row)
+    candidates, work = inference_candidates(row, machine.cluster), _generation(row)
     prompts = ForwardPass(work.spec, work.samples, work.prompt_tokens, head_tokens=1.0, scored=False)
     return 1e3 * float(Terms(forward_terms(machine, prompts, candidates, candidates.micro_batches)).total_s[0])
 
 
 def decode_ms_per_token(row: Row, engine_of: EngineOf = NamedEngine) -> float:
     """Milliseconds of one decode step of the whole batch, mean over the response."""
-    machine, work = row_machine(row, engine_of(inference_engine_name(row))), _sampling(row)
-    if work.response_tokens < 2:
+    machine, work = row_machine(row, engine_of(inference_engine_name(row))), _generation(row)
+    if work.responses.longest < 2:
         raise Unpredictable("output_len leaves no decode step")
     terms = decode_terms(machine, work, inference_candidates(row, machine.cluster))
-    return 1e3 * float(Terms(terms).total_s[0]) / (work.response_tokens - 1)
+    return 1e3 * float(Terms(terms).total_s[0]) / (work.responses.longest - 1)
 
 
 def total_latency_ms(row: Row, engine_of: EngineOf = NamedEngine) -> float:
     """Milliseconds of prefill and all decode steps."""
     machine = row_machine(row, engine_of(inference_engine_name(row)))
-    return 1e3 * float(generation_time(machine, _sampling(row), inference_candidates(row, machine.cluster)).total_s[0])
+    return 1e3 * float(
+        generation_time(machine, _generation(row), inference_candidates(row, machine.cluster)).total_s[0]
+    )
 
 
 def iteration_s(row: Row, engine_of: EngineOf = NamedEngine) -> float:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from cost_models.estimate import PlanCost
 from plans.cluster import GIB
+from plans.lengths import keys_of
 from plans.plan import ExecutionPlan, PlannedCall
 from plans.render import WIDTH
 from plans.strategy import KEYS
@@ -52,9 +53,13 @@ def changes(a: ExecutionPlan, b: ExecutionPlan) -> list[Change]:
 def _surroundings(a: ExecutionPlan, b: ExecutionPlan) -> list[Change]:
     """Differences of workload and cluster."""
     found = []
-    for name in ("batch_size", "group_size", "prompt_tokens", "response_tokens", "mean_response_tokens",
+    for name in ("batch_size", "group_size", "prompt_tokens", "response_tokens", "mean_prompt_tokens",
+                 "mean_response_tokens", "prompt_lengths", "response_lengths",
                  "minibatches", "dtype"):  # fmt: skip
-        found.append(Change("", name, str(getattr(a.workload, name)), str(getattr(b.workload, name))))
+        words = [
+            _lengths(plan, name) if name.endswith("lengths") else str(getattr(plan.workload, name)) for plan in (a, b)
+        ]
+        found.append(Change("", name, *words))
     found.append(Change("", "algorithm", a.workload.graph.name, b.workload.graph.name))
     for role in dict.fromkeys([*a.workload.graph.roles, *b.workload.graph.roles]):
         names = [plan.workload.models[role].name if role in plan.workload.models else "-" for plan in (a, b)]
@@ -62,6 +67,11 @@ def _surroundings(a: ExecutionPlan, b: ExecutionPlan) -> list[Change]:
     sizes = [f"{plan.cluster.nodes} x {plan.cluster.gpus_per_node} {plan.cluster.gpu.name}" for plan in (a, b)]
     found.append(Change("", "cluster", *sizes))
     return [change for change in found if change.before != change.after]
+
+
+def _lengths(plan: ExecutionPlan, name: str) -> str:
+    percentiles = getattr(plan.workload, name)
+    return " ".join(f"{key}={tokens}" for key, tokens in keys_of(percentiles).items()) or "not measured"
 
 
 def _of_call(a: ExecutionPlan, b: ExecutionPlan, before: PlannedCall, after: PlannedCall) -> list[Change]:

@@ -14,13 +14,14 @@ from cost_models.engines.engine import MEGATRON, NamedEngine
 from cost_models.engines.machine import Machine, machine_of
 from cost_models.time.calls import call_time
 from cost_models.time.data_parallel import gradient_reduce
-from cost_models.time.generation import Sampling, decode_step, decode_terms, response_quadrature
+from cost_models.time.generation import Generation, decode_step, decode_terms, response_quadrature
 from cost_models.time.pipeline import fill_and_drain, stage_layers
 from cost_models.time.terms import Terms
 from cost_models.time.training import TrainingStep, training_time
 from plans.algorithms import ppo
 from plans.cluster import DeviceMesh
 from plans.errors import SpecError
+from plans.lengths import Lengths
 from plans.library import gpu_names, load_cluster, load_model
 from plans.strategy import ParallelStrategy, Recompute
 from plans.workload import Workload
@@ -191,18 +192,18 @@ def test_tensor_parallel_across_nodes_is_dear() -> None:
 
 @pytest.mark.parametrize("mean", [0, 100, 300, 600])
 def test_response_lengths_keep_their_mean(mean: int) -> None:
-    work = Sampling(LLAMA, 64, 128, 1024, mean)
-    points = response_quadrature(work)
+    work = Generation(LLAMA, 64, 128, Lengths(1024, mean))
+    points = response_quadrature(work.responses)
     assert points.weight.sum() == pytest.approx(1023)
     assert (points.weight * points.alive).sum() == pytest.approx(mean or 1023, rel=0.02)
 
 
 @pytest.mark.parametrize(("mean", "groups", "pp"), [(0, 1, 1), (0, 4, 4), (300, 1, 1), (300, 2, 4)])
 def test_decode_quadrature_equals_the_sum_over_every_step(mean: int, groups: int, pp: int) -> None:
-    at, work = machine(8), Sampling(LLAMA, 256, 128, 1024, mean)
+    at, work = machine(8), Generation(LLAMA, 256, 128, Lengths(1024, mean))
     candidates = layout(8, tp=8 // pp, pp=pp, groups=groups)
     quick = Terms(decode_terms(at, work, candidates)).total_s[0]
-    points = response_quadrature(work)
+    points = response_quadrature(work.responses)
     rate = -np.log(points.alive[0]) / (points.position[0] - 1)
     slow = 0.0
     for token in range(1, 1024):
@@ -219,7 +220,7 @@ def test_decoding_streams_weights_and_long_tails_save_less_than_their_mean() -> 
     weights = 2 * (LLAMA.params - LLAMA.embedding_params)
     assert token == pytest.approx(weights / at.memory_bytes_per_s, rel=0.15)
     forced, tailed = (
-        Terms(decode_terms(at, Sampling(LLAMA, 64, 128, 1024, mean), one)).total_s[0] for mean in (0, 256)
+        Terms(decode_terms(at, Generation(LLAMA, 64, 128, Lengths(1024, mean)), one)).total_s[0] for mean in (0, 256)
     )
     assert forced / 4 < tailed < forced
 

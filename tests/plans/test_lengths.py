@@ -1,0 +1,179 @@
+"""The distribution of lengths against sums over samples, in the plan file, in what-ifs, and from files."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from planner.request import build_request
+from planner.whatif import what_if
+from plans.codec import digest, dump_plan, read_plan
+from plans.errors import SpecError
+from plans.lengths import MOST_PERCENTILES, Lengths, keys_of, percentiles_of
+from plans.lengthsfile import lengths_file
+from plans.plan import ExecutionPlan
+
+LONGEST = 8192
+
+
+def lognormal(count: int = 20_000) -> list[int]:
+    """Long-tailed lengths of mean some 1,900, cut at the maximum."""
+    generator = random.Random(7)
+    return [min(LONGEST, max(1, round(generator.lognormvariate(7.2, 0.9)))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("mean", [1, 500, 2500, 7000])
+def test_the_family_of_a_mean_is_an_exponential_cut_at_the_maximum(mean: int) -> None:
+    lengths = Lengths(LONGEST, mean)
+    assert lengths.mean == mean
+    steps = 20_000
+    by_quantile = sum(lengths.quantile((i + 0.5) / steps) for i in range(steps)) / steps
+    by_share = sum(lengths.beyond((i + 0.5) * LONGEST / steps) for i in range(steps)) * LONGEST / steps
+    assert by_quantile == pytest.approx(mean, rel=0.01) and by_share == pytest.approx(mean, rel=0.01)
+    # A constant hazard has no memory: as many of those past t go on for another t as of all go past t.
+    assert lengths.beyond(2 * mean / 3) == pytest.approx(lengths.beyond(mean / 3) ** 2)
+
+
+def test_measured_lengths_keep_mean_tail_and_maximum() -> None:
+    values = lognormal()
+    lengths = Lengths.measured(values, LONGEST)
+    assert len(lengths.percentiles) == MOST_PERCENTILES
+    assert lengths.mean == pytest.approx(sum(values) / len(values), rel=0.01)
+    ordered = sorted(values)
+    for share in (0.1, 0.2, 0.5, 0.93, 0.99):
+        assert lengths.quantile(share) == pytest.approx(ordered[round(share * (len(ordered) - 1))], rel=0.03)
+    for tokens in (200, 1000, 4000):
+        assert lengths.beyond(tokens) == pytest.approx(sum(v > tokens for v in values) / len(values), abs=0.02)
+    assert (lengths.quantile(0), lengths.quantile(1)) == (ordered[0], ordered[-1])
+
+
+@pytest.mark.parametrize("lengths", [Lengths(LONGEST, 1500), Lengths.measured(lognormal(), LONGEST)])
+def test_the_longest_of_many(lengths: Lengths) -> None:
+    generator = random.Random(3)
+    for count in (1, 8, 64):
+        drawn = [max(lengths.quantile(generator.random()) for _ in range(count)) for _ in range(2000)]
+        assert lengths.expected_maximum(count) == pytest.approx(sum(drawn) / len(drawn), rel=0.05)
+    assert Lengths(100).expected_maximum(7) == 100
+    assert Lengths(0).expected_maximum(7) == 0
+
+
+def test_drawn_lengths_stand_for_the_distribution() -> None:
+    lengths = Lengths(LONGEST, 1500)
+    drawn = lengths.draw(512, seed=1)
+    assert drawn == lengths.draw(512, seed=1) != lengths.draw(512, seed=2)
+    assert sum(drawn) / 512 == pytest.approx(1500, rel=0.01)
+    assert min(drawn) >= 1 and max(drawn) <= LONGEST
+    assert Lengths(16).draw(3) == (16, 16, 16) and Lengths(0).draw(2) == (0, 0)
+
+
+def test_samples_of_one_prompt_share_its_length(plan: ExecutionPlan) -> None:
+    work = replace(plan.workload, batch_size=64, group_size=4, mean_prompt_tokens=300, mean_response_tokens=200)
+    pairs = work.sample_lengths()
+    assert len(pairs) == 256
+    assert all(len({prompt for prompt, _ in pairs[i : i + 4]}) == 1 for i in range(0, 256, 4))
+    assert sum(p for p, _ in pairs) / 256 == pytest.approx(300, rel=0.02)
+    assert sum(r for _, r in pairs) / 256 == pytest.approx(200, rel=0.02)
+
+
+def test_lengths_travel_in_the_plan_and_count_in_its_digest(plan: ExecutionPlan) -> None:
+    lengths = Lengths.measured([min(1024, v) for v in lognormal()], 1024)
+    measured = replace(plan, workload=replace(plan.workload, response_lengths=lengths.percentiles))
+    text = dump_plan(measured)
+    assert '"response_lengths": {"p0": ' in text and '"p99.5": ' in text
+    again, problems = read_plan(text)
+    assert problems == [] and again == measured
+    assert digest(measured) != digest(plan)
+    assert measured.workload.responses == lengths
+    edited, problems = read_plan(text.replace('"p99.5"', '"99.5"'))
+    assert edited is None and "`99.5` is not a percentile" in problems[0].message and problems[0].rule == "lengths"
+
+
+def test_what_if_scales_measured_lengths(plan: ExecutionPlan) -> None:
+    lengths = Lengths.measured([min(1024, v // 8 + 1) for v in lognormal()], 1024)
+    measured = replace(plan, workload=replace(plan.workload, response_lengths=lengths.percentiles))
+    changed = what_if(measured, ["mean_response_tokens=400"]).workload
+    assert changed.responses.mean == pytest.approx(400, rel=0.01)
+    assert changed.responses.percentiles and not changed.mean_response_tokens
+    assert what_if(plan, ["mean_response_tokens=400"]).workload.responses == Lengths(1024, 400)
+    with pytest.raises(SpecError, match="the longest has 512"):
+        what_if(measured, ["response_tokens=512"])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"response_lengths": ((50.0, 700), (100.0, 2000))}, "percentile 100 of the lengths is 2000 tokens"),
+        ({"response_lengths": ((50.0, 700), (90.0, 600))}, "must ascend"),
+        ({"response_lengths": ((50.0, 700),), "mean_response_tokens": 5}, "leave one of them out"),
+        ({"mean_prompt_tokens": 1025}, "mean_prompt_tokens 1025 is above prompt_tokens 1024"),
+        (
+            {"prompt_lengths": tuple((float(i), i) for i in range(40))},
+            "40 percentiles of lengths; it can be at most 33",
+        ),
+    ],
+)
+def test_wrong_lengths_are_one_clear_error(plan: ExecutionPlan, sizes: dict[str, object], message: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        replace(plan.workload, **sizes)  # type: ignore[arg-type]
+    assert message in str(caught.value) and caught.value.hint
+
+
+def test_percentiles_read_as_they_are_written() -> None:
+    found = percentiles_of({"p99": 7, "p50": 3, "p0": 1})
+    assert found == ((0.0, 1), (50.0, 3), (99.0, 7)) and keys_of(found) == {"p0": 1, "p50": 3, "p99": 7}
+    with pytest.raises(SpecError, match="`p101` is not a percentile"):
+        percentiles_of({"p101": 3})
+
+
+def test_lengths_from_numbers_and_from_metrics(tmp_path: Path) -> None:
+    values, path = lognormal(500), tmp_path / "lengths"
+    path.write_text("\n".join(map(str, values)) + "\n")
+    found = lengths_file(path, prompt_tokens=512, response_tokens=LONGEST)
+    assert percentiles_of(found["response_lengths"]) == Lengths.measured(values, LONGEST).percentiles
+    lines = [
+        {"response_length/p50": 100, "response_length/p100": 900, "prompt_length/mean": 200.4},
+        {"response_length/p50": 200, "response_length/p100": 1100, "prompt_length/mean": 100.4},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = lengths_file(path, prompt_tokens=512, response_tokens=LONGEST)
+    assert found == {"mean_prompt_tokens": 150, "response_lengths": {"p50": 150, "p100": 1000}}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        ("\n \n", "is empty"),
+        ("12\n9000\n", "a length of 9000 tokens; lengths must be from 0 to the maximum, 8192"),
+        ("12\n-1\n", "a length of -1 tokens"),
+        ("12\nmany\n", "line 2, `many`, is not a whole number"),
+        ('{"a": 1}\n', "no line has `response_length/mean`"),
+        ('{"response_length/mean": 5}\n12', "line 2 is not a line of metrics"),
+        ('{"response_length/mean": 9000}\n', "mean length of 9000 tokens is above the longest"),
+    ],
+)
+def test_wrong_files_of_lengths(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "lengths"
+    path.write_text(text)
+    with pytest.raises(SpecError) as caught:
+        lengths_file(path, prompt_tokens=512, response_tokens=LONGEST)
+    assert message in caught.value.message and str(path) in caught.value.message and caught.value.hint
+    with pytest.raises(SpecError, match="cannot read --lengths"):
+        lengths_file(tmp_path / "none", prompt_tokens=512, response_tokens=LONGEST)
+
+
+def test_a_search_takes_lengths_from_a_file_and_from_a_run_file(tmp_path: Path) -> None:
+    path, run = tmp_path / "lengths.txt", tmp_path / "run.yaml"
+    path.write_text("10\n20\n30\n")
+    run.write_text("workload: {response_tokens: 64, mean_response_tokens: 9, prompt_lengths: {p50: 5, p100: 40}}\n")
+    ask = {"models": {"actor": "llama-7b"}, "cluster": "h100-80gb-sxm", "gpus": 8, "gpus_per_node": None, "run": run}
+    work = build_request(**ask, sizes={}, lengths=path).workload  # type: ignore[arg-type]
+    assert work.responses.mean == pytest.approx(20, rel=0.001) and work.responses.longest == 64
+    assert work.prompts.percentiles == ((50.0, 5), (100.0, 40))
+    assert build_request(**ask, sizes={}).workload.responses == Lengths(64, 9)  # type: ignore[arg-type]
+    assert math.isclose(work.prompts.mean, 0.5 * 5 + 0.5 * 22.5)
