@@ -208,6 +208,17 @@ def profile(
 
 
 @app.command()
+def doctor(
+    speeds: Annotated[bool, typer.Option("--speeds/--no-speeds", help="measure memory and links, some seconds")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Say what this machine has and can run, with a hint where something lacks."""
+    from planner.doctor.command import doctor_command
+
+    raise typer.Exit(doctor_command(speeds=speeds, as_json=as_json))
+
+
+@app.command()
 def models(as_json: AsJson = False) -> None:
     """List the architectures that have a name."""
     from plans.library import load_model, model_names

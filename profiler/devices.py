@@ -70,6 +70,17 @@ def clocks_mhz(device: torch.device) -> dict[str, float]:
     return {name: float(match[1]) for name, match in zip(_CLOCKS, found, strict=False) if match}
 
 
+def driver_version(device: torch.device) -> str:
+    """Version of the GPU's driver as nvidia-smi reports it; empty where nobody knows, and of a CPU."""
+    if device.type == "cpu":
+        return ""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
 def versions(device: torch.device) -> dict[str, str]:
     """Versions of what the operations run on."""
     found = {"torch": str(torch.__version__)}

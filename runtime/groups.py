@@ -22,18 +22,22 @@ class GroupCache:
     """Owns the communicators of this process.
 
     Every method that makes groups must be called by all ranks of the world in the same order, members or not; a group
-    that exists costs nothing. Operations that wait longer than `timeout` fail.
+    that exists costs nothing. Operations that wait longer than `timeout` fail. `backend`: of tensors on the device,
+    where it is not the device's own.
     """
 
-    def __init__(self, device: torch.device, timeout: timedelta = timedelta(minutes=10)) -> None:
+    def __init__(
+        self, device: torch.device, timeout: timedelta = timedelta(minutes=10), backend: str | None = None
+    ) -> None:
         self.device = device
         self.timeout = timeout
+        self._backend = backend or backend_of(device)
         self._groups: dict[tuple[str, tuple[int, ...]], Any] = {}
         self._collections: dict[Layout, Any] = {}
 
     def group(self, ranks: Iterable[int]) -> Any:
         """The communicator of `ranks` for tensors on the device; None on a rank that is not in it."""
-        return self._make(backend_of(self.device), ranks)
+        return self._make(self._backend, ranks)
 
     def host(self, ranks: Iterable[int]) -> Any:
         """The communicator of `ranks` for tensors and objects in host memory."""

@@ -32,5 +32,6 @@ def install(device: torch.device) -> None:
     importlib.import_module("megatron.core.transformer.moe.moe_utils").__dict__.setdefault("te_general_gemm", None)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("highest")  # fp32 plans reproduce one another; TF32 would not
         return
     put_on_cpu()

@@ -1,0 +1,1 @@
+"""`realplan doctor`: what this machine has, what it can run, and what would help."""
