@@ -12,7 +12,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -21,6 +20,7 @@ from cost_models.tables.table_schema import CALL_VOCAB, OPERATIONS, STEP_PROMPT,
 from cost_models.tables.tables import CostTable
 from plans.errors import RealplanError
 from plans.model import ModelSpec
+from profiler.alone import alone
 from profiler.cases import CALLS, CPU, GPU, Axes, Cases, grids
 from profiler.collectives import CPU_BYTES, GPU_BYTES, device_count, measure_collectives
 from profiler.devices import clocks_mhz, device_name, hardware_kind, versions
@@ -28,7 +28,6 @@ from profiler.layers import Shard
 from profiler.results import Coordinates, Results
 from profiler.timers import Timing, measure, peak_bytes
 from runtime.groups import GroupCache
-from runtime.models.installation import install
 from runtime.models.model import TORCH_DTYPES
 
 Advance = Callable[[str], None]
@@ -65,7 +64,7 @@ def profile(request: Request, output: Path) -> CostTable:
         shard_spec(request.spec, tp)
     results = Results.resume(_head(request), output)
     groups = 1 + len(request.degrees) * (len(grids(request.sizes)) + 1)
-    with _progress(groups) as advance, _alone(request.device) as communicators:
+    with _progress(groups) as advance, alone(request.device) as communicators:
         for tp in request.degrees:
             _shard(request, tp, results, communicators, advance)
         advance("collectives")
@@ -98,20 +97,6 @@ def _progress(groups: int) -> Iterator[Advance]:
             bar.update(task, advance=1, description=what)
 
         yield advance
-
-
-@contextmanager
-def _alone(device: torch.device) -> Iterator[GroupCache]:
-    """A world of one rank, which the runtime's models ask for."""
-    install(device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-    groups = GroupCache(device)
-    try:
-        yield groups
-    finally:
-        groups.close()
-        dist.destroy_process_group()
 
 
 def _shard(request: Request, tp: int, results: Results, communicators: GroupCache, advance: Advance) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -24,6 +24,8 @@ PACKAGES = (
     "pyyaml", "networkx", "scipy",
     "rich", "markdown-it-py", "mdurl", "pygments",
 )  # fmt: skip
+NEIGHBOURS = {"torch", "numpy", "huggingface-hub"}
+"""The machine's own; and what tokenizers asks for only to fetch from the network."""
 TAGS = ("2_28", "2_27", "2_24", "2_17")
 LARGEST_MB = 60.0
 
@@ -93,6 +95,17 @@ def install(folder: Path, target: Path, *, everything: bool) -> int:
     words = ["--no-index", "--no-deps", "--find-links", str(folder), "--target", str(target), "--no-compile"]
     command = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", *words]
     return subprocess.run([*command, *names]).returncode
+
+
+def unmet(folder: Path) -> list[str]:
+    """Requirements of the packages in a folder that neither the folder nor torch's environment meets."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    have = {canonicalize_name(found.name) for found in distributions(path=[str(folder)])} | NEIGHBOURS
+    needs = [Requirement(text) for found in distributions(path=[str(folder)]) for text in found.requires or ()]
+    applying = [need for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
+    return sorted({str(need) for need in applying if canonicalize_name(need.name) not in have})
 
 
 if __name__ == "__main__":

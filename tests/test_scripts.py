@@ -16,6 +16,7 @@ NAMES = (
     "bench_search",
     "demo",
     "fit_engines",
+    "gpu_packages",
     "import_aiconfigurator",
     "profile_gpu",
 )

@@ -121,7 +121,7 @@ def play(device: Any, groups: Any, plays: Sequence[Play], folder: Path) -> dict[
             if error:
                 raise RuntimeError(error)
             dist.barrier(group=groups.host(range(dist.get_world_size())))  # all records are written
-        metrics = _metrics(one.plan, folder / one.name) if dist.get_rank() == 0 and not error else ()
+        metrics = records_of(one.plan, folder / one.name) if dist.get_rank() == 0 and not error else ()
         found[one.name] = Played(metrics=metrics, tokens=tokens, error=error)
     return found
 
@@ -167,7 +167,8 @@ def _watch(executor: Any, tokens: dict[tuple[int, int], list[int]]) -> None:
     store.put = watch
 
 
-def _metrics(plan: ExecutionPlan, folder: Path) -> list[Mapping[str, float]]:
+def records_of(plan: ExecutionPlan, folder: Path) -> list[Mapping[str, float]]:
+    """Metrics by iteration, of the records that all ranks wrote into a folder."""
     from plans.program import compile_program
     from runtime.reports.metrics import iteration_metrics
     from runtime.reports.records import RecordReader

@@ -34,7 +34,8 @@ class _Received:
 
     def wait(self, *_: Any) -> bool:
         self._work.wait()
-        self._target.copy_(self._host)
+        with torch.no_grad():  # Megatron receives into leaves that require a gradient
+            self._target.copy_(self._host)
         return True
 
 

@@ -131,7 +131,7 @@ def _rank(
     from gpu_check.staging import stage_messages
     from runtime.groups import GroupCache
     from runtime.launching.entry import die_with
-    from runtime.models.compat import install
+    from runtime.models.installation import install
 
     die_with(parent)
     try:
