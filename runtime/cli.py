@@ -57,6 +57,9 @@ def _run(path: Path, overrides: list[str], run_path: Path | None, dry_run: bool,
     from runtime.models.support import check_supported
 
     os.environ.update(rank_variables(os.environ))
+    # Megatron orders communication before computation by launch order, which needs one hardware queue. Also for ranks
+    # that another launcher has started.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     plan = legal_plan(path)
     if not allow_stale:
         check_estimate(plan, path)

@@ -21,7 +21,7 @@ from runtime.batches.transfer import BatchStore, LateError, Rows
 from runtime.calls import generate_call, inference_call, reward_call
 from runtime.groups import GroupCache
 from runtime.job import Job
-from runtime.launching.failures import lost_peer, timed_out
+from runtime.launching.failures import MEMORY_HINT, lost_peer, memory_words, timed_out
 from runtime.reports.records import Recorder
 from runtime.reports.stats import Stat
 from runtime.train_call import train_call
@@ -154,6 +154,8 @@ class Executor:
         if isinstance(error, RealplanError):
             return StepError(f"{where}: {error.message}", error.hint)
         text = str(error).strip()
+        if isinstance(error, torch.OutOfMemoryError):
+            return StepError(f"{where}: out of memory. {memory_words(text)}", MEMORY_HINT)
         peers = (error.source,) if isinstance(error, LateError) else step.ranks
         if lost_peer(text):
             return StepError(f"{where}: {_shown(peers)} went away", secondary=True)

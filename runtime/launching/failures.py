@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import time
 import traceback
@@ -28,6 +29,18 @@ def lost_peer(text: str) -> bool:
 def timed_out(text: str) -> bool:
     """Whether an error says that another rank did not come in time."""
     return any(words in text for words in _TIMED_OUT)
+
+
+MEMORY_HINT = (
+    "more micro_batches, `recompute: full`, offload or a larger mesh for this call; "
+    "`realplan check` shows what was predicted, call by call"
+)
+
+
+def memory_words(text: str) -> str:
+    """What torch says of a full GPU, up to what is free: the rest is advice about its allocator."""
+    found = re.search(r"Tried to allocate .*? of which .*? free\.", text, re.DOTALL)
+    return " ".join((found[0] if found else text.partition("\n")[0]).split())
 
 
 class RunFailed(RealplanError):

@@ -19,7 +19,7 @@ from plans.program import Copy, Program
 from plans.runfile import RANDOM
 from runtime.groups import GroupCache
 from runtime.job import Job
-from runtime.models.model import Model, alias_parameters, build_model, named_shards
+from runtime.models.model import Model, alias_parameters, build_model, moved, named_shards
 from runtime.passes.training import Trainer
 from runtime.weights.hf import load_weights, random_weights
 from runtime.weights.reallocate import Moved, Reallocator
@@ -121,7 +121,7 @@ class Copies:
         if self._device.type == "cpu":
             return
         if copy.name not in self._host:  # frozen: the host's copy stays valid
-            self._host[copy.name] = [p.data.cpu().pin_memory() for p in self._parameters(copy)]
+            self._host[copy.name] = [moved(p.data, torch.device("cpu")) for p in self._parameters(copy)]
         self.release(copy)
 
     def load(self, copy: Copy) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from gpu_check.ceilings import product_flops
 from gpu_check.gaps import outside_kernels
@@ -28,44 +29,47 @@ def step_flops(spec: ModelSpec, sequences: int, tokens: int) -> float:
 
 def _shape(shape: str, tp: int) -> Case:
     def run(setting: Setting) -> Iterator[Row]:
-        import torch
-
-        from profiler.timers import Timed, measure
-        from runtime.passes.forward import TokenOutput
-        from runtime.passes.training import AdamSettings, Trainer
-
-        cuda = setting.kind == "cuda"
         if setting.tiny and shape != next(iter(SHAPES)):
             raise Skip("a rehearsal measures one shape")
         wanted = layers_of(setting, shape, tp, LAYERS, small_vocabulary=True)
         spec = fitting_layers(wanted, STATE_BYTES, setting)
         sequences, tokens = setting.pick((4, TOKENS), (2, 32))
         with model_alone(setting, spec) as model:
-            trainer = Trainer(model, AdamSettings())
-            ids = torch.randint(spec.vocab, (sequences, tokens), device=setting.device)
-            batch = {"tokens": ids, "mask": torch.ones_like(ids, dtype=torch.bool)}
-
-            def loss(output: TokenOutput, _: object) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-                value = output.logprobs.mean()
-                return value, {"loss": value}
-
-            def step() -> object:
-                return trainer.step(batch, loss, sequences)
-
-            seconds = measure(Timed(lambda _: step()), setting.device, setting.pick(2.0, 0.02)).seconds
-            idle = outside_kernels(step, setting.device)
-            del trainer
-        flops = step_flops(spec, sequences, tokens) / seconds
+            seconds, idle = _measured(setting, model, sequences, tokens)
+        rate = step_flops(spec, sequences, tokens) / seconds
         note = f"{spec.layers} layers, {sequences} x {tokens} tokens, {seconds * 1e3:.1f} ms"
-        if cuda:
-            yield judged(f"{shape} tp {tp}: MFU", flops / peak_flops(setting), "", least=LEAST_MFU, note=note)
+        if setting.kind == "cuda":
+            yield judged(f"{shape} tp {tp}: MFU", rate / peak_flops(setting), "", least=LEAST_MFU, note=note)
             yield judged(f"{shape} tp {tp}: outside kernels", idle, "", most=MOST_IDLE)
         else:
-            share = flops / product_flops(setting)
+            share = rate / product_flops(setting)
             yield Row(case=f"{shape} tp {tp}: share of a large product's rate", value=share, note=note)
             yield Row(case=f"{shape} tp {tp}: outside operators", value=idle)
 
-    return Case(f"{shape} tp {tp}", run, needs_s=0.0)
+    return Case(f"{shape} tp {tp}", run)
+
+
+def _measured(setting: Setting, model: Any, sequences: int, tokens: int) -> tuple[float, float]:
+    """Seconds of an optimizer step in micro-batches of one full sequence, and its share outside kernels."""
+    import torch
+
+    from profiler.timers import Timed, measure
+    from runtime.passes.forward import TokenOutput
+    from runtime.passes.training import AdamSettings, Trainer
+
+    trainer = Trainer(model, AdamSettings())
+    ids = torch.randint(model.spec.vocab, (sequences, tokens), device=setting.device)
+    batch = {"tokens": ids, "mask": torch.ones_like(ids, dtype=torch.bool)}
+
+    def loss(output: TokenOutput, _: object) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        value = output.logprobs.mean()
+        return value, {"loss": value}
+
+    def step(_: object = None) -> object:
+        return trainer.step(batch, loss, sequences)
+
+    seconds = measure(Timed(step), setting.device, setting.pick(2.0, 0.02)).seconds
+    return seconds, outside_kernels(step, setting.device)
 
 
 def peak_flops(setting: Setting) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from plans.errors import RealplanError
 from runtime.executor import StepError
-from runtime.launching.failures import find_cause, write_failure
+from runtime.launching.failures import find_cause, memory_words, write_failure
 from runtime.reports.records import Recorder
 
 
@@ -46,3 +46,14 @@ def test_only_lost_peers(tmp_path: Path) -> None:
     assert find_cause(tmp_path, {0: 1}).message == "rank 0: rank 1 went away"
     assert find_cause(tmp_path / "empty", {}).hint == "run again with --debug"
     assert os.listdir(tmp_path) == ["error-0.json"]
+
+
+def test_a_full_gpu_is_told_in_one_line() -> None:
+    text = (
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.19 GiB of which 1.06 GiB is "
+        "free. Including non-PyTorch memory, this process has 78.1 GiB memory in use. Of the allocated memory 70.2 GiB is\n"
+        "allocated by PyTorch, and 7.3 GiB is reserved by PyTorch but unallocated. If reserved but unallocated memory"
+    )
+    words = memory_words(text)
+    assert words == "Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.19 GiB of which 1.06 GiB is free."
+    assert memory_words("out of memory\nat line 3") == "out of memory"
