@@ -64,7 +64,7 @@ def _case(one: Plan) -> Case:
         from cost_models.estimate import cost_plan
 
         small = {key: SMALL.get(key, value) for key, value in one.sizes.items()}
-        sizes = setting.pick(one.sizes, {**small, "batch_size": 16 // small.get("group_size", 1)})
+        sizes = setting.pick(one.sizes, {**small, "batch_size": 16 * one.ranks // small.get("group_size", 1)})
         plan = device_plan(setting, one.algorithm, sizes, one.calls, ranks=one.ranks)
         predicted = cost_plan(plan).memory.peak_bytes
         folder = setting.output / "memory" / one.name.replace(" ", "-").replace(",", "")

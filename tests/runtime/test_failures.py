@@ -51,8 +51,8 @@ def test_only_lost_peers(tmp_path: Path) -> None:
 def test_a_full_gpu_is_told_in_one_line() -> None:
     text = (
         "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.19 GiB of which 1.06 GiB is "
-        "free. Including non-PyTorch memory, this process has 78.1 GiB memory in use. Of the allocated memory 70.2\n"
-        "GiB is allocated by PyTorch, and 7.3 GiB is reserved by PyTorch but unallocated. If reserved but unallocated memory"
+        "free. Including non-PyTorch memory, this process has 78.1 GiB memory in use.\nOf the allocated memory "
+        "70.2 GiB is allocated by PyTorch, and 7.3 GiB is reserved by PyTorch but unallocated."
     )
     words = memory_words(text)
     assert words == "Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.19 GiB of which 1.06 GiB is free."
