@@ -23,7 +23,8 @@ def outside_kernels(run: Callable[[], Any], device: Any) -> float:
         if cuda:
             torch.cuda.synchronize(device)
     kind = DeviceType.CUDA if cuda else DeviceType.CPU
-    spans = [(e.time_range.start, e.time_range.end) for e in found.events() if e.device_type == kind]
+    events = [e for e in found.events() if e.device_type == kind and not getattr(e, "is_user_annotation", False)]
+    spans = [(e.time_range.start, e.time_range.end) for e in events]
     return idle_share(spans)
 
 

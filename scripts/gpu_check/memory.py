@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from gpu_check.one_gpu import Settings, Taken, device_plan, take
+from gpu_check.one_gpu import Settings, device_plan, take, take_alone
 from gpu_check.rows import Case, Row, judged
 from gpu_check.setting import Setting
 from gpu_check.worlds import run_world, world_of
@@ -68,7 +68,10 @@ def _case(one: Plan) -> Case:
         plan = device_plan(setting, one.algorithm, sizes, one.calls, ranks=one.ranks)
         predicted = cost_plan(plan).memory.peak_bytes
         folder = setting.output / "memory" / one.name.replace(" ", "-").replace(",", "")
-        taken: list[Taken] = run_world(world_of(setting, one.ranks), take, plan, 1, folder)
+        if one.ranks == 1:
+            taken = [take_alone(setting, plan, 1, folder)]
+        else:
+            taken = run_world(world_of(setting, one.ranks), take, plan, 1, folder)
         peak = max(rank.peak_bytes for rank in taken)
         allocated = max(rank.allocated_bytes for rank in taken)
         note = f"predicted {predicted / GIB:.2f} GiB, held {peak / GIB:.2f}, in use at once {allocated / GIB:.2f}"

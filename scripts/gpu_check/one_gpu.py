@@ -92,6 +92,14 @@ def take(device: Any, groups: Any, plan: ExecutionPlan, iterations: int, folder:
     return Taken(peak_bytes=peak, allocated_bytes=allocated, metrics=metrics)
 
 
+def take_alone(setting: Setting, plan: ExecutionPlan, iterations: int, folder: Path) -> Taken:
+    """Run a plan of one rank in this process, which spares a card the seconds in which another one imports."""
+    from profiler.alone import alone
+
+    with alone(setting.device) as groups:
+        return take(setting.device, groups, plan, iterations, folder)
+
+
 def _quick_weights(model: Any, seed: int) -> None:
     """Random weights made on the device: the runtime's own, equal under every layout, take a minute of one core."""
     import torch

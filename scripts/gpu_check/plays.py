@@ -34,7 +34,7 @@ SIZES: Mapping[str, Mapping[str, int]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Play:
-    """A plan to run. limit_bytes: device memory that torch may take (0: all); dies: rank that kills itself."""
+    """A plan to run. limit_bytes: device memory beside the models' (0: all); dies: rank that kills itself."""
 
     name: str
     plan: ExecutionPlan
@@ -134,15 +134,15 @@ def _execute(device: Any, groups: Any, one: Play, folder: Path, tokens: dict[tup
     from runtime.job import prepare_job
     from runtime.reports.records import Recorder
 
-    if one.limit_bytes and device.type == "cuda":
-        torch.cuda.empty_cache()
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(one.limit_bytes / total)
     try:
         executor = Executor(
             prepare_job(one.plan, one.run), groups, device, Recorder(folder, dist.get_rank(), time.time())
         )
         _watch(executor, tokens)
+        if one.limit_bytes and device.type == "cuda":
+            total = torch.cuda.get_device_properties(device).total_memory
+            most = torch.cuda.memory_reserved(device) + one.limit_bytes
+            torch.cuda.set_per_process_memory_fraction(most / total)
         if one.dies == dist.get_rank():
             os.kill(os.getpid(), signal.SIGKILL)
         executor.run(one.run.iterations)

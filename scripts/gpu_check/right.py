@@ -18,8 +18,8 @@ ALGORITHMS = ("ppo", "grpo", "dpo", "sft")
 LOSS_LIMIT = 1e-4
 BF16_LIMIT = 0.05
 """bf16 has 8 bits of mantissa; losses of given responses scatter by some of them."""
-OOM_BYTES = 96 * 2**20
-"""Less than the fixture model needs with its context's first blocks, more than torch needs to start."""
+OOM_BYTES = 2 * 2**20
+"""Left beside the models: less than the first product takes for its workspace."""
 APART = "apart, reallocated, offloaded"
 LAYOUTS: Mapping[str, Places] = {
     "tp2": {"*": ("node 0", "d1 t2 p1", {})},

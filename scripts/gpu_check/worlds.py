@@ -125,6 +125,8 @@ def _receive(pipe: Any, rank: int, may_die: bool) -> tuple[str, Any]:
 def _rank(
     world: World, rank: int, store: str, parent: int, pipe: Any, function: Callable[..., Any], words: tuple[Any, ...]
 ) -> None:
+    if world.kind == "cpu" and world.spawns:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: the reference knows of no card
     import torch
     import torch.distributed as dist
 
