@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 from planner.cli import app
 from planner.doctor.command import doctor_command
 from planner.doctor.facts import gather
-from planner.doctor.findings import findings
+from planner.doctor.findings import MEGATRON, findings
 
 GPU = "NVIDIA H100 80GB HBM3, 81559, {used}, 580.159.04, 1980, 2619, 5, 16, 700.00, {mig}, 9.0, Enabled, Default"
 HEADER = "\t" + "\t".join(f"GPU{i}" for i in range(8)) + "\tNIC0\tCPU Affinity\tNUMA Affinity"
@@ -140,3 +141,8 @@ def test_this_machine() -> None:
     done = CliRunner().invoke(app, ["doctor", "--no-speeds", "--json"])
     answer = json.loads(done.stdout)
     assert answer["facts"]["cores"] >= 1 and answer["facts"]["packages"]["torch"]
+
+
+def test_the_doctor_knows_the_runtime_s_megatron() -> None:
+    text = (Path(__file__).parents[2] / "runtime" / "models" / "installation.py").read_text()
+    assert f'VERSION = "{MEGATRON}"' in text
