@@ -16,7 +16,7 @@ from cost_models.simulate import Durations, latency_s, simulate
 from cost_models.time.calls import call_time
 from plans.batches import rank_rows
 from plans.cluster import GIB
-from plans.codec import digest
+from plans.codec import sealed
 from plans.graph import CallKind
 from plans.plan import Estimate, ExecutionPlan
 from plans.program import Program, Step, StepKind, compile_program
@@ -63,7 +63,7 @@ class PlanCost:
         """The figures that travel in the plan file."""
         plan = self.program.plan
         call = self.memory.peak_step
-        return Estimate(
+        estimate = Estimate(
             iteration_s=_figures(self.iteration_s),
             latency_s=_figures(self.latency_s),
             calls_s={name: _figures(seconds) for name, seconds in self.durations.seconds.items() if seconds > 1e-4},
@@ -71,8 +71,9 @@ class PlanCost:
             peak_at=f"{call}, rank {self.memory.peak_rank}",
             host_gib=round(float(self.memory.host_bytes_by_node.max()) / GIB, 2),
             engine=self.engine.name,
-            of=digest(plan),
+            of="",
         )
+        return sealed(plan, estimate)
 
 
 def _figures(value: float) -> float:

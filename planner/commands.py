@@ -35,7 +35,7 @@ from planner.search.portfolio import Answer, Method, search
 from planner.tidy import tidy
 from planner.whatif import what_if
 from plans.checks import check_plan
-from plans.codec import digest, plan_text, read_plan, save_plan
+from plans.codec import is_stale, plan_text, read_plan, save_plan
 from plans.documents import locate
 from plans.errors import Infeasible
 from plans.plan import ExecutionPlan
@@ -191,7 +191,7 @@ def check_command(path: Path, *, write: bool, engine: Engine, as_json: bool) -> 
 
 
 def _checked(path: Path, plan: ExecutionPlan, cost: PlanCost, write: bool, as_json: bool) -> int:
-    stale = plan.estimate is None or plan.estimate.of != digest(plan)
+    stale = plan.estimate is None or is_stale(plan)
     if write:
         save_plan(plan.with_estimate(cost.estimate), path)
     if not as_json:

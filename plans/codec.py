@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +21,7 @@ from plans.documents import BadText, locate, parse_json, read_text
 from plans.errors import PlanError, RealplanError, nearest
 from plans.files import write_atomically
 from plans.graph import DataflowGraph
-from plans.graphfile import file_of, graph_of
+from plans.graphfile import file_of, graph_of, own_graph_problems
 from plans.lengths import keys_of, percentiles_of
 from plans.library import load_gpu, load_model, model_names
 from plans.model import Head, ModelSpec, Norm, Position, RopeScaling
@@ -160,6 +160,10 @@ class _Reader:
     def graph(self, file: WorkloadFile) -> DataflowGraph | None:
         if file.graph:
             own = file.graph
+            faults = own_graph_problems(own)
+            if faults:
+                self.problems += [fault.at(("workload", "graph")) for fault in faults]
+                return None
             return self.attempt("graph", ("workload", "graph"), lambda: graph_of(own, file.staleness))
         return self.attempt(
             "algorithm",
@@ -228,9 +232,20 @@ def dump_plan(plan: ExecutionPlan) -> str:
     return "{\n  " + ",\n  ".join(parts) + "\n}\n"
 
 
-def digest(plan: ExecutionPlan) -> str:
-    """Digest of all that an estimate depends on."""
-    text = json.dumps(_core(plan), sort_keys=True)
+def sealed(plan: ExecutionPlan, estimate: Estimate) -> Estimate:
+    """An estimate of a plan with the digest that holds both together."""
+    return replace(estimate, of=digest(plan, estimate))
+
+
+def is_stale(plan: ExecutionPlan) -> bool:
+    """Whether a plan's estimate was computed from another plan, or its figures were edited."""
+    return plan.estimate is not None and plan.estimate.of != digest(plan, plan.estimate)
+
+
+def digest(plan: ExecutionPlan, estimate: Estimate) -> str:
+    """Digest of all that an estimate depends on, and of its figures."""
+    figures = {name: value for name, value in asdict(estimate).items() if name != "of"}
+    text = json.dumps({**_core(plan), "estimate": figures}, sort_keys=True)
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

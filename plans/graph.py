@@ -6,6 +6,7 @@ t + 1 reads the weights that its training call of iteration t wrote. Nothing her
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -40,7 +41,8 @@ class Call:
 
     def __post_init__(self) -> None:
         if (self.kind is CallKind.FUNCTION) == bool(self.model):
-            raise SpecError(f"call `{self.name}`: a function call has no model, every other call has one")
+            legal = "leave out `model`" if self.model else "model: actor, for example"
+            raise SpecError(f"call `{self.name}`: a function call has no model, every other call has one", legal)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,46 @@ class Edge:
     source: str
     target: str
     distance: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class GraphFault:
+    """What keeps calls from being a graph; `index` is the call's place in the list."""
+
+    index: int
+    message: str
+    hint: str
+
+
+def graph_faults(calls: Sequence[Call], sources: Sequence[str]) -> Iterator[GraphFault]:
+    """Every broken rule of a graph: names are unique, what is read was written before, by one call, a function reads
+    what a call before it made, because it runs on that call's ranks, and a role has one training call."""
+    writers: dict[str, str] = dict.fromkeys(sources, "")
+    names: set[str] = set()
+    trained: set[str] = set()
+    if not any(call.model for call in calls):
+        yield GraphFault(0, "no call of the graph has a model", "at least one call of kind generate or train_step")
+    for i, call in enumerate(calls):
+        if call.name in names:
+            yield GraphFault(i, f"the name `{call.name}` is used twice", f"`{call.name}_2`, for example")
+        for key in call.inputs:
+            if key not in writers:
+                yield GraphFault(
+                    i, f"call `{call.name}` reads `{key}` before any call writes it", nearest(key, [*writers])
+                )
+        if not call.model and not (call.inputs and writers.get(call.inputs[0])):
+            made = [key for key, writer in writers.items() if writer]
+            hint = f"inputs: [{made[-1]}]" if made else "put it after the call that makes its input"
+            yield GraphFault(i, f"function `{call.name}` must read first what a call before it writes", hint)
+        for key in call.outputs:
+            if key in writers:
+                other = f"call `{writers[key]}` writes" if writers[key] else "the data set provides"
+                yield GraphFault(i, f"call `{call.name}` writes `{key}`, which {other}", f"`{key}_2`, for example")
+            writers[key] = call.name
+        if call.kind is CallKind.TRAIN_STEP and call.model in trained:
+            yield GraphFault(i, f"role `{call.model}` is trained twice in an iteration", "one train_step per role")
+        names.add(call.name)
+        trained |= {call.model} if call.kind is CallKind.TRAIN_STEP else set()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,15 +107,8 @@ class DataflowGraph:
     staleness: int = 0
 
     def __post_init__(self) -> None:
-        seen: set[str] = set(self.sources)
-        for call in self.calls:
-            for key in call.inputs:
-                if key not in seen:
-                    raise SpecError(f"graph `{self.name}`: call `{call.name}` reads `{key}` before any call writes it")
-            seen.update(call.outputs)
-        names = [call.name for call in self.calls]
-        if len(set(names)) != len(names):
-            raise SpecError(f"graph `{self.name}`: a call name is used twice in {names}")
+        for fault in graph_faults(self.calls, self.sources):
+            raise SpecError(f"graph `{self.name}`: {fault.message}", fault.hint)
 
     def call(self, name: str) -> Call:
         """The call of that name."""

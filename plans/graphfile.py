@@ -4,30 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
 from pydantic import ValidationError
 
 from plans.algorithms import ALGORITHMS
+from plans.documents import MOST_YAML_BYTES, BadText, parse_yaml, read_text, refuse
 from plans.errors import SpecError
-from plans.graph import Call, CallKind, DataflowGraph
+from plans.graph import Call, CallKind, DataflowGraph, graph_faults
 from plans.planfile import GraphCallFile, GraphFile
+from plans.problems import Problem
+from plans.shapes import shape_problems
 
 
 def graph_of(file: GraphFile, staleness: int = 0) -> DataflowGraph:
     """The dataflow graph that a file describes; raises SpecError when it has the name of an algorithm."""
     if file.name in ALGORITHMS:
         raise SpecError(f"graph `{file.name}` has the name of a built-in algorithm", "give the graph another name")
-    calls = tuple(
-        Call(
-            name=call.name,
-            kind=CallKind(call.kind),
-            model=call.model,
-            inputs=tuple(call.inputs),
-            outputs=tuple(call.outputs),
-            seconds_per_sample=call.seconds_per_sample,
-        )
-        for call in file.calls
-    )
+    calls = tuple(_call(call) for call in file.calls)
     return DataflowGraph(name=file.name, calls=calls, sources=tuple(file.sources), staleness=staleness)
 
 
@@ -50,18 +42,43 @@ def file_of(graph: DataflowGraph) -> GraphFile | None:
 
 
 def load_graph(path: Path) -> DataflowGraph:
-    """Read a graph from YAML (keys as in the `graph` of a plan file)."""
+    """Read a graph from YAML (keys as in the `graph` of a plan file); raises SpecError with every located problem."""
+    text = read_text(path, SpecError, "graph", "keys: name, calls, sources", MOST_YAML_BYTES)
     try:
-        data = yaml.safe_load(path.read_text())
-        file = GraphFile.model_validate(data)
-    except OSError as error:
-        raise SpecError(f"cannot read graph `{path}`: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path}: not YAML: {error}") from None
+        document = parse_yaml(text)
+    except BadText as error:
+        refuse(SpecError, path, [error.problem])
+    try:
+        file = GraphFile.model_validate(document.data)
     except ValidationError as error:
-        detail = error.errors()[0]
-        where = ".".join(str(step) for step in detail["loc"])
-        raise SpecError(f"{path}: {where}: {detail['msg']}", "keys: name, calls, sources") from None
+        refuse(SpecError, path, document.locate(shape_problems(GraphFile, document.data, error, "the graph")))
     if file.name in ALGORITHMS:
-        raise SpecError(f"{path}: `{file.name}` is the name of a built-in algorithm", "give the graph another name")
-    return graph_of(file)
+        message = f"`{file.name}` is the name of a built-in algorithm"
+        refuse(SpecError, path, document.locate([Problem("name", message, f"name: my-{file.name}", ("name",))]))
+    problems = own_graph_problems(file)
+    return refuse(SpecError, path, document.locate(problems)) if problems else graph_of(file)
+
+
+def own_graph_problems(file: GraphFile) -> list[Problem]:
+    """What keeps a file from being a graph, with paths below it: the rules of `Call` and `DataflowGraph`."""
+    problems, calls = [], []
+    for i, call in enumerate(file.calls):
+        try:
+            calls.append(_call(call))
+        except SpecError as error:
+            problems.append(Problem("graph", error.message, error.hint, ("calls", i)))
+    if not problems:
+        faults = graph_faults(calls, file.sources)
+        problems = [Problem("graph", fault.message, fault.hint, ("calls", fault.index)) for fault in faults]
+    return problems
+
+
+def _call(call: GraphCallFile) -> Call:
+    return Call(
+        name=call.name,
+        kind=CallKind(call.kind),
+        model=call.model,
+        inputs=tuple(call.inputs),
+        outputs=tuple(call.outputs),
+        seconds_per_sample=call.seconds_per_sample,
+    )

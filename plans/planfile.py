@@ -15,6 +15,7 @@ from plans.strategy import KEYS, SETTINGS, Setting
 from plans.workload import MOST_SAMPLES, MOST_TOKENS
 
 FORMAT = "realplan/1"
+MOST_CALLS = 200
 Size = Annotated[int, Field(ge=1, le=10**8)]
 Samples = Annotated[int, Field(ge=1, le=MOST_SAMPLES)]
 PercentilesFile = Annotated[
@@ -22,6 +23,8 @@ PercentilesFile = Annotated[
     Field(description='percentile -> tokens, such as {"p50": 700, "p99": 6000}; empty: all reach the maximum'),
 ]
 Amount = Annotated[float, Field(gt=0, le=FASTEST, allow_inf_nan=False)]
+Name = Annotated[str, Field(pattern=r"^[\w.+-]+$", max_length=60)]
+Figure = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class _Closed(BaseModel):
@@ -70,21 +73,21 @@ class ModelFile(_Closed):
 class GraphCallFile(_Closed):
     """One call of a graph of the user's own: a model's role, or without one a Python function."""
 
-    name: str
+    name: Name
     kind: Literal["generate", "inference", "train_step", "function"]
-    model: str = ""
-    inputs: list[str] = Field(default_factory=list)
-    outputs: list[str] = Field(default_factory=list)
-    seconds_per_sample: Annotated[float, Field(ge=0)] = 0.0
+    model: Annotated[str, Field(pattern=r"^[\w.+-]*$", max_length=60)] = ""
+    inputs: Annotated[list[Name], Field(max_length=MOST_CALLS)] = Field(default_factory=list)
+    outputs: Annotated[list[Name], Field(max_length=MOST_CALLS)] = Field(default_factory=list)
+    seconds_per_sample: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] = 0.0
 
 
 class GraphFile(_Closed):
     """A dataflow graph of the user's own; `sources` are the tensors that the data set provides. The roles `critic` and
     `reward` have one scalar per token instead of a vocabulary."""
 
-    name: str
-    calls: list[GraphCallFile]
-    sources: list[str] = ["prompts"]
+    name: Name
+    calls: Annotated[list[GraphCallFile], Field(min_length=1, max_length=MOST_CALLS)]
+    sources: Annotated[list[Name], Field(max_length=MOST_CALLS)] = ["prompts"]
 
 
 class WorkloadFile(_Closed):
@@ -163,12 +166,12 @@ class CallFile(_SettingsFile):  # type: ignore[misc]
 class EstimateFile(_Closed):
     """Predicted figures, recomputed and never trusted: `of` is the digest of the plan they belong to."""
 
-    iteration_s: float
-    latency_s: float
-    calls_s: dict[str, float]
-    peak_gib: float
+    iteration_s: Figure
+    latency_s: Figure
+    calls_s: dict[str, Figure]
+    peak_gib: Figure
     peak_at: str
-    host_gib: float
+    host_gib: Figure
     engine: str
     of: str
 
@@ -182,7 +185,7 @@ class PlanFile(_Closed):
     run: str = Field(default="", description="path of the run file, relative to the plan")
     workload: WorkloadFile
     cluster: ClusterFile
-    calls: list[CallFile]
+    calls: Annotated[list[CallFile], Field(max_length=MOST_CALLS)]
     estimate: EstimateFile | None = None
     provenance: dict[str, Any] = Field(default_factory=dict)
 

@@ -25,6 +25,12 @@ _KINDS = {
     "model": ("keys with values", "{...}"),
 }
 """Start of pydantic's name of a mistake -> what the value must be, and how that is written."""
+_LENGTHS = {
+    "too_short": ("min_length", "a length of at least"),
+    "too_long": ("max_length", "a length of at most"),
+    "string_too_short": ("min_length", "a length of at least"),
+    "string_too_long": ("max_length", "a length of at most"),
+}
 REFUSED = "refused"
 """Name of a mistake that a validator of ours finds; it brings its own hint."""
 _BOUNDS = {
@@ -80,6 +86,12 @@ def value_problem(where: str, detail: ErrorDetails, path: Path_) -> Problem:
         rule = f"{words} {int(bound):,}" if float(bound).is_integer() else f"{words} {bound:g}"
         example = f"{legal:g}" if isinstance(legal, float) else str(legal)
         return Problem("value", f"{where}{shown}; it must be {rule}", f'"{key}": {example}, for example', path)
+    if kind in _LENGTHS:
+        name, words = _LENGTHS[kind]
+        rule = f"it must have {words} {context[name]}"
+        return Problem("value", f"{where}{shown}; {rule}", f"{words} {context[name]}", path)
+    if kind == "string_pattern_mismatch":
+        return Problem("value", f"{where}{shown}; a name has letters, digits, `_`, `.`, `+` and `-`", "a_name", path)
     if "expected" in context:
         return Problem("value", f"{where}{shown}, which is unknown", f"one of {context['expected']}", path)
     rule, example = next((words for start, words in _KINDS.items() if kind.startswith(start)), (detail["msg"], ""))

@@ -10,12 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
-from plans.errors import RealplanError, nearest
+from plans.documents import MOST_YAML_BYTES, BadText, Yaml, parse_yaml, read_text, refuse
+from plans.errors import RealplanError
+from plans.problems import REFUSED, Path_, Problem, shortened
+from plans.shapes import shape_problems
 
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, le=10**9)]
 RANDOM = "random"
 
 
@@ -23,8 +26,20 @@ class RunFileError(RealplanError):
     """A run file that cannot be used."""
 
 
+Count = Annotated[int, Field(ge=0, le=10**9)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Above = Annotated[float, Field(gt=0)]
+
+
+def _temperature(value: float) -> float:
+    if value and not 1e-3 <= value <= 1e3:
+        raise PydanticCustomError(REFUSED, "it must be 0 or from 0.001 to 1,000", {"hint": '"temperature": 1.0'})
+    return value
+
+
 class _Closed(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class RunWorkload(_Closed):
@@ -36,10 +51,10 @@ class RunWorkload(_Closed):
     group_size: Positive = 1
     prompt_tokens: Positive = 1024
     response_tokens: Positive = 1024
-    mean_prompt_tokens: Annotated[int, Field(ge=0)] = 0
-    mean_response_tokens: Annotated[int, Field(ge=0)] = 0
-    prompt_lengths: dict[str, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
-    response_lengths: dict[str, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
+    mean_prompt_tokens: Count = 0
+    mean_response_tokens: Count = 0
+    prompt_lengths: dict[str, Count] = Field(default_factory=dict)
+    response_lengths: dict[str, Count] = Field(default_factory=dict)
     minibatches: Positive = 4
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     recompute_logprobs: bool = False
@@ -54,14 +69,14 @@ class Data(_Closed):
     """
 
     source: str = ""
-    max_prompts: Annotated[int, Field(ge=0)] = 0
+    max_prompts: Count = 0
 
 
 class RunSampling(_Closed):
     """How responses are drawn. temperature 0 takes the likeliest token; top_k 0 and top_p 1 cut nothing."""
 
-    temperature: Annotated[float, Field(ge=0)] = 1.0
-    top_k: Annotated[int, Field(ge=0)] = 0
+    temperature: Annotated[float, Field(ge=0), AfterValidator(_temperature)] = 1.0
+    top_k: Count = 0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     stop_at_eos: bool = True
 
@@ -70,12 +85,12 @@ class Optimizer(_Closed):
     """AdamW with linear warm-up to a constant rate; `clip` bounds the global gradient norm."""
 
     lr: Annotated[float, Field(ge=0)] = 1e-6
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Count = 0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    clip: Annotated[float, Field(gt=0)] = 1.0
+    beta1: Decay = 0.9
+    beta2: Decay = 0.95
+    eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
+    clip: Above = 1.0
 
 
 class Ppo(_Closed):
@@ -85,20 +100,20 @@ class Ppo(_Closed):
     gamma: PPO, REINFORCE++ and ReMax. value_clip, gae_lambda, whiten_advantages, critic_warmup_iterations: PPO.
     """
 
-    clip: Annotated[float, Field(gt=0)] = 0.2
-    value_clip: Annotated[float, Field(gt=0)] = 0.2
+    clip: Above = 0.2
+    value_clip: Above = 0.2
     kl_coefficient: Annotated[float, Field(ge=0)] = 0.05
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
-    gae_lambda: Annotated[float, Field(ge=0, le=1)] = 0.95
+    gae_lambda: Share = 0.95
     whiten_advantages: bool = True
-    reward_clip: Annotated[float, Field(gt=0)] = 10.0
-    critic_warmup_iterations: Annotated[int, Field(ge=0)] = 0
+    reward_clip: Above = 10.0
+    critic_warmup_iterations: Count = 0
 
 
 class Dpo(_Closed):
     """DPO (Rafailov et al. 2023)."""
 
-    beta: Annotated[float, Field(gt=0)] = 0.1
+    beta: Above = 0.1
 
 
 class RunFile(_Closed):
@@ -120,10 +135,10 @@ class RunFile(_Closed):
     ppo: Ppo = Ppo()
     dpo: Dpo = Dpo()
     iterations: Positive = 10
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     output: str = "runs/latest"
     export: bool = True
-    timeout_s: Annotated[float, Field(gt=0)] = 300.0
+    timeout_s: Annotated[float, Field(gt=0, le=1e7)] = 300.0
     workload: RunWorkload = RunWorkload()
 
     def weights_of(self, role: str) -> str:
@@ -134,60 +149,60 @@ class RunFile(_Closed):
 
 
 def load_run(path: Path | None, overrides: Sequence[str] = ()) -> RunFile:
-    """Read a run file (None: all defaults) and apply `key=value` overrides; relative paths become absolute."""
-    data: Any = {}
-    if path is not None:
-        try:
-            data = yaml.safe_load(path.read_text()) or {}
-        except OSError as error:
-            raise RunFileError(f"cannot read run file `{path}`: {error.strerror}") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            mark = getattr(error, "problem_mark", None)
-            where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
-            raise RunFileError(f"{where}: not YAML: {getattr(error, 'problem', error)}") from None
+    """Read a run file (None: all defaults) and apply `key=value` overrides; relative paths become absolute.
+
+    Raises RunFileError with every problem of keys and values, located in the file or at the override.
+    """
+    document = _read(path) if path is not None else Yaml({}, None)
+    data = {} if document.data is None else document.data
     if not isinstance(data, dict):
-        raise RunFileError(f"{path}: a run file is a mapping of keys to values")
-    for override in overrides:
-        _apply(data, override)
+        problem = Problem("value", "a run file is a mapping of keys to values", "iterations: 10", (), 1, 1)
+        refuse(RunFileError, path or "", [problem])
+    said = dict(_apply(data, override) for override in overrides)
     try:
         run = RunFile.model_validate(data)
     except ValidationError as error:
-        raise RunFileError(*_first(error, path)) from None
+        problems = shape_problems(RunFile, data, error, "the run file")
+        typed = [p for p in problems if any(p.path[: len(key)] == key for key in said)]
+        if typed:
+            override = next(text for key, text in said.items() if typed[0].path[: len(key)] == key)
+            raise RunFileError(f"`{shortened(override)}`: {typed[0].message}", typed[0].hint) from None
+        refuse(RunFileError, path or "the defaults", document.locate(problems))
     return _absolute(run, path.parent.resolve() if path else Path.cwd())
 
 
-def _apply(data: dict[str, Any], override: str) -> None:
+def _read(path: Path) -> Yaml:
+    hint = "see plans/library/experiments for run files"
+    try:
+        return parse_yaml(read_text(path, RunFileError, "run file", hint, MOST_YAML_BYTES))
+    except BadText as error:
+        refuse(RunFileError, path, [error.problem])
+
+
+def _apply(data: dict[str, Any], override: str) -> tuple[Path_, str]:
+    """Set a key; its path, and the override."""
     key, equals, value = override.partition("=")
     if not equals or not key:
-        raise RunFileError(f"`{override}` is not of the form key=value", "for example `iterations=3`")
+        raise RunFileError(f"`{shortened(override)}` is not of the form key=value", "for example `iterations=3`")
     *parents, last = key.split(".")
     node = data
     for parent in parents:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
-            raise RunFileError(f"`{override}`: `{parent}` holds a value, not keys")
+            raise RunFileError(f"`{shortened(override)}`: `{parent}` holds a value, not keys", f"{parent}=VALUE")
     try:
-        node[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
+        node[last] = parse_yaml(value).data
+    except BadText:
         node[last] = value
-
-
-def _first(error: ValidationError, path: Path | None) -> tuple[str, str]:
-    detail = error.errors()[0]
-    where = ".".join(str(step) for step in detail["loc"])
-    file = f"{path}: " if path else ""
-    if detail["type"] != "extra_forbidden":
-        shown = f" (it is {detail['input']!r})" if not isinstance(detail["input"], dict) else ""
-        return f"{file}{where}{shown}: {detail['msg']}", ""
-    model: Any = RunFile
-    for step in detail["loc"][:-1]:
-        model = model.model_fields[str(step)].annotation
-    return f"{file}unknown key `{where}`", nearest(str(detail["loc"][-1]), list(model.model_fields))
+    return (*parents, last), override
 
 
 def _absolute(run: RunFile, base: Path) -> RunFile:
     def place(value: str) -> str:
-        return str(base / value) if value and value != RANDOM and (base / value).exists() else value
+        try:
+            return str(base / value) if value and value != RANDOM and (base / value).exists() else value
+        except (OSError, ValueError):  # too long, or no name of a file: whoever opens it says so
+            return value
 
     weights = run.weights
     found = place(weights) if isinstance(weights, str) else {role: place(path) for role, path in weights.items()}

@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from plans.cluster import MOST_GPUS
+from plans.documents import BadText, locate, parse_json, read_text, refuse
 from plans.errors import PlanError
 from plans.files import write_atomically
+from plans.problems import Problem
+from plans.shapes import shape_problems
 
 FORMAT = "realplan-timeline/1"
+MOST_TIMELINE_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,11 +73,40 @@ def _plain(span: Span) -> dict[str, Any]:
     return data
 
 
+class _SpanFile(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    name: str
+    kind: str
+    iteration: Annotated[int, Field(ge=-(10**9), le=10**9)]
+    start_s: float
+    end_s: float
+    ranks: list[Annotated[int, Field(ge=0, le=MOST_GPUS)]]
+
+
+class _TimelineFile(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    format: Literal["realplan-timeline/1"]
+    source: Literal["predicted", "measured"]
+    period_s: Annotated[float, Field(ge=0)]
+    spans: list[_SpanFile]
+
+
 def load_timeline(path: Path) -> Timeline:
-    """Read a timeline file."""
+    """Read a timeline file; raises PlanError with every located problem."""
+    hint = "a timeline.json that realrun wrote"
+    text = read_text(path, PlanError, "timeline", hint, MOST_TIMELINE_BYTES)
     try:
-        data = json.loads(path.read_text())
-        spans = tuple(Span(**{**span, "ranks": tuple(span["ranks"])}) for span in data["spans"])
-        return Timeline(source=data["source"], period_s=data["period_s"], spans=spans)
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise PlanError(f"{path}: not a timeline: {error}", "a timeline.json that realrun wrote") from None
+        data = parse_json(text)
+        file = _TimelineFile.model_validate(data)
+    except BadText as error:
+        refuse(PlanError, path, [error.problem])
+    except ValidationError as error:
+        refuse(PlanError, path, locate(text, shape_problems(_TimelineFile, data, error, "a timeline")))
+    for i, span in enumerate(file.spans):
+        if span.end_s < span.start_s:
+            message = f"spans.{i} ends at {span.end_s:g} s, before it starts at {span.start_s:g} s"
+            refuse(PlanError, path, locate(text, [Problem("value", message, hint, ("spans", i, "end_s"))]))
+    spans = tuple(Span(**{**span.model_dump(), "ranks": tuple(span.ranks)}) for span in file.spans)
+    return Timeline(source=file.source, period_s=file.period_s, spans=spans)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from plans.checks import check_plan
-from plans.codec import BadPlan, digest, load_plan, plan_text
+from plans.codec import BadPlan, is_stale, load_plan, plan_text
 from plans.documents import locate
 from plans.errors import RealplanError
 from plans.huggingface import check_runs, spec_from_folder
@@ -35,9 +35,9 @@ def legal_plan(path: Path) -> ExecutionPlan:
 
 def check_estimate(plan: ExecutionPlan, path: Path) -> None:
     """Raise when the estimate belongs to another plan."""
-    if plan.estimate is not None and plan.estimate.of != digest(plan):
+    if is_stale(plan):
         raise RealplanError(
-            f"{path}: the estimate is stale: it was computed before the last edit",
+            f"{path}: the estimate is stale: it belongs to another state of the plan, or its figures were edited",
             f"`realplan check --write {path}`, or --allow-stale to run it all the same",
         )
 

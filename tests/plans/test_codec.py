@@ -11,12 +11,12 @@ import pytest
 from pydantic import ValidationError
 
 from plans.checks import check_plan, divisors
-from plans.codec import BadPlan, digest, dump_plan, load_plan, read_plan, save_plan
+from plans.codec import BadPlan, dump_plan, is_stale, load_plan, read_plan, save_plan, sealed
 from plans.documents import locate
 from plans.errors import RealplanError
 from plans.library import load_cluster
 from plans.model import ModelSpec
-from plans.plan import ExecutionPlan
+from plans.plan import Estimate, ExecutionPlan
 from plans.planfile import CallFile, ClusterFile, json_schema
 from plans.problems import Problem, value_problem
 from plans.workload import Workload
@@ -58,9 +58,29 @@ def test_comments_are_allowed_and_positions_stay(plan: ExecutionPlan) -> None:
     assert "ref_infer" in line and line[problem.column - 1 :].startswith('"nodes 8-15"')
 
 
-def test_digest_follows_every_field_but_the_estimate(plan: ExecutionPlan) -> None:
-    assert digest(plan) == digest(replace(plan, notes="x", run="ppo.yaml", provenance={"a": 1}))
-    assert digest(plan) != digest(replace(plan, calls=(*plan.calls[1:], plan.calls[0])))
+def test_an_estimate_belongs_to_its_plan_and_keeps_its_figures(plan: ExecutionPlan) -> None:
+    figures = {"iteration_s": 9.5, "latency_s": 12.0, "calls_s": {"actor_train": 3.0}, "peak_gib": 70.0}
+    bare = Estimate(**figures, peak_at="actor_train, rank 0", host_gib=1.0, engine="e", of="")  # type: ignore[arg-type]
+    sealed_plan = plan.with_estimate(sealed(plan, bare))
+    assert not is_stale(plan) and not is_stale(sealed_plan)
+    again, _ = read_plan(dump_plan(sealed_plan))
+    assert again is not None and not is_stale(again)
+    assert not is_stale(replace(sealed_plan, notes="x", run="ppo.yaml", provenance={"a": 1}))
+    assert is_stale(replace(sealed_plan, calls=(*plan.calls[1:], plan.calls[0])))
+    for old, new in (('"iteration_s": 9.5', '"iteration_s": 0.0001'), ('"actor_train": 3.0', '"actor_train": 2.0')):
+        edited, _ = read_plan(dump_plan(sealed_plan).replace(old, new))
+        assert edited is not None and is_stale(edited)
+    edited, problems = read_plan(dump_plan(sealed_plan).replace('"iteration_s": 9.5', '"iteration_s": NaN'))
+    assert edited is None and "estimate.iteration_s is NaN; it must be a finite number" in problems[0].message
+
+
+def test_problems_are_bounded(plan: ExecutionPlan) -> None:
+    lines = ",".join(f'"x{i}": 1' for i in range(30_000))
+    problems = problems_of(dump_plan(plan).replace('"format"', lines + ', "format"', 1))
+    assert len(problems) == 20 and all(problem.line == 2 for problem in problems)
+    assert "unknown key `x0`" in problems[0].message and "more problems" in problems[-1].message
+    twice = problems_of(dump_plan(plan).replace('"batch_size": 512', ",".join(['"batch_size": 512'] * 30_000), 1))
+    assert [p.rule for p in twice] == ["duplicate-key"] and twice[0].line > 1
 
 
 # (rule, old text, new text, where the caret is, a legal value that the hint names)

@@ -23,7 +23,7 @@ def test_every_experiment_is_a_run_file(path: Path) -> None:
 @pytest.mark.parametrize(("override", "words"), [
     ("ppo.kl_coeficient=0.1", ["unknown key `ppo.kl_coeficient`", "did you mean `kl_coefficient`"]),
     ("dpo.betta=0.1", ["unknown key `dpo.betta`", "did you mean `beta`"]),
-    ("dpo.beta=0", ["dpo.beta", "greater than 0"]),
+    ("dpo.beta=0", ["dpo.beta", "must be above 0"]),
 ])  # fmt: skip
 def test_mistakes_are_named(override: str, words: list[str]) -> None:
     with pytest.raises(RunFileError) as raised:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,12 +79,51 @@ def test_own_graph_from_yaml_round_trips(plan: ExecutionPlan, tmp_path: Path) ->
     own = replace(plan, workload=replace(plan.workload, graph=graph, models=models), calls=calls)
     again, problems = read_plan(dump_plan(own))
     assert problems == [] and again == own
-    path.write_text("name: ppo\ncalls: []\n")
+    path.write_text("name: ppo\ncalls: [{name: a, kind: generate, model: actor}]\n")
     with pytest.raises(SpecError, match="built-in"):
         load_graph(path)
     path.write_text("name: x\ncalls: [{name: a, kind: fly}]\n")
     with pytest.raises(SpecError, match=r"calls\.0\.kind"):
         load_graph(path)
+
+
+GENERATE = "- {name: g, kind: generate, model: actor, inputs: [prompts], outputs: [sequences]}\n"
+
+
+@pytest.mark.parametrize(("calls", "words", "hint"), [
+    ("[]", ":2:8: calls is a list; it must have a length of at least 1", "1"),
+    ("\n- {name: f, kind: function, inputs: [prompts], outputs: [x]}\n" + GENERATE,
+     ":3:3: function `f` must read first what a call before it writes", "after the call"),
+    ("\n" + GENERATE + "- {name: f, kind: function, outputs: [x]}\n", ":4:3: function `f` must read", "[sequences]"),
+    ("\n- {name: '', kind: generate, model: actor}\n", ':3:10: calls.0.name is ""; a name has', "a_name"),
+    ("\n- {name: g, kind: generate}\n", ":3:3: call `g`: a function call has no model", "model: actor"),
+    ("\n" + GENERATE + GENERATE, ":4:3: the name `g` is used twice", "`g_2`"),
+    ("\n" + GENERATE + "- {name: t, kind: train_step, model: actor, inputs: [sequence]}\n",
+     ":4:3: call `t` reads `sequence` before any call writes it", "`sequences`"),
+    ("\n" + GENERATE + "- {name: h, kind: generate, model: ref, inputs: [prompts], outputs: [sequences]}\n",
+     ":4:3: call `h` writes `sequences`, which call `g` writes", "`sequences_2`"),
+    ("\n" + GENERATE + "- {name: f, kind: function, inputs: [sequences], seconds_per_sample: .nan}\n",
+     ":4:70: calls.1.seconds_per_sample is NaN", "finite"),
+    ("\n" + "- {name: t, kind: train_step, model: actor}\n- {name: u, kind: train_step, model: actor}\n",
+     ":4:3: role `actor` is trained twice", "one train_step"),
+    ("{a: 1}", ":2:8: calls is an object; it must be a list", "[...]"),
+    ("[", ":3:1: not YAML", "indent"),
+])  # fmt: skip
+def test_own_graphs_that_are_none(calls: str, words: str, hint: str, tmp_path: Path) -> None:
+    path = tmp_path / "graph.yaml"
+    path.write_text(f"name: mine\ncalls: {calls}\n")
+    with pytest.raises(SpecError) as raised:
+        load_graph(path)
+    message, _, advice = str(raised.value).partition("\n  hint: ")
+    assert message.startswith(f"{path}{words}") and hint in advice, str(raised.value)
+
+
+def test_a_graph_in_a_plan_is_located(plan: ExecutionPlan) -> None:
+    graph = {"name": "mine", "calls": [{"name": "f", "kind": "function", "inputs": ["prompts"]}]}
+    text = dump_plan(plan).replace('"batch_size"', f'"graph": {json.dumps(graph)}, "batch_size"', 1)
+    again, problems = read_plan(text)
+    assert again is None and [p.rule for p in problems] == ["graph", "graph"]
+    assert all(text.splitlines()[p.line - 1][p.column - 1 :].startswith('{"name": "f"') for p in problems)
 
 
 def test_staleness_lets_training_lag(plan: ExecutionPlan) -> None:

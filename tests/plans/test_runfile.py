@@ -49,9 +49,27 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
     [
         ("iterationz: 3", [], "did you mean `iterations`"),
         ("ppo: {clipp: 0.1}", [], "did you mean `clip`"),
-        ("iterations: 0", [], "iterations (it is 0)"),
+        ("iterations: 0", [], "run.yaml:1:13: iterations is 0; it must be at least 1"),
+        ("seed: 1\niterations: 010", [], 'run.yaml:2:13: iterations is "010"; it must be a whole number'),
+        ("seed: 2020-01-01", [], 'run.yaml:1:7: seed is "2020-01-01"; it must be a whole number'),
+        ("seed: 1\nseed: 2", [], "run.yaml:2:1: key `seed` is given twice"),
+        ("[]", [], "run.yaml:1:1: a run file is a mapping"),
+        ("actor:\n  beta1: 5", [], "run.yaml:2:10: actor.beta1 is 5; it must be below 1"),
+        ("actor: {eps: -1}", [], "run.yaml:1:14: actor.eps is -1; it must be above 0"),
+        ("timeout_s: .inf", [], "run.yaml:1:12: timeout_s is Infinity; it must be"),
+        ("actor: {lr: .nan}", [], "actor.lr is NaN; it must be a finite number"),
+        ("sampling: {temperature: 1e-320}", [], "run.yaml:1:25: sampling.temperature is 1e-320: it must be 0 or from"),
+        ("iterations: true", [], "iterations is true; it must be a whole number"),
+        ("a: !!python/object:os.system x", [], "run.yaml:1:4: tag"),
+        ("a: &a [*a]", [], "run.yaml:1:4: too many values, or a list inside itself"),
+        ("? [1, 2]\n: 3", [], "run.yaml:1:3: a key must be a text"),
+        ("iterations: 1" + "0" * 5000, [], "run.yaml:1:13: `100000000000000000000000...00000000` is no number"),
+        ("a: " + "[" * 5000, [], "brackets stand more than 60 deep"),
+        ("seed: 1\n\titerations: 2", [], "run.yaml:2:1: not YAML"),
+        ("", ["actor.beta1=5"], "`actor.beta1=5`: actor.beta1 is 5; it must be below 1"),
+        ("", ["iterations=[1"], '`iterations=[1`: iterations is "[1"; it must be a whole number'),
         ("- a list", [], "mapping"),
-        ("a: [", [], "not YAML"),
+        ("a: [", [], "run.yaml:2:1: not YAML"),
         ("", ["iterations"], "key=value"),
         ("", ["actor.lr=fast"], "actor.lr"),
         ("iterations: 3", ["iterations.x=1"], "holds a value"),
@@ -68,3 +86,15 @@ def test_mistakes_are_one_clear_error(tmp_path: Path, text: str, overrides: list
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(RunFileError, match="cannot read run file"):
         load_run(tmp_path / "none.yaml")
+
+
+def test_text_of_another_encoding(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"\xef\xbb\xbfiterations: 3\n")
+    assert load_run(path).iterations == 3
+    path.write_bytes(b"seed: 1\noutput: caf\xe9\n")
+    with pytest.raises(RunFileError, match=r"run.yaml:2:12: byte 0xe9 is not UTF-8\nhint: `iconv -f Latin-1"):
+        load_run(path)
+    path.write_bytes("iterations: 3\n".encode("utf-16"))
+    with pytest.raises(RunFileError, match=r"run.yaml:1:1: .*\nhint: `iconv -f UTF-16"):
+        load_run(path)
