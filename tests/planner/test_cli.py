@@ -98,7 +98,7 @@ def test_a_legal_edit_gets_a_new_estimate(realplan: Run, found: Path, tmp_path: 
 
 def test_check_reports_problems_as_json(realplan: Run, found: Path, tmp_path: Path) -> None:
     code, out, _ = realplan("check", str(found), "--json")
-    assert code == 0 and json.loads(out) == {"ok": True, "problems": []}
+    assert code == 0 and json.loads(out) == {"ok": True, "problems": [], "runtime_refuses": []}
     bad = tmp_path / "bad.json"
     bad.write_text(found.read_text().replace('"minibatches": 4', '"minibatches": 5'))
     code, out, _ = realplan("check", str(bad), "--json")
