@@ -242,9 +242,9 @@ def is_stale(plan: ExecutionPlan) -> bool:
     return plan.estimate is not None and plan.estimate.of != digest(plan, plan.estimate)
 
 
-def digest(plan: ExecutionPlan, estimate: Estimate) -> str:
-    """Digest of all that an estimate depends on, and of its figures."""
-    figures = {name: value for name, value in asdict(estimate).items() if name != "of"}
+def digest(plan: ExecutionPlan, estimate: Estimate | None = None) -> str:
+    """Digest of all that an estimate depends on, and of its figures where it is given."""
+    figures = {name: value for name, value in asdict(estimate).items() if name != "of"} if estimate else {}
     text = json.dumps({**_core(plan), "estimate": figures}, sort_keys=True)
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()[:16]
 
