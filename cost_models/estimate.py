@@ -13,6 +13,7 @@ from cost_models.memory.memory_terms import MemoryTerms
 from cost_models.memory.moments import CallMemory, MemoryProfile, memory_profile
 from cost_models.reallocation import reallocation_time, transfer_time
 from cost_models.simulate import Durations, latency_s, simulate
+from cost_models.terms import term
 from cost_models.time.calls import call_time
 from plans.batches import rank_rows
 from plans.cluster import GIB
@@ -32,6 +33,10 @@ class CallCost:
 
     terms: Mapping[str, float]
     memory: CallMemory
+
+    def __post_init__(self) -> None:
+        for name in self.terms:
+            term(name)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import networkx as nx
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,6 +19,76 @@ ALLOWED = {
     "profiler": {"plans", "cost_models", "runtime"},
 }
 HEAVY = {"torch", "megatron", "transformers", "safetensors"}
+
+FLOORS = {
+    "cost_models": (
+        *("candidates", "distinct", "tables", "engines", "terms", "time", "memory"),
+        *("holdings", "reallocation", "simulate", "estimate", "calibration", "provenance", "validation"),
+    )
+}
+"""Rooms of a package from the ground up: a room imports only those before it."""
+
+
+def imported_files(path: Path) -> set[str]:
+    """The modules of this project that a file imports, inside functions too, but not for type checkers alone."""
+    tree = ast.parse(path.read_text())
+    guarded = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for inner in ast.walk(node)
+    }
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if id(node) in guarded:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            inside = ROOT / node.module.replace(".", "/")
+            for alias in node.names:
+                file = (inside / f"{alias.name}.py").exists() or (inside / alias.name / "__init__.py").exists()
+                found.add(f"{node.module}.{alias.name}" if file else node.module)
+    return {name for name in found if name.split(".")[0] in ALLOWED}
+
+
+def import_graph() -> nx.DiGraph[str]:
+    """File -> files it imports, as modules."""
+    graph: nx.DiGraph[str] = nx.DiGraph()
+    for package in ALLOWED:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+            graph.add_edges_from((name, other) for other in imported_files(path) if other != name)
+    return graph
+
+
+def test_no_file_imports_in_a_circle() -> None:
+    circles = [sorted(files) for files in nx.strongly_connected_components(import_graph()) if len(files) > 1]
+    assert not circles
+
+
+@pytest.mark.parametrize("package", ["plans", "cost_models", "planner", "profiler"])
+def test_no_room_imports_in_a_circle(package: str) -> None:
+    rooms: nx.DiGraph[str] = nx.DiGraph()
+    for source, target in import_graph().edges:
+        (one, *above), (other, *below) = source.split("."), target.split(".")
+        if one == other == package and above and below and above[0] != below[0]:
+            rooms.add_edge(above[0], below[0])
+    assert nx.is_directed_acyclic_graph(rooms), nx.find_cycle(rooms)
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_rooms_stand_on_those_before_them(package: str) -> None:
+    order = FLOORS[package]
+    here = {path.stem for path in (ROOT / package).iterdir() if path.suffix == ".py" or list(path.glob("*.py"))}
+    assert here - {"__init__"} == set(order)
+    upwards = []
+    for source, target in import_graph().edges:
+        above, below = source.split("."), target.split(".")
+        if above[0] == below[0] == package and min(len(above), len(below)) > 1:
+            lower = order.index(below[1]) <= order.index(above[1])
+            upwards += [] if lower else [f"{source} imports {target}"]
+    assert not upwards
 
 
 def imports(path: Path) -> set[str]:

@@ -6,10 +6,10 @@ import numpy as np
 
 from cost_models.candidates import Candidates
 from cost_models.engines.machine import Machine
+from cost_models.terms import Terms
 from cost_models.time.data_parallel import state_load
 from cost_models.time.generation import Generation, generation_time
 from cost_models.time.inference import ForwardPass, inference_time, weight_load
-from cost_models.time.terms import Terms
 from cost_models.time.training import TrainingStep, training_time
 from plans.graph import CallKind
 from plans.workload import Workload

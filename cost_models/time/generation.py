@@ -9,11 +9,11 @@ import numpy as np
 from cost_models.candidates import Array, Candidates
 from cost_models.distinct import distinct
 from cost_models.engines.machine import Machine
+from cost_models.terms import Terms
 from cost_models.time import operations
 from cost_models.time.inference import ForwardPass, forward_terms
 from cost_models.time.layer import expert_parallel, hidden_reduce
 from cost_models.time.pipeline import stage_layers, stage_send
-from cost_models.time.terms import Terms
 from cost_models.time.vocabulary import head_and_choice
 from plans.lengths import Lengths
 from plans.model import ModelSpec
@@ -82,8 +82,16 @@ def decode_step(
     """Terms of one token for every running sequence, seconds; `sequences` over all dp ranks, `length` tokens of each
     in the KV cache.
 
-    The batch of a dp rank runs as `groups` groups; a stage works on one group while other stages work on others, so
-    that a token of all groups takes max(groups, pp) stage times.
+    Derivation. The batch of a dp rank runs as g groups of `rows` sequences through p stages. A stage spends L x layer
+    on a group, L its layers and layer = max(GPU time of the parts, launch time); the last stage has L' <= L of them and
+    the head: head + step + rows x row, since the token must be chosen before the group's next round. Call the inner
+    stage's time s = L x layer and the last one's t = L' x layer + head.
+    * g >= p: every stage always has a group waiting. The slowest stage sets the pace: a round of all groups takes
+      g x max(s, t) = g x s + g x max(head - (L - L') x layer, 0).
+    * g < p: a group's next token can start only when its own round is done, so that a round takes the latency of one
+      trip, (p - 1) x s + t = p x s + head - (L - L') x layer, whatever g is; the last term may be negative.
+    Both are max(g, p) x L x layer plus a remainder, which is the term `decode_head`; `decode_host` is the part of layer
+    beyond the GPU time. Sends lie between the stages of both, max(g, p) per round (`decode_sends`).
     """
     c, constants = candidates, machine.constants
     rows = np.maximum(sequences / (c.dp * c.groups), 1.0)

@@ -8,10 +8,10 @@ import numpy as np
 
 from cost_models.candidates import Array, Candidates
 from cost_models.engines.machine import Machine
+from cost_models.terms import Terms
 from cost_models.time.data_parallel import forward_weight_gather, rank_params
 from cost_models.time.layer import forward_layer
 from cost_models.time.pipeline import fill_and_drain, stage_layers, stage_send
-from cost_models.time.terms import Terms
 from cost_models.time.vocabulary import head_and_log_probs
 from plans.model import ModelSpec
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from cost_models.candidates import FULL_RECOMPUTE, SELECTIVE_RECOMPUTE, Array, Candidates
 from cost_models.engines.machine import Machine
+from cost_models.terms import Terms
 from cost_models.time.data_parallel import (
     accumulation,
     gradient_reduce,
@@ -18,7 +19,6 @@ from cost_models.time.data_parallel import (
 )
 from cost_models.time.layer import LayerTime, forward_layer
 from cost_models.time.pipeline import fill_and_drain, stage_layers, stage_send
-from cost_models.time.terms import Terms
 from cost_models.time.vocabulary import head_and_loss
 from plans.model import ModelSpec
 

@@ -7,10 +7,10 @@ from typing import Protocol
 
 from cost_models.candidates import Candidates
 from cost_models.engines.engine import Engine, NamedEngine
+from cost_models.terms import Terms
 from cost_models.time.calls import call_time
 from cost_models.time.generation import Generation, decode_terms, generation_time
 from cost_models.time.inference import ForwardPass, forward_terms
-from cost_models.time.terms import Terms
 from cost_models.time.training import TrainingStep, training_time
 from cost_models.validation.published import (
     Row,

@@ -12,11 +12,11 @@ from cost_models.candidates import Candidates
 from cost_models.engines.constants import Constants, engine_names, load_constants
 from cost_models.engines.engine import MEGATRON, NamedEngine
 from cost_models.engines.machine import Machine, machine_of
+from cost_models.terms import Terms
 from cost_models.time.calls import call_time
 from cost_models.time.data_parallel import gradient_reduce
 from cost_models.time.generation import Generation, decode_step, decode_terms, response_quadrature
 from cost_models.time.pipeline import fill_and_drain, stage_layers
-from cost_models.time.terms import Terms
 from cost_models.time.training import TrainingStep, training_time
 from plans.algorithms import ppo
 from plans.cluster import DeviceMesh

@@ -9,8 +9,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from ledger_cases import CASES, ledger
+
+from cost_models.terms import TERMS, Terms
+from plans.errors import SpecError
 
 LEDGER = Path(__file__).with_name("ledger.json")
 TOLERANCE, FITTED_TOLERANCE = 1e-9, 1e-5
@@ -51,6 +55,13 @@ def test_the_ledger_covers_the_layouts_that_differ() -> None:
         assert any(mark in text for text in strategies), mark
     engines = {case.engine for case in CASES.values()}
     assert {"megatron", "megatron-te", "fsdp", "eager", "cuda-graphs", "native", "real", "table"} <= engines
+
+
+def test_calls_take_the_terms_of_the_registry_and_no_others(present: dict[str, dict[str, dict[str, float]]]) -> None:
+    calls = [units["seconds"] for name, units in present.items() if name in CASES]
+    assert {name for terms in calls for name in terms} == set(TERMS)
+    with pytest.raises(SpecError, match="unknown time term `linear`"):
+        Terms({"linear": np.zeros(1)})
 
 
 def test_no_term_of_the_ledger_is_zero_everywhere(present: dict[str, dict[str, dict[str, float]]]) -> None:
