@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from cost_models.estimate import cost_plan
 from planner.cli import app
-from planner.pictures.headline import headline_rows, render_headline
+from planner.pictures.headline import ENGINE, headline_rows, render_headline
 from plans.codec import save_plan
 from plans.errors import Infeasible, PlanError
 from plans.plan import ExecutionPlan
@@ -108,8 +108,8 @@ def test_compare_prints_json_for_programs(plan: ExecutionPlan, tmp_path: Path) -
 
 
 def test_headline_says_whose_number_is_whose() -> None:
-    rows, contenders = headline_rows(Infeasible("not searched here"), "real")
-    words = render_headline(rows, "real")
+    rows, contenders = headline_rows(Infeasible("not searched here"), ENGINE)
+    words = render_headline(rows, ENGINE)
     row = next(line for line in words.splitlines() if line.startswith("deepspeed-chat"))
     assert "141.5 h" in row and f"{contenders[-1].cost.iteration_s * 1600 / 3600:.1f} h" in row
     assert "no plan" in next(line for line in words.splitlines() if line.startswith("searched plan"))
