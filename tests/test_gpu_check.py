@@ -110,7 +110,7 @@ def test_the_wheels_fill_an_empty_environment(tmp_path: Path) -> None:
         pytest.skip("no Python 3.12 is at hand")
     wheels, environment = tmp_path / "wheels", tmp_path / "environment"
     filled = subprocess.run(
-        [sys.executable, str(SCRIPTS / "gpu_packages.py"), "download", "--wheels", str(wheels)], capture_output=True
+        [python, str(SCRIPTS / "gpu_packages.py"), "download", "--wheels", str(wheels)], capture_output=True
     )
     if filled.returncode:
         pytest.skip("no package index is at hand")

@@ -18,7 +18,6 @@ NAMES = (
     "fit_engines",
     "gpu_packages",
     "import_aiconfigurator",
-    "profile_gpu",
 )
 
 
