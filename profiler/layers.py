@@ -17,12 +17,12 @@ from torch import Tensor
 from plans.layout import Layout
 from plans.model import ModelSpec
 from profiler.timers import Timed
+from runtime.generation.generate import generate
+from runtime.generation.sampling import Sampling
 from runtime.groups import GroupCache
 from runtime.models.model import Model, build_model
 from runtime.models.modules import KVCache
 from runtime.passes.forward import Batch, TokenOutput, pack, token_logprobs, token_output
-from runtime.passes.generation import generate
-from runtime.passes.sampling import Sampling
 from runtime.passes.training import AdamSettings, Trainer
 
 HEAD_SEQUENCES = 4
@@ -177,21 +177,17 @@ class Shard:
 
     def generation(self, sequences: int, prompt_tokens: int, response_tokens: int) -> Timed:
         """A whole generation; `generate_step` is the difference of two, by their tokens."""
-        prompts = self._tokens(sequences, prompt_tokens)
-        lengths = torch.full((sequences,), prompt_tokens, device=self._device)
+        prompts = self._tokens(sequences, prompt_tokens).tolist()
 
         def run(_: None) -> object:
             return generate(
                 self.model,
                 prompts,
-                lengths,
-                torch.arange(sequences, device=self._device),
+                range(sequences),
                 response_tokens=response_tokens,
                 sampling=Sampling(),
                 seed=0,
                 iteration=0,
-                stop_ids=(),
-                pad_id=0,
             )
 
         return Timed(run)

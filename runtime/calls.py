@@ -6,60 +6,55 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from plans.algorithms import GREEDY
 from plans.graph import Call
+from plans.kvcache import slots_per_replica
 from plans.plan import PlannedCall
 from runtime.algorithms.samples import response_mask
+from runtime.batches.sequences import padded
 from runtime.batches.transfer import Rows
+from runtime.generation.generate import Limits, generate
+from runtime.generation.sampling import Sampling
 from runtime.job import Job
 from runtime.models.model import Model
 from runtime.passes.forward import token_logprobs, token_values
-from runtime.passes.generation import generate
-from runtime.passes.sampling import Sampling
 
 
 def generate_call(
     job: Job, call: Call, planned: PlannedCall, model: Model, rows: Sequence[int], iteration: int
 ) -> dict[str, Rows]:
-    """Responses to the prompts of samples `rows`, wave after wave; sample i belongs to prompt i // group_size."""
-    wave = len(rows) // planned.strategy.waves
+    """Responses to the prompts of samples `rows`; sample i belongs to prompt i // group_size."""
+    assert job.prompts is not None
+    workload, strategy = job.plan.workload, planned.strategy
     sequences, logprobs = call.outputs
     sampling = Sampling(temperature=0) if sequences.endswith(GREEDY) else job.sampling
-    parts = [
-        _generate_wave(job, planned, model, sampling, rows[at : at + wave], iteration)
-        for at in range(0, len(rows), wave)
-    ]
-    made = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-    return {logprobs: {logprobs: made.pop("logprobs")}, sequences: made}
-
-
-def _generate_wave(
-    job: Job, planned: PlannedCall, model: Model, sampling: Sampling, rows: Sequence[int], iteration: int
-) -> Rows:
-    assert job.prompts is not None
-    workload = job.plan.workload
     prompts, lengths = job.prompts.tokens(iteration, [row // workload.group_size for row in rows])
+    width = prompts.shape[1]
     made = generate(
         model,
-        prompts.to(model.device),
-        lengths.to(model.device),
-        torch.tensor(rows, device=model.device),
+        [ids[width - length :] for ids, length in zip(prompts.tolist(), lengths.tolist(), strict=True)],
+        rows,
         response_tokens=workload.response_tokens,
-        groups=planned.strategy.groups,
         sampling=sampling,
         seed=job.run.seed,
         iteration=iteration,
         stop_ids=job.stop_ids,
-        pad_id=job.pad_id,
+        limits=Limits(slots=slots_per_replica(len(rows), waves=strategy.waves), groups=strategy.groups),
     )
-    return {
-        "tokens": made.tokens,
+    responses = made.sequences.responses
+    after = prompts.new_full((len(rows), workload.response_tokens), job.pad_id)
+    for row, (_, ids) in enumerate(made.sequences.texts()):
+        after[row, : len(ids)] = torch.tensor(ids)
+    found = padded(made.logprobs, responses)
+    values = {
+        "tokens": torch.cat([prompts, after], dim=1).to(model.device),
         "prompt_lengths": lengths.to(model.device),
-        "response_lengths": made.lengths,
-        "logprobs": made.logprobs,
+        "response_lengths": torch.tensor(responses, device=model.device),
     }
+    return {logprobs: {logprobs: F.pad(found, (0, after.shape[1] - found.shape[1]))}, sequences: values}
 
 
 def sequence_mask(sequences: Rows, prompt_tokens: int) -> Tensor:

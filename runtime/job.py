@@ -16,8 +16,8 @@ from runtime.batches.data import PromptSet, fitting_prompts, read_prompts, read_
 from runtime.batches.rewards import Reward, load_reward
 from runtime.batches.sources import Examples, Prompts, RandomExamples, RandomPrompts, TextExamples, TextPrompts
 from runtime.batches.tokenizer import Tokenizer
+from runtime.generation.sampling import Sampling
 from runtime.models.model import TORCH_DTYPES
-from runtime.passes.sampling import Sampling
 from runtime.passes.training import AdamSettings
 
 

@@ -34,14 +34,12 @@ def generation(model: Any, rows: int, context: int, steps: int) -> Any:
     """A generation of `steps` tokens after random prompts, to be called."""
     import torch
 
-    from runtime.passes.generation import generate
-    from runtime.passes.sampling import Sampling
+    from runtime.generation.generate import generate
+    from runtime.generation.sampling import Sampling
 
-    prompts = torch.randint(model.spec.vocab, (rows, context), device=model.device)
-    lengths = torch.full((rows,), context, device=model.device)
-    ids = torch.arange(rows, device=model.device)
-    words = {"sampling": Sampling(), "seed": 0, "iteration": 0, "stop_ids": (), "pad_id": 0}
-    return lambda: generate(model, prompts, lengths, ids, response_tokens=steps, **words)
+    prompts = torch.randint(model.spec.vocab, (rows, context)).tolist()
+    words = {"sampling": Sampling(), "seed": 0, "iteration": 0}
+    return lambda: generate(model, prompts, range(rows), response_tokens=steps, **words)
 
 
 def _seconds(setting: Setting, run: Any) -> float:
@@ -110,9 +108,9 @@ def _against_transformers(setting: Setting) -> Iterator[Row]:
     except ImportError:
         raise Skip("transformers is not installed") from None
     from profiler.alone import alone
+    from runtime.generation.generate import generate
+    from runtime.generation.sampling import Sampling
     from runtime.models.model import build_model
-    from runtime.passes.generation import generate
-    from runtime.passes.sampling import Sampling
     from runtime.weights.hf import load_weights
 
     folder, spec = _weights(setting)
@@ -125,13 +123,12 @@ def _against_transformers(setting: Setting) -> Iterator[Row]:
         layout = Layout(spec, (0,))
         model = build_model(layout, groups.collection(layout), dtype=dtype, device=device)
         load_weights(model, folder)
-        words = {"sampling": Sampling(temperature=0), "seed": 0, "iteration": 0, "stop_ids": (), "pad_id": 0}
-        lengths, ids = torch.full((rows,), context, device=device), torch.arange(rows, device=device)
+        words = {"sampling": Sampling(temperature=0), "seed": 0, "iteration": 0}
         found: list[Any] = []
 
         def ours() -> None:
-            made = generate(model, prompts, lengths, ids, response_tokens=steps, **words)
-            found[:] = [made.tokens[:, context:]]
+            made = generate(model, prompts.tolist(), range(rows), response_tokens=steps, **words)
+            found[:] = [made.sequences.tokens.view(rows, -1)[:, context:]]
 
         mine = [_seconds(setting, ours) for _ in range(2)][1]
         other = LlamaForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from ranks import run_ranks
 from scipy.stats import chi2_contingency, chisquare
 from torch import Tensor
-from transformers import TopKLogitsWarper, TopPLogitsWarper
+from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from plans.errors import RealplanError
-from runtime.passes.sampling import Sampling, choose_tokens, sample_keys
+from runtime.generation.sampling import Chooser, Sampling, mark_seen, sample_keys, step_seeds
 
 VOCAB, PADDED = 41, 48
 DRAWS = 40_000
@@ -36,9 +36,16 @@ def _logits() -> Tensor:
     return logits
 
 
-def _draw(sampling: Sampling, position: int = 0, ids: Tensor | None = None, seed: int = 3) -> tuple[Tensor, Tensor]:
+def _seeds(ids: Tensor, seed: int = 3, position: int = 0) -> Tensor:
+    return step_seeds(sample_keys(seed, 7, ids), torch.full_like(ids, position))
+
+
+def _draw(
+    sampling: Sampling, position: int = 0, ids: Tensor | None = None, seed: int = 3, seen: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     ids = torch.arange(DRAWS) if ids is None else ids
-    return choose_tokens(_logits().repeat(len(ids), 1), sample_keys(seed, 7, ids), position, sampling, VOCAB, Alone())
+    chooser = Chooser(sampling, VOCAB, PADDED, Alone(), torch.device("cpu"))
+    return chooser(_logits().repeat(len(ids), 1), _seeds(ids, seed, position), seen)
 
 
 def _counts(tokens: Tensor) -> Any:
@@ -53,6 +60,8 @@ def _counts(tokens: Tensor) -> Any:
         Sampling(top_k=7),
         Sampling(top_p=0.7),
         Sampling(temperature=1.3, top_k=20, top_p=0.8),
+        Sampling(min_p=0.1),
+        Sampling(temperature=1.2, top_k=30, top_p=0.9, min_p=0.08),
     ],
 )
 def test_frequencies_are_those_of_transformers_warpers(sampling: Sampling) -> None:
@@ -61,6 +70,8 @@ def test_frequencies_are_those_of_transformers_warpers(sampling: Sampling) -> No
         scores = TopKLogitsWarper(sampling.top_k)(torch.zeros(1, 1), scores)
     if sampling.top_p < 1:
         scores = TopPLogitsWarper(sampling.top_p)(torch.zeros(1, 1), scores)
+    if sampling.min_p:
+        scores = MinPLogitsWarper(sampling.min_p)(torch.zeros(1, 1), scores)
     expected = scores.softmax(-1)[0].numpy()
     counts = _counts(_draw(sampling)[0])
     assert counts[VOCAB:].sum() == 0 and counts[: len(expected)][expected == 0].sum() == 0
@@ -92,30 +103,55 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
 def test_logprobs_are_those_of_the_whole_softmax(sampling: Sampling) -> None:
     tokens, logprobs = _draw(sampling, ids=torch.arange(50))
     whole = (_logits()[:VOCAB].double() / (sampling.temperature or 1.0)).log_softmax(-1)
-    assert torch.allclose(logprobs, whole[tokens], atol=1e-6)
+    assert torch.allclose(logprobs.double(), whole[tokens], atol=1e-5)
     if sampling.greedy:
         assert (tokens == whole.argmax()).all()
 
 
-def test_parts_of_the_vocabulary_choose_as_the_whole() -> None:
-    cases = [Sampling(), Sampling(temperature=0), Sampling(temperature=0.8, top_k=5, top_p=0.9)]
+def test_repetition_penalty_is_that_of_transformers() -> None:
+    """Of the choice; the log-probability stays that of the model."""
+    sampling, seen = Sampling(temperature=0.9, repetition_penalty=1.8), torch.zeros(DRAWS, PADDED, dtype=torch.uint8)
+    marked = torch.tensor([1, 7, 12, 30])
+    for token in marked:
+        mark_seen(seen, token.expand(DRAWS), 0)
+    mark_seen(seen, torch.full((DRAWS,), 99), 0)  # another rank's token
+    assert seen.sum(1).eq(len(marked)).all()
+    tokens, logprobs = _draw(sampling, seen=seen)
+    scores = RepetitionPenaltyLogitsProcessor(1.8)(marked[None], _logits()[None, :VOCAB].clone()) / 0.9
+    expected = scores.double().softmax(-1)[0].numpy()
+    assert chisquare(_counts(tokens)[:VOCAB], expected / expected.sum() * DRAWS).pvalue > 1e-3
+    whole = (_logits()[:VOCAB].double() / 0.9).log_softmax(-1)
+    assert torch.allclose(logprobs.double(), whole[tokens], atol=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [4, 6])
+def test_parts_of_the_vocabulary_choose_as_the_whole(ranks: int) -> None:
+    """Six parts of the padded vocabulary: the last one is padding."""
+    cases = [Sampling(), Sampling(temperature=0), Sampling(temperature=0.8, top_k=5, top_p=0.9, min_p=0.05)]
     whole = [_draw(sampling, position=2, ids=torch.arange(200)) for sampling in cases]
 
     def part() -> list[tuple[Any, Any]]:
-        rank, keys = dist.get_rank(), sample_keys(3, 7, torch.arange(200))
-        own = _logits().repeat(200, 1).chunk(4, dim=1)[rank]
-        chosen = [choose_tokens(own.clone(), keys, 2, sampling, VOCAB, dist.group.WORLD) for sampling in cases]
+        size, seeds = PADDED // ranks, _seeds(torch.arange(200), position=2)
+        own = _logits().repeat(200, 1).split(size, dim=1)[dist.get_rank()]
+        made = [Chooser(sampling, VOCAB, size, dist.group.WORLD, torch.device("cpu")) for sampling in cases]
+        chosen = [chooser(own.clone(), seeds) for chooser in made]
         return [(tokens.numpy(), logprobs.numpy()) for tokens, logprobs in chosen]
 
-    for rank in run_ranks(4, part):
+    for rank in run_ranks(ranks, part):
         for (tokens, logprobs), (expected, expected_logprobs) in zip(rank, whole, strict=True):
             assert (tokens == expected.numpy()).all()
-            assert np.allclose(logprobs, expected_logprobs.numpy(), atol=1e-6)
+            assert np.allclose(logprobs, expected_logprobs.numpy(), atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("values", "word"),
-    [({"temperature": -1.0}, "temperature is -1"), ({"top_k": -1}, "top_k"), ({"top_p": 0.0}, "top_p")],
+    [
+        ({"temperature": -1.0}, "temperature is -1"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"min_p": 1.5}, "min_p is 1.5"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0"),
+    ],
 )
 def test_illegal_values(values: dict[str, Any], word: str) -> None:
     with pytest.raises(RealplanError, match=word):

@@ -1,0 +1,53 @@
+"""How many blocks and bytes the KV cache of generation takes: what the runtime allocates and a cost model prices.
+
+A replica's sequences live in slots; the keys and values of a slot lie in blocks of tokens. Whole blocks of a prompt are
+held once for all samples of it in flight; the block where a prompt ends, and those of the response, are a slot's own.
+The last token of a response is never read again and takes no room. All functions take arrays as well as numbers.
+"""
+
+from __future__ import annotations
+
+from plans.model import ModelSpec
+
+BLOCK_TOKENS = 256
+"""Tokens of a block on GPUs: what the paged variable-length attention kernels can address."""
+PREFILL_TOKENS = 8192
+"""Most prompt tokens that are computed in one pass, unless a single prompt has more."""
+BURST_STEPS = 8
+"""Decoding steps between two looks at which sequences have ended."""
+
+
+def slots_per_replica(samples: int, slots: int = 0, waves: int = 1) -> int:
+    """Slots of a replica with so many samples: what the plan says (0: nothing), or the rows of one of `waves`; never
+    more than there are samples."""
+    return min(samples, slots or -(-samples // waves))
+
+
+def shared_blocks(prompt_tokens: int, block_tokens: int = BLOCK_TOKENS) -> int:
+    """Blocks of a prompt that its samples share: the token that a sample begins with is its own."""
+    return (prompt_tokens - 1) // block_tokens
+
+
+def own_blocks(prompt_tokens: int, response_tokens: int, block_tokens: int = BLOCK_TOKENS) -> int:
+    """Blocks that a slot has to itself."""
+    whole = -(-(prompt_tokens + response_tokens - 1) // block_tokens)
+    return whole - shared_blocks(prompt_tokens, block_tokens)
+
+
+def cache_blocks(
+    slots: int, prompt_tokens: int, response_tokens: int, group_size: int = 1, block_tokens: int = BLOCK_TOKENS
+) -> int:
+    """Blocks of a replica's cache for the longest prompts and responses.
+
+    A full house of groups of samples has slots / group_size prompts; as many again are still held by samples that take
+    long. Newcomers wait where more would be held.
+    """
+    groups = -(-slots // group_size)
+    prompts = slots if group_size == 1 else 2 * groups
+    own = own_blocks(prompt_tokens, response_tokens, block_tokens)
+    return slots * own + prompts * shared_blocks(prompt_tokens, block_tokens)
+
+
+def token_bytes(spec: ModelSpec, layers: int, tp: int, element_bytes: int) -> int:
+    """Bytes of one token's keys and values on a rank that holds `layers` layers at tensor degree `tp`."""
+    return 2 * layers * (spec.kv_heads // tp) * spec.head_dim * element_bytes

@@ -1,0 +1,160 @@
+"""Keys and values of a stage, and attention of single tokens on them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from plans.errors import RealplanError
+from runtime.generation.blocks import Copy
+from runtime.generation.lean import Attend, LeanStage
+
+
+@cache
+def paged_kernel() -> bool:
+    """Whether torch's variable-length attention takes block tables (from 2.12 on)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"block_table", "seqused_k", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
+
+
+class Pool:
+    """Blocks of keys and values of every layer of a stage: [layers, blocks, block_tokens, kv_heads / tp, 2, dim]."""
+
+    def __init__(self, stage: LeanStage, blocks: int, block_tokens: int) -> None:
+        dtype, device = stage.model.config.params_dtype, stage.model.device
+        shape = (len(stage.blocks), blocks, block_tokens, stage.kv_heads, 2, stage.dim)
+        count = torch.Size(shape).numel() * dtype.itemsize
+        self._check(count, device)
+        try:
+            # Zeros, because a slot without a sample is attended to, and what it reads must be a number.
+            self.data = torch.zeros(shape, dtype=dtype, device=device)
+        except (RuntimeError, MemoryError):
+            raise _too_large(count, "what can be allocated") from None
+        self.block_tokens = block_tokens
+        self.flat = [layer.flatten(0, 1) for layer in self.data]
+
+    @staticmethod
+    def _check(count: int, device: torch.device) -> None:
+        if device.type == "cuda":
+            cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            free = torch.cuda.mem_get_info(device)[0] + cached
+            if count > free:
+                raise _too_large(count, f"the {free / 2**30:.2f} GiB that are free")
+
+    def store(self, layer: int, places: Tensor, qkv: Tensor) -> None:
+        """Write keys and values of tokens [n] to flat places [n]."""
+        self.flat[layer].index_copy_(0, places, qkv[:, :, -2:])
+
+    def copy(self, copies: Sequence[Copy]) -> None:
+        """Copy the beginnings of blocks, one after the other."""
+        for one in copies:
+            self.data[:, one.target, : one.tokens].copy_(self.data[:, one.source, : one.tokens])
+
+
+def _too_large(count: int, limit: str) -> RealplanError:
+    return RealplanError(
+        f"the KV cache of the slots needs {count / 2**30:.2f} GiB on this rank, more than {limit}",
+        "fewer `slots` (or more `waves`) in the plan's generation call",
+    )
+
+
+def row_attention(stage: LeanStage, pool: Pool, count: int, longest: int, last: Tensor) -> Attend:
+    """Attention of one token of each of the first `count` slots, whose block is the slot's own, on at most `longest`
+    tokens.
+
+    last: [n] position of the token, which is the last one that it sees.
+    """
+    share = stage.share
+    columns = torch.arange(longest, device=last.device)
+    # A mask of numbers, because kernels turn a mask of truths into one, layer after layer.
+    hidden = torch.full((), -torch.inf, dtype=pool.data.dtype, device=last.device)
+    shown = torch.zeros_like(hidden)
+    mask = torch.where(columns > last[:, None], hidden, shown)[:, None, None]
+    places = last + torch.arange(count, device=last.device) * pool.block_tokens
+    rows = pool.data[:, :count, :longest].permute(4, 0, 1, 3, 2, 5)
+    views = list(zip(rows[0].unbind(0), rows[1].unbind(0), strict=True))
+
+    def attend(layer: int, qkv: Tensor) -> Tensor:
+        pool.store(layer, places, qkv)
+        keys, values = views[layer]
+        # Queries that share a key stand in the place of positions.
+        out = F.scaled_dot_product_attention(qkv[:, :, :share], keys, values, attn_mask=mask)
+        return out.reshape(count, -1)
+
+    return attend
+
+
+def gathered_attention(stage: LeanStage, pool: Pool, tables: Tensor, last: Tensor) -> Attend:
+    """Attention of one token of each of n slots on blocks that `tables` [n, m] int64 name, gathered for each layer."""
+    count, share, size = len(tables), stage.share, pool.block_tokens
+    columns = torch.arange(tables.shape[1] * size, device=last.device)
+    hidden = torch.full((), -torch.inf, dtype=pool.data.dtype, device=last.device)
+    mask = torch.where(columns > last[:, None], hidden, torch.zeros_like(hidden))[:, None, None]
+    places = _places(tables, last, size)
+    listed = tables.flatten()
+
+    def attend(layer: int, qkv: Tensor) -> Tensor:
+        pool.store(layer, places, qkv)
+        blocks = pool.data[layer].index_select(0, listed)
+        keys, values = blocks.view(count, -1, *blocks.shape[2:]).permute(3, 0, 2, 1, 4).unbind(0)
+        return F.scaled_dot_product_attention(qkv[:, :, :share], keys, values, attn_mask=mask).reshape(count, -1)
+
+    return attend
+
+
+def paged_attention(stage: LeanStage, pool: Pool, tables: Tensor, last: Tensor) -> Attend:
+    """As `gathered_attention`, in one kernel that reads the blocks where they lie (half precision on CUDA)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    attention: Any = varlen_attn
+    count, share = len(tables), stage.share
+    bounds = torch.arange(count + 1, dtype=torch.int32, device=last.device)
+    used, listed = (last + 1).to(torch.int32), tables.to(torch.int32)
+    longest = tables.shape[1] * pool.block_tokens
+    places = _places(tables, last, pool.block_tokens)
+
+    def attend(layer: int, qkv: Tensor) -> Tensor:
+        pool.store(layer, places, qkv)
+        keys, values = pool.data[layer].unbind(3)
+        query = qkv[:, :, :share].flatten(1, 2)
+        out = attention(
+            query, keys, values, bounds, None, 1, longest, seqused_k=used, block_table=listed, enable_gqa=share > 1
+        )
+        return torch.as_tensor(out).flatten(1)
+
+    return attend
+
+
+def _places(tables: Tensor, last: Tensor, size: int) -> Tensor:
+    """Flat places of the tokens at positions `last` [n]."""
+    block = torch.div(last, size, rounding_mode="floor")
+    return tables.gather(1, block[:, None]).squeeze(1) * size + last.remainder(size)
+
+
+def prefill_attention(stage: LeanStage, pool: Pool, places: Tensor, lengths: Sequence[int]) -> Attend:
+    """Causal attention inside prompts of `lengths` that lie end to end; their keys and values go to flat `places`."""
+    share, same = stage.share, len(set(lengths)) == 1
+
+    def attend(layer: int, qkv: Tensor) -> Tensor:
+        pool.store(layer, places, qkv)
+        if same:
+            return _causal(qkv.view(len(lengths), -1, *qkv.shape[1:]), share)
+        parts = torch.split(qkv, list(lengths))
+        return torch.cat([_causal(part[None], share) for part in parts])
+
+    return attend
+
+
+def _causal(qkv: Tensor, share: int) -> Tensor:
+    """Attention of [b, s, kv_heads, share + 2, dim] inside each of b sequences: [b x s, heads x dim]."""
+    query = qkv[:, :, :, :share].flatten(2, 3).transpose(1, 2)
+    keys, values = qkv[:, :, :, share].transpose(1, 2), qkv[:, :, :, share + 1].transpose(1, 2)
+    out = F.scaled_dot_product_attention(query, keys, values, is_causal=qkv.shape[1] > 1, enable_gqa=share > 1)
+    return out.transpose(1, 2).flatten(0, 1).flatten(1)

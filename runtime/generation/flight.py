@@ -1,0 +1,160 @@
+"""A group of slots in flight: its samples on the host, its static buffers on the device, its decoding step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from runtime.generation.attention import Pool, gathered_attention, paged_attention, row_attention
+from runtime.generation.blocks import Blocks, PagedBlocks, Prompt
+from runtime.generation.lean import Attend, LeanStage
+from runtime.generation.sampling import Chooser, mark_seen, step_seeds
+
+
+@dataclass
+class Live:
+    """A sample in a slot: its number in the batch, its prompt, how many tokens it may have, and what it has."""
+
+    sample: int
+    prompt: Prompt
+    limit: int
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+    @property
+    def left(self) -> int:
+        """Tokens that it may still get."""
+        return self.limit - len(self.tokens)
+
+    @property
+    def position(self) -> int:
+        """Position of the newest token, whose keys the next step computes."""
+        return len(self.prompt) - 1 + len(self.tokens)
+
+
+class Flight:
+    """Slots of a replica that go through the pipeline together. The samples in them stand in the first slots, so that a
+    step computes `count` rows; a slot without a sample computes on what it finds.
+
+    Static buffers, of which a step reads and writes the first rows: tokens, positions, bounds (the last position with
+    room), seeds, tables; hidden states from and for the neighbouring stages; values, the tokens chosen with their
+    log-probabilities, float32 [slots, 2].
+    """
+
+    def __init__(self, stage: LeanStage, blocks: Blocks, pool: Pool, rotation: Tensor, chooser: Chooser | None) -> None:
+        slots, model = len(blocks.tables), stage.model
+        self.lives: list[Live | None] = [None] * slots
+        self.blocks, self.pool, self._stage, self._chooser, self.rotation = blocks, pool, stage, chooser, rotation
+
+        def buffer(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=model.device)
+
+        self.tokens, self.positions, self._bounds = buffer(slots), buffer(slots), buffer(slots)
+        self._seeds = buffer(2, slots, dtype=torch.int32)
+        self._tables = buffer(slots, 1)
+        self.values = buffer(slots, 2, dtype=torch.float32)
+        self.inbox, self.outbox = (
+            buffer(slots, model.spec.hidden, dtype=model.config.params_dtype)
+            if there
+            else buffer(0, dtype=model.config.params_dtype)
+            for there in (not model.first_stage, not model.last_stage)
+        )
+        penalised = chooser is not None and chooser.sampling.penalised
+        width = model.spec.padded_vocab // model.layout.tp
+        self._seen = buffer(slots, width, dtype=torch.uint8) if penalised else None
+        self.found = buffer(0)
+        self._burst_seeds = self._seeds[None]
+        self.count = self._columns = 0
+
+    def begin(self, keys: Tensor, steps: int, buckets: Callable[[int], int]) -> None:
+        """Bring the state of the slots to the device for a burst; `keys` [samples] are those of all samples."""
+        lives = [live for live in self.lives if live is not None]
+        assert all(live is not None for live in self.lives[: len(lives)]), "samples stand in the first slots"
+        self.count = min(len(self.lives), buckets(len(lives))) if lives else 0
+        idle = self.count - len(lives)
+        newest = [(live.tokens or live.prompt)[-1] for live in lives]
+        positions = [live.position for live in lives]
+        bounds = [len(live.prompt) + live.limit - 2 for live in lives]
+        samples = [live.sample for live in lives]
+        state = torch.tensor([part + [0] * idle for part in (newest, positions, bounds, samples)])
+        state = state.to(self.tokens.device)
+        for target, values in zip((self.tokens, self.positions, self._bounds), state, strict=False):
+            target[: self.count].copy_(values)
+        first = torch.tensor([len(live.tokens) for live in lives] + [0] * idle, device=state.device)
+        ahead = torch.arange(steps, device=state.device)[:, None] + first
+        self._burst_seeds = step_seeds(keys[state[3]].expand(steps, -1), ahead).transpose(0, 1).contiguous()
+        self.found = torch.zeros(steps, self.count, 2, device=state.device)
+        self._columns = self._longest(positions, bounds, steps)
+        if isinstance(self.blocks, PagedBlocks):
+            self._bring_tables(self.blocks)
+
+    def _longest(self, positions: Sequence[int], bounds: Sequence[int], steps: int) -> int:
+        """Tokens that attention may see during a burst. A recorded step has one number for good."""
+        if self.tokens.is_cuda:
+            return self.pool.block_tokens
+        return 1 + max((min(p + steps - 1, b) for p, b in zip(positions, bounds, strict=True)), default=0)
+
+    def _bring_tables(self, blocks: PagedBlocks) -> None:
+        whole = len(self.rotation)
+        width = -(-(whole if self.tokens.is_cuda else self._columns) // blocks.block_tokens)
+        if self._tables.shape[1] != width:
+            self._tables = torch.zeros(len(self.lives), width, dtype=torch.int64, device=self.tokens.device)
+        rows = [(table + [blocks.spare] * width)[:width] for table in blocks.tables[: self.count]]
+        self._tables[: self.count].copy_(torch.tensor(rows))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """What tells the steps of one burst from those of another: rows, and tokens that attention may see."""
+        return self.count, self._columns
+
+    def seed(self, step: int) -> None:
+        """Set the random numbers of a step of the burst."""
+        self._seeds[:, : self.count].copy_(self._burst_seeds[step])
+
+    def step(self) -> None:
+        """One token of every slot through the stage: reads static buffers, fills `outbox` or `values`."""
+        n, stage = self.count, self._stage
+        last = torch.minimum(self.positions[:n], self._bounds[:n])
+        hidden = stage.embed(self.tokens[:n]) if stage.model.first_stage else self.inbox[:n]
+        hidden = stage.layers(hidden, self.rotation.index_select(0, last), self._attend(last))
+        if self._chooser is None:
+            self.outbox[:n].copy_(hidden)
+            return
+        seen = None if self._seen is None else self._seen[:n]
+        tokens, logprobs = self._chooser(stage.logits(hidden), self._seeds[:, :n], seen)
+        if seen is not None:
+            mark_seen(seen, tokens, self._chooser.first)
+        torch.stack([tokens, logprobs], 1, out=self.values[:n])
+
+    def _attend(self, last: Tensor) -> Attend:
+        if not isinstance(self.blocks, PagedBlocks):
+            return row_attention(self._stage, self.pool, self.count, self._columns, last)
+        kernel = paged_attention if self.tokens.is_cuda else gathered_attention
+        return kernel(self._stage, self.pool, self._tables[: self.count], last)
+
+    def land(self, step: int) -> None:
+        """Take what a step has chosen: it is the input of the next one."""
+        values = self.values[: self.count]
+        self.found[step].copy_(values)
+        self.tokens[: self.count].copy_(values[:, 0])
+        self.positions[: self.count].add_(1)
+
+    def move(self, source: int, target: int) -> None:
+        """Move a sample to a free slot."""
+        live, copy = self.lives[source], self.blocks.move(source, target)
+        assert live is not None and self.lives[target] is None
+        if copy is not None:
+            self.pool.copy([replace(copy, tokens=live.position)])
+        if self._seen is not None:
+            self._seen[target].copy_(self._seen[source])
+        self.lives[target], self.lives[source] = live, None
+
+    def forget(self, slot: int, prompt: Prompt) -> None:
+        """A slot has a new sample: of its tokens only the prompt's have been seen."""
+        if self._seen is not None and self._chooser is not None:
+            local = torch.tensor(prompt, device=self._seen.device) - self._chooser.first
+            inside = (local >= 0) & (local < self._seen.shape[1])
+            self._seen[slot].zero_().index_fill_(0, local[inside], 1)

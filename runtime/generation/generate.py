@@ -1,0 +1,241 @@
+"""Generation on one data-parallel replica: a queue of samples, slots that take the next one when theirs has ended.
+
+Decoding runs in bursts. Between bursts every rank reads the tokens, which it has anyway, decides alike which samples
+have ended, gives their slots to the next ones of the queue and computes the prompts of these, packed. A sample starts
+with the last token of its prompt as the first to decode, so that samples of one prompt share all that was computed.
+Random numbers are keyed by sample and position: slots, bursts and layouts do not change a token.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from plans.errors import RealplanError
+from plans.kvcache import BLOCK_TOKENS, BURST_STEPS, PREFILL_TOKENS, cache_blocks
+from runtime.batches.sequences import Sequences
+from runtime.generation.attention import Pool, paged_kernel
+from runtime.generation.blocks import Blocks, PagedBlocks, Placed, RowBlocks, flat_places
+from runtime.generation.capture import CapturedSteps, cuda_recorder
+from runtime.generation.flight import Flight, Live
+from runtime.generation.lean import LeanStage
+from runtime.generation.pipeline import Pipeline
+from runtime.generation.sampling import Chooser, Sampling, sample_keys
+from runtime.models.model import Model
+
+Ended = Callable[[Sequence[int], int], int | None]
+"""(tokens of a response, how many of them are old) -> where the response ends by its text, in tokens, or None."""
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Sequences of a replica, the same on all its ranks.
+
+    logprobs: float32 [all response tokens] at the sampling temperature. steps: rows that decoding computed, those of
+    ended and empty slots included.
+    """
+
+    sequences: Sequences
+    logprobs: Tensor
+    rows_computed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Sizes of a generation. slots: samples in flight on the replica, 0 for all; groups: parts of the slots that go
+    through a pipeline in turn; burst: steps between two looks at what has ended; prefill: most prompt tokens of one
+    pass; block: tokens of a KV block, 0 for what suits the device."""
+
+    slots: int = 0
+    groups: int = 1
+    burst: int = BURST_STEPS
+    prefill: int = PREFILL_TOKENS
+    block: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("slots", 0), ("groups", 1), ("burst", 1), ("prefill", 1), ("block", 0)):
+            if getattr(self, name) < least:
+                raise RealplanError(f"generation: {name} is {getattr(self, name)}; it must be {least} or more")
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    sample_ids: Sequence[int],
+    *,
+    response_tokens: int | Sequence[int],
+    sampling: Sampling,
+    seed: int,
+    iteration: int,
+    stop_ids: Sequence[int] = (),
+    ended: Ended | None = None,
+    limits: Limits | None = None,
+) -> Generated:
+    """Continue each prompt (token ids, at least one) by up to `response_tokens` tokens, for all or for each.
+
+    Collective over the ranks of a replica, which all give the same arguments. `sample_ids` are the global numbers of
+    the samples: with `seed` and `iteration` they fix the tokens. Equal prompts that are in flight together are computed
+    once. A response ends with the first of `stop_ids`, or where `ended` says. Raises RealplanError for empty prompts or
+    responses, positions beyond the model's context, and slots that do not fit.
+    """
+    most = [response_tokens] * len(prompts) if isinstance(response_tokens, int) else list(response_tokens)
+    _check(model, prompts, most)
+    lives = [Live(i, tuple(p), limit) for i, (p, limit) in enumerate(zip(prompts, most, strict=True))]
+    computed = 0
+    if lives:
+        with torch.inference_mode():
+            keys = sample_keys(seed, iteration, torch.tensor(sample_ids)).to(model.device)
+            run = _Run(model, lives, sampling, limits or Limits(), keys)
+            computed = run.all(frozenset(stop_ids), ended)
+    sequences = Sequences.of(prompts, [live.tokens for live in lives])
+    found = torch.tensor([value for live in lives for value in live.logprobs], dtype=torch.float32)
+    return Generated(sequences.to(model.device), found.to(model.device), computed)
+
+
+def _check(model: Model, prompts: Sequence[Sequence[int]], most: Sequence[int]) -> None:
+    for row, (prompt, limit) in enumerate(zip(prompts, most, strict=True)):
+        if not prompt:
+            raise RealplanError(f"prompt {row} has no tokens", "remove it, or begin it with a token of the tokenizer")
+        if limit < 1:
+            raise RealplanError(f"sample {row} may have {limit} response tokens", "response_tokens of at least 1")
+        if len(prompt) + limit > model.spec.max_context:
+            raise RealplanError(
+                f"sample {row} may grow to {len(prompt) + limit} tokens, and model `{model.spec.name}` has"
+                f" {model.spec.max_context} positions",
+                f"response_tokens {max(1, model.spec.max_context - len(prompt))} or less",
+            )
+
+
+class _Run:
+    """One generation: the queue, the flights and the pipeline."""
+
+    def __init__(self, model: Model, lives: Sequence[Live], sampling: Sampling, limits: Limits, keys: Tensor) -> None:
+        self._limits, self._keys, self._device = limits, keys, model.device
+        self._queue = deque(lives)
+        stage = LeanStage(model)
+        longest = max(len(live.prompt) + live.limit - 1 for live in lives)
+        rotation = stage.rotation(longest)
+        chooser = None
+        if model.last_stage:
+            part = model.spec.padded_vocab // model.layout.tp
+            chooser = Chooser(sampling, model.spec.vocab, part, model.groups.tp, model.device)
+        slots = min(limits.slots or len(lives), len(lives))
+        each = -(-slots // limits.groups)
+        self._flights = []
+        for first in range(0, slots, each):
+            blocks = self._blocks(stage, lives, min(each, slots - first), longest)
+            count = blocks.spare + 1 if isinstance(blocks, PagedBlocks) else len(blocks.tables)
+            pool = Pool(stage, count, blocks.block_tokens)
+            self._flights.append(Flight(stage, blocks, pool, rotation, chooser))
+        self._pipeline = Pipeline(stage, CapturedSteps(cuda_recorder() if self._device.type == "cuda" else None))
+
+    def _blocks(self, stage: LeanStage, lives: Sequence[Live], slots: int, longest: int) -> Blocks:
+        half = stage.model.config.params_dtype in (torch.bfloat16, torch.float16)
+        size = self._limits.block
+        if not size and self._device.type == "cuda" and half and paged_kernel():
+            size = BLOCK_TOKENS
+        if not size:
+            return RowBlocks(slots, longest)
+        prompt = max(len(live.prompt) for live in lives)
+        group = max(1, len(lives) // len({live.prompt for live in lives}))
+        return PagedBlocks(slots, cache_blocks(slots, prompt, longest + 1 - prompt, group, size), size)
+
+    def all(self, stops: frozenset[int], ended: Ended | None) -> int:
+        """Run until no sample is left; the rows that were computed."""
+        computed = 0
+        while True:
+            for flight in self._flights:
+                self._admit(flight)
+                self._close_up(flight)
+            busy = [flight for flight in self._flights if flight.lives[0] is not None]
+            if not busy:
+                assert not self._queue, "the KV cache holds no sample"
+                return computed
+            left = max(live.left for flight in busy for live in flight.lives if live is not None)
+            steps = min(self._limits.burst, left)
+            for flight in busy:
+                flight.begin(self._keys, steps, self._bucket)
+                computed += steps * flight.count
+            self._pipeline.burst(busy, steps)
+            for flight in busy:
+                _retire(flight, stops, ended)
+
+    def _bucket(self, count: int) -> int:
+        """Rows that a step computes for so many samples: few different numbers where each is a graph."""
+        if self._device.type != "cuda":
+            return count
+        return 1 << (count - 1).bit_length() if count <= 8 else -(-count // 8) * 8
+
+    def _admit(self, flight: Flight) -> None:
+        """Give free slots to the next samples of the queue, and compute what these need."""
+        flight.blocks.begin()
+        placed: list[tuple[int, Live, Placed]] = []
+        for slot, held in enumerate(flight.lives):
+            if held is not None or not self._queue:
+                continue
+            live = self._queue[0]
+            place = flight.blocks.admit(slot, live.prompt, live.limit)
+            if place is None:
+                break
+            flight.lives[slot] = self._queue.popleft()
+            flight.forget(slot, live.prompt)
+            placed.append((slot, live, place))
+        flight.pool.copy([place.copy for _, _, place in placed if place.copy and not place.late])
+        for pack in _packs([(slot, live) for slot, live, place in placed if place.prefill], self._limits.prefill):
+            tables = [(flight.blocks.tables[slot], len(live.prompt) - 1) for slot, live in pack]
+            places = [at for table, count in tables for at in flat_places(table, count, flight.blocks.block_tokens)]
+            self._pipeline.prefill(flight, [live.prompt for _, live in pack], places)
+        flight.pool.copy([place.copy for _, _, place in placed if place.copy and place.late])
+
+    @staticmethod
+    def _close_up(flight: Flight) -> None:
+        """Move samples so that they stand in the first slots."""
+        target, source = 0, len(flight.lives) - 1
+        while True:
+            while target < source and flight.lives[target] is not None:
+                target += 1
+            while target < source and flight.lives[source] is None:
+                source -= 1
+            if target >= source:
+                return
+            flight.move(source, target)
+
+
+def _packs(newcomers: Sequence[tuple[int, Live]], most: int) -> Iterator[list[tuple[int, Live]]]:
+    """Newcomers in packs of at most `most` tokens, or of one."""
+    pack: list[tuple[int, Live]] = []
+    tokens = 0
+    for slot, live in newcomers:
+        if pack and tokens + len(live.prompt) - 1 > most:
+            yield pack
+            pack, tokens = [], 0
+        pack.append((slot, live))
+        tokens += len(live.prompt) - 1
+    if pack:
+        yield pack
+
+
+def _retire(flight: Flight, stops: frozenset[int], ended: Ended | None) -> None:
+    """Read the tokens of a burst; samples that have ended leave their slots."""
+    found = flight.found.cpu()
+    tokens, logprobs = found[..., 0].long().t().tolist(), found[..., 1].t().tolist()
+    for slot, live in enumerate(flight.lives):
+        if live is None:
+            continue
+        old = len(live.tokens)
+        new = tokens[slot][: live.left]
+        end = next((place + 1 for place, token in enumerate(new) if token in stops), None)
+        live.tokens += new[:end]
+        if ended is not None:
+            cut = ended(live.tokens, old)
+            if cut is not None:
+                del live.tokens[cut:]
+                end = cut - old
+        live.logprobs += logprobs[slot][: len(live.tokens) - old]
+        if end is not None or not live.left:
+            flight.blocks.retire(slot)
+            flight.lives[slot] = None

@@ -1,0 +1,137 @@
+"""A stage's forward pass over a model's own weights without Megatron's Python: what generation computes with.
+
+Hidden states are [tokens, hidden]; which sequence a token belongs to is the business of the attention that the caller
+passes in, so that packed prompts and single tokens of many slots take the same path. Norms are the modules' own, so
+that both forwards have one arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from runtime.models.mcore import MLP
+from runtime.models.model import Model
+
+Attend = Callable[[int, Tensor], Tensor]
+"""(local layer, queries with keys and values [tokens, kv_heads / tp, share + 2, dim], rotated) -> attention outputs
+[tokens, heads / tp x dim]. Of each kv head's `share + 2` vectors the last two are its key and its value."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """Weights of one transformer block as functions and tensors."""
+
+    input_norm: Callable[[Tensor], Tensor]
+    query_norm: Callable[[Tensor], Tensor] | None
+    key_norm: Callable[[Tensor], Tensor] | None
+    mlp_norm: Callable[[Tensor], Tensor]
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    out: Tensor
+    out_bias: Tensor | None
+    mlp: Callable[[Tensor, Tensor], Tensor]
+
+
+class LeanStage:
+    """This rank's stage of a model. Sees the weights as they stand at each call: make it anew after they have moved."""
+
+    def __init__(self, model: Model) -> None:
+        assert len(model.chunks) == 1 and not model.config.sequence_parallel, "generation has its own layout"
+        self.model, spec, tp = model, model.spec, model.layout.tp
+        self._group = model.groups.tp if tp > 1 else None
+        self.kv_heads, self.share, self.dim = spec.kv_heads // tp, spec.heads // spec.kv_heads, spec.head_dim
+        self._chunk: Any = model.chunks[0]
+        self.blocks = [self._block(layer) for layer in self._chunk.decoder.layers]
+
+    def _block(self, layer: Any) -> _Block:
+        attention = layer.self_attention
+        normed = self.model.spec.qk_norm
+        return _Block(
+            input_norm=layer.input_layernorm.forward,
+            query_norm=attention.q_layernorm.forward if normed else None,
+            key_norm=attention.k_layernorm.forward if normed else None,
+            mlp_norm=layer.pre_mlp_layernorm.forward,
+            qkv=attention.linear_qkv.weight,
+            qkv_bias=attention.linear_qkv.bias,
+            out=attention.linear_proj.weight,
+            out_bias=attention.linear_proj.bias,
+            mlp=self._mlp(layer.mlp),
+        )
+
+    def _mlp(self, mlp: Any) -> Callable[[Tensor, Tensor], Tensor]:
+        """(residual, normed) -> residual + the block's MLP; experts stay Megatron's."""
+        if type(mlp) is not MLP:
+            return lambda residual, x: residual + mlp(x[:, None])[0][:, 0]
+        first, second, config = mlp.linear_fc1, mlp.linear_fc2, self.model.config
+        activation, gated, join = config.activation_func, config.gated_linear_unit, self._join
+
+        def dense(residual: Tensor, x: Tensor) -> Tensor:
+            inner = F.linear(x, first.weight, first.bias)
+            if gated:
+                gate, up = inner.chunk(2, -1)
+                inner = activation(gate).mul_(up)
+            else:
+                inner = activation(inner)
+            return join(residual, inner, second.weight, second.bias)
+
+        return dense
+
+    def _join(self, residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """residual + a row-parallel linear layer."""
+        if self._group is None:
+            out = torch.addmm(residual, x, weight.t())
+        else:
+            part = F.linear(x, weight)
+            dist.all_reduce(part, group=self._group)
+            out = part.add_(residual)
+        return out if bias is None else out.add_(bias)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embeddings [n, hidden] of token ids [n]; on the first stage."""
+        weight = self._chunk.embedding.word_embeddings.weight
+        if self._group is None:
+            return F.embedding(tokens, weight)
+        local = tokens - self._group.rank() * weight.shape[0]
+        outside = (local < 0) | (local >= weight.shape[0])
+        hidden = F.embedding(local.masked_fill_(outside, 0), weight).masked_fill_(outside[:, None], 0)
+        dist.all_reduce(hidden, group=self._group)
+        return hidden
+
+    def rotation(self, positions: int) -> Tensor:
+        """Cosines and signed sines of positions [0, positions): [positions, 2, 1, 1, dim], for `layers`."""
+        angles = self._chunk.rotary_pos_emb(positions)[:, 0]
+        sign = torch.ones_like(angles)
+        sign[..., : angles.shape[-1] // 2] = -1
+        table = torch.stack([angles.cos(), angles.sin() * sign], 1)
+        return table[:, :, None].to(self.model.config.params_dtype)
+
+    def layers(self, hidden: Tensor, rotation: Tensor, attend: Attend) -> Tensor:
+        """Hidden states [n, hidden] behind the blocks; `rotation` [n, 2, 1, 1, dim] of the tokens' positions."""
+        cos, sin = rotation[:, 0], rotation[:, 1]
+        shape = (len(hidden), self.kv_heads, self.share + 2, self.dim)
+        for index, block in enumerate(self.blocks):
+            qkv = F.linear(block.input_norm(hidden), block.qkv, block.qkv_bias).view(shape)
+            turned = qkv[:, :, : self.share + 1]
+            if block.query_norm is not None and block.key_norm is not None:
+                queries, keys = turned[:, :, : self.share], turned[:, :, self.share :]
+                queries.copy_(block.query_norm(queries))
+                keys.copy_(block.key_norm(keys))
+            swapped = turned.roll(self.dim // 2, -1)
+            turned.mul_(cos).addcmul_(swapped, sin)
+            hidden = self._join(hidden, attend(index, qkv), block.out, block.out_bias)
+            hidden = block.mlp(hidden, block.mlp_norm(hidden))
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """This rank's part of the vocabulary, [n, padded vocabulary / tp]; on the last stage."""
+        chunk = self._chunk
+        tied = self.model.spec.tied_embeddings
+        weight = chunk.shared_embedding_or_output_weight() if tied else chunk.output_layer.weight
+        return F.linear(chunk.decoder.final_layernorm.forward(hidden), weight)

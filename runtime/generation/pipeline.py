@@ -1,0 +1,95 @@
+"""Bursts and prefills through the stages of a pipeline: tensor and pipeline parallel, CPU and CUDA alike.
+
+Stages take the flights in turn, so that a stage works on one while the next stage works on the one before. Hidden
+states go from stage to stage, and the last stage broadcasts the chosen tokens to its pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from runtime.generation.attention import prefill_attention
+from runtime.generation.capture import CapturedSteps
+from runtime.generation.flight import Flight
+from runtime.generation.lean import LeanStage
+
+
+class Pipeline:
+    """This rank's stage and its exchange with the other stages."""
+
+    def __init__(self, stage: LeanStage, captured: CapturedSteps) -> None:
+        self._stage, self._captured = stage, captured
+        self._group = stage.model.groups.pp
+        self._ranks: list[int] = dist.get_process_group_ranks(self._group)
+        self._sent: dict[int, tuple[Any, Tensor]] = {}
+
+    def burst(self, flights: Sequence[Flight], steps: int) -> None:
+        """`steps` tokens for every slot of flights that have begun a burst. Nothing here waits for the device, but
+        collectives on the CPU."""
+        runs = [self._captured.of((index, *flight.shape), flight.step) for index, flight in enumerate(flights)]
+        coming: list[Any] = [None] * len(flights)
+        for step in range(steps):
+            for index, (flight, run) in enumerate(zip(flights, runs, strict=True)):
+                if step:
+                    self._land(flight, coming[index], step - 1)
+                coming[index] = self._visit(index, flight, step, run)
+        for flight, work in zip(flights, coming, strict=True):
+            self._land(flight, work, steps - 1)
+        self.settle()
+
+    def _visit(self, index: int, flight: Flight, step: int, run: Any) -> Any:
+        """One step of a flight on this stage; the broadcast of its tokens, which may still be on its way."""
+        model, count = self._stage.model, flight.count
+        flight.seed(step)
+        if not model.first_stage:
+            dist.recv(flight.inbox[:count], src=self._ranks[model.place.pp - 1], group=self._group)
+        self._wait(index)
+        run()
+        if not model.last_stage:
+            self._send(index, flight.outbox[:count])
+        if len(self._ranks) == 1:
+            return None
+        return dist.broadcast(flight.values[:count], src=self._ranks[-1], group=self._group, async_op=True)
+
+    @staticmethod
+    def _land(flight: Flight, work: Any, step: int) -> None:
+        if work is not None:
+            work.wait()
+        flight.land(step)
+
+    def prefill(self, flight: Flight, prompts: Sequence[Sequence[int]], places: Sequence[int]) -> None:
+        """Compute keys and values of prompts, their last tokens left out, in one pass; they go to flat `places`."""
+        model, stage = self._stage.model, self._stage
+        lengths = [len(prompt) - 1 for prompt in prompts]
+        tokens = torch.tensor([token for prompt in prompts for token in prompt[:-1]], device=model.device)
+        positions = torch.cat([torch.arange(length) for length in lengths]).to(model.device)
+        if model.first_stage:
+            hidden = stage.embed(tokens)
+        else:
+            shape = (len(tokens), model.spec.hidden)
+            hidden = torch.empty(shape, dtype=model.config.params_dtype, device=model.device)
+            dist.recv(hidden, src=self._ranks[model.place.pp - 1], group=self._group)
+        attend = prefill_attention(stage, flight.pool, torch.tensor(places, device=model.device), lengths)
+        hidden = stage.layers(hidden, flight.rotation.index_select(0, positions), attend)
+        if not model.last_stage:
+            self._wait(-1)
+            self._send(-1, hidden)
+
+    def _send(self, key: int, hidden: Tensor) -> None:
+        """Send to the next stage without waiting for it; at most one message per flight is on its way."""
+        work = dist.isend(hidden, dst=self._ranks[self._stage.model.place.pp + 1], group=self._group)
+        self._sent[key] = (work, hidden)
+
+    def _wait(self, key: int) -> None:
+        if key in self._sent:
+            self._sent.pop(key)[0].wait()
+
+    def settle(self) -> None:
+        """Wait until everything sent has been taken."""
+        for key in list(self._sent):
+            self._wait(key)
