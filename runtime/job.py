@@ -12,7 +12,7 @@ from plans.errors import RealplanError
 from plans.graph import CallKind
 from plans.plan import ExecutionPlan
 from plans.runfile import RANDOM, Optimizer, RunFile
-from runtime.batches.data import PromptSet, fitting_prompts, read_prompts, read_rows
+from runtime.batches.data import PromptSet, fitting_prompts, left_out, read_prompts, read_rows
 from runtime.batches.rewards import Reward, load_reward
 from runtime.batches.sources import Examples, Prompts, RandomExamples, RandomPrompts, TextExamples, TextPrompts
 from runtime.batches.tokenizer import Tokenizer
@@ -23,7 +23,8 @@ from runtime.passes.training import AdamSettings
 
 @dataclass(frozen=True)
 class Job:
-    """A plan with everything it runs on: prompts where responses are generated, examples where they are given."""
+    """A plan with everything it runs on: prompts where responses are generated, examples where they are given. `note`
+    is what a person should know of the data."""
 
     plan: ExecutionPlan
     run: RunFile
@@ -31,6 +32,7 @@ class Job:
     examples: Examples | None
     tokenizer: Tokenizer | None
     reward: Reward | None
+    note: str = ""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -80,35 +82,42 @@ def prepare_job(plan: ExecutionPlan, run: RunFile) -> Job:
         _check_vocabulary(plan, tokenizer)
     reward = _reward(plan, run, tokenizer)
     if _algorithm(plan).offline:
-        return Job(plan, run, None, _examples(plan, run, tokenizer), tokenizer, reward)
-    return Job(plan, run, _prompts(plan, run, tokenizer), None, tokenizer, reward)
+        examples, note = _examples(plan, run, tokenizer)
+        return Job(plan, run, None, examples, tokenizer, reward, note)
+    prompts, note = _prompts(plan, run, tokenizer)
+    return Job(plan, run, prompts, None, tokenizer, reward, note)
 
 
 def _algorithm(plan: ExecutionPlan) -> Algorithm:
     return ALGORITHMS[plan.workload.graph.name]
 
 
-def _prompts(plan: ExecutionPlan, run: RunFile, tokenizer: Tokenizer | None) -> Prompts:
+def _prompts(plan: ExecutionPlan, run: RunFile, tokenizer: Tokenizer | None) -> tuple[Prompts, str]:
     workload = plan.workload
     if not run.data.source:
-        return RandomPrompts(_random_vocabulary(plan, run), workload.prompt_tokens, run.seed)
+        return RandomPrompts(_random_vocabulary(plan, run), workload.prompt_tokens, run.seed), ""
     tokenizer = _needed(tokenizer)
-    texts = fitting_prompts(read_prompts(run.data.source), tokenizer, workload.prompt_tokens)
+    given = read_prompts(run.data.source)
+    texts = fitting_prompts(given, tokenizer, workload.prompt_tokens)
     prompts = PromptSet(tuple(texts[: run.data.max_prompts or None]), workload.batch_size, run.seed)
-    return TextPrompts(prompts, tokenizer, workload.prompt_tokens)
+    note = left_out(len(given), len(texts), workload.prompt_tokens)
+    return TextPrompts(prompts, tokenizer, workload.prompt_tokens), note
 
 
-def _examples(plan: ExecutionPlan, run: RunFile, tokenizer: Tokenizer | None) -> Examples:
+def _examples(plan: ExecutionPlan, run: RunFile, tokenizer: Tokenizer | None) -> tuple[Examples, str]:
     workload = plan.workload
     sizes = workload.prompt_tokens, workload.response_tokens
     if not run.data.source:
-        return RandomExamples(_random_vocabulary(plan, run), *sizes, run.seed)
+        return RandomExamples(_random_vocabulary(plan, run), *sizes, run.seed), ""
     tokenizer = _needed(tokenizer)
     rows = read_rows(run.data.source, _algorithm(plan).columns)
     fitting = set(fitting_prompts([row[0] for row in rows], tokenizer, workload.prompt_tokens))
-    rows = [row for row in rows if row[0] in fitting][: run.data.max_prompts or None]
+    kept = [row for row in rows if row[0] in fitting]
+    note = left_out(len(rows), len(kept), workload.prompt_tokens)
+    rows = kept[: run.data.max_prompts or None]
     prompts = PromptSet(tuple(row[0] for row in rows), workload.batch_size, run.seed)
-    return TextExamples(prompts, tuple(row[1:] for row in rows), tokenizer, *sizes, run.sampling.stop_at_eos)
+    examples = TextExamples(prompts, tuple(row[1:] for row in rows), tokenizer, *sizes, run.sampling.stop_at_eos)
+    return examples, note
 
 
 def _random_vocabulary(plan: ExecutionPlan, run: RunFile) -> int:
@@ -128,10 +137,12 @@ def _needed(tokenizer: Tokenizer | None) -> Tokenizer:
 
 
 def _check_vocabulary(plan: ExecutionPlan, tokenizer: Tokenizer) -> None:
+    """Every id that the tokenizer makes, stops or pads with has a row in every embedding, padding rows not counted."""
+    largest = max(tokenizer.size - 1, tokenizer.pad_id, *tokenizer.eos_ids)
     for role, spec in plan.workload.models.items():
-        if tokenizer.size > spec.padded_vocab:
+        if largest >= spec.vocab:
             raise RealplanError(
-                f"the tokenizer has {tokenizer.size} ids, `{role}` embeds {spec.vocab}",
+                f"the tokenizer has ids up to {largest}, `{role}` embeds {spec.vocab}",
                 "tokenizer=FOLDER of the models, which share one vocabulary",
             )
 

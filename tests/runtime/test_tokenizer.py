@@ -61,5 +61,40 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match=r"tokenizer\.json: no such file"):
         Tokenizer.of_folder(tmp_path)
     (_folder(tmp_path) / "config.json").write_text("{\n  oops")
-    with pytest.raises(TokenizerError, match=r"config\.json:2: not JSON"):
+    with pytest.raises(TokenizerError, match=r"config\.json:2:3: not JSON"):
+        Tokenizer.of_folder(tmp_path)
+
+
+def bos_folder(folder: Path, **config: object) -> Path:
+    """A word-level tokenizer that begins every text with <s>, and a config."""
+    vocabulary = {"<s>": 0, "</s>": 1, "a": 2, "b": 3}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="a"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_begin_of_text_is_not_doubled(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.of_folder(bos_folder(tmp_path))
+    assert tokenizer.encode("a b") == tokenizer.encode("<s>a b") == [0, 2, 3]
+    assert tokenizer.encode_batch(["<s>b", "b"]) == [[0, 3], [0, 3]]
+    assert tokenizer.encode_batch(["<s>b"], special=False) == [[0, 3]]
+    assert tokenizer.size == 4
+
+
+def test_ids_of_a_config(tmp_path: Path) -> None:
+    assert Tokenizer.of_folder(bos_folder(tmp_path, eos_token_id=1, pad_token_id=-1)).pad_id == 1
+    assert Tokenizer.of_folder(bos_folder(tmp_path, eos_token_id=[1, 3], pad_token_id=None)).eos_ids == (1, 3)
+    for wrong in ("1", -5, True, [1, "x"]):
+        with pytest.raises(TokenizerError, match="eos_token_id is"):
+            Tokenizer.of_folder(bos_folder(tmp_path, eos_token_id=wrong))
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", "version https://git-lfs.github.com/spec/v1\n", '{"model": 3}'])
+def test_files_that_are_no_tokenizer(content: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json"):
         Tokenizer.of_folder(tmp_path)
