@@ -157,4 +157,4 @@ def test_long_fields_are_read(tmp_path: Path) -> None:
 
 def test_prompts_that_do_not_fit_are_counted() -> None:
     assert left_out(5, 5, 8) == ""
-    assert left_out(5, 3, 8) == "2 of 5 prompts are left out, because they have no or more than 8 tokens"
+    assert left_out(5, 3, 8) == "2 of 5 prompts are left out: they have no or more than 8 tokens"
