@@ -74,10 +74,9 @@ def fitting_prompts(prompts: Sequence[str], tokenizer: Tokenizer, prompt_tokens:
 
 def left_out(given: int, kept: int, prompt_tokens: int) -> str:
     """What to say of prompts that are not used because of their length; empty when all are."""
-    words = (
-        f"{given - kept:,} of {given:,} prompts are left out, because they have no or more than {prompt_tokens} tokens"
-    )
-    return words if kept < given else ""
+    if kept == given:
+        return ""
+    return f"{given - kept:,} of {given:,} prompts are left out: they have no or more than {prompt_tokens} tokens"
 
 
 def left_padded(prompts: Sequence[str], tokenizer: Tokenizer, prompt_tokens: int) -> tuple[Tensor, Tensor]:
