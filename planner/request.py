@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from plans.algorithms import ALGORITHMS, algorithm_graph
 from plans.cluster import MOST_GPUS, ClusterSpec
@@ -48,11 +49,11 @@ class Request:
 def build_request(
     *,
     models: Mapping[str, str],
-    sizes: Mapping[str, int | str | bool | None],
-    cluster: str,
-    gpus: int | None,
-    gpus_per_node: int | None,
-    run: Path | None,
+    sizes: Mapping[str, int | str | bool | None] = MappingProxyType({}),
+    cluster: str = "h100-80gb-sxm",
+    gpus: int | None = None,
+    gpus_per_node: int | None = None,
+    run: Path | None = None,
     own_graph: DataflowGraph | None = None,
     staleness: int = 0,
     lengths: Path | None = None,

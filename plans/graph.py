@@ -10,10 +10,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
-
-import networkx as nx
+from typing import TYPE_CHECKING
 
 from plans.errors import SpecError, nearest
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 
 class CallKind(StrEnum):
@@ -170,6 +172,8 @@ class DataflowGraph:
 
     def as_networkx(self) -> nx.MultiDiGraph[str]:
         """The graph for networkx: nodes carry `call`, edges carry `distance`."""
+        import networkx as nx  # a third of the start-up time of a command that only reads a plan
+
         graph: nx.MultiDiGraph[str] = nx.MultiDiGraph(name=self.name)
         for call in self.calls:
             graph.add_node(call.name, call=call)

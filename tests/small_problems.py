@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 from hypothesis import strategies as st
 
-from planner.search.problem import Decision, Dependency, Options, Problem
+from planner.search.problem import Decision, Dependency, Moves, Options, Problem
 
 TESTS = os.path.dirname(__file__)
 GPUS = 4
@@ -26,12 +26,32 @@ def gpus_of(problem: Problem, decision: Decision, call: int) -> range:
     return range(int(options.first[i]), int(options.first[i] + options.width[i]))
 
 
+def by_layout(seconds: np.ndarray) -> Moves:
+    """Options with equal times to and from all others share a layout."""
+    rows, row = np.unique(seconds, axis=0, return_inverse=True)
+    columns, column = np.unique(rows, axis=1, return_inverse=True)
+    return Moves(columns, row.reshape(-1), column.reshape(-1))
+
+
 def move_seconds(problem: Problem, decision: Decision, call: int) -> tuple[int, float]:
     """(trainer, seconds) of the reallocation before `call`; (-1, 0) where there is none."""
-    for (u, v), seconds in problem.moves.items():
+    for (u, v), moves in problem.moves.items():
         if v == call:
-            return u, float(seconds[decision.choice[u], decision.choice[v]])
+            return u, float(moves.between([decision.choice[u]], [decision.choice[v]])[0, 0])
     return -1, 0.0
+
+
+def has_copy(problem: Problem, decision: Decision, call: int) -> bool:
+    """Whether a call before this one in the order reads the same version in the same layout with the same lag."""
+
+    def copy(c: int) -> tuple[object, ...]:
+        u, _ = move_seconds(problem, decision, c)
+        back = [e.distance for e in problem.edges if (e.source, e.target) == (u, c) and e.distance > 0]
+        layout = problem.options[c].layout[decision.choice[c]]
+        return u, back and min(back), decision.lag[c], gpus_of(problem, decision, c), int(layout)
+
+    before = decision.order[: decision.order.index(call)]
+    return any(copy(c) == copy(call) for c in before)
 
 
 def play(problem: Problem, decision: Decision, periods: int) -> list[dict[int, float]]:
@@ -47,7 +67,7 @@ def play(problem: Problem, decision: Decision, periods: int) -> list[dict[int, f
                 continue
             mesh = gpus_of(problem, decision, c)
             u, seconds = move_seconds(problem, decision, c)
-            if seconds > 0:
+            if seconds > 0 and not has_copy(problem, decision, c):
                 distance = min(e.distance for e in problem.edges if (e.source, e.target) == (u, c) and e.distance > 0)
                 held = {*mesh, *gpus_of(problem, decision, u)}
                 begin = max([free[g] for g in held] + [end.get((u, t - distance), 0.0)])
@@ -76,7 +96,7 @@ def latency_s(problem: Problem, decision: Decision) -> float:
     for c in sorted(range(problem.n_calls), key=lambda c: (decision.lag[c], decision.order.index(c))):
         mesh = gpus_of(problem, decision, c)
         u, seconds = move_seconds(problem, decision, c)
-        if seconds > 0:
+        if seconds > 0 and not has_copy(problem, decision, c):
             held = {*mesh, *gpus_of(problem, decision, u)}
             begin = max(free[g] for g in held)
             for g in held:
@@ -186,7 +206,7 @@ def problems(draw: st.DrawFn, calls: int = 3, most_options: int = 3, together: b
     for v in range(n - 1):
         if draw(st.booleans()):
             edges.append(Dependency(n - 1, v, draw(st.sampled_from((1, 1, 2)))))
-            moves[n - 1, v] = draw(moves_between(candidates[n - 1], candidates[v]))
+            moves[n - 1, v] = by_layout(draw(moves_between(candidates[n - 1], candidates[v])))
     if draw(st.booleans()):
         edges.append(Dependency(n - 1, n - 1, 1))
     return Problem(

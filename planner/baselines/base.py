@@ -8,8 +8,9 @@ from itertools import islice
 
 from cost_models.engines.engine import Engine
 from cost_models.estimate import PlanCost, cost_plan
-from planner.pricing import Entry, Priced, price_call
-from planner.space import Pruned, Shape
+from planner.space.layouts import Pruned, Shape
+from planner.space.numbering import Entry
+from planner.space.pricing import Priced, price_call
 from plans.cluster import ClusterSpec, DeviceMesh
 from plans.errors import Infeasible
 from plans.plan import ExecutionPlan, PlannedCall

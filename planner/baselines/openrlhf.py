@@ -19,7 +19,7 @@ from cost_models.engines.engine import Engine, NamedEngine
 from cost_models.estimate import PlanCost, call_cost, cost_plan
 from planner.baselines import zero3
 from planner.baselines.base import Contender, NoLayoutError, best, settle
-from planner.space import shapes
+from planner.space.layouts import shapes
 from plans.checks import divisors
 from plans.cluster import ClusterSpec, DeviceMesh
 from plans.errors import Infeasible

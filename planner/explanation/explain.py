@@ -8,20 +8,22 @@ from dataclasses import dataclass
 from cost_models.engines.engine import Engine
 from cost_models.estimate import PlanCost, cost_plan
 from cost_models.simulate import Durations, simulate
+from planner.best import Effort, Found, best_in
 from planner.explanation.alternatives import Elsewhere, TooLarge, elsewhere
 from planner.explanation.binding import BindingTerm, binding_terms, by_resource
 from planner.explanation.critical import CriticalPath, critical_path
 from planner.explanation.kinds import KindOfPlan, best_kinds, kind_of
-from planner.explanation.shortsearch import Effort, as_decision, costed, everything, walk
 from planner.explanation.upgrades import Upgrade, upgrades
-from planner.limits import Limits
 from planner.pictures.idle import idle_by_mesh, idle_share
-from planner.pricing import Space, build_space
+from planner.search.portfolio import Method
+from planner.space.limits import Limits
+from planner.space.pricing import Space, build_space
 from plans.cluster import DeviceMesh
 from plans.graph import CallKind
 from plans.plan import ExecutionPlan
 
 KINDS = 5
+EVALUATIONS_PER_SECOND = 200_000  # they and not the clock decide where the machine is fast enough
 SPARE = 0.01  # of the period
 SEARCH_SHARE, UPGRADE_SHARE, KINDS_SHARE = 0.1, 0.1, 0.6  # of the seconds: present cluster, each upgrade, all kinds
 
@@ -90,7 +92,8 @@ def explain(
         progress(f"costing {planned.call} elsewhere")
         calls.append(elsewhere(cost, planned.call, space))
     binding = binding_terms(cost, path)
-    effort = Effort(seconds, seed, workers)
+    evaluations = max(1, int(seconds * EVALUATIONS_PER_SECOND))
+    effort = Effort(seconds=seconds, seed=seed, workers=workers, method=Method.WALK, evaluations=evaluations)
     best, kinds = _searched(cost, space, effort, progress)
     return Explanation(
         iteration_s=cost.iteration_s,
@@ -139,13 +142,13 @@ def _searched(
     if space is None:
         return cost, [own]
     progress("searching this cluster")
-    decision = walk(space, everything(space), as_decision(cost.program.plan, space), effort.part(SEARCH_SHARE))
-    found = costed(space, decision)
-    kinds = best_kinds(space, decision, KINDS, effort.part(KINDS_SHARE), progress) if decision else []
+    searched = best_in(space, effort.part(SEARCH_SHARE), start=space.decision_of(cost.program.plan))
+    found = searched if isinstance(searched, Found) and searched.cost.fits else None
+    kinds = best_kinds(found, KINDS, effort.part(KINDS_SHARE), progress) if found else []
     best = {plan.kind: plan for plan in kinds}
     if cost.fits and (own.kind not in best or cost.iteration_s <= best[own.kind].cost.iteration_s):
         best[own.kind] = own
-    known = [plan.cost for plan in best.values()] + ([found] if found else [])
+    known = [plan.cost for plan in best.values()] + ([found.cost] if found else [])
     ranked = sorted(best.values(), key=lambda plan: plan.cost.iteration_s)
     return min(known, key=lambda c: c.iteration_s, default=cost), ranked[:KINDS]
 

@@ -16,15 +16,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from cost_models.estimate import PlanCost
-from planner.explanation.shortsearch import Effort, costed, everything, walk
-from planner.pricing import Space
-from planner.search.problem import Decision, IntArray
+from planner.best import Effort, Found, Part, best_in, everything
+from planner.space.pricing import Space
 from plans.cluster import ClusterSpec
 from plans.graph import CallKind
 from plans.plan import ExecutionPlan
 from plans.workload import Workload
-
-Part = tuple[IntArray, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +42,10 @@ class KindOfPlan:
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """A part of the space and the best decision seen in it."""
+    """A part of the space and the best plan seen in it."""
 
     part: Part
-    decision: Decision
-    cost: PlanCost
+    best: Found
 
 
 def kind_of(plan: ExecutionPlan) -> Kind:
@@ -70,32 +66,29 @@ def share(width: int, cluster: ClusterSpec) -> int:
     return round(math.log2(cluster.size / width))
 
 
-def best_kinds(
-    space: Space, best: Decision, count: int, effort: Effort, progress: Callable[[str], None]
-) -> list[KindOfPlan]:
-    """The best plans seen of `count` kinds, fastest first. `best` is the best known decision; `effort` is for all
-    searches."""
+def best_kinds(best: Found, count: int, effort: Effort, progress: Callable[[str], None]) -> list[KindOfPlan]:
+    """The best plans seen of `count` kinds, fastest first. `best` is the best known plan of its space; `effort` is for
+    all searches."""
+    space = best.space
     searches = 1 + (count - 1) * len(telling_calls(space.workload))
     each = effort.part(1.0 / searches)
-    first = costed(space, best)
     frontier: list[tuple[float, int, _Seen]] = []
     number = 0
-    if first:
-        frontier.append((first.iteration_s, number, _Seen(everything(space), best, first)))
+    if best.cost.fits:
+        frontier.append((best.cost.iteration_s, number, _Seen(everything(space), best)))
     found: dict[Kind, KindOfPlan] = {}
     while frontier and len(found) < count:
         *_, seen = heapq.heappop(frontier)
-        kind = kind_of(seen.cost.program.plan)
-        found.setdefault(kind, KindOfPlan(kind, seen.cost))
+        kind = kind_of(seen.best.plan)
+        found.setdefault(kind, KindOfPlan(kind, seen.best.cost))
         if len(found) == count:
             break
         progress(f"searching for plans of another kind ({len(found)} found)")
         for part in _without(space, seen):
-            decision = walk(space, part, seen.decision, each)
-            cost = costed(space, decision)
-            if decision and cost:
+            other = best_in(space, each, start=seen.best.decision, among=part)
+            if isinstance(other, Found) and other.cost.fits:
                 number += 1
-                heapq.heappush(frontier, (cost.iteration_s, number, _Seen(part, decision, cost)))
+                heapq.heappush(frontier, (other.cost.iteration_s, number, _Seen(part, other)))
     return sorted(found.values(), key=lambda plan: plan.cost.iteration_s)
 
 
@@ -106,7 +99,7 @@ def _without(space: Space, seen: _Seen) -> Iterator[Part]:
         at = space.problem.names.index(name)
         widths = space.problem.options[at].width
         shares = np.array([share(int(width), space.cluster) for width in widths[part[at]]])
-        present = share(int(widths[seen.decision.choice[at]]), space.cluster)
+        present = share(int(widths[seen.best.decision.choice[at]]), space.cluster)
         rest = part[at][shares != present]
         if len(rest):
             yield (*part[:at], rest, *part[at + 1 :])

@@ -11,13 +11,12 @@ from numpy.typing import NDArray
 from cost_models.candidates import Candidates
 from cost_models.estimate import PlanCost
 from cost_models.memory.memory import call_memory
-from cost_models.reallocation import reallocation_time
-from planner.limits import Limits
-from planner.pricing import Entry, Space, price_call, usable_bytes
 from planner.search import schedule
-from planner.search.problem import Decision, Dependency, Options, Problem
-from planner.space import Pruned, Shape
-from plans.layout import Layout
+from planner.search.problem import Decision, Problem
+from planner.space.layouts import Pruned, Shape
+from planner.space.limits import Limits
+from planner.space.numbering import Entry, options_of, problem_of
+from planner.space.pricing import Space, price_call, usable_bytes
 from plans.plan import ExecutionPlan
 
 
@@ -82,20 +81,16 @@ def _decision(plan: ExecutionPlan, call: str, option: int) -> Decision:
 def _problem(cost: PlanCost, call: str, entries: Sequence[Entry], price: NDArray[np.float64]) -> Problem:
     """price: [entries, 4] seconds, resident, transient and shared bytes of the free call."""
     plan = cost.program.plan
-    names = _names(plan)
-    layouts = {name: [(plan.planned(name).mesh, plan.planned(name).strategy)] for name in names}
+    names, machine = _names(plan), cost.engine.on(plan.cluster, plan.workload.dtype)
+    layouts: dict[str, Sequence[Entry]] = {n: [(plan.planned(n).mesh, plan.planned(n).strategy)] for n in names}
     prices = {name: _present_price(cost, name) for name in names if name != call}
-    layouts[call], prices[call] = list(entries), price
-    number: dict[tuple[int, ...], int] = {}
-    options = tuple(_options(plan, layouts[name], prices[name], number) for name in names)
-    edges = plan.workload.graph.model_edges
-    return Problem(
-        gpus=plan.cluster.size,
-        capacity_bytes=usable_bytes(cost.engine.on(plan.cluster, plan.workload.dtype), Limits()),
-        names=names,
-        options=options,
-        edges=tuple(Dependency(names.index(e.source), names.index(e.target), e.distance) for e in edges),
-        moves=_moves(cost, names, layouts),
+    layouts[call], prices[call] = entries, price
+    return problem_of(
+        plan.workload,
+        machine,
+        usable_bytes(machine, Limits()),
+        layouts,
+        {name: options_of(layouts[name], plan.cluster, prices[name]) for name in names},
     )
 
 
@@ -111,38 +106,3 @@ def _present_price(cost: PlanCost, call: str) -> NDArray[np.float64]:
     seconds = sum(cost.durations.seconds.get(name, 0.0) for name in (call, *hosted))
     row = (np.array([seconds]), memory.resident_bytes, memory.transient_bytes, memory.copy_bytes)
     return np.stack(row, axis=1)
-
-
-def _options(
-    plan: ExecutionPlan, entries: Sequence[Entry], price: NDArray[np.float64], number: dict[tuple[int, ...], int]
-) -> Options:
-    """number: slices -> layout id, shared by all calls."""
-    slices = [(s.tp, s.pp, s.vpp, s.ep) for _, s in entries]
-    return Options(
-        first=np.array([mesh.ranks(plan.cluster).start for mesh, _ in entries]),
-        width=np.array([mesh.size for mesh, _ in entries]),
-        time_s=price[:, 0],
-        resident_bytes=price[:, 1],
-        transient_bytes=price[:, 2],
-        layout=np.array([number.setdefault(key, len(number)) for key in slices]),
-        copy_bytes=price[:, 3],
-    )
-
-
-def _moves(
-    cost: PlanCost, names: tuple[str, ...], layouts: dict[str, list[Entry]]
-) -> dict[tuple[int, int], NDArray[np.float64]]:
-    """Reallocation seconds from the options of each trainer to those of its model's other calls."""
-    plan = cost.program.plan
-    machine = cost.engine.on(plan.cluster, plan.workload.dtype)
-    moves = {}
-    for role, trainer in plan.workload.graph.trainers.items():
-        spec = plan.workload.models[role]
-        for name in names:
-            if name == trainer or plan.workload.graph.call(name).model != role:
-                continue
-            pair = [[Layout.of(spec, *entry, plan.cluster) for entry in layouts[c]] for c in (trainer, name)]
-            pairs = [(source, target) for source in pair[0] for target in pair[1]]
-            seconds = reallocation_time(machine, pairs)
-            moves[names.index(trainer), names.index(name)] = seconds.reshape(len(pair[0]), len(pair[1]))
-    return moves

@@ -6,9 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from cost_models.estimate import PlanCost, cost_plan
-from planner.explanation.shortsearch import Effort, as_decision, costed, everything, walk
-from planner.limits import Limits
-from planner.pricing import Space, build_space
+from planner.best import Effort, Found, best_plan
 from plans.cluster import ClusterSpec
 from plans.plan import ExecutionPlan
 
@@ -43,11 +41,8 @@ def upgrades(
         seconds = [best.iteration_s]
         kept = _kept(best, cluster)
         seconds += [kept.iteration_s] if kept else []
-        space = build_space(plan.workload, cluster, best.engine, Limits())
-        if isinstance(space, Space):
-            start = as_decision(best.program.plan, space)
-            other = costed(space, walk(space, everything(space), start, effort))
-            seconds += [other.iteration_s] if other else []
+        other = best_plan(plan.workload, cluster, best.engine, effort=effort, start=best.program.plan)
+        seconds += [other.cost.iteration_s] if isinstance(other, Found) and other.cost.fits else []
         least = min(seconds)
         found.append(Upgrade(words, least, best.iteration_s - least))
     return tuple(found)

@@ -12,6 +12,7 @@ class Tables(NamedTuple):
 
     Edges are sorted by target, those into call c are the rows `call[c, EDGES]` up to `call[c, EDGES_END]`. `ranked`
     lists a call's options sorted by mesh or layout id and time, `starts` [2, n, ids + 1] where each id begins there.
+    A call's reallocation is `moves[move_row[its trainer's option] + option[its own option, COLUMN]]`.
     """
 
     option: IntArray
@@ -19,7 +20,8 @@ class Tables(NamedTuple):
     call: IntArray
     edge: IntArray
     delay: FloatArray
-    moves: FloatArray  # [n_options(u), n_options(v)] flattened, at MOVE_OFFSET of v
+    moves: FloatArray  # [layouts of trainer u, layouts of consumer v] flattened, for all v one after another
+    move_row: IntArray  # [n_options(u)] where the row of each option of u begins in `moves`, at ROW_OFFSET of v
     ranked: IntArray
     starts: IntArray
     capacity: float

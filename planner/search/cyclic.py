@@ -85,6 +85,8 @@ class Model:
     place: list[cp_model.IntVar] = field(default_factory=list)
     span: list[cp_model.IntervalVar] = field(default_factory=list)
     together: dict[tuple[int, int], cp_model.IntVar] = field(default_factory=dict)
+    borrows: dict[int, cp_model.IntVar] = field(default_factory=dict)
+    lends: dict[tuple[int, int], cp_model.IntVar] = field(default_factory=dict)
 
     def ticks(self, seconds: float) -> int:
         """Seconds rounded down to the model's time."""
@@ -121,6 +123,29 @@ def _add_calls(m: Model) -> None:
         m.turn.append(m.cp.new_int_var(-turns if call else 0, turns if call else 0, f"turn{call}"))
 
 
+def _add_borrowing(m: Model) -> None:
+    """Which consumers read a copy that another one has made: one of the same width, layout and place, and never all
+    consumers of a version."""
+    problem = m.frame.problem
+    for v, readers in problem.earlier_readers.items():
+        if not readers:
+            continue
+        m.borrows[v] = m.cp.new_bool_var(f"borrows{v}")
+        lenders = []
+        for w in readers:
+            same = m.cp.new_bool_var("")
+            own, other = m.frame.shapes[v], m.frame.shapes[w]
+            for i, pick in enumerate(m.picks[v]):
+                alike = (other.layout == own.layout[i]) & (other.width == own.width[i])
+                m.cp.add_bool_or([m.picks[w][j] for j in np.flatnonzero(alike)]).only_enforce_if(same, pick)
+            m.lends[v, w] = same
+            lenders.append(same)
+        m.cp.add_bool_or(lenders).only_enforce_if(m.borrows[v])
+    for v, readers in problem.earlier_readers.items():
+        if v in m.borrows and all(w in m.borrows for w in readers):
+            m.cp.add_bool_or([m.borrows[w].negated() for w in (v, *readers)])
+
+
 def _add_moves(m: Model) -> None:
     """Reallocation before each consumer, pair by pair of shapes."""
     m.move.extend(0 for _ in m.frame.shapes)
@@ -131,8 +156,9 @@ def _add_moves(m: Model) -> None:
         for i, pick in enumerate(m.picks[u]):
             alike = (consumer.layout == trainer.layout[i]) & (consumer.width == trainer.width[i])
             m.cp.add_bool_or([m.picks[v][j] for j in np.flatnonzero(alike)]).only_enforce_if(together, pick)
-        _add_move_times(m, u, v, table.anywhere_s, [])
-        _add_move_times(m, u, v, table.apart_s, [together.negated()])
+        unless = [m.borrows[v].negated()] if v in m.borrows else []
+        _add_move_times(m, u, v, table.anywhere_s, unless)
+        _add_move_times(m, u, v, table.apart_s, [together.negated(), *unless])
 
 
 def _add_move_times(m: Model, u: int, v: int, seconds: FloatArray, enforced: list[cp_model.IntVar]) -> None:
@@ -206,7 +232,7 @@ def _add_places(m: Model) -> None:
         for pick, allowed in zip(m.picks[call], places, strict=True):
             domain = cp_model.Domain.from_values(allowed)
             m.cp.add_linear_expression_in_domain(place, domain).only_enforce_if(pick)
-    for (u, v), same in m.together.items():
+    for (u, v), same in (*m.together.items(), *m.lends.items()):
         m.cp.add(m.place[u] == m.place[v]).only_enforce_if(same)
     for call, leader in enumerate(m.frame.problem.leader):
         if call != leader:
@@ -238,6 +264,7 @@ def model(frame: Frame, period: int, unit_s: float) -> Model:
     """A model that is feasible if there is a plan of period at most `period` x `unit_s` seconds."""
     m = Model(frame, period, unit_s)
     _add_calls(m)
+    _add_borrowing(m)
     _add_moves(m)
     _add_dependencies(m)
     _add_places(m)

@@ -3,7 +3,8 @@
 Option p dominates o when p's mesh lies inside o's (or is the same), p takes no more time, resident and transient bytes,
 and no reallocation to or from any option of a partner call takes longer with p. Replacing o by p then delays nothing in
 `planner.search.schedule` (ends are monotone in durations and in the nodes waited for) and fills no GPU further, so the
-best of the remaining plans is as good as the best of all. Sharing a copy counts for o, never for p.
+best of the remaining plans is as good as the best of all. Sharing a copy counts for o, never for p; an option that may
+share the copy of another consumer stays.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.search.problem import Decision, FloatArray, IntArray, Options, Problem
+from planner.search.relaxation import may_share
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,11 +60,11 @@ def _mesh_key(problem: Problem, options: Options) -> IntArray:
 def _move_columns(problem: Problem, call: int) -> FloatArray:
     """[n_options, partner options]: reallocation seconds with every option of every partner."""
     blocks = [np.zeros((len(problem.options[call]), 0))]
-    for (u, v), seconds in problem.moves.items():
+    for (u, v), moves in problem.moves.items():
         if call == v:
-            blocks.append(np.unique(seconds, axis=0).T)
+            blocks.append(np.unique(moves.seconds[np.unique(moves.row)], axis=0).T[moves.column])
         if call == u:
-            blocks.append(np.unique(seconds, axis=1))
+            blocks.append(np.unique(moves.seconds[:, np.unique(moves.column)], axis=1)[moves.row])
     return np.ascontiguousarray(np.concatenate(blocks, axis=1))
 
 
@@ -91,6 +93,8 @@ def undominated(problem: Problem, call: int) -> IntArray:
     least[shares] -= options.shared_bytes[shares]
     is_trainer = any(call == u for u, _ in problem.moves)
     protected = set(map(int, shares)) if is_trainer else set()
+    if call in problem.trainer:
+        protected |= set(np.flatnonzero(may_share(problem, call)).tolist())
     grouped = problem.leader.count(problem.leader[call]) > 1
     kept = np.ones(len(options), bool)
     for o in range(len(options)):

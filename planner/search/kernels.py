@@ -24,9 +24,9 @@ LATENCY_WEIGHT = 1e-3
 MEMORY_PENALTY = 4.0
 STEADY, READINESS = 0, 1  # rules
 
-FIRST, WIDTH, MESH, LAYOUT = range(4)  # columns of Tables.option
+FIRST, WIDTH, MESH, LAYOUT, COLUMN = range(5)  # columns of Tables.option
 TIME, RESIDENT, TRANSIENT, SHARED = range(4)  # of Tables.price
-OFFSET, COUNT, TRAINER, MOVE_OFFSET, EDGES, EDGES_END, LEADER = range(7)  # of Tables.call
+OFFSET, COUNT, TRAINER, ROW_OFFSET, EDGES, EDGES_END, LEADER, VERSION = range(8)  # of Tables.call
 SOURCE, TARGET, DISTANCE = range(3)  # of Tables.edge
 BY_MESH, BY_LAYOUT = range(2)  # of Tables.ranked and Tables.starts
 CHOICE, ORDER, LAG = range(3)  # rows of a decision
@@ -81,7 +81,29 @@ def memory_overflow(t: Tables, x: IntArray) -> float:
 def move_seconds(t: Tables, x: IntArray, c: int) -> float:
     """Seconds of the reallocation before call c."""
     u = t.call[c, TRAINER]
-    return t.moves[t.call[c, MOVE_OFFSET] + x[CHOICE, u] * t.call[c, COUNT] + x[CHOICE, c]] if u >= 0 else 0.0
+    if u < 0:
+        return 0.0
+    row = t.move_row[t.call[c, ROW_OFFSET] + x[CHOICE, u]]
+    return t.moves[row + t.option[t.call[c, OFFSET] + x[CHOICE, c], COLUMN]]
+
+
+@compiled
+def has_copy(t: Tables, x: IntArray, k: int) -> bool:
+    """Whether a call that comes before number k of the order has made the copy that it reads."""
+    c = x[ORDER, k]
+    row = t.call[c, OFFSET] + x[CHOICE, c]
+    for j in range(k):
+        b = x[ORDER, j]
+        other = t.call[b, OFFSET] + x[CHOICE, b]
+        if (
+            t.call[b, TRAINER] == t.call[c, TRAINER]
+            and t.call[b, VERSION] == t.call[c, VERSION]
+            and x[LAG, b] == x[LAG, c]
+            and t.option[other, MESH] == t.option[row, MESH]
+            and t.option[other, LAYOUT] == t.option[row, LAYOUT]
+        ):
+            return True
+    return False
 
 
 @compiled
@@ -100,7 +122,7 @@ def list_nodes(t: Tables, x: IntArray, s: Scratch) -> int:
     for k in range(n):
         c = x[ORDER, k]
         seconds = move_seconds(t, x, c)
-        if seconds > 0.0:
+        if seconds > 0.0 and not has_copy(t, x, k):
             u, node = t.call[c, TRAINER], n + c
             s.duration[node] = seconds
             s.node[COVER, node] = s.node[COVER, u] | s.node[COVER, c]

@@ -29,11 +29,13 @@ USELESS = "every plan with it takes longer than the one found"
 
 
 class Method(StrEnum):
-    """How to search: Metropolis-Hastings alone, CP-SAT alone, or the one as the other's start."""
+    """How to search: Metropolis-Hastings with a bound, CP-SAT alone, or the one as the other's start; a walk is
+    Metropolis-Hastings and no more, without a bound."""
 
     AUTO = "auto"
     EXACT = "exact"
     MCMC = "mcmc"
+    WALK = "walk"
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class _Search:
     seed: int
     workers: int
     progress: Callable[[Progress], None] | None
+    start: Decision | None
     best: Decision | None = None
     cost: Cost | None = None
     bound_s: float | None = None
@@ -109,7 +112,7 @@ class _Search:
             seed=self.seed,
             seconds=seconds,
             evaluations=evaluations,
-            start=part.begin(self.best) if self.best else None,
+            start=self._begin(part),
             workers=self.workers,
             progress=lambda found: self.tell(found.period_s, found.evaluated),
         )
@@ -127,7 +130,7 @@ class _Search:
             seed=self.seed,
             workers=self.workers,
             gap=gap,
-            hint=part.begin(self.best) if self.best else None,
+            hint=self._begin(part),
             progress=self._heard,
         )
         if isinstance(proved, Infeasible):
@@ -135,6 +138,11 @@ class _Search:
         self.offer(part.whole(proved.decision))
         self.bound_s = max(self.bound_s or 0.0, proved.bound_s)
         return None
+
+    def _begin(self, part: Filtered) -> Decision | None:
+        """The best decision, or the one to start from, where it lies in a part."""
+        first = self.best or self.start
+        return part.begin(first) if first else None
 
     def _heard(self, found: exact.Proved) -> None:
         self.bound_s = max(self.bound_s or 0.0, found.bound_s)
@@ -166,14 +174,17 @@ def search(
     The walk has `evaluations` at most (a number that is reached gives the same plan in every process).
     """
     method = Method(method)
-    evaluations = evaluations or (ALONE_EVALUATIONS if method is Method.MCMC else START_EVALUATIONS)
+    evaluations = evaluations or (ALONE_EVALUATIONS if method in (Method.MCMC, Method.WALK) else START_EVALUATIONS)
     schedule.compile_kernels()
-    at = _Search(problem, seed, workers, progress)
+    at = _Search(problem, seed, workers, progress, start)
     part = dominance.light(problem)
     if part is None:
         return mcmc.overfull(problem, 0)
     if start:
         at.offer(start)
+    if method is Method.WALK:
+        failed = at.walk(part, evaluations, seconds)
+        return at.answer(part.counts) if at.best else failed or mcmc.overfull(problem, at.evaluated)
     relaxed = relax(part.problem)
     at.bound_s = relaxed.bound_s
     if method is not Method.EXACT:

@@ -5,6 +5,7 @@ Every plan has, with seconds t and area a = t x width / GPUs of its options, in 
 * T >= sum of all areas (reallocation included), because GPUs are exclusive;
 * T x distance >= the times along a cycle of dependencies. Between the end of call u and the start of call w of the
   same iteration run all calls that need u and that w needs: such a *window* is at least as long as their areas;
+* a reallocation counts only where no other call can have made the same copy;
 * memory: over all GPUs, what is resident and the transient bytes of any one call fit.
 
 Each is a sum over calls, so any weighting of them by weights >= 0 (those of T adding up to one) bounds T by the sum of
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 
 import networkx as nx
 import numpy as np
+from numpy.typing import NDArray
 from ortools.linear_solver.python import model_builder
 
 from planner.search.problem import Dependency, FloatArray, IntArray, Problem
@@ -124,11 +126,23 @@ def _memory_rows(problem: Problem) -> list[list[FloatArray]]:
     ]
 
 
+def may_share(problem: Problem, v: int) -> NDArray[np.bool_]:
+    """Which options of consumer v another consumer may have made the copy for, so that no move comes before them."""
+    own = problem.options[v]
+    found = np.zeros(len(own), bool)
+    for w in problem.earlier_readers[v]:
+        other = problem.options[w]
+        keys = set(zip(other.first.tolist(), other.width.tolist(), other.layout.tolist(), strict=True))
+        mine = zip(own.first.tolist(), own.width.tolist(), own.layout.tolist(), strict=True)
+        found |= np.fromiter((key in keys for key in mine), bool, len(own))
+    return found
+
+
 def _rows(problem: Problem) -> _Rows:
     area = [o.time_s * o.width / problem.gpus for o in problem.options]
     move = [np.zeros(len(o)) for o in problem.options]
-    for (_, v), seconds in problem.moves.items():
-        move[v] = seconds.min(axis=0)
+    for (_, v), moves in problem.moves.items():
+        move[v] = np.where(may_share(problem, v), 0.0, moves.least_into())
     through = windows(problem)
     rows = [([a + m * o.width / problem.gpus for a, m, o in zip(area, move, problem.options, strict=True)], 0.0)]
     for call in range(problem.n_calls):

@@ -2,7 +2,8 @@
 
 Periods p = 0, 1, 2, ... run every call in the decision's order, call c for iteration p - lag[c] (nothing where that is
 negative). Before a call that reads a trained model's weights from another layout stands its *move*: it starts when all
-GPUs of the trainer's and of the call's mesh are free and the trainer's version is there, and holds both meshes. A call
+GPUs of the trainer's and of the call's mesh are free and the trainer's version is there, and holds both meshes. Calls
+that read the same version with equal lags, meshes and layouts share a copy, which the first of them makes. A call
 starts when the GPUs of its mesh are free and every source of an edge into it has ended (edges from iterations before
 the first are met). An order and lags are legal when every edge u -> v has (lag[u] - distance, position[u]) before
 (lag[v], position[v]); edges from a call to itself always hold. Calls that must share a mesh do.
@@ -55,17 +56,31 @@ def _sorted_edges(problem: Problem) -> list[Dependency]:
     return sorted(problem.edges, key=lambda e: (e.target, e.source, e.distance))
 
 
-def _call_rows(problem: Problem, offset: IntArray) -> tuple[IntArray, FloatArray]:
-    """Tables.call, and the moves one after another."""
-    rows, flat = [], [np.zeros(1)]
+def _call_rows(problem: Problem, offset: IntArray) -> IntArray:
+    """Tables.call."""
+    rows, at = [], 0
     for c, options in enumerate(problem.options):
         u = problem.trainer.get(c, -1)
-        at = sum(map(len, flat))
-        if u >= 0:
-            flat.append(np.asarray(problem.moves[u, c], np.float64).ravel())
         into = np.searchsorted([e.target for e in _sorted_edges(problem)], [c, c + 1])
-        rows.append((offset[c], len(options), u, at, *into, problem.leader[c]))
-    return np.array(rows, np.int64), np.concatenate(flat)
+        rows.append((offset[c], len(options), u, at, *into, problem.leader[c], problem.version.get(c, 0)))
+        at += len(problem.options[u]) if u >= 0 else 0
+    return np.array(rows, np.int64)
+
+
+def _flat_moves(problem: Problem) -> tuple[FloatArray, IntArray, IntArray]:
+    """Tables.moves and Tables.move_row, and the column of every option of every call."""
+    flat, begins, columns, at = [np.zeros(1)], [np.zeros(0, np.int64)], [], 1
+    for c, options in enumerate(problem.options):
+        u = problem.trainer.get(c, -1)
+        if u < 0:
+            columns.append(np.zeros(len(options), np.int64))
+            continue
+        moves = problem.moves[u, c]
+        flat.append(moves.seconds.ravel())
+        begins.append(at + moves.row * moves.seconds.shape[1])
+        columns.append(moves.column)
+        at += moves.seconds.size
+    return np.concatenate(flat), np.concatenate(begins), np.concatenate(columns)
 
 
 def tables(problem: Problem) -> Tables:
@@ -79,15 +94,16 @@ def tables(problem: Problem) -> Tables:
     time_s = np.concatenate([o.time_s for o in options])
     by_mesh, by_layout = (_groups(offset, ids, time_s, n_ids) for ids in (mesh, layout))
     prices = [(o.time_s, o.resident_bytes, o.transient_bytes, o.shared_bytes) for o in options]
-    calls, moves = _call_rows(problem, offset)
+    moves, move_row, column = _flat_moves(problem)
     edges = _sorted_edges(problem)
     return Tables(
-        option=np.ascontiguousarray(np.stack([first, width, mesh, layout], axis=1)),
+        option=np.ascontiguousarray(np.stack([first, width, mesh, layout, column], axis=1)),
         price=np.ascontiguousarray(np.concatenate([np.stack(columns, axis=1) for columns in prices])),
-        call=calls,
+        call=_call_rows(problem, offset),
         edge=np.array([(e.source, e.target, e.distance) for e in edges], np.int64).reshape(-1, 3),
         delay=np.array([e.delay_s for e in edges], np.float64),
         moves=moves,
+        move_row=move_row,
         ranked=np.stack([by_mesh[0], by_layout[0]]),
         starts=np.stack([by_mesh[1], by_layout[1]]),
         capacity=float(problem.capacity_bytes),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.search.problem import FloatArray, IntArray, Problem
+from planner.search.problem import FloatArray, IntArray, Moves, Problem
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,21 +58,21 @@ def shapes_of(problem: Problem, call: int) -> Shapes:
     return Shapes(width, rows[:, 1], rows[:, 2], rows[:, 3], rows[:, 4], layout, members)
 
 
-def _least(seconds: FloatArray, rows: Shapes, columns: Shapes) -> FloatArray:
-    """Minimum of `seconds` over the options of each pair of shapes."""
-    by_row = np.stack([seconds[members].min(axis=0) for members in rows.members])
-    return np.stack([by_row[:, members].min(axis=1) for members in columns.members], axis=1)
+def _least(moves: Moves, rows: Shapes, columns: Shapes) -> FloatArray:
+    """Minimum of the seconds over the options of each pair of shapes."""
+    by_row = np.stack([moves.seconds[np.unique(moves.row[members])].min(axis=0) for members in rows.members])
+    return np.stack([by_row[:, np.unique(moves.column[members])].min(axis=1) for members in columns.members], axis=1)
 
 
 def move_table(problem: Problem, u: int, v: int, rows: Shapes, columns: Shapes) -> MoveTable:
     """Reallocation between the shapes of trainer u and consumer v."""
-    seconds, a, b = problem.moves[u, v], problem.options[u], problem.options[v]
-    anywhere = _least(seconds, rows, columns)
+    moves, a, b = problem.moves[u, v], problem.options[u], problem.options[v]
+    anywhere = _least(moves, rows, columns)
     apart = anywhere.copy()
     alike = (rows.width[:, None] == columns.width) & (rows.layout[:, None] == columns.layout)
     for i, j in np.argwhere(alike):
-        at = np.ix_(rows.members[i], columns.members[j])
-        elsewhere = seconds[at][a.first[at[0]] != b.first[at[1]]]
+        sources, targets = rows.members[i], columns.members[j]
+        elsewhere = moves.between(sources, targets)[a.first[sources][:, None] != b.first[targets]]
         if elsewhere.size:
             apart[i, j] = elsewhere.min()
     return MoveTable(anywhere, apart)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from planner.search.problem import Dependency, FloatArray, Options, Problem
+from planner.search.problem import Dependency, Moves, Options, Problem
 from plans.errors import SpecError
 
 NETWORK_BYTES_PER_S = 25e9
@@ -75,8 +75,8 @@ def _strategy_seconds(table: Mapping[str, Any], size: str, source: tuple[int, ..
     return float(listed) / 1e6
 
 
-def _move_seconds(table: Mapping[str, Any], size: str, source: str, target: str) -> FloatArray:
-    """[options of source, options of target], each pair of strategies looked up once."""
+def _moves(table: Mapping[str, Any], size: str, source: str, target: str) -> Moves:
+    """Between the options of source and target, each pair of strategies looked up once."""
     rows, columns = (np.array([o[:5] for o in table["options"][name]]) for name in (source, target))
     kinds_a, of_a = np.unique(rows[:, 2:], axis=0, return_inverse=True)
     kinds_b, of_b = np.unique(columns[:, 2:], axis=0, return_inverse=True)
@@ -84,7 +84,7 @@ def _move_seconds(table: Mapping[str, Any], size: str, source: str, target: str)
         [[_strategy_seconds(table, size, tuple(map(int, a)), tuple(map(int, b))) for b in kinds_b] for a in kinds_a]
     )
     seconds = small[of_a.reshape(-1)[:, None], of_b.reshape(-1)[None, :]]
-    return np.where((rows[:, None, :] == columns[None, :, :]).all(axis=2), 0.0, seconds)
+    return Moves.of_options(np.where((rows[:, None, :] == columns[None, :, :]).all(axis=2), 0.0, seconds))
 
 
 def _options(rows: list[list[int]], strategies: dict[tuple[int, ...], int]) -> Options:
@@ -111,7 +111,7 @@ def problem_of(table: Mapping[str, Any]) -> Problem:
         source = trained.get(calls[name]["model"], name)
         if source != name:
             u = order.index(source)
-            moves[u, v] = _move_seconds(table, table["size_key"][calls[name]["model"]], source, name)
+            moves[u, v] = _moves(table, table["size_key"][calls[name]["model"]], source, name)
             edges[Dependency(u, v, 1)] = None
     return Problem(
         gpus=table["n_nodes"] * table["gpus_per_node"],

@@ -14,10 +14,10 @@ from cost_models.estimate import PlanCost, cost_plan
 from cost_models.provenance.sources import call_sources, plan_sources
 from cost_models.tables.interpolation import Source
 from cost_models.validation.error_band import ANY_ENGINE, KINDS, error_band, residuals, residuals_of
-from planner.commands import estimate_command
+from planner.cli.commands.estimate import estimate_command
 from planner.explanation.binding import binding_terms
 from planner.explanation.critical import critical_path
-from planner.report import ranges, render_cost
+from planner.explanation.report import ranges, render_cost
 from plans.algorithms import algorithm_graph
 from plans.cluster import DeviceMesh
 from plans.codec import save_plan

@@ -11,8 +11,8 @@ import pytest
 
 from cost_models.engines.engine import MEGATRON
 from planner.cli import main
-from planner.commands_memory import memory_hint
-from planner.whatif import what_if
+from planner.explanation.whatif import what_if
+from planner.remedies.memory import memory_hint
 from plans.checks import check_plan
 from plans.codec import load_plan
 
@@ -37,9 +37,11 @@ def realplan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A searched plan of four 7B models on two nodes."""
     path = tmp_path_factory.mktemp("plans") / "plan.json"
-    from planner.commands import search_command
-    from planner.limits import Limits
+    from planner.best import Effort
+    from planner.cli.commands.search import search_command
     from planner.request import build_request
+    from planner.search.portfolio import Method
+    from planner.space.limits import Limits
 
     request = build_request(
         models={"actor": "llama-7b"}, sizes={}, cluster="h100-80gb-sxm", gpus=16, gpus_per_node=None, run=None
@@ -47,10 +49,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
     code = search_command(
         request,
         engine=MEGATRON,
-        method="mcmc",
-        seconds=20.0,
-        seed=0,
         limits=Limits(),
+        effort=Effort(method=Method.MCMC, seconds=20.0),
         output=path,
         as_json=True,
         verbose=False,

@@ -22,9 +22,9 @@ from planner.explanation.explain import SPARE, Explanation, explain
 from planner.explanation.explain_text import render_explanation
 from planner.explanation.kinds import kind_of
 from planner.explanation.neighbourhood import moved
-from planner.limits import Limits
-from planner.pricing import Space, build_space
-from planner.space import Pruned, Shape, strategies
+from planner.space.layouts import Pruned, Shape, strategies
+from planner.space.limits import Limits
+from planner.space.pricing import Space, build_space
 from plans.algorithms import Variant, ppo
 from plans.checks import check_plan
 from plans.cluster import DeviceMesh, parse_mesh

@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 
 import pytest
 
-from planner.limits import FIELDS, parse_rule
+from planner.space.limits import FIELDS, parse_rule
 from plans.errors import SpecError
 from plans.library import load_cluster
 from plans.strategy import ParallelStrategy, Recompute

@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 
 from cost_models.engines.engine import MEGATRON
-from planner.limits import Limits, parse_limits
-from planner.nearest import with_nearest
-from planner.pricing import Space, build_space
+from planner.remedies.nearest import with_nearest
 from planner.request import Request, build_request
 from planner.search.portfolio import Answer, search
+from planner.space.limits import Limits, parse_limits
+from planner.space.pricing import Space, build_space
 from plans.errors import Infeasible
 
 ENGINE = MEGATRON

@@ -28,7 +28,7 @@ from planner.search import exact, kernels, mcmc, portfolio, schedule, tables
 from planner.search.portfolio import Answer, Method
 from planner.search.problem import Decision, Dependency, Options, Problem
 from planner.search.relaxation import Window, relax, windows
-from planner.tidy import tidy
+from planner.search.tidy import tidy
 from plans.errors import Infeasible
 
 METHODS = tuple(Method)

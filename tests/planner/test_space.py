@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from planner.space import Pruned, Shape, positions, shapes, strategies
+from planner.space.layouts import Pruned, Shape, positions, shapes, strategies
 from plans.algorithms import ppo
 from plans.checks import CALL_CHECKS
 from plans.cluster import ClusterSpec

@@ -7,23 +7,12 @@ from typing import Annotated
 
 import typer
 
-PlanPath = Annotated[Path, typer.Argument(metavar="PLAN", help="plan file (JSON)")]
-Html = Annotated[Path | None, typer.Option(metavar="FILE", help="write one HTML page that needs no network")]
-AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object")]
-TimelinePath = Annotated[
-    Path | None, typer.Option("--timeline", metavar="FILE", help="measured timeline (timeline.json of realrun)")
-]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands to the application."""
-    for command in (show, trace, compare, diff, headline):
-        app.command()(command)
+from planner.cli.options import AsJson, Html, PlanPath, TimelinePath
 
 
 def show(path: PlanPath, html: Html = None, timeline: TimelinePath = None) -> None:
     """Print a plan: which call runs where, how it is cut, and when; or write it as a page."""
-    from planner.commands_pictures import show_command
+    from planner.cli.commands.show import show_command
 
     raise typer.Exit(show_command(path, html=html, measured=timeline))
 
@@ -34,7 +23,7 @@ def trace(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="default: beside the file")] = None,
 ) -> None:
     """Write a timeline as a trace for Perfetto or chrome://tracing."""
-    from planner.commands_pictures import trace_command
+    from planner.cli.commands.show import trace_command
 
     raise typer.Exit(trace_command(path, measured=timeline, output=output))
 
@@ -47,7 +36,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Compare plans with each other and with the baselines."""
-    from planner.commands_pictures import compare_command
+    from planner.cli.commands.compare import compare_command
 
     raise typer.Exit(compare_command(paths, baselines=baselines, html=html, engine=engine, as_json=as_json))
 
@@ -58,7 +47,7 @@ def diff(
     as_json: AsJson = False,
 ) -> None:
     """Say what the second plan does differently, and what that does to time and memory."""
-    from planner.commands_pictures import diff_command
+    from planner.cli.commands.compare import diff_command
 
     raise typer.Exit(diff_command(before, after, as_json=as_json))
 
@@ -71,6 +60,9 @@ def headline(
     as_json: AsJson = False,
 ) -> None:
     """Search the published case (four 70B models, 128 A100) and print its hours beside the published ones."""
-    from planner.commands_pictures import headline_command
+    from planner.cli.commands.headline import headline_command
 
     raise typer.Exit(headline_command(engine=engine, seconds=seconds, seed=seed, html=html, as_json=as_json))
+
+
+COMMANDS = (show, trace, compare, diff, headline)

@@ -1,62 +1,27 @@
-"""The `realplan` command. Heavy libraries are imported inside the commands, so that `--help` is instant."""
+"""The options of the commands that make, check and explain plans: search, check, estimate, explain, profile."""
 
 from __future__ import annotations
 
-import json
-import sys
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from cost_models.engines.constants import DEFAULT_ENGINE
-from planner import cli_pictures
-from plans.errors import RealplanError
+from planner.cli.options import AsJson, EngineName, PlanPath, TablePath
 
 if TYPE_CHECKING:
     from cost_models.engines.engine import Engine
 
-app = typer.Typer(
-    name="realplan",
-    help="Plan RLHF training: a device mesh and a parallel strategy for every model function call.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
-
-PlanPath = Annotated[Path, typer.Argument(metavar="PLAN", help="plan file (JSON)")]
-AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object")]
-EngineName = Annotated[
-    str, typer.Option(help="whose costs, such as fsdp; two for training and generation: megatron+cuda-graphs")
-]
-TablePath = Annotated[Path | None, typer.Option(help="cost table of this machine, as `realplan profile` writes it")]
-
-
-def main() -> None:
-    """Entry point: errors become one message; exit code 1 for a plan with problems, 2 for wrong use."""
-    try:
-        app()
-    except RealplanError as error:
-        fail(str(error), 1 if hasattr(error, "problems") else 2)
-    except BrokenPipeError:
-        sys.exit(0)
-
-
-def fail(message: str, code: int) -> NoReturn:
-    """Print a message to stderr and exit."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(code)
-
 
 def _engine(words: str, table: Path | None) -> Engine:
     """The engine that costs are taken from."""
-    from planner.engine_words import engine_of
+    from planner.cli.engine_words import engine_of
 
     return engine_of(words, table)
 
 
-@app.command()
 def search(
     model: Annotated[str, typer.Option(help="actor (and every role not given): a name or a folder")] = "",
     critic: Annotated[str, typer.Option(help="critic architecture")] = "",
@@ -102,9 +67,11 @@ def search(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="print what was pruned, and why")] = False,
 ) -> None:
     """Find the best plan and write it."""
-    from planner.commands import search_command
-    from planner.limits import parse_limits
+    from planner.best import Effort
+    from planner.cli.commands.search import search_command
     from planner.request import build_request
+    from planner.search.portfolio import Method
+    from planner.space.limits import parse_limits
     from plans.graphfile import load_graph
 
     sizes: dict[str, int | str | bool | None] = {
@@ -135,10 +102,8 @@ def search(
         search_command(
             request,
             engine=_engine(engine, table),
-            method=method,
-            seconds=seconds,
-            seed=seed,
             limits=limits,
+            effort=Effort(seconds=seconds, seed=seed, workers=os.cpu_count() or 1, method=Method(method)),
             output=output,
             as_json=as_json,
             verbose=verbose,
@@ -146,7 +111,6 @@ def search(
     )
 
 
-@app.command()
 def check(
     path: PlanPath,
     write: Annotated[bool, typer.Option("--write", help="write the new estimate into the plan")] = False,
@@ -155,12 +119,11 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Check a plan: is it legal, does it fit, how long will an iteration take."""
-    from planner.commands import check_command
+    from planner.cli.commands.check import check_command
 
     raise typer.Exit(check_command(path, write=write, engine=_engine(engine, table), as_json=as_json))
 
 
-@app.command()
 def estimate(
     path: PlanPath,
     engine: EngineName = DEFAULT_ENGINE,
@@ -171,12 +134,11 @@ def estimate(
     as_json: AsJson = False,
 ) -> None:
     """Predict time by call and term, and memory by GPU and term with the moment of the peak."""
-    from planner.commands import estimate_command
+    from planner.cli.commands.estimate import estimate_command
 
     raise typer.Exit(estimate_command(path, engine=_engine(engine, table), changes=what_if or [], as_json=as_json))
 
 
-@app.command()
 def explain(
     path: PlanPath,
     engine: EngineName = DEFAULT_ENGINE,
@@ -186,12 +148,11 @@ def explain(
     as_json: AsJson = False,
 ) -> None:
     """Why this plan: its critical path, what binds, what each call would cost elsewhere, what hardware would bring."""
-    from planner.commands_explain import explain_command
+    from planner.cli.commands.explain import explain_command
 
     raise typer.Exit(explain_command(path, engine=_engine(engine, table), seconds=seconds, seed=seed, as_json=as_json))
 
 
-@app.command()
 def profile(
     model: Annotated[str, typer.Option(help="architecture: a name or a folder")],
     device: Annotated[Literal["cuda", "cpu"], typer.Option(help="what to measure")] = "cuda",
@@ -207,72 +168,4 @@ def profile(
     raise typer.Exit(profile_command(model, device, tp, dtype, output))
 
 
-@app.command()
-def doctor(
-    speeds: Annotated[bool, typer.Option("--speeds/--no-speeds", help="measure memory and links, some seconds")] = True,
-    as_json: AsJson = False,
-) -> None:
-    """Say what this machine has and can run, with a hint where something lacks."""
-    from planner.doctor.command import doctor_command
-
-    raise typer.Exit(doctor_command(speeds=speeds, as_json=as_json))
-
-
-@app.command()
-def models(as_json: AsJson = False) -> None:
-    """List the architectures that have a name."""
-    from plans.library import load_model, model_names
-
-    specs = {name: load_model(name) for name in model_names()}
-    if as_json:
-        print(json.dumps({name: {"params": spec.params, "layers": spec.layers} for name, spec in specs.items()}))
-        return
-    print(f"{'name':25}{'params':>10}{'layers':>8}{'hidden':>8}{'heads':>7}{'kv':>5}{'ffn':>8}{'vocab':>9}")
-    for name, s in specs.items():
-        shown = f"{name} = {s.name}" if s.name != name else name
-        size = f"{s.params / 1e9:.2f}B"
-        print(f"{shown:25}{size:>10}{s.layers:>8}{s.hidden:>8}{s.heads:>7}{s.kv_heads:>5}{s.ffn:>8}{s.vocab:>9}")
-
-
-@app.command()
-def clusters(as_json: AsJson = False) -> None:
-    """List the clusters that have a name."""
-    from plans.library import cluster_names, load_cluster
-
-    specs = {name: load_cluster(name) for name in cluster_names()}
-    if as_json:
-        print(json.dumps({n: {"gpu": c.gpu.name, "gpus_per_node": c.gpus_per_node} for n, c in specs.items()}))
-        return
-    print(f"{'name':18}{'GPUs/node':>10}{'GiB':>8}{'bf16 TFLOP/s':>14}{'HBM GB/s':>10}{'link':>7}{'network GB/s':>14}")
-    for name, c in specs.items():
-        g = c.gpu
-        row = f"{name:18}{c.gpus_per_node:>10}{g.memory_gib:>8g}{g.bf16_tflops:>14g}{g.hbm_gbps:>10g}{g.link_gbps:>7g}"
-        print(f"{row}{c.inter_node_gbps:>14g}")
-
-
-@app.command()
-def validate(
-    files: Annotated[
-        list[Path] | None, typer.Argument(help="files of measurements (default: the shipped ones)")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Recompute published measurements and print the errors."""
-    from cost_models.validation.validation_report import run_validate
-
-    raise typer.Exit(run_validate(files, as_json))
-
-
-@app.command()
-def schema() -> None:
-    """Print the JSON Schema of a plan file, for editors."""
-    from plans.planfile import json_schema
-
-    print(json.dumps(json_schema(), indent=2))
-
-
-cli_pictures.register(app)
-
-
-if __name__ == "__main__":
-    main()
+COMMANDS = (search, check, estimate, explain, profile)

@@ -11,9 +11,9 @@ from cost_models.memory.moments import RankGroup
 from cost_models.provenance.sources import Sources
 from cost_models.validation.error_band import ErrorBand
 from planner.explanation.binding import BindingTerm, by_resource
+from planner.text import WIDTH, wrapped
 from plans.cluster import GIB
 
-WIDTH = 80
 CALLS_PER_TABLE = 6
 BAR = 20
 SHOWN_SHARE = 0.002
@@ -29,7 +29,7 @@ def render_cost(
         f"(one iteration alone: {cost.latency_s:.4g} s)"
     )
     lines = [
-        *_wrapped(seconds),
+        *wrapped(seconds),
         *misfits,
         *_origin(cost, sources, band),
         "",
@@ -43,14 +43,10 @@ def render_cost(
 
 
 def _origin(cost: PlanCost, sources: Sources, band: ErrorBand) -> Iterator[str]:
-    yield from _wrapped(f"engine {cost.engine.name}; band: {band.origin}")
+    yield from wrapped(f"engine {cost.engine.name}; band: {band.origin}")
     shares = [f"{share:.0%} {name}" for name, share in sources.shares.items()]
     reach = f", sizes up to {sources.beyond:.1f}x beyond the measured ones" if sources.beyond > 1.05 else ""
-    yield from _wrapped(f"seconds of the calls: {', '.join(shares)}{reach}")
-
-
-def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH, subsequent_indent="  ")
+    yield from wrapped(f"seconds of the calls: {', '.join(shares)}{reach}")
 
 
 def _times(cost: PlanCost) -> Iterator[str]:
@@ -93,9 +89,9 @@ def _cells(values: Iterable[float]) -> str:
 def _binding(cost: PlanCost, terms: Sequence[BindingTerm]) -> Iterator[str]:
     """The resources of the critical path, and its largest terms."""
     shares = [f"{name} {s / cost.iteration_s:.0%}" for name, s in by_resource(tuple(terms)).items()]
-    yield from _wrapped(f"the critical path waits for: {', '.join(shares)}")
+    yield from wrapped(f"the critical path waits for: {', '.join(shares)}")
     largest = [f"{t.term} of {t.step} {t.seconds:.3g} s" for t in terms[:3]]
-    yield from _wrapped(f"bounding terms: {'; '.join(largest)}")
+    yield from wrapped(f"bounding terms: {'; '.join(largest)}")
 
 
 def _memory(cost: PlanCost) -> Iterator[str]:

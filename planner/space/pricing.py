@@ -12,20 +12,16 @@ from cost_models.candidates import Candidates
 from cost_models.engines.engine import Engine
 from cost_models.engines.machine import Machine
 from cost_models.memory.memory import call_memory
-from cost_models.reallocation import reallocation_matrix
 from cost_models.time.calls import call_time
-from planner.limits import Limits
-from planner.search.problem import Decision, Dependency, Options, Problem
-from planner.space import Pruned, Shape, positions, shapes, strategies
-from plans.cluster import GIB, ClusterSpec, DeviceMesh
+from planner.search.problem import Decision, Options, Problem
+from planner.space.layouts import Pruned, Shape, positions, shapes, strategies
+from planner.space.limits import Limits
+from planner.space.numbering import Entry, options_of, problem_of, slices_of
+from plans.cluster import GIB, ClusterSpec
 from plans.errors import Infeasible
-from plans.layout import Layout
-from plans.model import ModelSpec
 from plans.plan import ExecutionPlan, PlannedCall
 from plans.strategy import ParallelStrategy
 from plans.workload import Workload
-
-Entry = tuple[DeviceMesh, ParallelStrategy]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +43,22 @@ class Space:
             mesh, strategy = self.options[names[index]][decision.choice[index]]
             calls.append(PlannedCall(call=names[index], mesh=mesh, strategy=strategy, lag=decision.lag[index]))
         return ExecutionPlan(workload=self.workload, cluster=self.cluster, calls=tuple(calls))
+
+    def decision_of(self, plan: ExecutionPlan) -> Decision | None:
+        """The plan in the numbers of the space; a layout that the space has not is replaced by the fastest on its
+        mesh, and there is no decision where the space has nothing on that mesh."""
+        names = self.problem.names
+        choice = []
+        for name, options in zip(names, self.problem.options, strict=True):
+            planned = plan.planned(name)
+            entries = self.options[name]
+            same = [i for i, entry in enumerate(entries) if entry == (planned.mesh, planned.strategy)]
+            near = same or [i for i, (mesh, _) in enumerate(entries) if mesh == planned.mesh]
+            if not near:
+                return None
+            choice.append(min(near, key=lambda i: float(options.time_s[i])))
+        order = tuple(names.index(planned.call) for planned in plan.calls)
+        return Decision(tuple(choice), order, tuple(plan.planned(name).lag for name in names))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +90,7 @@ def build_space(workload: Workload, cluster: ClusterSpec, engine: Engine, limits
     pruned = Pruned()
     capacity = usable_bytes(machine, limits)
     options: dict[str, tuple[Entry, ...]] = {}
-    columns: list[Options] = []
+    columns: dict[str, Options] = {}
     for call in workload.graph.model_calls:
         priced = price_call(workload, call.name, cluster, engine, pruned, shapes(cluster))
         if not len(priced.time_s):
@@ -95,17 +107,8 @@ def build_space(workload: Workload, cluster: ClusterSpec, engine: Engine, limits
             rules = ", ".join(rule.text for rule in (*limits.pins, *limits.forbids))
             return Infeasible(f"no layout of `{call.name}` keeps the rules {rules}", "drop a --pin or a --forbid")
         options[call.name] = entries
-        columns.append(column)
-    names = tuple(options)
-    problem = Problem(
-        gpus=cluster.size,
-        capacity_bytes=capacity,
-        names=names,
-        options=tuple(columns),
-        edges=_dependencies(workload, names),
-        moves=_moves(workload, machine, names, options),
-        same_mesh=tuple(tuple(names.index(call) for call in group) for group in _joined(limits.same_mesh)),
-    )
+        columns[call.name] = column
+    problem = problem_of(workload, machine, capacity, options, columns, limits.same_mesh)
     return Space(
         workload=workload,
         cluster=cluster,
@@ -162,8 +165,8 @@ def _undominated(priced: Priced, *, frozen: bool) -> NDArray[np.intp]:
     """Indices of layouts that no other of the same shape beats in time, resident and peak memory; of equal ones the
     first stays. A trained model's layouts compete only where they hold the same slices, because others are reallocated
     in another time: `planner.search.dominance` compares those."""
-    number = {slices: i for i, slices in enumerate({_slices(s): None for s in priced.strategies})}
-    slices = np.array([number[_slices(s)] for s in priced.strategies])
+    number = {slices: i for i, slices in enumerate({slices_of(s): None for s in priced.strategies})}
+    slices = np.array([number[slices_of(s)] for s in priced.strategies])
     by_shape: dict[Shape, list[int]] = {}
     for i in np.lexsort((priced.transient, priced.resident, priced.time_s)).tolist():
         by_shape.setdefault(priced.shapes[i], []).append(i)
@@ -178,18 +181,6 @@ def _unbeaten(priced: Priced, members: NDArray[np.intp], slices: NDArray[np.intp
     beats = (resident[:, None] <= resident) & (peak[:, None] <= peak) & (time_s[:, None] <= time_s)
     beats &= frozen | (held[:, None] == held)
     return members[~np.triu(beats, 1).any(axis=0)]
-
-
-def _slices(strategy: ParallelStrategy) -> tuple[int, ...]:
-    return strategy.tp, strategy.pp, strategy.vpp, strategy.ep
-
-
-def _layout_id(strategy: ParallelStrategy) -> int:
-    """Equal for strategies that put the same slices on the ranks of a mesh."""
-    number = 0
-    for degree in _slices(strategy):
-        number = number * 4096 + degree
-    return number
 
 
 def _place(
@@ -209,31 +200,9 @@ def _place(
     if not entries:
         return (), None
     at = np.array(source, dtype=np.intp)
-    column = Options(
-        first=np.array([mesh.ranks(cluster).start for mesh, _ in entries]),
-        width=np.array([mesh.size for mesh, _ in entries]),
-        time_s=priced.time_s[at],
-        resident_bytes=priced.resident[at],
-        transient_bytes=priced.transient[at],
-        layout=np.array([_layout_id(strategy) for _, strategy in entries]),
-        copy_bytes=priced.copy[at],
-    )
+    price = np.stack([priced.time_s, priced.resident, priced.transient, priced.copy], axis=1)
+    column = options_of(entries, cluster, price[at])
     return tuple(entries), column
-
-
-def _joined(groups: tuple[tuple[str, ...], ...]) -> list[list[str]]:
-    """Groups of calls, those that have a call in common made one."""
-    joined: list[list[str]] = []
-    for group in groups:
-        apart = [other for other in joined if not set(other) & set(group)]
-        met = [call for other in joined if set(other) & set(group) for call in other]
-        joined = [*apart, list(dict.fromkeys([*met, *group]))]
-    return joined
-
-
-def _dependencies(workload: Workload, names: tuple[str, ...]) -> tuple[Dependency, ...]:
-    at = {name: i for i, name in enumerate(names)}
-    return tuple(Dependency(at[e.source], at[e.target], e.distance) for e in workload.graph.model_edges)
 
 
 def _too_large(call: str, priced: Priced, capacity: float, cluster: ClusterSpec) -> Infeasible:
@@ -245,36 +214,3 @@ def _too_large(call: str, priced: Priced, capacity: float, cluster: ClusterSpec)
         f"`{call}` needs at least {need[best] / GIB:.1f} GiB per GPU; {capacity / GIB:.1f} GiB are usable",
         f"more GPUs, or GPUs with more memory (smallest layout: {priced.strategies[best].degrees} on `{mesh}`)",
     )
-
-
-def _moves(
-    workload: Workload,
-    machine: Machine,
-    names: tuple[str, ...],
-    options: Mapping[str, tuple[Entry, ...]],
-) -> dict[tuple[int, int], NDArray[np.float64]]:
-    """Reallocation seconds from every option of a trainer to every option of its model's other calls."""
-    moves = {}
-    for role, trainer in workload.graph.trainers.items():
-        for v, name in enumerate(names):
-            if name == trainer or workload.graph.call(name).model != role:
-                continue
-            source, row = _distinct(workload.models[role], options[trainer], machine.cluster)
-            target, column = _distinct(workload.models[role], options[name], machine.cluster)
-            seconds = reallocation_matrix(machine, source, target)
-            moves[names.index(trainer), v] = seconds[np.ix_(row, column)]
-    return moves
-
-
-def _distinct(spec: ModelSpec, entries: Sequence[Entry], cluster: ClusterSpec) -> tuple[list[Layout], NDArray[np.intp]]:
-    """The different layouts of some options, and which one each option has."""
-    numbers: dict[tuple[DeviceMesh, int, tuple[int, ...]], int] = {}
-    layouts: list[Layout] = []
-    index = []
-    for mesh, strategy in entries:
-        key = (mesh, strategy.dp, _slices(strategy))
-        if key not in numbers:
-            numbers[key] = len(layouts)
-            layouts.append(Layout.of(spec, mesh, strategy, cluster))
-        index.append(numbers[key])
-    return layouts, np.array(index, dtype=np.intp)

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from cost_models.engines.engine import Engine
-from planner.limits import Limits
-from planner.pricing import Space, build_space
-from planner.search import mcmc
+from planner.best import Effort, Found, best_in, best_plan
+from planner.search.portfolio import Method
+from planner.space.limits import Limits
+from planner.space.pricing import Space, build_space
 from plans.cluster import GIB, ClusterSpec
 from plans.errors import Infeasible
 from plans.plan import ExecutionPlan
@@ -18,7 +19,7 @@ from plans.workload import Workload
 
 MOST_NODES = 8  # times those there are
 MOST_MEMORY = 64  # times that of the GPU
-EVALUATIONS = 30_000
+SHORT = Effort(method=Method.WALK, seconds=math.inf, evaluations=30_000)
 
 
 def with_nearest(
@@ -41,8 +42,8 @@ def least_nodes(workload: Workload, cluster: ClusterSpec, engine: Engine, limits
     """The fewest nodes, up to `MOST_NODES` times as many, on which a short walk finds a plan."""
 
     def fits(nodes: int) -> bool:
-        space = build_space(workload, replace(cluster, nodes=nodes), engine, limits)
-        return isinstance(space, Space) and _fitting(space, space.problem.capacity_bytes) is not None
+        found = best_plan(workload, replace(cluster, nodes=nodes), engine, limits, SHORT)
+        return isinstance(found, Found)
 
     return _least(fits, cluster.nodes, MOST_NODES * cluster.nodes)
 
@@ -85,10 +86,8 @@ def _least(fits: Callable[[int], bool], too_few: int, most: int) -> int | None:
 def _fitting(space: Space, capacity_bytes: float) -> ExecutionPlan | None:
     """A plan within `capacity_bytes` per GPU, if a short walk finds one."""
     problem = replace(space.problem, capacity_bytes=max(1.0, capacity_bytes))
-    if not mcmc.fits_alone(problem):
-        return None
-    found = mcmc.search(problem, evaluations=EVALUATIONS)
-    return space.plan(found.decision) if isinstance(found, mcmc.Found) else None
+    found = best_in(replace(space, problem=problem), SHORT)
+    return found.plan if isinstance(found, Found) else None
 
 
 def _saved_by(plan: ExecutionPlan) -> str:

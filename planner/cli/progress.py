@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.status import Status
 
-from planner.search.portfolio import Progress
+if TYPE_CHECKING:
+    from planner.search.portfolio import Progress
 
 
 class SearchProgress:

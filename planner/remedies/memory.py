@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from cost_models.estimate import PlanCost
-from planner.report import WIDTH
+from planner.text import WIDTH
 from plans.checks import check_plan
 from plans.cluster import GIB
 from plans.graph import CallKind

@@ -9,9 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from cost_models.engines.engine import Engine
+from planner.cli.loading import legal_plan
 from planner.explanation.explain import explain
 from planner.explanation.explain_text import render_explanation
-from planner.loading import legal_plan
 from planner.request import check_effort
 
 

@@ -1,0 +1,116 @@
+"""Number priced layouts: the `Problem` that the solvers see, which knows nothing of models and GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cost_models.engines.machine import Machine
+from cost_models.reallocation import reallocation_matrix
+from planner.search.problem import Dependency, Moves, Options, Problem
+from plans.cluster import ClusterSpec, DeviceMesh
+from plans.layout import Layout
+from plans.model import ModelSpec
+from plans.strategy import ParallelStrategy
+from plans.workload import Workload
+
+Entry = tuple[DeviceMesh, ParallelStrategy]
+
+
+def problem_of(
+    workload: Workload,
+    machine: Machine,
+    capacity_bytes: float,
+    layouts: Mapping[str, Sequence[Entry]],
+    options: Mapping[str, Options],
+    same_mesh: Sequence[Sequence[str]] = (),
+) -> Problem:
+    """The problem of choosing among some layouts of every call, of which `options` are the figures.
+
+    Both are by call, in graph order; same_mesh: groups of calls that must share a mesh. capacity_bytes: of one GPU.
+    """
+    names = tuple(layouts)
+    return Problem(
+        gpus=machine.cluster.size,
+        capacity_bytes=capacity_bytes,
+        names=names,
+        options=tuple(options[name] for name in names),
+        edges=_dependencies(workload, names),
+        moves=_moves(workload, machine, layouts),
+        same_mesh=tuple(tuple(names.index(call) for call in group) for group in _joined(same_mesh)),
+    )
+
+
+def options_of(entries: Sequence[Entry], cluster: ClusterSpec, price: NDArray[np.float64]) -> Options:
+    """The figures of some layouts of one call. price: [entries, 4] seconds, resident, transient and shared bytes."""
+    return Options(
+        first=np.array([mesh.ranks(cluster).start for mesh, _ in entries]),
+        width=np.array([mesh.size for mesh, _ in entries]),
+        time_s=price[:, 0],
+        resident_bytes=price[:, 1],
+        transient_bytes=price[:, 2],
+        layout=np.array([_layout_id(strategy) for _, strategy in entries]),
+        copy_bytes=price[:, 3],
+    )
+
+
+def slices_of(strategy: ParallelStrategy) -> tuple[int, ...]:
+    """What says which slices of the weights each rank of a mesh holds."""
+    return strategy.tp, strategy.pp, strategy.vpp, strategy.ep
+
+
+def _layout_id(strategy: ParallelStrategy) -> int:
+    """Equal for strategies that put the same slices on the ranks of a mesh."""
+    number = 0
+    for degree in slices_of(strategy):
+        number = number * 4096 + degree
+    return number
+
+
+def _joined(groups: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Groups of calls, those that have a call in common made one."""
+    joined: list[list[str]] = []
+    for group in groups:
+        apart = [other for other in joined if not set(other) & set(group)]
+        met = [call for other in joined if set(other) & set(group) for call in other]
+        joined = [*apart, list(dict.fromkeys([*met, *group]))]
+    return joined
+
+
+def _dependencies(workload: Workload, names: tuple[str, ...]) -> tuple[Dependency, ...]:
+    at = {name: i for i, name in enumerate(names)}
+    return tuple(Dependency(at[e.source], at[e.target], e.distance) for e in workload.graph.model_edges)
+
+
+def _moves(
+    workload: Workload,
+    machine: Machine,
+    layouts: Mapping[str, Sequence[Entry]],
+) -> dict[tuple[int, int], Moves]:
+    """Reallocation seconds from every option of a trainer to every option of its model's other calls."""
+    moves, names = {}, tuple(layouts)
+    for role, trainer in workload.graph.trainers.items():
+        for v, name in enumerate(names):
+            if name == trainer or workload.graph.call(name).model != role:
+                continue
+            source, row = _distinct(workload.models[role], layouts[trainer], machine.cluster)
+            target, column = _distinct(workload.models[role], layouts[name], machine.cluster)
+            seconds = reallocation_matrix(machine, source, target)
+            moves[names.index(trainer), v] = Moves(seconds, row, column)
+    return moves
+
+
+def _distinct(spec: ModelSpec, entries: Sequence[Entry], cluster: ClusterSpec) -> tuple[list[Layout], NDArray[np.intp]]:
+    """The different layouts of some options, and which one each option has."""
+    numbers: dict[tuple[DeviceMesh, int, tuple[int, ...]], int] = {}
+    layouts: list[Layout] = []
+    index = []
+    for mesh, strategy in entries:
+        key = (mesh, strategy.dp, slices_of(strategy))
+        if key not in numbers:
+            numbers[key] = len(layouts)
+            layouts.append(Layout.of(spec, mesh, strategy, cluster))
+        index.append(numbers[key])
+    return layouts, np.array(index, dtype=np.intp)
