@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from planner.explanation.whatif import what_if
 from planner.request import build_request
-from planner.whatif import what_if
 from plans.codec import digest, dump_plan, read_plan
 from plans.errors import SpecError
 from plans.lengths import MOST_PERCENTILES, Lengths, keys_of, percentiles_of
