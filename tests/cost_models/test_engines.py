@@ -13,9 +13,9 @@ from cost_models.engines.constants import engine_names, engine_records, load_con
 from cost_models.engines.engine import MEGATRON, ComposedEngine, NamedEngine
 from cost_models.estimate import cost_plan
 from planner.cli.engine_words import engine_of
+from planner.request import build_request
 from planner.space.limits import Limits
 from planner.space.pricing import Space, build_space
-from planner.request import build_request
 from plans.cluster import parse_mesh
 from plans.errors import RealplanError, SpecError
 from plans.graph import CallKind
