@@ -7,27 +7,29 @@ of layouts: a layout is its form (a row of contents, node by node) and its first
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cost_models.candidates import Array
+from cost_models.candidates import Array, Flags
 from plans.layout import Layout, model_units
 from plans.model import ModelSpec
 
 IntArray = NDArray[np.int64]
-Slicing = tuple[int, int]  # pp, vpp: which units a stage holds
+Slicing = tuple[int, int, int]  # pp, vpp, ep: which units a rank holds
 Form = tuple[Slicing, int, int, int]  # slicing, tp, GPUs in the mesh, first GPU on its node
 
 
 @dataclass(frozen=True, eq=False)
 class UnitSizes:
-    """Elements of each unit: cut by tensor parallelism, and held whole. Shapes [units]."""
+    """Elements of each unit, or of units that go everywhere together: cut by tensor parallelism, and held whole; and
+    how many they are. Shapes [units]."""
 
     sharded: Array
     replicated: Array
+    count: Array
 
 
 @lru_cache(maxsize=32)
@@ -37,18 +39,19 @@ def unit_sizes(spec: ModelSpec) -> UnitSizes:
     return UnitSizes(
         sharded=np.array([u.sharded for u in units], dtype=np.float64),
         replicated=np.array([u.replicated for u in units], dtype=np.float64),
+        count=np.ones(len(units)),
     )
 
 
 @lru_cache(maxsize=256)
-def _stage_units(spec: ModelSpec, slicing: Slicing) -> Array:
-    """[pp, units] 1 where the stage holds the unit."""
-    pp, vpp = slicing
+def _rank_units(spec: ModelSpec, slicing: Slicing) -> Flags:
+    """[pp x ep, units] whether a rank of the stage at a place in its run of ep ranks holds the unit."""
+    pp, vpp, ep = slicing
     index = {unit.name: i for i, unit in enumerate(model_units(spec))}
-    layout = Layout(spec, tuple(range(pp)), pp=pp, vpp=vpp)
-    table = np.zeros((pp, len(index)))
-    for stage in range(pp):
-        table[stage, [index[name] for name in layout.stage_units(stage)]] = 1.0
+    layout = Layout(spec, tuple(range(pp * ep)), dp=ep, pp=pp, vpp=vpp, ep=ep)
+    table = np.zeros((pp * ep, len(index)), dtype=np.bool_)
+    for rank in layout.ranks:
+        table[rank, [index[name] for name in layout.rank_units(rank)]] = True
     return table
 
 
@@ -56,13 +59,14 @@ def _stage_units(spec: ModelSpec, slicing: Slicing) -> Array:
 class Contents:
     """The different contents of a node; number 0 is that of a node outside the mesh.
 
-    stage: [contents, GPUs], the row of `units` that the GPU holds its tp part of. units: [stages, units], 1 where the
-    stage holds the unit; stage 0 holds nothing. tp: [contents]; GPU g has the part g % tp of every sharded parameter.
+    stage: [contents, GPUs], the row of `units` that the GPU holds its tp part of. units: [stages, units], whether the
+    stage (with experts: its ranks at one place of their runs) holds the unit; stage 0 holds nothing. tp: [contents];
+    GPU g has the part g % tp of every sharded parameter.
     """
 
     stage: IntArray
     tp: IntArray
-    units: Array
+    units: Flags
 
     def __len__(self) -> int:
         return len(self.tp)
@@ -70,8 +74,7 @@ class Contents:
     @property
     def node_units(self) -> Array:
         """[contents, units] 1 where the node holds the unit (then with all its tp parts)."""
-        held: Array = self.units[self.stage].max(axis=1)
-        return held
+        return np.asarray(self.units[self.stage].any(axis=1), dtype=np.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,26 +108,42 @@ def _form(layout: Layout, per_node: int) -> Form:
     first_gpu, size = layout.ranks[0] % per_node, len(layout.ranks)
     in_node = first_gpu + size <= per_node or per_node % layout.tp == 0
     assert in_node and first_gpu % layout.tp == 0, f"tp groups of {layout.tp} span nodes"
-    return (layout.pp, layout.vpp), layout.tp, size, first_gpu
+    return (layout.pp, layout.vpp, layout.ep), layout.tp, size, first_gpu
 
 
 def _contents(spec: ModelSpec, forms: Sequence[Form], per_node: int) -> tuple[Contents, IntArray]:
     """The different contents of the nodes of some forms, and their numbers [forms, nodes]."""
     slicings = list(dict.fromkeys(slicing for slicing, *_ in forms))
-    before = np.cumsum([1] + [pp for pp, _ in slicings])
+    before = np.cumsum([1] + [pp * ep for pp, _, ep in slicings])
     offset = dict(zip(slicings, before.tolist(), strict=False))
     nodes = max((first_gpu + size - 1) // per_node for *_, size, first_gpu in forms) + 1
     place = np.arange(nodes * per_node)
     rows = np.zeros((len(forms), nodes, 1 + per_node), dtype=np.int64)
     for row, (slicing, tp, size, first_gpu) in zip(rows, forms, strict=True):
         inside = (place >= first_gpu) & (place < first_gpu + size)
-        stage = offset[slicing] + (place - first_gpu) // (size // slicing[0])
+        (pp, _, ep), inside_mesh = slicing, place - first_gpu
+        stage = offset[slicing] + inside_mesh // (size // pp) * ep + inside_mesh % ep
         row[:, 1:] = np.where(inside, stage, 0).reshape(nodes, per_node)
         row[:, 0] = np.where(row[:, 1:].any(axis=1), tp, 0)
     outside = np.zeros((1, 1 + per_node), dtype=np.int64)
     different, number = np.unique(
         np.concatenate([outside, rows.reshape(-1, 1 + per_node)]), axis=0, return_inverse=True
     )
-    units = [np.zeros((1, len(model_units(spec)))), *(_stage_units(spec, slicing) for slicing in slicings)]
+    nothing = np.zeros((1, len(model_units(spec))), dtype=np.bool_)
+    units = [nothing, *(_rank_units(spec, slicing) for slicing in slicings)]
     contents = Contents(different[:, 1:], np.maximum(different[:, 0], 1), np.concatenate(units))
     return contents, number.reshape(-1)[1:].reshape(len(forms), nodes)
+
+
+def merged(sizes: UnitSizes, source: Contents, target: Contents) -> tuple[UnitSizes, Contents, Contents]:
+    """The same with units that the same stages hold, in all layouts of both sides, taken as one.
+
+    Thousands of experts (94 layers of 128) are few dozen kinds: a block and a share of its experts are always together.
+    Units without sharded parameters travel in another way and are kept apart from the rest.
+    """
+    table = np.concatenate([source.units, target.units, sizes.sharded[None] > 0])
+    packed = np.ascontiguousarray(np.packbits(table, axis=0).T)
+    _, first, kind = np.unique(packed.view(f"V{packed.shape[1]}")[:, 0], return_index=True, return_inverse=True)
+    sums = [np.bincount(kind, weights=w).astype(np.float64) for w in (sizes.sharded, sizes.replicated, sizes.count)]
+    ours, theirs = (replace(contents, units=contents.units[:, first]) for contents in (source, target))
+    return UnitSizes(*sums), ours, theirs

@@ -17,7 +17,7 @@ import numpy as np
 
 from cost_models.candidates import Array, Flags
 from cost_models.engines.machine import Machine
-from cost_models.holdings import Contents, Holdings, IntArray, UnitSizes, unit_sizes
+from cost_models.holdings import Contents, Holdings, IntArray, UnitSizes, merged, unit_sizes
 from plans.cluster import ClusterSpec
 from plans.layout import Layout
 
@@ -64,7 +64,7 @@ def reallocation_time(machine: Machine, pairs: Sequence[tuple[Layout, Layout]]) 
 def reallocation_traffic(cluster: ClusterSpec, sources: Sequence[Layout], targets: Sequence[Layout]) -> Traffic:
     """What moves between every source and target layout of one model."""
     source, target = (Holdings.of(layouts, cluster.gpus_per_node) for layouts in (sources, targets))
-    node = _node_traffic(unit_sizes(targets[0].spec), source.contents, target.contents)
+    node = _node_traffic(*merged(unit_sizes(targets[0].spec), source.contents, target.contents))
     shared = _SharedNodes.of(source, target)
     network = shared.over_nodes(node.network, np.add)
     node_peak = np.maximum(shared.over_nodes(node.network, np.maximum), network / source.nodes[:, None])
@@ -132,7 +132,7 @@ class _Common:
 
     @classmethod
     def of(cls, sizes: UnitSizes, source: Contents, target: Contents) -> _Common:
-        weights = np.stack([sizes.sharded, sizes.replicated, np.ones_like(sizes.sharded)])
+        weights = np.stack([sizes.sharded, sizes.replicated, sizes.count])
         sharded, replicated, units = ((source.units * weight) @ target.units.T for weight in weights)
         return cls(source, target, sharded, replicated, units, weights @ target.units.T)
 

@@ -36,6 +36,7 @@ INERT = frozenset(_INERT.split())
 """Keys that say nothing about the architecture; so does every key that starts with an underscore."""
 
 Size = Annotated[int, Field(ge=1, le=10**8)]
+Experts = Annotated[int, Field(ge=1, le=10**5)]
 Layers = Annotated[int, Field(ge=1, le=10**4)]
 Tiny = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Amount = Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)]
@@ -242,15 +243,14 @@ class Qwen3(_Windowed):
 class Mixtral(Decoder):
     """Mixtral: every layer is a choice of experts."""
 
-    RUNS = False
     ARCHITECTURE = "MixtralForCausalLM"
     num_key_value_heads: Size | None = 8
     max_position_embeddings: Size = 131072
     rms_norm_eps: Tiny = 1e-5
     rope_theta: Amount = 1e6
     sliding_window: Annotated[int, Field(ge=0, le=10**8)] | None = None
-    num_local_experts: Annotated[int, Field(ge=1, le=10**5)] = 8
-    num_experts_per_tok: Annotated[int, Field(ge=1, le=10**5)] = 2
+    num_local_experts: Experts = 8
+    num_experts_per_tok: Experts = 2
     router_jitter_noise: NoDropout = 0.0
 
     def window(self) -> int:
@@ -267,12 +267,11 @@ class Mixtral(Decoder):
 class _QwenExperts(_Windowed):
     """Qwen's experts: in every layer, each `moe_intermediate_size` wide."""
 
-    RUNS = False
     max_position_embeddings: Size = 32768
     moe_intermediate_size: Size
-    num_experts: Annotated[int, Field(ge=1, le=10**5)] | None = None
-    num_local_experts: Annotated[int, Field(ge=1, le=10**5)] | None = None
-    num_experts_per_tok: Annotated[int, Field(ge=1, le=10**5)]
+    num_experts: Experts | None = None
+    num_local_experts: Experts | None = None
+    num_experts_per_tok: Experts
     norm_topk_prob: bool = False
     decoder_sparse_step: Annotated[int, only(1)] = 1
     mlp_only_layers: Annotated[list[int] | None, only([], None)] = None
@@ -282,6 +281,7 @@ class _QwenExperts(_Windowed):
             "ffn": self.moe_intermediate_size,
             "experts": self.num_experts or self.num_local_experts or 0,
             "experts_per_token": self.num_experts_per_tok,
+            "normalize_gates": self.norm_topk_prob,
         }
 
 

@@ -110,7 +110,7 @@ def _strange(key: str, family: type[Decoder], config: dict[str, Any]) -> Problem
 
 def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
     """A `config.json` for a model that was not read from one."""
-    family = "qwen3" if spec.qk_norm else "qwen2" if spec.qkv_bias else "mistral" if spec.window else "llama"
+    family = _family_of(spec)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": spec.rope_theta}
     if spec.rope_scaling:
         scaling = spec.rope_scaling
@@ -138,4 +138,22 @@ def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
         "rope_theta": spec.rope_theta,
         "rope_parameters": rope,
         **({"sliding_window": spec.window} if family == "mistral" else {}),
+        **_expert_keys(spec, family),
     }
+
+
+def _family_of(spec: ModelSpec) -> str:
+    """The family that has just what an architecture has."""
+    if spec.experts:
+        return "qwen3_moe" if spec.qk_norm else "qwen2_moe" if spec.qkv_bias else "mixtral"
+    return "qwen3" if spec.qk_norm else "qwen2" if spec.qkv_bias else "mistral" if spec.window else "llama"
+
+
+def _expert_keys(spec: ModelSpec, family: str) -> dict[str, Any]:
+    if not spec.experts:
+        return {}
+    keys: dict[str, Any] = {"num_experts_per_tok": spec.experts_per_token}
+    if family == "mixtral":
+        return keys | {"num_local_experts": spec.experts}
+    keys |= {"num_experts": spec.experts, "moe_intermediate_size": spec.ffn, "norm_topk_prob": spec.normalize_gates}
+    return keys | ({"shared_expert_intermediate_size": spec.shared_ffn} if family == "qwen2_moe" else {})

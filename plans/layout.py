@@ -1,9 +1,10 @@
 """Layout arithmetic: which rank holds which slice of which parameter.
 
-A model is a chain of *units*: `embedding`, the blocks `layer.0` ... and `head`. A pipeline stage holds a run of units.
-Inside a unit each *sharded* parameter is cut by tensor parallelism along one axis; each *replicated* parameter is
-held whole by every tp rank of the stage. Tensor rank r of t holds the fraction [r/t, (r+1)/t) of every sharded
-parameter, block by block (gate and up are two blocks of `linear_fc1`; a query group is kept whole because
+A model is a chain of *units*: `embedding`, the blocks `layer.0` ..., the experts of a block `layer.0.expert.0` ... and
+`head`. A pipeline stage holds a run of units; of the experts each of its ranks holds those of its place in a run of ep
+ranks, whole. Inside a unit each *sharded* parameter is cut by tensor parallelism along one axis; each *replicated*
+parameter is held whole by every rank that holds the unit. Tensor rank r of t holds the fraction [r/t, (r+1)/t) of every
+sharded parameter, block by block (gate and up are two blocks of `linear_fc1`; a query group is kept whole because
 kv_heads % tp == 0), so that one fraction interval of a unit names the same data in every layout.
 Names and storage order are Megatron-core's at tp = 1. The cost model counts these bytes, the runtime sends them.
 """
@@ -91,10 +92,6 @@ def _layer_parameters(spec: ModelSpec, index: int) -> tuple[Parameter, ...]:
         parameters += _linear(f"{at}.mlp.linear_fc2", spec.hidden, spec.ffn, 1, spec.linear_bias)
         return tuple(parameters)
     parameters.append(Parameter(f"{at}.mlp.router.weight", (spec.experts, spec.hidden)))
-    for expert in range(spec.experts):
-        local = f"{at}.mlp.experts.local_experts.{expert}"
-        parameters += _linear(f"{local}.linear_fc1", gates * spec.ffn, spec.hidden, 0, False, gates)
-        parameters += _linear(f"{local}.linear_fc2", spec.hidden, spec.ffn, 1, False)
     if spec.shared_ffn:
         shared = f"{at}.mlp.shared_experts"
         parameters += _linear(f"{shared}.linear_fc1", gates * spec.shared_ffn, spec.hidden, 0, False, gates)
@@ -103,9 +100,35 @@ def _layer_parameters(spec: ModelSpec, index: int) -> tuple[Parameter, ...]:
     return tuple(parameters)
 
 
+def _expert_parameters(spec: ModelSpec, layer: int, expert: int) -> tuple[Parameter, ...]:
+    """An expert is never cut: it lies whole on the ranks that hold it."""
+    at = f"decoder.layers.{layer}.mlp.experts.local_experts.{expert}"
+    gates = 2 if spec.gated_mlp else 1
+    return (
+        Parameter(f"{at}.linear_fc1.weight", (gates * spec.ffn, spec.hidden), None, gates),
+        Parameter(f"{at}.linear_fc2.weight", (spec.hidden, spec.ffn)),
+    )
+
+
+def layer_unit(layer: int) -> str:
+    """Name of a block's unit."""
+    return f"layer.{layer}"
+
+
+def expert_of(unit: str) -> int | None:
+    """Number of the expert that a unit is; None for other units."""
+    parts = unit.split(".")
+    return int(parts[3]) if len(parts) == 4 else None
+
+
+def expert_unit(layer: int, expert: int) -> str:
+    """Name of an expert's unit."""
+    return f"layer.{layer}.expert.{expert}"
+
+
 @lru_cache(maxsize=64)
 def model_units(spec: ModelSpec) -> tuple[Unit, ...]:
-    """Embedding, blocks and head of a model in pipeline order, with the padded vocabulary.
+    """Embedding, blocks (each followed by its experts) and head in pipeline order, with the padded vocabulary.
 
     The head is the final norm with the vocabulary projection or the value head. A tied projection is not a parameter
     of the head: the stage of the head then holds the embedding unit as well (`Layout.units`).
@@ -118,7 +141,10 @@ def model_units(spec: ModelSpec) -> tuple[Unit, ...]:
         head.append(Parameter("output_layer.weight", (1, spec.hidden)))
     elif not spec.tied_embeddings:
         head.append(Parameter("output_layer.weight", (spec.padded_vocab, spec.hidden), 0))
-    blocks = [Unit(f"layer.{i}", _layer_parameters(spec, i)) for i in range(spec.layers)]
+    blocks = []
+    for i in range(spec.layers):
+        blocks.append(Unit(layer_unit(i), _layer_parameters(spec, i)))
+        blocks += [Unit(expert_unit(i, e), _expert_parameters(spec, i, e)) for e in range(spec.experts)]
     return (Unit(EMBEDDING, tuple(embedding)), *blocks, Unit(HEAD, tuple(head)))
 
 
@@ -134,7 +160,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Layout:
-    """A model on a mesh under a strategy. Rank order is Megatron's: tp fastest, then cp, dp, pp slowest."""
+    """A model on a mesh under a strategy. Rank order is Megatron's: tp fastest, then cp, dp, pp slowest.
+
+    ep counts the ranks over which a block's experts are spread. It cuts the dp x cp x tp ranks of a stage, in their
+    order, into runs of ep, so that a run lies inside a node where it can; each run holds every expert once.
+    """
 
     spec: ModelSpec
     ranks: tuple[int, ...]
@@ -148,6 +178,8 @@ class Layout:
     def __post_init__(self) -> None:
         need = self.dp * self.tp * self.pp * self.cp
         assert need == len(self.ranks), f"layout needs {need} ranks, got {len(self.ranks)}"
+        stage = need // self.pp
+        assert stage % self.ep == 0, f"ep {self.ep} does not divide the {stage} ranks of a stage"
 
     @classmethod
     def of(cls, spec: ModelSpec, mesh: DeviceMesh, strategy: ParallelStrategy, cluster: ClusterSpec) -> Layout:
@@ -169,12 +201,31 @@ class Layout:
         """The rank at a place."""
         return self.ranks[((place.pp * self.dp + place.dp) * self.cp + place.cp) * self.tp + place.tp]
 
+    def expert_rank(self, rank: int) -> int:
+        """Position of a rank in its run of ep ranks."""
+        return self.ranks.index(rank) % self.ep
+
+    def experts_of(self, rank: int) -> range:
+        """Numbers of the experts of every block that a rank holds."""
+        each = self.spec.experts // self.ep
+        first = self.expert_rank(rank) * each
+        return range(first, first + each)
+
+    def rank_units(self, rank: int) -> tuple[str, ...]:
+        """Names of the units that a rank holds a part of, in the order of `stage_units`."""
+        return self._units(self.places[rank].pp, self.experts_of(rank))
+
     def stage_units(self, stage: int) -> tuple[str, ...]:
         """Names of the units that a pipeline stage holds, in order; with vpp > 1 the chunks of the stage in turn."""
+        return self._units(stage, range(self.spec.experts))
+
+    def _units(self, stage: int, experts: range) -> tuple[str, ...]:
         chunks, per_chunk = self.vpp * self.pp, self.spec.layers // (self.vpp * self.pp)
         names = [EMBEDDING] if stage == 0 else []
         for chunk in range(stage, chunks, self.pp):
-            names += [f"layer.{i}" for i in range(chunk * per_chunk, (chunk + 1) * per_chunk)]
+            for i in range(chunk * per_chunk, (chunk + 1) * per_chunk):
+                names.append(layer_unit(i))
+                names += [expert_unit(i, expert) for expert in experts]
         if stage == self.pp - 1:
             if self.spec.tied_embeddings and stage > 0:
                 names.append(EMBEDDING)
@@ -185,9 +236,9 @@ class Layout:
     def holders(self) -> dict[str, tuple[int, ...]]:
         """Unit -> the ranks that hold a part of it, ascending."""
         found: dict[str, list[int]] = {}
-        for stage in range(self.pp):
-            for unit in self.stage_units(stage):
-                found.setdefault(unit, []).extend(r for r in self.ranks if self.places[r].pp == stage)
+        for rank in self.ranks:
+            for unit in self.rank_units(rank):
+                found.setdefault(unit, []).append(rank)
         return {unit: tuple(sorted(ranks)) for unit, ranks in found.items()}
 
     def same_weights(self, other: Layout) -> bool:

@@ -55,6 +55,9 @@ class ModelSpec:
     hidden / heads (Gemma, Qwen3). `linear_bias` means biases on every linear of the block (GPT-2, GPT-3, BLOOM).
     `window`: tokens that attention sees, 0 for all; no longer sequence is computed rightly without it.
     `norms_per_layer` counts the norms over the hidden width in one block (Gemma 2 and 3 have four).
+    A token goes to `experts_per_token` of `experts`, weighted by their gates: a softmax over all experts, of which the
+    chosen ones are scaled to a sum of 1 (`normalize_gates`; Mixtral, Qwen3) or kept as they are (Qwen1.5 and Qwen2).
+    `shared_ffn` is the width of an expert that every token visits, weighted by a gate of its own.
     """
 
     name: str
@@ -81,6 +84,7 @@ class ModelSpec:
     linear_bias: bool = False
     experts: int = 0
     experts_per_token: int = 0
+    normalize_gates: bool = True
     shared_ffn: int = 0
     head: Head = Head.LM
 

@@ -67,6 +67,7 @@ class ModelFile(_Closed):
     linear_bias: bool = False
     experts: Annotated[int, Field(ge=0, le=10**5)] = 0
     experts_per_token: Annotated[int, Field(ge=0, le=10**5)] = 0
+    normalize_gates: bool = True
     shared_ffn: Annotated[int, Field(ge=0, le=10**8)] = 0
 
 

@@ -5,11 +5,13 @@ A plan that keeps `plans.checks` is legal; one that also keeps these rules runs 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
 from plans.algorithms import ALGORITHMS, Algorithm, pair_size
 from plans.checks import closest_divisor, divisors
+from plans.graph import CallKind
 from plans.layout import Layout
 from plans.model import Head, ModelSpec, Position
 from plans.plan import ExecutionPlan
@@ -25,7 +27,7 @@ def run_problems(plan: ExecutionPlan) -> list[Problem]:
     problems = workload_problems(plan.workload)
     for i, planned in enumerate(plan.calls):
         layout = plan.layout(planned.call)
-        for problem in [*layout_problems(layout), *_pairs(plan, planned.call)]:
+        for problem in [*layout_problems(layout), *_pairs(plan, planned.call), *_experts(plan, planned.call)]:
             path = ("calls", i, "strategy")
             problems.append(Problem(problem.rule, f"{planned.call}: {problem.message}", problem.hint, path))
     return problems
@@ -87,6 +89,20 @@ def _pairs(plan: ExecutionPlan, call: str) -> Iterator[Problem]:
         yield Problem("pairs", message, "fewer micro_batches, minibatches or dp ranks, so that a micro-batch is even")
 
 
+def _experts(plan: ExecutionPlan, call: str) -> Iterator[Problem]:
+    """What a call with a mixture of experts needs beside a layout that runs."""
+    planned, kind = plan.planned(call), plan.workload.graph.call(call).kind
+    spec, s = plan.workload.spec(call), planned.strategy
+    if not spec.experts:
+        return
+    if kind is CallKind.TRAIN_STEP and s.tp > 1 and not s.sequence_parallel:
+        message = f"training of experts with tp {s.tp} routes every token {s.tp} times without sequence parallelism"
+        yield Problem("experts", message, '"sequence_parallel": true')
+    if kind is CallKind.GENERATE and s.tp % s.ep:
+        message = f"replicas finish at different times: in generation ep {s.ep} must divide tp {s.tp}"
+        yield Problem("experts", message, f"ep one of {divisors(math.gcd(s.tp, spec.experts))}")
+
+
 def layout_problems(layout: Layout) -> list[Problem]:
     """What of an architecture under a layout does not run."""
     return [*spec_problems(layout.spec), *_degree_problems(layout)]
@@ -102,7 +118,6 @@ def spec_problems(spec: ModelSpec) -> list[Problem]:
         ),
         (spec.activation in RUN_ACTIVATIONS, f"activation `{spec.activation}`", f"one of {', '.join(RUN_ACTIVATIONS)}"),
         (spec.norms_per_layer == 2, f"{spec.norms_per_layer} norms per layer", "a model with 2 norms per layer"),
-        (not spec.experts, f"{spec.experts} experts", "only dense models run"),
         (
             not (spec.tied_embeddings and spec.head is Head.VALUE),
             "a value head tied to its embedding",
@@ -120,6 +135,11 @@ def _degree_problems(layout: Layout) -> list[Problem]:
             spec.kv_heads % layout.tp == 0,
             f"kv_heads {spec.kv_heads}, not a multiple of tp {layout.tp}",
             f"tp one of {divisors(spec.kv_heads)}",
+        ),
+        (
+            spec.experts % layout.ep == 0,
+            f"{spec.experts} experts, not a multiple of ep {layout.ep}",
+            f"ep {closest_divisor(max(spec.experts, 1), layout.ep)}",
         ),
         (
             spec.layers % stages == 0,

@@ -119,10 +119,11 @@ class ParallelStrategy:
                     f"{name} is {shortened(value)}; it must be a whole number from 1 to {most:,}",
                     f"{name} {1 if not isinstance(value, int) or value < 1 else most}, for example",
                 )
-        if (self.dp * self.cp) % self.ep:
+        stage = self.dp * self.cp * self.tp
+        if stage % self.ep:
             raise SpecError(
-                f"ep {self.ep} must divide dp x cp = {self.dp * self.cp}",
-                f"ep one of {[e for e in range(1, self.dp * self.cp + 1) if (self.dp * self.cp) % e == 0]}",
+                f"ep {self.ep} must divide dp x cp x tp = {stage}",
+                f"ep {max(e for e in range(1, min(self.ep, stage) + 1) if stage % e == 0)}, for example",
             )
 
     @property

@@ -23,7 +23,8 @@ from runtime.groups import GroupCache
 from runtime.models.model import Model, build_model
 from runtime.models.modules import KVCache
 from runtime.passes.forward import Batch, TokenOutput, pack, token_logprobs, token_output
-from runtime.passes.training import AdamSettings, Trainer
+from runtime.passes.optimizer import AdamSettings
+from runtime.passes.training import Trainer
 
 HEAD_SEQUENCES = 4
 """Sequences among which the tokens of a head's point are shared out."""

@@ -113,6 +113,7 @@ def rank_sets(layout: Layout) -> dict[str, list[tuple[int, ...]]]:
     """Field of `ProcessGroupCollection` -> the rank sets of its groups, in one order for all ranks."""
     dp_cp, tp, mp = _cut(layout, "dp", "cp"), _cut(layout, "tp"), _cut(layout, "tp", "pp")
     alone: list[tuple[int, ...]] = [(rank,) for rank in layout.ranks]
+    ep, expert_dp = _expert_runs(layout)
     return {
         "tp": tp,
         "pp": _cut(layout, "pp"),
@@ -126,11 +127,25 @@ def rank_sets(layout: Layout) -> dict[str, list[tuple[int, ...]]]:
         "embd": _ends(layout, sorted({0, layout.pp - 1})),
         "pos_embd": _ends(layout, [0]),
         "intra_dist_opt": [layout.ranks],
-        # Without expert parallelism the experts' groups are those of the dense weights.
-        "ep": alone,
-        "expt_tp": tp,
-        "tp_ep": tp,
-        "tp_ep_pp": mp,
-        "expt_dp": dp_cp,
-        "intra_expt_dp": dp_cp,
+        # Experts are never cut by tp, so that their replicas are the ranks with the same place in their run.
+        "ep": ep,
+        "expt_tp": alone,
+        "tp_ep": ep,
+        "tp_ep_pp": _over_stages(layout, ep),
+        "expt_dp": expert_dp,
+        "intra_expt_dp": expert_dp,
     }
+
+
+def _expert_runs(layout: Layout) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """The runs of ep ranks that hold every expert once, and the ranks that hold the same experts, stage by stage."""
+    size, ep = len(layout.ranks) // layout.pp, layout.ep
+    stages = [layout.ranks[i : i + size] for i in range(0, len(layout.ranks), size)]
+    runs = [stage[i : i + ep] for stage in stages for i in range(0, size, ep)]
+    return runs, [stage[i::ep] for stage in stages for i in range(ep)]
+
+
+def _over_stages(layout: Layout, runs: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """The same run of every stage as one set."""
+    each = len(runs) // layout.pp
+    return [tuple(rank for run in runs[i::each] for rank in run) for i in range(each)]

@@ -18,7 +18,7 @@ from runtime.batches.sources import Examples, Prompts, RandomExamples, RandomPro
 from runtime.batches.tokenizer import Tokenizer
 from runtime.generation.sampling import Sampling
 from runtime.models.model import TORCH_DTYPES
-from runtime.passes.training import AdamSettings
+from runtime.passes.optimizer import AdamSettings
 
 
 @dataclass(frozen=True)

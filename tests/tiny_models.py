@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,17 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from plans.layout import Layout
@@ -22,6 +29,7 @@ from plans.model import ModelSpec
 from runtime.groups import GroupCache
 from runtime.models.model import Model, build_model
 
+MIXTURE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -33,7 +41,8 @@ LLAMA3_ROPE = {
 
 
 def tiny_model(kind: str, **overrides: Any) -> PreTrainedModel:
-    """`llama`, `llama-tied`, `llama3`, `qwen2` (tied, biases), `qwen3` (query-key norms) or `reward` (score head).
+    """`llama`, `llama-tied`, `llama3`, `qwen2` (tied, biases), `qwen3` (query-key norms), `reward` (score head), or a
+    mixture of 8 experts of which a token visits 2: `mixtral`, `qwen2-moe` (shared expert), `qwen3-moe`.
 
     Four layers, hidden 64, 4 heads on 2 kv heads, vocabulary 250: not a multiple of 128, so that rows are padded.
     """
@@ -54,6 +63,13 @@ def tiny_model(kind: str, **overrides: Any) -> PreTrainedModel:
         model = Qwen2ForCausalLM(Qwen2Config(**base))
     elif kind == "qwen3":
         model = Qwen3ForCausalLM(Qwen3Config(**base, head_dim=32))
+    elif kind == "mixtral":
+        model = MixtralForCausalLM(MixtralConfig(**base, num_local_experts=8, num_experts_per_tok=2))
+    elif kind == "qwen2-moe":
+        model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**base, **MIXTURE, shared_expert_intermediate_size=80))
+    elif kind.startswith("qwen3-moe"):
+        scaled = kind == "qwen3-moe"  # "qwen3-moe-raw-gates": the gates of the chosen experts do not add up to 1
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**base, **MIXTURE, head_dim=32, norm_topk_prob=scaled))
     elif kind == "reward":
         model = LlamaForSequenceClassification(LlamaConfig(**base, num_labels=1))
     else:
@@ -71,6 +87,26 @@ def save_tiny(kind: str, folder: Path, **overrides: Any) -> PreTrainedModel:
     model = tiny_model(kind, **overrides)
     model.save_pretrained(folder, max_shard_size="200KB")
     return model
+
+
+def checkpoint_tensors(kind: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors by a model's parameter names under the names of its checkpoint, which keeps experts and gates apart."""
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        module, _, last = name.rpartition(".")
+        if not module.endswith("experts"):
+            found[name] = tensor
+            continue
+        parts = ("gate_proj", "up_proj") if last == "gate_up_proj" else ("down_proj",)
+        for expert, whole in enumerate(tensor):
+            for part, values in zip(parts, whole.chunk(len(parts)), strict=True):
+                found[f"{module}.{expert}.{part}.weight"] = values
+    if kind != "mixtral":
+        return found
+    own = {".mlp.": ".block_sparse_moe.", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+    for old, new in own.items():
+        found = {name.replace(old, new): tensor for name, tensor in found.items()}
+    return found
 
 
 def padded_batch(samples: int, prompt: int, response: int, vocab: int = 250, seed: int = 1) -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ from plans.workload import Workload
 def weight_bytes(stage: StageParts, candidates: Candidates, element: float) -> Array:
     """Weights of a rank in the run's precision."""
     dense = stage.sharded / candidates.tp + stage.replicated
-    return (dense + stage.experts / (candidates.tp * candidates.ep)) * element
+    return (dense + stage.experts / candidates.ep) * element
 
 
 def kv_cache_bytes(spec: ModelSpec, candidates: Candidates, sequences: Array, tokens: int, element: float) -> Array:

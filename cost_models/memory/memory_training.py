@@ -42,13 +42,13 @@ def state_bytes(stage: StageParts, case: TrainingCase) -> StateBytes:
     """Model state of a rank: Megatron's 6 + 12/d bytes per bf16 parameter (`report_theoretical_memory`).
 
     Weights in the run's precision, fp32 gradients, fp32 masters (none when the run is fp32), two fp32 moments. zero 1
-    shards masters and moments over dp x cp, experts over dp x cp / ep; zero 3 shards everything, with the fp32 masters
-    as the only weights.
+    shards masters and moments over dp x cp, those of experts over dp x cp x tp / ep; zero 3 shards everything, with the
+    fp32 masters as the only weights.
     """
     dense = stage.sharded / case.tp + stage.replicated
-    experts = stage.experts / (case.tp * case.ep)
+    experts = stage.experts / case.ep
     shards = np.where(case.zero >= 1, case.replicas, 1.0)
-    sharded = dense / shards + experts / np.where(case.zero >= 1, case.replicas / case.ep, 1.0)
+    sharded = dense / shards + experts / np.where(case.zero >= 1, case.replicas * case.tp / case.ep, 1.0)
     whole = np.where(case.zero >= 3, sharded, dense + experts)
     return StateBytes(
         weights=np.where(case.zero >= 3, 0.0, whole * case.element),
@@ -76,7 +76,7 @@ def weight_gradient_bytes(stage: StageParts, case: TrainingCase, habits: MemoryH
 
 def gathered_bytes(stage: StageParts, case: TrainingCase, habits: MemoryHabits) -> Array:
     """Whole layers that ZeRO-3 holds at once in the run's precision, with the fp32 gradient of one of them."""
-    layer = (stage.sharded / case.tp + stage.replicated + stage.experts / (case.tp * case.ep)) / stage.layers
+    layer = (stage.sharded / case.tp + stage.replicated + stage.experts / case.ep) / stage.layers
     return np.where(case.zero >= 3, layer * (habits.gathered_layers * case.element + FP32_BYTES), 0.0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -59,7 +60,7 @@ class TrainingCase:
 
 @dataclass(frozen=True, slots=True)
 class Elements:
-    """Elements of a unit: cut by tp, held whole, and in experts (cut by ep and tp); and of its matrices.
+    """Elements of a unit: cut by tp, held whole, and in its experts (spread by ep alone); and of its matrices.
 
     largest: the largest matrix. shapes: one of each distinct shape.
     """
@@ -71,15 +72,15 @@ class Elements:
     shapes: float
 
 
-def unit_elements(unit: Unit) -> Elements:
-    """Elements of a unit of the layout."""
-    dense = [p for p in unit.parameters if ".experts." not in p.name]
-    experts = sum(p.size for p in unit.parameters if ".experts." in p.name)
-    matrices = {p.shape: p.size for p in unit.parameters if len(p.shape) == 2 and p.axis is not None}
+def unit_elements(unit: Unit, experts: Sequence[Unit] = ()) -> Elements:
+    """Elements of a unit of the layout; of a block with its experts."""
+    cut = [p for p in unit.parameters if len(p.shape) == 2 and p.axis is not None]
+    whole = [p for expert in experts[:1] for p in expert.parameters]  # all experts are alike
+    matrices = {p.shape: p.size for p in cut + whole}
     return Elements(
-        sharded=sum(p.size for p in dense if p.axis is not None),
-        replicated=sum(p.size for p in dense if p.axis is None),
-        experts=experts,
+        sharded=unit.sharded,
+        replicated=unit.replicated,
+        experts=sum(expert.replicated for expert in experts),
         largest=max(matrices.values(), default=0),
         shapes=sum(matrices.values()),
     )
@@ -101,7 +102,7 @@ def model_parts(spec: ModelSpec) -> ModelParts:
     units = model_units(spec)
     return ModelParts(
         embedding=unit_elements(units[0]),
-        block=unit_elements(units[1]),
+        block=unit_elements(units[1], units[2 : 2 + spec.experts]),
         head=unit_elements(units[-1]),
         head_inputs=spec.padded_vocab if spec.head is Head.LM else 0,
     )

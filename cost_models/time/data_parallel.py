@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
-from cost_models.candidates import Array, Candidates
+from cost_models.candidates import Array, Candidates, Flags
 from cost_models.engines.machine import Machine
 from cost_models.time import operations
 from cost_models.time.layer import LayerTime
@@ -14,6 +16,12 @@ from plans.model import Head, ModelSpec
 
 def rank_params(spec: ModelSpec, candidates: Candidates) -> Array:
     """Parameters of the fullest rank: an inner stage with an embedding (and the head too, without a pipeline)."""
+    dense, experts = _held_params(spec, candidates)
+    return dense + experts
+
+
+def _held_params(spec: ModelSpec, candidates: Candidates) -> tuple[Array, Array]:
+    """The rank's share of what tp cuts, and its experts, which lie whole on the ranks that hold them."""
     c = candidates
     layers, _ = stage_layers(spec, c.pp)
     experts = 0.0
@@ -22,8 +30,35 @@ def rank_params(spec: ModelSpec, candidates: Candidates) -> Array:
     vocabulary = float(spec.padded_vocab * spec.hidden)
     own_head = spec.head is Head.LM and not spec.tied_embeddings
     ends = vocabulary * np.where(c.pp == 1, 1.0 + own_head, 1.0)
-    params: Array = (layers * (spec.layer_params - experts + experts / c.ep) + ends) / c.tp
-    return params
+    dense = (layers * (spec.layer_params - experts) + ends) / c.tp
+    return dense, layers * experts / c.ep
+
+
+@dataclass(frozen=True, slots=True)
+class _Replicated:
+    """Parameters of a rank of which `size` ranks have the same, `per_node` of them on one node."""
+
+    params: Array
+    size: Array
+    per_node: Array
+
+
+def _replicated(spec: ModelSpec, candidates: Candidates) -> list[_Replicated]:
+    """What dp x cp ranks hold alike, and the experts, which every run of ep ranks of a stage holds once."""
+    c = candidates
+    dense, experts = _held_params(spec, c)
+    parts = [_Replicated(dense, *_data_group(c))]
+    if spec.experts:
+        size = c.dp * c.cp * c.tp / c.ep
+        parts.append(_Replicated(experts, size, c.ranks_per_node(c.ep, size)))
+    return parts
+
+
+def _shard_params(spec: ModelSpec, candidates: Candidates, sharded: Flags) -> Array:
+    """Parameters that a rank updates: its part of each where the optimizer is sharded over the replicas."""
+    shards = [part.params / np.where(sharded, part.size, 1.0) for part in _replicated(spec, candidates)]
+    total: Array = sum(shards[1:], shards[0])
+    return total
 
 
 def _data_group(candidates: Candidates) -> tuple[Array, Array]:
@@ -37,13 +72,15 @@ def gradient_reduce(machine: Machine, spec: ModelSpec, candidates: Candidates, b
 
     It may hide behind the backward pass of the last micro-batch, `data_overlap` of it.
     """
-    constants, (size, per_node) = machine.constants, _data_group(candidates)
+    constants = machine.constants
     if constants.shards_weights:
-        return np.zeros_like(size)
-    message = rank_params(spec, candidates) * constants.gradient_bytes
-    whole = machine.kernels.all_reduce(message, size, per_node)
-    scattered = machine.kernels.reduce_scatter(message, size, per_node)
-    seconds = np.where(candidates.shard_optimizer, scattered, whole)
+        return np.zeros_like(candidates.dp)
+    seconds = np.zeros_like(candidates.dp)
+    for part in _replicated(spec, candidates):
+        message = part.params * constants.gradient_bytes
+        whole = machine.kernels.all_reduce(message, part.size, part.per_node)
+        scattered = machine.kernels.reduce_scatter(message, part.size, part.per_node)
+        seconds = seconds + np.where(candidates.shard_optimizer, scattered, whole)
     exposed: Array = seconds - np.minimum(constants.data_overlap * seconds, backward)
     return exposed + tied_embedding_reduce(machine, spec, candidates)
 
@@ -62,11 +99,13 @@ def tied_embedding_reduce(machine: Machine, spec: ModelSpec, candidates: Candida
 def parameter_gather(machine: Machine, spec: ModelSpec, candidates: Candidates, backward: Array) -> Array:
     """Exposed seconds of gathering updated weights after a sharded optimizer step; `gather_overlap` of it hides behind
     the next forward, taken as half of a backward."""
-    constants, (size, per_node) = machine.constants, _data_group(candidates)
+    constants = machine.constants
     if constants.shards_weights:
-        return np.zeros_like(size)
-    message = rank_params(spec, candidates) * machine.element_bytes
-    seconds = np.where(candidates.shard_optimizer, machine.kernels.all_gather(message, size, per_node), 0.0)
+        return np.zeros_like(candidates.dp)
+    seconds = np.zeros_like(candidates.dp)
+    for part in _replicated(spec, candidates):
+        gather = machine.kernels.all_gather(part.params * machine.element_bytes, part.size, part.per_node)
+        seconds = seconds + np.where(candidates.shard_optimizer, gather, 0.0)
     return seconds - np.minimum(constants.gather_overlap * seconds, 0.5 * backward)
 
 
@@ -110,16 +149,13 @@ def accumulation(machine: Machine, params: Array | float) -> Array | float:
 
 def optimizer(machine: Machine, spec: ModelSpec, candidates: Candidates) -> Array:
     """Seconds of clipping and Adam, on the local shard where the optimizer is sharded."""
-    params = rank_params(spec, candidates)
-    size, _ = _data_group(candidates)
     sharded = candidates.shard_optimizer | machine.constants.shards_weights
-    return operations.optimizer_update(machine, params / np.where(sharded, size, 1.0))
+    return operations.optimizer_update(machine, _shard_params(spec, candidates, sharded))
 
 
 def state_load(machine: Machine, spec: ModelSpec, candidates: Candidates) -> Array:
     """Seconds to bring an offloaded optimizer state (fp32 moments, and masters beside 16-bit weights) to the GPU and
     back."""
-    size, _ = _data_group(candidates)
-    params = rank_params(spec, candidates) / np.where(candidates.shard_optimizer, size, 1.0)
+    params = _shard_params(spec, candidates, candidates.shard_optimizer)
     each = 8.0 if machine.element_bytes == 4 else 12.0
     return np.where(candidates.offload, 2.0 * each * params / machine.host_bytes_per_s, 0.0)

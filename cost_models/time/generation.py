@@ -12,7 +12,7 @@ from cost_models.engines.machine import Machine
 from cost_models.terms import Terms
 from cost_models.time import operations
 from cost_models.time.inference import ForwardPass, forward_terms
-from cost_models.time.layer import expert_parallel, hidden_reduce
+from cost_models.time.layer import expert_gather, hidden_reduce
 from cost_models.time.pipeline import stage_layers, stage_send
 from cost_models.time.vocabulary import head_and_choice
 from plans.lengths import Lengths
@@ -122,7 +122,7 @@ def _decode_parts(
     return {
         "decode_linears": operations.linears(machine, spec, rows, c.tp, c.ep),
         "decode_attention": decode_attention(machine, spec, c, rows, length),
-        "decode_tensor_parallel": decode_all_reduce(machine, spec, c, rows) + expert_parallel(machine, spec, c, rows),
+        "decode_tensor_parallel": decode_all_reduce(machine, spec, c, rows) + expert_gather(machine, spec, c, rows),
         "head": head_and_choice(machine, spec, rows, c),
         "embedding": hidden_reduce(machine, spec, c, rows),
     }

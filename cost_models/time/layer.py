@@ -100,10 +100,26 @@ def context_parallel(
     return np.maximum(ring - attention * (c.cp - 1) / c.cp, 0.0)
 
 
+def expert_gather(machine: Machine, spec: ModelSpec, candidates: Candidates, tokens: Array) -> Array:
+    """Seconds of an expert layer in generation, beside the sum over tp that a dense layer has too.
+
+    The tp ranks of a replica have the same tokens: each runs its own experts on all of them. Where a run of ep ranks
+    spans several replicas, their tokens are gathered and the sums scattered back.
+    """
+    c = candidates
+    replicas = np.maximum(c.ep / c.tp, 1.0)
+    if not spec.experts:
+        return np.zeros_like(tokens)
+    message = tokens * replicas * float(spec.hidden * machine.element_bytes)
+    group = replicas, c.ranks_per_node(c.tp, replicas)
+    gather = machine.kernels.all_gather(message, *group)
+    return np.where(replicas > 1.0, gather + machine.kernels.reduce_scatter(message, *group), 0.0)
+
+
 def expert_parallel(machine: Machine, spec: ModelSpec, candidates: Candidates, tokens: Array) -> Array:
     """Seconds of the two all-to-alls that bring tokens to their experts and back."""
     if not spec.experts:
         return np.zeros_like(tokens)
     c = candidates
-    message = tokens * float(spec.experts_per_token * spec.hidden * machine.element_bytes)
-    return 2.0 * machine.kernels.all_to_all(message, c.ep, c.ranks_per_node(c.tp, c.ep))
+    message = tokens / c.tp * float(spec.experts_per_token * spec.hidden * machine.element_bytes)
+    return 2.0 * machine.kernels.all_to_all(message, c.ep, c.ranks_per_node(np.ones_like(c.tp), c.ep))

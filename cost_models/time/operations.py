@@ -54,8 +54,9 @@ def layer_gemms(spec: ModelSpec, tokens: Array, tp: Array, ep: Array) -> list[Ge
 def _mlp_gemms(spec: ModelSpec, tokens: Array, tp: Array, ep: Array) -> list[Gemm]:
     """The MLP's GEMMs.
 
-    With experts: each of the experts / ep local ones takes its share tokens x ep x k / experts; of those only the
-    expected number that any token chose, E (1 - (1 - k/E)^tokens), is run (it matters in decoding).
+    Experts are not cut by tp. The ep ranks of a run bring the tokens of ep / tp replicas together (sequence parallel
+    ranks a part each), and each of the experts / ep local ones takes its share, tokens x ep / tp x k / experts; of
+    those only the expected number that any token chose, E (1 - (1 - k/E)^tokens), is run (it matters in decoding).
     """
     gates = 2.0 if spec.gated_mlp else 1.0
     hidden = float(spec.hidden)
@@ -65,11 +66,11 @@ def _mlp_gemms(spec: ModelSpec, tokens: Array, tp: Array, ep: Array) -> list[Gem
 
     if not spec.experts:
         return mlp(tokens, spec.ffn / tp, 1.0)
-    group_tokens = tokens * ep
+    group_tokens = tokens * ep / tp
     share = spec.experts_per_token / spec.experts
     used = -np.expm1(group_tokens * np.log1p(-share)) if share < 1 else np.ones_like(tokens)
     experts: Array = np.maximum(spec.experts / ep * used, 1.0)
-    routed = mlp(group_tokens * spec.experts_per_token / (experts * ep), spec.ffn / tp, experts)
+    routed = mlp(group_tokens * spec.experts_per_token / (experts * ep), np.full_like(tokens, spec.ffn), experts)
     return routed + (mlp(tokens, spec.shared_ffn / tp, 1.0) if spec.shared_ffn else [])
 
 

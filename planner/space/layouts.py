@@ -96,7 +96,7 @@ def strategies(
     spec, kind = workload.spec(call), workload.graph.call(call).kind
     samples = workload.samples_per_step(call)
     for tp in divisors(shape.gpus):
-        if spec.kv_heads % tp or spec.ffn % tp or spec.padded_vocab % tp:
+        if spec.kv_heads % tp or (spec.shared_ffn if spec.experts else spec.ffn) % tp or spec.padded_vocab % tp:
             pruned.note("tp must divide KV heads, ffn and vocabulary")
             continue
         for pp, cp in product(divisors(spec.layers), CONTEXT_DEGREES):
@@ -110,8 +110,11 @@ def strategies(
                 pruned.note("dp must divide the samples of a pass")
                 continue
             for ep in divisors(spec.experts) if spec.experts else (1,):
-                if (dp * cp) % ep:
-                    pruned.note("ep must divide dp x cp")
+                if (dp * cp * tp) % ep:
+                    pruned.note("ep must divide dp x cp x tp")
+                    continue
+                if kind is CallKind.GENERATE and tp % ep:
+                    pruned.note("ep must divide tp in generation, where replicas finish at different times")
                     continue
                 base = ParallelStrategy(dp=dp, tp=tp, pp=pp, cp=cp, ep=ep)
                 yield from _settings(workload, call, kind, base, samples // dp, pruned)

@@ -20,8 +20,12 @@ from runtime.models.mcore import (
     IdentityOp,
     MLPSubmodules,
     ModuleSpec,
+    MoELayer,
+    MoESubmodules,
     RowParallelLinear,
     SelfAttentionSubmodules,
+    SequentialMLP,
+    SharedExpertMLP,
     TransformerBlockSubmodules,
     TransformerConfig,
     TransformerLayer,
@@ -66,6 +70,8 @@ def transformer_config(layout: Layout, dtype: torch.dtype, sequence_parallel: bo
         qk_layernorm=spec.qk_norm,
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=1,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         sequence_parallel=sequence_parallel,
         recompute_granularity=None if recompute is Recompute.NONE else recompute.value,
@@ -89,7 +95,39 @@ def transformer_config(layout: Layout, dtype: torch.dtype, sequence_parallel: bo
         cuda_graph_scope=[],
         # Losses arrive normalised by global token counts: gradients are summed, never averaged.
         calculate_per_token_loss=True,
+        **_experts(spec),
         **dict.fromkeys(_FUSIONS, False),
+    )
+
+
+def _experts(spec: ModelSpec) -> dict[str, Any]:
+    """Megatron's settings of a mixture of experts: no token is ever dropped, gates are computed in float32."""
+    if not spec.experts:
+        return {}
+    return {
+        "num_moe_experts": spec.experts,
+        "moe_router_topk": spec.experts_per_token,
+        "moe_router_pre_softmax": not spec.normalize_gates,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_ffn_hidden_size": spec.ffn,
+        "moe_shared_expert_intermediate_size": spec.shared_ffn or None,
+        "moe_shared_expert_gate": bool(spec.shared_ffn),
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": False,
+    }
+
+
+def _mlp(spec: ModelSpec) -> Any:
+    linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    if not spec.experts:
+        return ModuleSpec(module=MLP, submodules=linear)
+    return ModuleSpec(
+        module=MoELayer,
+        submodules=MoESubmodules(
+            experts=ModuleSpec(module=SequentialMLP, submodules=linear),
+            shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=linear),
+        ),
     )
 
 
@@ -102,7 +140,6 @@ def _layer(spec: ModelSpec) -> Any:
         q_layernorm=norm if spec.qk_norm else IdentityOp,
         k_layernorm=norm if spec.qk_norm else IdentityOp,
     )
-    mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -112,7 +149,7 @@ def _layer(spec: ModelSpec) -> Any:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(module=MLP, submodules=mlp),
+            mlp=_mlp(spec),
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -140,4 +177,9 @@ def build_chunk(layout: Layout, config: Any, groups: Any, index: int) -> Any:
     chunk.rotary_pos_emb = Rotary(spec, config, groups)
     if last and spec.head is Head.VALUE:
         chunk.output_layer = ValueHead(config, groups.tp)
+    for name, parameter in chunk.named_parameters():
+        if "local_experts" in name:
+            # Megatron counts them to the dense weights when ep is 1; but tp ranks do not cut them, and with sequence
+            # parallelism each sees other tokens, so that their gradients must be summed over tp as well.
+            parameter.allreduce = False
     return chunk

@@ -32,6 +32,9 @@ with importing_megatron():
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.identity_op import IdentityOp
     from megatron.core.transformer.mlp import MLP, MLPSubmodules
+    from megatron.core.transformer.moe.experts import SequentialMLP
+    from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+    from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -54,6 +57,8 @@ __all__ = [
     "GPTModel",
     "IdentityOp",
     "MLPSubmodules",
+    "MoELayer",
+    "MoESubmodules",
     "ModuleSpec",
     "OptimizerConfig",
     "P2PCommunicator",
@@ -62,6 +67,8 @@ __all__ = [
     "RowParallelLinear",
     "SelfAttention",
     "SelfAttentionSubmodules",
+    "SequentialMLP",
+    "SharedExpertMLP",
     "StaticInferenceContext",
     "TransformerBlockSubmodules",
     "TransformerConfig",

@@ -80,13 +80,13 @@ def build_model(
 
 
 def named_shards(model: Model) -> Iterator[tuple[Parameter, nn.Parameter]]:
-    """Each parameter as `plans.layout` knows it, with this rank's part, in the order of `Layout.stage_units`.
+    """Each parameter as `plans.layout` knows it, with this rank's part, in the order of `Layout.rank_units`.
 
     The projection of a tied last stage is its copy of the embedding and comes under the embedding's name.
     """
     held = dict(_named_parameters(model))
     units = {unit.name: unit for unit in model_units(model.spec)}
-    for name in model.layout.stage_units(model.place.pp):
+    for name in model.layout.rank_units(torch.distributed.get_rank()):
         for parameter in units[name].parameters:
             yield parameter, held.pop(parameter.name)
     assert not held, f"parameters unknown to the layout: {sorted(held)}"
@@ -94,17 +94,21 @@ def named_shards(model: Model) -> Iterator[tuple[Parameter, nn.Parameter]]:
 
 def _named_parameters(model: Model) -> Iterator[tuple[str, nn.Parameter]]:
     copy = model.spec.tied_embeddings and not model.first_stage
+    experts = model.layout.experts_of(torch.distributed.get_rank())
     for index, chunk in enumerate(model.chunks):
         vp_stage = index if len(model.chunks) > 1 else None
         offset = get_transformer_layer_offset(model.config, vp_stage=vp_stage, pp_rank=model.place.pp)
         for name, parameter in chunk.named_parameters():
-            yield WORD_EMBEDDINGS if copy and name == OUTPUT else _global_name(name, offset), parameter
+            yield WORD_EMBEDDINGS if copy and name == OUTPUT else _global_name(name, offset, experts.start), parameter
 
 
-def _global_name(name: str, offset: int) -> str:
+def _global_name(name: str, layers_before: int, experts_before: int) -> str:
     parts = name.split(".")
     if parts[:2] == ["decoder", "layers"]:
-        parts[2] = str(int(parts[2]) + offset)
+        parts[2] = str(int(parts[2]) + layers_before)
+    if "local_experts" in parts:
+        at = parts.index("local_experts") + 1
+        parts[at] = str(int(parts[at]) + experts_before)
     return ".".join(parts)
 
 

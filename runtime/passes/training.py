@@ -13,34 +13,11 @@ from torch import Tensor, nn
 from runtime.models.mcore import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
-    DistributedOptimizer,
-    Float16OptimizerWithFloat16Params,
-    FP32Optimizer,
-    OptimizerConfig,
     finalize_model_grads,
 )
 from runtime.models.model import Model, moved
 from runtime.passes.forward import Batch, LossFunction, cut, pack_micro_batches, run_schedule, token_output
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdamSettings:
-    """AdamW with a linear warm-up to a constant learning rate. Weight decay acts on matrices only.
-
-    clip_norm: largest global gradient norm (infinite: no clipping).
-    """
-
-    lr: float = 1e-6
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    clip_norm: float = 1.0
-    warmup_steps: int = 0
-
-    def lr_at(self, step: int) -> float:
-        """Learning rate of a step, counted from 0."""
-        return self.lr * min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else self.lr
+from runtime.passes.optimizer import AdamSettings, make_optimizer, parts_of
 
 
 @dataclass(frozen=True)
@@ -75,7 +52,7 @@ class Trainer:
         if model.layout.dp > 1:  # gradients are reduced during the backward pass of the last micro-batch
             no_sync = [chunk.no_sync for chunk in self._chunks]
             model.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-        self._optimizer = _optimizer(model, self._chunks, settings, shard_optimizer)
+        self._optimizer = make_optimizer(model, self._chunks, settings, sharded=shard_optimizer)
 
     def step(self, batch: Batch, loss: LossFunction, micro_batches: int = 1, temperature: float = 1.0) -> StepStats:
         """One optimizer step on this replica's part of a minibatch.
@@ -169,75 +146,13 @@ class Trainer:
                     moments[name] = state[f"{key}.{name}"].to(moments.get(name, parameter).device).clone()
 
     def _slots(self) -> Iterator[tuple[str, nn.Parameter, dict[str, Any]]]:
-        inner = self._optimizer.optimizer
-        for i, group in enumerate(inner.param_groups):
-            for j, parameter in enumerate(group["params"]):
-                yield f"{i}.{j}", parameter, inner.state[parameter]
+        for part in parts_of(self._optimizer):
+            inner = part.optimizer
+            for i, group in enumerate(inner.param_groups):
+                for j, parameter in enumerate(group["params"]):
+                    yield f"{group['name']}.{i}.{j}", parameter, inner.state[parameter]
 
 
 def _finalize(chunks: list[Any], num_tokens: Any, **groups: Any) -> None:
     """Reduce gradients over replicas, norms over sequence-parallel ranks, tied embeddings; no division by tokens."""
     finalize_model_grads(chunks, None, **groups)
-
-
-def _optimizer(model: Model, chunks: list[Any], settings: AdamSettings, sharded: bool) -> Any:
-    """Megatron's optimizer classes, put together without its factory, which waits for ranks outside the layout."""
-    bf16 = model.config.params_dtype is torch.bfloat16
-    config = OptimizerConfig(
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
-        adam_beta1=settings.beta1,
-        adam_beta2=settings.beta2,
-        adam_eps=settings.eps,
-        clip_grad=settings.clip_norm,
-        bf16=bf16,
-        params_dtype=model.config.params_dtype,
-        use_distributed_optimizer=sharded,
-    )
-    adam = _adam([p for chunk in chunks for p in chunk.parameters()], settings)
-    groups = model.groups
-    if sharded:
-        optimizer = DistributedOptimizer(
-            adam,
-            config,
-            None,
-            _init_moments,
-            model_chunks=chunks,
-            per_model_buffers={i: chunk.buffers for i, chunk in enumerate(chunks)},
-            data_parallel_group=groups.dp_cp,
-            data_parallel_group_gloo=None,
-            data_parallel_group_idx=groups.mp.rank(),
-            distributed_optimizer_instance_id=0,
-        )
-        optimizer.grad_stats_parallel_group = groups.intra_dist_opt
-    else:
-        make = Float16OptimizerWithFloat16Params if bf16 else FP32Optimizer
-        optimizer = make(adam, config, None, _init_moments) if bf16 else make(adam, config, _init_moments)
-        optimizer.grad_stats_parallel_group = groups.mp
-    optimizer.tp_group = groups.tp
-    return optimizer
-
-
-def _adam(parameters: list[nn.Parameter], settings: AdamSettings) -> torch.optim.AdamW:
-    # Megatron matches groups by these keys when it saves and loads.
-    megatron = {"is_expert_parallel": False, "default_config": True, "lr_mult": 1.0, "is_decoupled_lr": False}
-    matrices = {"params": [p for p in parameters if p.dim() > 1], "wd_mult": 1.0, **megatron}
-    vectors = {"params": [p for p in parameters if p.dim() <= 1], "wd_mult": 0.0, "weight_decay": 0.0, **megatron}
-    return torch.optim.AdamW(
-        [group for group in (matrices, vectors) if group["params"]],
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.eps,
-        # CUDA's default takes 4 bytes more per parameter while it steps, of all parameters at once.
-        fused=all(p.is_cuda for p in parameters) or None,
-    )
-
-
-def _init_moments(adam: torch.optim.AdamW, config: Any = None) -> None:
-    for group in adam.param_groups:
-        for parameter in group["params"]:
-            state = adam.state[parameter]
-            if not state:
-                state["exp_avg"] = torch.zeros_like(parameter.data)
-                state["exp_avg_sq"] = torch.zeros_like(parameter.data)

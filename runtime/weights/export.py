@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from plans.huggingface import config_from_spec
-from plans.layout import EMBEDDING, Layout, Parameter, model_units
+from plans.layout import EMBEDDING, Layout, Parameter, expert_of, model_units
 from plans.model import Head, ModelSpec
 from runtime.models.model import Model, named_shards
 from runtime.models.shards import unshard
@@ -34,9 +34,13 @@ def export(model: Model, folder: Path, source: Path | None = None, shard_bytes: 
     """Write a model as a Hugging Face folder that replaces `folder` in one move.
 
     Tokenizer files, and what `config.json` holds beyond the architecture, come from the folder `source`. Collective
-    over the ranks of the first replica (dp = 0); others return at once. The ranks must see one file system.
+    over the ranks of the first replica (dp = 0) and of the first run of experts; others return at once. The ranks must
+    see one file system.
     """
-    if model.place.dp:
+    if model.place.dp or model.place.cp:
+        if _in_first_run(model):
+            for _ in _whole_parameters(model):
+                pass
         return
     root = model.place.tp == 0 and model.first_stage
     partial = folder.with_name(f".{folder.name}.partial")
@@ -93,15 +97,45 @@ def _write_weights(model: Model, folder: Path, files: dict[str, list[Parameter]]
         save_file(pending, folder / open_file, metadata={"format": "pt"})
 
 
+def _in_first_run(model: Model) -> bool:
+    """Whether this rank holds experts that the stage's first rank writes."""
+    layout, rank = model.layout, dist.get_rank()
+    return bool(model.spec.experts) and layout.ranks.index(rank) % (len(layout.ranks) // layout.pp) < layout.ep
+
+
 def _whole_parameters(model: Model) -> Iterator[tuple[Parameter, Tensor]]:
-    """Whole parameters of this stage in host memory, on its first tp rank; the others only send."""
-    embedding = {p.name for p in model_units(model.spec)[0].parameters}
-    for parameter, held in named_shards(model):
-        if parameter.name in embedding and not model.first_stage:
+    """Whole parameters of this stage in host memory, on its first rank; the others only send."""
+    layout, writes = model.layout, model.place.dp == model.place.cp == model.place.tp == 0
+    held = {parameter.name: shard.data for parameter, shard in named_shards(model)}
+    units = {unit.name: unit for unit in model_units(model.spec)}
+    stage = [name for name in layout.stage_units(model.place.pp) if not _is_copy(name, model.place.pp)]
+    for number, parameter in [(expert_of(name), p) for name in stage for p in units[name].parameters]:
+        if number is not None:
+            whole = _expert(model, parameter, held.get(parameter.name), number)
+        elif model.place.dp or model.place.cp:
             continue
-        parts = _gather(model, held.data) if parameter.axis is not None else [held.data]
-        if model.place.tp == 0:
-            yield parameter, unshard(parameter, parts).to("cpu", copy=True)
+        else:
+            parts = _gather(model, held[parameter.name]) if parameter.axis is not None else [held[parameter.name]]
+            whole = unshard(parameter, parts) if writes else None
+        if writes and whole is not None:
+            yield parameter, whole.to("cpu", copy=True)
+
+
+def _expert(model: Model, parameter: Parameter, held: Tensor | None, number: int) -> Tensor | None:
+    """An expert's parameter on the stage's first rank, from the rank of the first run that holds it."""
+    group, owner = model.groups.ep, number // (model.spec.experts // model.layout.ep)
+    if not _in_first_run(model):
+        return None
+    if owner == 0:
+        return held
+    if group.rank() == owner:
+        assert held is not None
+        dist.send(held.contiguous(), dist.get_global_rank(group, 0), group=group)
+    elif group.rank() == 0:
+        whole = torch.empty(parameter.shape, dtype=model.config.params_dtype, device=model.device)
+        dist.recv(whole, dist.get_global_rank(group, owner), group=group)
+        return whole
+    return None
 
 
 def _gather(model: Model, part: Tensor) -> Sequence[Tensor]:

@@ -1,7 +1,7 @@
 """Megatron's parameters in Hugging Face's terms: which tensors of a checkpoint make up a parameter, and back.
 
-Llama, Mistral, Qwen2 and Qwen3 name their tensors alike. Megatron fuses query, key and value group by group
-([q..., k, v] for each kv head), and gate above up; Hugging Face keeps them apart.
+Llama, Mistral, Qwen2 and Qwen3 name their tensors alike; Mixtral has names of its own for experts. Megatron fuses
+query, key and value group by group ([q..., k, v] for each kv head), and gate above up; Hugging Face keeps them apart.
 """
 
 from __future__ import annotations
@@ -25,7 +25,13 @@ _LAYER = {
     "mlp.linear_fc2": ("mlp.down_proj",),
     "input_layernorm": ("input_layernorm",),
     "pre_mlp_layernorm": ("post_attention_layernorm",),
+    "mlp.router": ("mlp.gate",),
+    "mlp.shared_experts.linear_fc1": ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
+    "mlp.shared_experts.linear_fc2": ("mlp.shared_expert.down_proj",),
 }
+_EXPERT = {"linear_fc1": ("gate_proj", "up_proj"), "linear_fc2": ("down_proj",)}
+_MIXTRAL_EXPERT = {"linear_fc1": ("w1", "w3"), "linear_fc2": ("w2",)}
+_SHARED_GATE = "mlp.shared_experts.gate_weight"
 _TOP = {"embedding.word_embeddings": "model.embed_tokens", "decoder.final_layernorm": "model.norm"}
 
 
@@ -43,7 +49,23 @@ def hf_names(spec: ModelSpec, name: str) -> tuple[str, ...]:
     if module in _TOP:
         return (f"{_TOP[module]}.{kind}",)
     _, _, index, inner = module.split(".", 3)
-    return tuple(f"model.layers.{index}.{part}.{kind}" for part in _LAYER[inner])
+    at = f"model.layers.{index}"
+    if name.endswith(_SHARED_GATE):
+        return (f"{at}.mlp.shared_expert_gate.weight",)
+    mixtral = is_mixtral(spec)
+    if inner == "mlp.router" and mixtral:
+        return (f"{at}.block_sparse_moe.gate.{kind}",)
+    if "local_experts" in inner:
+        *_, number, part = inner.split(".")
+        if mixtral:
+            return tuple(f"{at}.block_sparse_moe.experts.{number}.{p}.{kind}" for p in _MIXTRAL_EXPERT[part])
+        return tuple(f"{at}.mlp.experts.{number}.{p}.{kind}" for p in _EXPERT[part])
+    return tuple(f"{at}.{part}.{kind}" for part in _LAYER[inner])
+
+
+def is_mixtral(spec: ModelSpec) -> bool:
+    """Whether a mixture of experts has Mixtral's names: the Qwen families have biases or norms of queries and keys."""
+    return bool(spec.experts) and not (spec.qkv_bias or spec.qk_norm)
 
 
 def has_vocabulary(spec: ModelSpec, parameter: Parameter) -> bool:

@@ -54,9 +54,10 @@ def layouts(cluster: ClusterSpec, spec: ModelSpec) -> list[Layout]:
     for mesh in all_meshes(cluster):
         for tp, pp, vpp in itertools.product((1, 2, 3, 4, 6), (1, 2, 4), (1, 2)):
             fits = mesh.size % (tp * pp) == 0 and mesh.gpus % tp == 0 and 4 % (pp * vpp) == 0
-            if fits and (vpp == 1 or pp > 1):
-                strategy = ParallelStrategy(dp=mesh.size // (tp * pp), tp=tp, pp=pp, vpp=vpp)
-                found.append(Layout.of(spec, mesh, strategy, cluster))
+            for ep in (1, 2, 4) if spec.experts else (1,):
+                if fits and (vpp == 1 or pp > 1) and mesh.size // pp % ep == 0:
+                    strategy = ParallelStrategy(dp=mesh.size // (tp * pp), tp=tp, pp=pp, vpp=vpp, ep=ep)
+                    found.append(Layout.of(spec, mesh, strategy, cluster))
     return found
 
 
@@ -66,8 +67,8 @@ def machine_on(cluster: ClusterSpec) -> Machine:
 
 @pytest.mark.parametrize(
     "spec",
-    [tiny(), tiny(tied_embeddings=True), tiny().with_value_head()],
-    ids=["untied", "tied", "value"],
+    [tiny(), tiny(tied_embeddings=True), tiny().with_value_head(), tiny(experts=8, experts_per_token=2, ffn=12)],
+    ids=["untied", "tied", "value", "experts"],
 )
 @pytest.mark.parametrize("per_node", [4, 6])
 def test_bytes_equal_the_listed_transfers(spec: ModelSpec, per_node: int) -> None:

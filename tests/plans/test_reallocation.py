@@ -15,7 +15,8 @@ from plans.model import ModelSpec
 from plans.reallocation import Piece, Reallocation, reallocation
 
 SPEC = ModelSpec(name="tiny", layers=4, hidden=4, heads=4, kv_heads=4, head_dim=2, ffn=8, vocab=8)
-SPECS = [SPEC, replace(SPEC, tied_embeddings=True), SPEC.with_value_head()]
+MIXTURE = replace(SPEC, ffn=4, experts=4, experts_per_token=2, shared_ffn=8)
+SPECS = [SPEC, replace(SPEC, tied_embeddings=True), SPEC.with_value_head(), MIXTURE]
 WORLD = 8
 
 Element = tuple[str, int]
@@ -35,7 +36,15 @@ def layouts(draw: st.DrawFn, spec: ModelSpec) -> Layout:
     first = draw(st.sampled_from(range(0, WORLD, size)))
     tp = draw(st.sampled_from([t for t in (1, 2, 4) if t <= size]))
     pp = draw(st.sampled_from([p for p in (1, 2, 4) if tp * p <= size]))
-    return Layout(spec, tuple(range(first, first + size)), dp=size // tp // pp, tp=tp, pp=pp)
+    ep = draw(st.sampled_from([e for e in (1, 2, 4) if spec.experts and e <= size // pp] or [1]))
+    return Layout(spec, tuple(range(first, first + size)), dp=size // tp // pp, tp=tp, pp=pp, ep=ep)
+
+
+def own_experts(layout: Layout, rank: int) -> range:
+    """Megatron's order without expert tensor parallelism: the ranks of a stage are counted off in runs of ep."""
+    in_stage = (rank - layout.ranks[0]) % (len(layout.ranks) // layout.pp)
+    each = layout.spec.experts // layout.ep
+    return range(in_stage % layout.ep * each, (in_stage % layout.ep + 1) * each)
 
 
 @cache
@@ -47,6 +56,8 @@ def held(layout: Layout, rank: int) -> frozenset[Element]:
     units = {unit.name: unit for unit in model_units(layout.spec)}
     found: set[Element] = set()
     for unit in layout.stage_units(place.pp):
+        if ".expert." in unit and int(unit.split(".")[3]) not in own_experts(layout, rank):
+            continue
         for p in units[unit].parameters:
             index = np.arange(p.size).reshape(p.shape)
             if p.axis is not None:

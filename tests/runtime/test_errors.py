@@ -97,7 +97,6 @@ def test_pairs_stay_together() -> None:
 @pytest.mark.parametrize(("change", "rule", "hint"), [
     ({"group_size": 1}, "grpo compares the samples of one prompt, and the plan's group_size is 1", "2 or more"),
     ({"dtype": "fp16"}, "dtype fp16 needs loss scaling", "bf16 or fp32"),
-    ({"experts": 4}, "4 experts", "dense"),
     ({"position": Position.ALIBI}, "position encoding `alibi`", "rotary"),
     ({"activation": "relu2"}, "activation `relu2`", "silu"),
     ({"norms_per_layer": 4}, "4 norms per layer", "2 norms"),

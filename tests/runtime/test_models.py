@@ -68,7 +68,7 @@ def test_parameters_are_those_of_the_layout(spec: ModelSpec):
     for rank, found in enumerate(run_ranks(4, built)):
         for degrees, names in found:
             layout = layout_of(spec, **degrees)
-            expected = layout.stage_units(layout.places[rank].pp)
+            expected = layout.rank_units(rank)
             assert names == [p.name for unit in expected for p in units[unit].parameters]
 
 
@@ -110,7 +110,7 @@ def test_layouts_share_communicators():
     ("spec", "degrees", "message"),
     [
         (replace(SPEC, position=Position.LEARNED), {}, "position encoding `learned`"),
-        (replace(SPEC, experts=4, experts_per_token=2), {}, "4 experts"),
+        (replace(SPEC, experts=3, experts_per_token=2), {"dp": 2, "ep": 2}, "3 experts, not a multiple of ep 2"),
         (SPEC, {"tp": 4}, "kv_heads 2, not a multiple of tp 4"),
         (SPEC, {"pp": 3}, "4 layers, not a multiple of pp x vpp 3"),
     ],

@@ -20,10 +20,11 @@ SPEC = ModelSpec(
 )
 TIED = replace(SPEC, tied_embeddings=True)
 VALUE = SPEC.with_value_head()
+MIXTURE = replace(SPEC, ffn=4, experts=8, experts_per_token=2, shared_ffn=12)
 
 
-def layout(spec: ModelSpec, ranks: range, dp: int = 1, tp: int = 1, pp: int = 1, vpp: int = 1) -> Layout:
-    return Layout(spec, tuple(ranks), dp=dp, tp=tp, pp=pp, vpp=vpp)
+def layout(spec: ModelSpec, ranks: range, **degrees: int) -> Layout:
+    return Layout(spec, tuple(ranks), **degrees)
 
 
 ALL, LOW, HIGH = range(4), range(2), range(2, 4)
@@ -48,6 +49,11 @@ PAIRS = {
     "tied pp2 -> tp2 pp2": (layout(TIED, HIGH, pp=2), layout(TIED, ALL, tp=2, pp=2)),
     "value head tp4 -> pp2": (layout(VALUE, ALL, tp=4), layout(VALUE, LOW, pp=2)),
     "value head pp2 -> dp2": (layout(VALUE, LOW, pp=2), layout(VALUE, HIGH, dp=2)),
+    "experts ep4 -> one": (layout(MIXTURE, ALL, dp=4, ep=4), layout(MIXTURE, range(1))),
+    "experts tp2 pp2 ep2 -> dp4 ep2": (layout(MIXTURE, ALL, tp=2, pp=2, ep=2), layout(MIXTURE, ALL, dp=4, ep=2)),
+    "experts dp2 tp2 -> ep4": (layout(MIXTURE, ALL, dp=2, tp=2), layout(MIXTURE, ALL, dp=2, tp=2, ep=4)),
+    "experts dp4 ep4 -> tp2 on 2-3": (layout(MIXTURE, ALL, dp=4, ep=4), layout(MIXTURE, HIGH, tp=2)),
+    "experts disjoint ep2 -> pp2": (layout(MIXTURE, LOW, dp=2, ep=2), layout(MIXTURE, HIGH, pp=2)),
 }
 
 
@@ -71,7 +77,7 @@ def shards(target: Layout, rank: int) -> dict[str, Tensor]:
         return {}
     place = target.places[rank]
     units = {unit.name: unit for unit in model_units(target.spec)}
-    held = [p for name in target.stage_units(place.pp) for p in units[name].parameters]
+    held = [p for name in target.rank_units(rank) for p in units[name].parameters]
     return {p.name: part(p, whole(p), target.tp, place.tp) for p in held}
 
 
@@ -82,7 +88,7 @@ def owned(target: Layout, rank: int) -> set[tuple[str, int]]:
     place = target.places[rank]
     units = {unit.name: unit for unit in model_units(target.spec)}
     found: set[tuple[str, int]] = set()
-    for name in target.stage_units(place.pp):
+    for name in target.rank_units(rank):
         for p in units[name].parameters:
             index = torch.arange(p.size).view(p.shape)
             found |= {(p.name, i) for i in part(p, index, target.tp, place.tp).flatten().tolist()}

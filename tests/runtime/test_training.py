@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
-from tiny_models import build, layout_of, padded_batch, save_tiny, tiny_model
+from tiny_models import build, checkpoint_tensors, layout_of, padded_batch, save_tiny, tiny_model
 
 from plans.errors import RealplanError
 from plans.huggingface import spec_from_folder
@@ -19,7 +19,8 @@ from runtime.models import installation
 from runtime.models.model import Model, named_shards
 from runtime.passes.forward import Batch, TokenOutput, cut, pack, packed_width, token_logprobs
 from runtime.passes.logprobs import token_logprobs_of
-from runtime.passes.training import AdamSettings, Trainer
+from runtime.passes.optimizer import AdamSettings
+from runtime.passes.training import Trainer
 from runtime.weights.hf import load_weights
 from runtime.weights.hf_names import hf_names, hf_shape, join
 
@@ -37,11 +38,20 @@ CASES: tuple[dict[str, Any], ...] = (
     {"pp": 2, "vpp": 2},
     {"dp": 2, "pp": 2, "vpp": 2},
 )
+EXPERT_CASES: tuple[dict[str, Any], ...] = (
+    {},
+    {"dp": 2, "ep": 2, "shard_optimizer": False},
+    {"dp": 4, "ep": 2},
+    {"tp": 2, "sequence_parallel": True},  # tp ranks hold the same experts and see other tokens
+    {"dp": 2, "tp": 2, "sequence_parallel": True, "ep": 4},
+    {"tp": 2, "pp": 2, "sequence_parallel": True, "ep": 2, "recompute": Recompute.FULL},
+    {"dp": 2, "pp": 2, "vpp": 2, "ep": 2, "shard_optimizer": False},
+)
 SETTINGS = AdamSettings(lr=1e-3, clip_norm=0.1, warmup_steps=2, weight_decay=0.1)
 
 
 def split_case(case: dict[str, Any]) -> tuple[dict[str, int], dict[str, Any], bool]:
-    degrees = {k: v for k, v in case.items() if k in ("dp", "tp", "pp", "vpp")}
+    degrees = {k: v for k, v in case.items() if k in ("dp", "tp", "pp", "vpp", "ep")}
     settings = {k: v for k, v in case.items() if k in ("sequence_parallel", "recompute")}
     return degrees, settings, case.get("shard_optimizer", True)
 
@@ -117,12 +127,17 @@ def own_rows(model: Model, batch: Batch) -> Batch:
     return {name: value[start : start + share] for name, value in batch.items()}
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama-tied", "qwen3", "reward"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "llama-tied", "qwen3", "reward", "mixtral", "qwen2-moe", "qwen3-moe", "qwen3-moe-raw-gates"]
+)
 def test_steps_equal_one_process(kind: str, tmp_path: Path):
     save_tiny(kind, tmp_path)
-    losses, norms, grads, trained = reference_steps(kind, steps=3)
-    initial = {name: p.detach() for name, p in tiny_model(kind).named_parameters()}
-    final = {name: p.detach() for name, p in trained.named_parameters()}
+    losses, norms, first, trained = reference_steps(kind, steps=3)
+    grads = checkpoint_tensors(kind, first)
+    initial, final = (
+        checkpoint_tensors(kind, {name: p.detach() for name, p in model.named_parameters()})
+        for model in (tiny_model(kind), trained)
+    )
     spec = spec_from_folder(tmp_path)
     spec = spec.with_value_head() if kind == "reward" else spec
 
@@ -130,7 +145,7 @@ def test_steps_equal_one_process(kind: str, tmp_path: Path):
         installation.install(CPU)
         groups = GroupCache(CPU)
         found = {}
-        for case in CASES:
+        for case in EXPERT_CASES if spec.experts else CASES:
             degrees, settings, sharded = split_case(case)
             model = build(groups, layout_of(spec, **degrees), **settings)
             if model is not None:
@@ -143,7 +158,7 @@ def test_steps_equal_one_process(kind: str, tmp_path: Path):
         batch = own_rows(model, full_batch())
         worst = {"loss": 0.0, "norm": 0.0, "grad": 0.0, "update": 0.0}
         trainer.accumulate(batch, weighted_loss, micro_batches=2)
-        if not sharded or model.layout.dp == 1:
+        if not sharded or model.groups.expt_dp.size() == model.layout.dp == 1:
             for parameter, tensor in named_shards(model):
                 want = part(model, parameter, grads)
                 error = (tensor.main_grad - want).abs().max() / want.abs().max().clamp_min(1e-3)
