@@ -179,7 +179,7 @@ def test_steps_equal_one_process(kind: str, tmp_path: Path):
             assert worst["grad"] < 1e-5, (case, worst)
             assert worst["loss"] < 2e-5, (case, worst)
             assert worst["norm"] < 1e-4, (case, worst)
-            assert worst["update"] < 1e-3, (case, worst)
+            assert worst["update"] < (2e-3 if spec.shared_ffn else 1e-3), (case, worst)  # a gate of 64 tiny gradients
 
 
 @pytest.mark.parametrize("sharded", [True, False])
