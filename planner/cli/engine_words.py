@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cost_models.calibration.profiled import profiled_engine
 from cost_models.engines.constants import DEFAULT_ENGINE, TABLE_SUFFIX
 from cost_models.engines.engine import MEGATRON, ComposedEngine, Engine, NamedEngine
 from plans.errors import RealplanError
@@ -29,6 +28,13 @@ def engine_of(words: str, table: Path | None = None) -> Engine:
 def plan_engine(plan: ExecutionPlan) -> Engine:
     """The engine of the plan's own estimate."""
     return engine_of(plan.estimate.engine) if plan.estimate else MEGATRON
+
+
+def profiled_engine(table: Path) -> Engine:
+    """The engine of a profiled machine; its fit needs scipy, which other engines do without."""
+    from cost_models.calibration.profiled import profiled_engine as fitted
+
+    return fitted(table)
 
 
 def _check_table(words: str, names: list[str], table: Path) -> None:
