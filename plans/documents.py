@@ -73,7 +73,8 @@ def decoded(data: bytes, error: type[RealplanError], file: str, line: int = 1) -
     `line` is the number of the first line of `data` in its file.
     """
     try:
-        return data.decode("utf-8").removeprefix("\ufeff")
+        text = data.decode("utf-8")
+        return text.removeprefix("\ufeff") if line == 1 else text
     except UnicodeDecodeError as bad:
         row = line + data.count(b"\n", 0, bad.start)
         column = len(data[data.rfind(b"\n", 0, bad.start) + 1 : bad.start].decode("utf-8", "replace")) + 1

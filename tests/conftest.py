@@ -11,3 +11,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="write tests/cost_models/ledger.json anew from the present formulas; then read its diff",
     )
+    parser.addoption("--fuzz", type=int, default=2000, help="broken inputs that the fuzz suite tries")
+
+
+@pytest.fixture
+def fuzz(request: pytest.FixtureRequest) -> int:
+    """How many broken inputs to try."""
+    return int(request.config.getoption("--fuzz"))

@@ -13,6 +13,7 @@ from typing import Any
 
 from plans.cluster import GIB, ClusterSpec, DeviceMesh
 from plans.errors import SpecError, nearest
+from plans.problems import shortened
 from plans.strategy import SETTINGS, ParallelStrategy
 
 _COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
@@ -61,7 +62,9 @@ def parse_rule(text: str, calls: Sequence[str]) -> Rule:
     """Read a rule; errors name the part that is wrong."""
     match = _RULE.fullmatch(text)
     if not match:
-        raise SpecError(f"rule `{text}` is not of the form call.field=value", "for example `actor_train.tp=4`")
+        raise SpecError(
+            f"rule `{shortened(text)}` is not of the form call.field=value", "for example `actor_train.tp=4`"
+        )
     call, field, comparison, value = match.groups()
     if call != "*" and call not in calls:
         raise SpecError(f"rule `{text}`: no call `{call}`", nearest(call, list(calls)))
@@ -73,15 +76,18 @@ def parse_rule(text: str, calls: Sequence[str]) -> Rule:
 def _value(text: str, field: str, comparison: str, value: str) -> int | bool | str:
     kind = FIELDS[field]
     if kind is int:
-        if not value.isdigit():
-            raise SpecError(f"rule `{text}`: `{value}` is not a whole number")
+        if not re.fullmatch(r"[0-9]{1,9}", value):
+            rule = f"rule `{shortened(text)}`: `{shortened(value)}` is not a whole number"
+            raise SpecError(rule, f"`{text.partition('.')[0]}.{field}=4`, for example")
         return int(value)
     if kind is bool:
         if value.lower() not in _TRUTH:
-            raise SpecError(f"rule `{text}`: `{value}` is not true or false")
+            rule = f"rule `{shortened(text)}`: `{shortened(value)}` is not true or false"
+            raise SpecError(rule, f"`{text.partition('.')[0]}.{field}=true`, for example")
         return _TRUTH[value.lower()]
     if comparison not in ("=", "==", "!="):
-        raise SpecError(f"rule `{text}`: {field} can only be compared with = and !=")
+        rule = f"rule `{shortened(text)}`: {field} can only be compared with = and !="
+        raise SpecError(rule, f"`{text.partition('.')[0]}.{field}={shortened(value)}`, for example")
     if kind is not str and value not in list(kind):  # type: ignore[call-overload]
         raise SpecError(f"rule `{text}`: {field} cannot be `{value}`", nearest(value, [str(v) for v in kind]))  # type: ignore[attr-defined]
     return value
