@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 from plan_cases import tiny_plan
 
-from planner.limits import parse_limits
+from planner.space.limits import parse_limits
 from plans.checks import check_plan
 from plans.codec import dump_plan, load_plan, sealed
 from plans.errors import RealplanError
