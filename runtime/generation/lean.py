@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from runtime.models.mcore import MLP
+from runtime.generation.experts import expert_block
 from runtime.models.model import Model
 
 Attend = Callable[[int, Tensor], Tensor]
@@ -66,9 +66,9 @@ class LeanStage:
         )
 
     def _mlp(self, mlp: Any) -> Callable[[Tensor, Tensor], Tensor]:
-        """(residual, normed) -> residual + the block's MLP; experts stay Megatron's."""
-        if type(mlp) is not MLP:
-            return lambda residual, x: residual + mlp(x[:, None])[0][:, 0]
+        """(residual, normed) -> residual + the block's MLP."""
+        if self.model.spec.experts:
+            return expert_block(self.model, mlp, self._sum)
         first, second, config = mlp.linear_fc1, mlp.linear_fc2, self.model.config
         activation, gated, join = config.activation_func, config.gated_linear_unit, self._join
 
@@ -89,9 +89,14 @@ class LeanStage:
             out = torch.addmm(residual, x, weight.t())
         else:
             part = F.linear(x, weight)
-            dist.all_reduce(part, group=self._group)
+            self._sum(part)
             out = part.add_(residual)
         return out if bias is None else out.add_(bias)
+
+    def _sum(self, part: Tensor) -> None:
+        """Sum over the tp ranks, in place."""
+        if self._group is not None:
+            dist.all_reduce(part, group=self._group)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Embeddings [n, hidden] of token ids [n]; on the first stage."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -189,8 +190,17 @@ def test_every_layout_gives_the_same_tokens(
             _check_same(result, expected)
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama3", "qwen2", "qwen3"])
-def test_every_architecture(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "degrees"),
+    [
+        *((kind, {"tp": 2, "pp": 2}) for kind in ("llama", "llama3", "qwen2", "qwen3")),
+        ("mixtral", {"tp": 2, "pp": 2, "ep": 2}),
+        ("qwen2-moe", {"tp": 2, "pp": 2}),  # two tp ranks with all experts share the tokens out
+        ("qwen3-moe", {"tp": 2, "dp": 2, "ep": 2}),
+        ("qwen3-moe-raw-gates", {"pp": 2}),
+    ],
+)
+def test_every_architecture(kind: str, degrees: dict[str, int], tmp_path: Path) -> None:
     reference = save_tiny(kind, tmp_path)
     prompts = [[5, 6, 7, 8, 9, 10], [11], [12, 13, 14], [5, 6, 7, 8, 9, 10], [200, 201]]
     expected = _continued(reference, prompts, eos_token_id=None, max_new_tokens=8)
@@ -203,7 +213,7 @@ def test_every_architecture(kind: str, tmp_path: Path) -> None:
         greedy = generate(model, prompts, sampling=GREEDY, limits=limits, **common)
         return [row for _, row in greedy.sequences.texts()], int(hot.sequences.tokens.max())
 
-    for responses, largest in _on_model(4, {"tp": 2, "pp": 2}, work, tmp_path):
+    for responses, largest in _on_model(prod(degrees.values()) // degrees.get("ep", 1), degrees, work, tmp_path):
         assert responses == expected
         assert largest < 250
 
