@@ -1,8 +1,8 @@
 """A mixture of experts in generation: the tokens stay where they are, and every rank runs its own experts on them.
 
 All tp ranks of a replica have the same tokens, and a run of ep ranks (ep divides tp) holds every expert once. A rank
-adds up what its experts and its part of the shared expert say; the sum over tp, which a dense block needs too, makes the
-block complete. So there is no exchange of tokens, and no number of tokens per expert that the host would wait for.
+adds up what its experts and its part of the shared expert say; the sum over tp, which a dense block needs too, makes
+the block complete. So there is no exchange of tokens, and no number of tokens per expert that the host would wait for.
 """
 
 from __future__ import annotations
