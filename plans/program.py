@@ -18,7 +18,7 @@ from functools import cached_property
 from plans.batches import Message, batch_transfers
 from plans.graph import CallKind
 from plans.layout import Layout
-from plans.plan import ExecutionPlan
+from plans.plan import ExecutionPlan, PlannedCall
 
 
 class StepKind(StrEnum):
@@ -111,7 +111,9 @@ def compile_program(plan: ExecutionPlan) -> Program:
     messages: dict[tuple[str, str], tuple[Message, ...]] = {}
     steps: list[Step] = []
     placed: set[str] = set()
+    held_back: list[tuple[str, list[Step]]] = []
     for planned in plan.calls:
+        held_back = _send_due(plan, held_back, planned, steps)
         copy = next(c for c in copies if planned.call in c.calls)
         users = [p.call for p in plan.calls if p.call in copy.calls]
         steps += _before(plan, copy, planned.call, planned.lag, first=users[0] == planned.call)
@@ -124,9 +126,30 @@ def compile_program(plan: ExecutionPlan) -> Program:
         for name in made:
             sent = {consumer: found for consumer, found in batch_transfers(plan, name).items() if found}
             messages |= {(name, consumer): found for consumer, found in sent.items()}
-            steps += [_transfer(plan, name, consumer, planned.lag) for consumer in sent]
+            transfers = [_transfer(plan, name, consumer, planned.lag) for consumer in sent]
+            if name == planned.call:
+                steps += transfers
+            else:
+                held_back.append((name, transfers))
         steps += _after(copy, planned.call, planned.lag, last=users[-1] == planned.call)
+    for _, transfers in held_back:
+        steps += transfers
     return Program(plan, copies, tuple(steps), messages)
+
+
+def _send_due(
+    plan: ExecutionPlan, held_back: list[tuple[str, list[Step]]], coming: PlannedCall, steps: list[Step]
+) -> list[tuple[str, list[Step]]]:
+    """Send what functions made right before the first call that reads it, in the order of the plan: a function runs on
+    the CPU while its ranks go on to other calls. A reader that lags comes after everything of its iteration, so it
+    waits for the end of the period at most. Gives what stays back."""
+    graph, left = plan.workload.graph, []
+    for name, transfers in held_back:
+        if any(key in graph.call(coming.call).inputs for key in graph.call(name).outputs):
+            steps += transfers
+        else:
+            left.append((name, transfers))
+    return left
 
 
 def _copies(plan: ExecutionPlan) -> tuple[Copy, ...]:

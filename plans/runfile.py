@@ -96,7 +96,8 @@ class Optimizer(_Closed):
 class Ppo(_Closed):
     """The clipped objective (Schulman et al. 2017) with a KL to the reference, for PPO and the critic-free algorithms.
 
-    The KL is a penalty in the reward (Ouyang et al. 2022), for GRPO a term of the loss. reward_clip bounds scores.
+    The KL is a penalty in the reward (Ouyang et al. 2022), for GRPO a term of the loss. reward_clip bounds scores
+    (null: not at all).
     gamma: PPO, REINFORCE++ and ReMax. value_clip, gae_lambda, whiten_advantages, critic_warmup_iterations: PPO.
     """
 
@@ -106,8 +107,17 @@ class Ppo(_Closed):
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
     gae_lambda: Share = 0.95
     whiten_advantages: bool = True
-    reward_clip: Above = 10.0
+    reward_clip: Above | None = None
     critic_warmup_iterations: Count = 0
+
+
+class RewardLimits(_Closed):
+    """Processes that run the reward function of a rank: how many, the memory of each, the seconds of one call (null:
+    40 % of timeout_s)."""
+
+    seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    memory_gib: Annotated[float, Field(ge=0.1, le=2**20)] = 8.0
+    workers: Annotated[int, Field(ge=1, le=256)] = 1
 
 
 class Dpo(_Closed):
@@ -122,13 +132,14 @@ class RunFile(_Closed):
     weights: one folder for every role, or role -> folder; `random` initialises (benchmarks). A role without an entry
     starts from the actor's folder. reward: `vader`, `module:function` or `file.py:function`; unused where the
     graph's reward is a model. actor: the optimizer of every trained role but the critic. timeout_s bounds every
-    collective.
+    collective. on_nonfinite: what happens to an optimizer step whose loss or gradient norm is no finite number.
     """
 
     weights: str | dict[str, str] = ""
     tokenizer: str = ""
     data: Data = Data()
     reward: str = ""
+    reward_limits: RewardLimits = RewardLimits()
     sampling: RunSampling = RunSampling()
     actor: Optimizer = Optimizer()
     critic: Optimizer = Optimizer(lr=5e-6)
@@ -139,6 +150,7 @@ class RunFile(_Closed):
     output: str = "runs/latest"
     export: bool = True
     timeout_s: Annotated[float, Field(gt=0, le=1e7)] = 300.0
+    on_nonfinite: Literal["stop", "skip"] = "stop"
     workload: RunWorkload = RunWorkload()
 
     def weights_of(self, role: str) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -14,6 +17,8 @@ from plans.graph import Call
 from plans.kvcache import slots_per_replica
 from plans.plan import PlannedCall
 from runtime.algorithms.samples import response_mask
+from runtime.batches.reward_functions import RewardError
+from runtime.batches.rewards import Scored
 from runtime.batches.sequences import padded
 from runtime.batches.transfer import Rows
 from runtime.generation.generate import Limits, generate
@@ -83,20 +88,45 @@ def inference_call(
     return {key: {key: logprobs[:, width:]}}
 
 
-def reward_call(job: Job, call: Call, host: Model, inputs: Mapping[str, Rows]) -> dict[str, Rows]:
-    """Scores of the user's function, computed by the first rank of each replica of the host call's model."""
-    sequences, (key,) = inputs[call.inputs[0]], call.outputs
-    count = len(sequences["tokens"])
-    scores = torch.zeros(count, device=host.device)
+@dataclass(frozen=True)
+class PendingScores:
+    """A reward call under way: the rows that it scores, when it began (time.perf_counter), and the scores to come on
+    the rank that asked for them, the first of the replica."""
+
+    call: Call
+    host: Model
+    rows: Sequence[int]
+    begun_s: float
+    future: Future[Scored] | None
+
+
+def begin_reward(job: Job, call: Call, host: Model, inputs: Mapping[str, Rows], rows: Sequence[int]) -> PendingScores:
+    """Ask for the scores of the user's function, which its processes compute beside what this rank does next."""
+    begun_s = time.perf_counter()
+    future = _ask(job, inputs[call.inputs[0]]) if host.groups.mp.rank() == 0 else None
+    return PendingScores(call, host, rows, begun_s, future)
+
+
+def end_reward(pending: PendingScores) -> tuple[dict[str, Rows], float]:
+    """The scores on every rank of the replica, and when they were there. Collective over the replica."""
+    host, at_s = pending.host, time.perf_counter()
+    scores = torch.zeros(len(pending.rows), device=host.device)
+    if pending.future is not None:
+        try:
+            scored = pending.future.result()
+        except RewardError as error:
+            row = "" if error.sample is None else f" (row {pending.rows[error.sample]} of the batch)"
+            raise RewardError(error.message + row, error.hint) from None
+        scores.copy_(torch.tensor(scored.scores))
+        at_s = scored.at_s
     group = host.groups.mp
-    if group.rank() == 0:
-        scores.copy_(torch.tensor(_scores(job, sequences)))
     if group.size() > 1:
         dist.broadcast(scores, src=dist.get_global_rank(group, 0), group=group)
-    return {key: {key: scores}}
+    (key,) = pending.call.outputs
+    return {key: {key: scores}}, at_s
 
 
-def _scores(job: Job, sequences: Rows) -> list[float]:
+def _ask(job: Job, sequences: Rows) -> Future[Scored]:
     assert job.reward is not None and job.tokenizer is not None
     width = job.plan.workload.prompt_tokens
     prompts, responses = [], []
@@ -104,4 +134,4 @@ def _scores(job: Job, sequences: Rows) -> list[float]:
     for tokens, prompt, response in zip(*lists, strict=True):
         prompts.append(job.tokenizer.decode(tokens[width - prompt : width]))
         responses.append(job.tokenizer.decode(tokens[width : width + response]))
-    return job.reward(prompts, responses)
+    return job.reward.submit(prompts, responses)

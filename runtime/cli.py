@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -21,7 +22,9 @@ def realrun(
         list[str] | None, typer.Argument(metavar="key=value", help="keys of the run file, such as iterations=3")
     ] = None,
     run: Annotated[Path | None, typer.Option(help="run file (default: the one that the plan names)")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would run on which rank, and stop")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="say what would run on which rank and whether it can, and stop")
+    ] = False,
     allow_stale: Annotated[bool, typer.Option("--allow-stale", help="run although the estimate is stale")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")] = False,
 ) -> None:
@@ -45,9 +48,12 @@ def realrun(
 def _run(path: Path, overrides: list[str], run_path: Path | None, dry_run: bool, allow_stale: bool) -> None:
     from runtime.launching.describe import batch_words, program_words
     from runtime.launching.entry import prepare_ranks
+    from runtime.launching.member import outside_member
+    from runtime.launching.output import check_output
     from runtime.launching.preflight import (
         check_devices,
         check_estimate,
+        check_job,
         check_packages,
         check_weights,
         legal_plan,
@@ -56,42 +62,50 @@ def _run(path: Path, overrides: list[str], run_path: Path | None, dry_run: bool,
     from runtime.launching.slurm import rank_variables
     from runtime.models.support import check_supported
 
-    os.environ.update(rank_variables(os.environ))
-    # Megatron orders communication before computation by launch order, which needs one hardware queue. Also for ranks
-    # that another launcher has started.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    member = outside_member({**os.environ, **rank_variables(os.environ)})
     plan = legal_plan(path)
     if not allow_stale:
         check_estimate(plan, path)
     run = read_run(plan, path, run_path, overrides)
-    first = os.environ.get("RANK", "0") == "0"
+    first = member is None or member.rank == 0
     if dry_run or first:
         for line in batch_words(plan):
-            print(line) if dry_run else _say(line)
+            print(printable(line)) if dry_run else _say(line)
     if dry_run:
         for line in program_words(plan):
-            print(line)
-        return
+            print(printable(line))
     check_supported(plan)
     check_weights(plan, run)
     check_packages()
-    started = int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
-    check_devices(plan, started)
-    if started is None:
+    check_devices(plan, None if member is None else member.world)
+    if first:
+        check_output(plan, run)
+    if dry_run:
+        check_job(plan, run)
+        return
+    if member is None:
         prepare_ranks(plan)
     from runtime.launching.launch import launch
     from runtime.reports.monitor import summary
 
-    lines = launch(plan, run)
+    lines = launch(plan, run, member)
     if first:
         for line in [*summary(plan, lines), f"output: {run.output}"]:
             _say(line)
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr)
+    print(printable(text), file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """Text without what a terminal would obey: names come from files, and files from elsewhere."""
+    return "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def main() -> None:
     """Console script."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal without UTF-8 shows an escape and no traceback
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     app()

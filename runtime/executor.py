@@ -6,6 +6,7 @@ from __future__ import annotations
 import resource
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,10 +19,12 @@ from plans.plan import PlannedCall
 from plans.program import Step, StepKind, compile_program
 from plans.runfile import RANDOM
 from runtime.batches.transfer import BatchStore, LateError, Rows
-from runtime.calls import generate_call, inference_call, reward_call
+from runtime.calls import PendingScores, begin_reward, end_reward, generate_call, inference_call
 from runtime.groups import GroupCache
 from runtime.job import Job
 from runtime.launching.failures import MEMORY_HINT, lost_peer, memory_words, timed_out
+from runtime.models.model import Model, nonfinite_parameter
+from runtime.passes.training import Trainer
 from runtime.reports.records import Recorder
 from runtime.reports.stats import Stat
 from runtime.train_call import train_call
@@ -39,6 +42,18 @@ class StepError(RealplanError):
         self.late = late
 
 
+@dataclass
+class RunState:
+    """What a run has become on this rank, beside its weights; with them, all that another run needs to go on from here.
+
+    iterations: how many are done; the order of the data and the samples drawn are keyed by it. trainers: role -> its
+    optimizer state and step count, on the ranks of its home.
+    """
+
+    trainers: Mapping[str, Trainer]
+    iterations: int = 0
+
+
 class Executor:
     """Runs a job on this rank. Making it and running it is collective over all ranks of the cluster."""
 
@@ -50,12 +65,19 @@ class Executor:
         self._recorder = recorder
         self._rows: dict[str, tuple[int, ...]] = {}
         self._store = BatchStore(job.plan, device)
+        self._scores: dict[tuple[int, str], PendingScores] = {}
+        self._start_rewards()
         self._copies = Copies(job, self.program, groups, device)
+        self.state = RunState(self._copies.trainers)
+        if self._job.reward is not None and self._hosts:
+            self._job.reward.ready()
 
     def run(self, iterations: int, first: int = 0) -> None:
         """Run iterations [first, iterations). Raises StepError with rank, iteration and step."""
         left = Counter(dict.fromkeys(range(first, iterations), len(self.program.projection(self._rank))))
         for step, iteration in self.program.unrolled(iterations, first):
+            for function in self._due(step, iteration):
+                self._take_scores(function, iteration)
             if self._rank not in step.ranks:
                 continue
             self._recorder.say(step.name, iteration)
@@ -65,7 +87,7 @@ class Executor:
                 if not left[iteration]:
                     self._finish(iteration)
             except Exception as error:
-                raise self._explain(error, step, iteration) from error
+                raise self._explain(error, step.name, step.ranks, iteration) from error
         for iteration in range(first, iterations):
             self._store.settle(iteration)
 
@@ -73,8 +95,9 @@ class Executor:
         """Write a trained role as a Hugging Face folder. Collective over the ranks of its home."""
         home = self.program.homes[role]
         if self._rank in home.layout.ranks:
-            weights = self._job.run.weights_of(role)
-            export(self._copies.model(home.calls[0]), folder, None if weights == RANDOM else Path(weights))
+            weights, model = self._job.run.weights_of(role), self._copies.model(home.calls[0])
+            check_finite(model, f"rank {self._rank}: the weights of `{role}`, which were to be exported")
+            export(model, folder, None if weights == RANDOM else Path(weights))
 
     def _step(self, step: Step, iteration: int) -> None:
         calls = step.kind in (StepKind.CALL, StepKind.FUNCTION)
@@ -90,6 +113,43 @@ class Executor:
                 self._move(step)
             if step.kind is not StepKind.TRANSFER:
                 self._synchronize()
+
+    def _start_rewards(self) -> None:
+        """Start the processes of the reward where its function runs, the first rank of each replica: they load it while
+        this one loads weights."""
+        plan = self._job.plan
+        hosts = [plan.layout(plan.workload.graph.host(step.subject)) for step in self.program.steps
+                 if step.kind is StepKind.FUNCTION]  # fmt: skip
+        places = [layout.places[self._rank] for layout in hosts if self._rank in layout.ranks]
+        self._hosts = any(place.tp == 0 and place.pp == 0 for place in places)
+        if self._job.reward is not None and self._hosts:
+            self._job.reward.start()
+
+    def _due(self, step: Step, iteration: int) -> list[str]:
+        """Functions under way on this rank whose scores a step reads or sends. Every rank of the replica takes them at
+        this place of the total order, whether it has a part in the step or not, since taking them is collective."""
+        return [name for begun, name in self._scores if begun == iteration and self._needs(step, name)]
+
+    def _needs(self, step: Step, function: str) -> bool:
+        if step.kind is StepKind.TRANSFER:
+            return step.subject == function
+        graph = self._job.plan.workload.graph
+        reads = graph.call(step.subject).inputs if step.kind in (StepKind.CALL, StepKind.FUNCTION) else ()
+        return any(key in reads for key in graph.call(function).outputs)
+
+    def _take_scores(self, name: str, iteration: int) -> None:
+        self._recorder.say(name, iteration)
+        pending = self._scores.pop((iteration, name))
+        try:
+            made, at_s = end_reward(pending)
+        except Exception as error:
+            ranks = tuple(self._job.plan.ranks(self._job.plan.workload.graph.host(name)))
+            raise self._explain(error, name, ranks, iteration) from error
+        if iteration < self.state.iterations:  # this rank has no more use for them
+            return
+        for key, values in made.items():
+            self._store.put(iteration, key, pending.rows, values)
+        self._recorder.add_span(name, StepKind.FUNCTION, iteration, pending.begun_s, at_s)
 
     def _move(self, step: Step) -> None:
         copy = next(copy for copy in self.program.copies if copy.name == step.copy)
@@ -127,15 +187,18 @@ class Executor:
         if call.kind is CallKind.INFERENCE:
             return inference_call(job, call, planned, model, inputs)
         if call.kind is CallKind.FUNCTION:
-            return reward_call(job, call, model, inputs)
+            self._scores[iteration, call.name] = begin_reward(job, call, model, inputs, rows)
+            return {}
         with self._copies.training(call.model, offload=planned.strategy.offload) as trainer:
             self._recorder.add(iteration, train_call(job, call, planned, trainer, inputs, rows, iteration))
+        check_finite(model, f"the weights of `{call.model}` after this training")
         return {}
 
     def _finish(self, iteration: int) -> None:
         """This rank has done all of an iteration. What it sent in the one before is taken by now, or soon."""
         self._recorder.add(iteration, self._memory())
         self._recorder.finish(iteration)
+        self.state.iterations = iteration + 1
         self._store.drop(iteration)
         self._store.settle(iteration - 1)
 
@@ -149,14 +212,14 @@ class Executor:
         if self._device.type == "cuda":
             torch.cuda.current_stream().synchronize()
 
-    def _explain(self, error: Exception, step: Step, iteration: int) -> StepError:
-        where = f"rank {self._rank}, iteration {iteration}, step `{step.name}`"
+    def _explain(self, error: Exception, step: str, ranks: tuple[int, ...], iteration: int) -> StepError:
+        where = f"rank {self._rank}, iteration {iteration}, step `{step}`"
         if isinstance(error, RealplanError):
             return StepError(f"{where}: {error.message}", error.hint)
         text = str(error).strip()
         if isinstance(error, torch.OutOfMemoryError):
             return StepError(f"{where}: out of memory. {memory_words(text)}", MEMORY_HINT)
-        peers = (error.source,) if isinstance(error, LateError) else step.ranks
+        peers = (error.source,) if isinstance(error, LateError) else ranks
         if lost_peer(text):
             return StepError(f"{where}: {_shown(peers)} went away", secondary=True)
         if timed_out(text):
@@ -164,6 +227,12 @@ class Executor:
             message = f"{where}: waited for {_shown(peers)} for longer than {limit}"
             return StepError(message, "a rank hangs or is slower than that: raise timeout_s in the run file", late=True)
         return StepError(f"{where}: {type(error).__name__}: {text}")
+
+
+def check_finite(model: Model, what: str) -> None:
+    """Raise RealplanError when this rank holds a weight that is not finite. Local: peers see that this rank is gone."""
+    if name := nonfinite_parameter(model):
+        raise RealplanError(f"{what} are not finite: {name}", "a smaller learning rate")
 
 
 def _shown(ranks: tuple[int, ...]) -> str:

@@ -13,7 +13,7 @@ from plans.graph import CallKind
 from plans.plan import ExecutionPlan
 from plans.runfile import RANDOM, Optimizer, RunFile
 from runtime.batches.data import PromptSet, fitting_prompts, left_out, read_prompts, read_rows
-from runtime.batches.rewards import Reward, load_reward
+from runtime.batches.rewards import Reward, RewardLimits
 from runtime.batches.sources import Examples, Prompts, RandomExamples, RandomPrompts, TextExamples, TextPrompts
 from runtime.batches.tokenizer import Tokenizer
 from runtime.generation.sampling import Sampling
@@ -159,4 +159,12 @@ def _reward(plan: ExecutionPlan, run: RunFile, tokenizer: Tokenizer | None) -> R
         raise RealplanError(
             f"reward `{run.reward}` reads texts, which need a tokenizer", "tokenizer=FOLDER with a tokenizer.json"
         )
-    return load_reward(run.reward)
+    limits, share = run.reward_limits, 0.4 * run.timeout_s
+    seconds = share if limits.seconds is None else limits.seconds
+    if seconds >= run.timeout_s:
+        raise RealplanError(
+            f"reward_limits.seconds = {seconds:g} is not below timeout_s = {run.timeout_s:g}, after which the ranks "
+            "that wait for the scores give up",
+            f"timeout_s={2.5 * seconds:g}, or reward_limits.seconds={share:g}",
+        )
+    return Reward(run.reward, RewardLimits(seconds, limits.memory_gib, limits.workers))

@@ -29,7 +29,8 @@ def train_call(
     steps: list[StepStats] = []
     if call.model == "critic" or not _critic_warms_up(job, iteration):
         for part, tokens in _minibatches(job, found):
-            steps.append(trainer.step(part, _loss(job, call, tokens), planned.strategy.micro_batches, job.temperature))
+            parts, skip = planned.strategy.micro_batches, job.run.on_nonfinite == "skip"
+            steps.append(trainer.step(part, _loss(job, call, tokens), parts, job.temperature, skip_nonfinite=skip))
     place = trainer.model.place
     stats: dict[str, Stat] = {}
     if place.tp == 0 and place.pp == 0:
@@ -95,7 +96,11 @@ def critic_loss(job: Job, tokens: float, output: TokenOutput, batch: Batch) -> L
 
 def _step_stats(role: str, steps: Sequence[StepStats]) -> dict[str, Stat]:
     found: dict[str, list[Stat]] = {}
+    skipped = Stat.one(float(sum(bool(step.skipped) for step in steps)))
     for step in steps:
+        if step.skipped:
+            continue
         for name, value in {**step.terms, "grad_norm": step.grad_norm, "lr": step.lr}.items():
             found.setdefault(f"{role}/{name}", []).append(Stat.one(value))
-    return {name: merge_stats(parts) for name, parts in found.items()}
+    stats = {name: merge_stats(parts) for name, parts in found.items()}
+    return stats | ({f"{role}/skipped_steps": skipped} if skipped.total else {})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from datetime import timedelta
@@ -10,7 +9,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
 from plans.errors import RealplanError
 from plans.plan import ExecutionPlan
@@ -19,6 +17,8 @@ from runtime.executor import Executor
 from runtime.groups import GroupCache
 from runtime.job import prepare_job
 from runtime.launching.failures import Failure, write_failure
+from runtime.launching.member import Member, device_index
+from runtime.launching.stores import open_store
 from runtime.models.installation import install
 from runtime.reports.records import Recorder
 
@@ -28,26 +28,26 @@ FOREVER = timedelta(days=365)
 ORIGIN = "realplan/origin"
 
 
-def guarded(plan: ExecutionPlan, run: RunFile, scratch: Path) -> Failure | None:
+def guarded(plan: ExecutionPlan, run: RunFile, member: Member, scratch: Path) -> Failure | None:
     """Run this rank; its error, which is also in `scratch`, or None."""
     try:
-        work(plan, run, scratch)
-    except Exception as error:
-        failure = write_failure(scratch, int(os.environ["RANK"]), error)
+        work(plan, run, member, scratch)
+    except (Exception, SystemExit) as error:
+        failure = write_failure(scratch, member.rank, error)
         if failure.secondary:
             time.sleep(GRACE_S)
         return failure
     return None
 
 
-def work(plan: ExecutionPlan, run: RunFile, scratch: Path) -> None:
-    """The life of a rank. Rank and addresses come from the variables that torch elastic sets."""
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+def work(plan: ExecutionPlan, run: RunFile, member: Member, scratch: Path) -> None:
+    """The life of a rank, until it has said that it is done."""
+    rank, world = member.rank, member.world
     if world != plan.cluster.size:
         raise RealplanError(f"the plan needs {plan.cluster.size} ranks, {world} were started")
-    device, timeout = _device(plan), timedelta(seconds=run.timeout_s)
+    device, timeout = _device(plan, member), timedelta(seconds=run.timeout_s)
     install(device)
-    store, _, _ = next(rendezvous("env://", rank, world, timeout=timeout))
+    store = open_store(member, timeout)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     if device.type == "cuda":
@@ -58,19 +58,24 @@ def work(plan: ExecutionPlan, run: RunFile, scratch: Path) -> None:
     job = prepare_job(plan, run)
     if rank == 0 and job.note:
         print(f"data: {job.note}", file=sys.stderr, flush=True)
-    executor = Executor(job, GroupCache(device, timeout), device, recorder)
-    executor.run(run.iterations)
+    try:
+        executor = Executor(job, GroupCache(device, timeout), device, recorder)
+        executor.run(run.iterations)
+    finally:
+        if job.reward is not None:
+            job.reward.close()
     if run.export:
         recorder.say("export", run.iterations)
         role = next(iter(executor.program.homes))
         executor.export(role, Path(run.output) / role)
+    recorder.say("export", run.iterations, done=True)
     store.set(f"realplan/done/{rank}", "")
-    if rank == 0:  # it holds the store, which the others may still need
+    if rank == 0:  # it may hold the store, which the others still need
         store.wait([f"realplan/done/{other}" for other in range(world)], FOREVER)
     dist.destroy_process_group()
 
 
-def _device(plan: ExecutionPlan) -> torch.device:
+def _device(plan: ExecutionPlan, member: Member) -> torch.device:
     if plan.cluster.gpu.name == "cpu":
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return torch.device("cuda", device_index(member, torch.cuda.device_count()))

@@ -18,6 +18,7 @@ from plans.workload import Workload
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TINY = FIXTURES / "tiny-llama"
+REWARDS = Path(__file__).parent / "reward_cases.py"
 CALLS = ("actor_generate", "ref_infer", "critic_infer", "actor_train", "critic_train")
 
 SEVEN_CALLS = (
@@ -71,7 +72,7 @@ def tiny_run(output: Path, **keys: Any) -> RunFile:
     data: dict[str, Any] = {
         "weights": str(TINY),
         "data": {"source": str(FIXTURES / "prompts.jsonl")},
-        "reward": f"{__file__}:vowels",
+        "reward": f"{REWARDS}:vowels",
         "actor": optimizer,
         "critic": optimizer,
         "iterations": 3,
@@ -90,16 +91,6 @@ def examples(path: Path) -> Path:
         rows.append(json.dumps(json.loads(line) | texts) + "\n")
     path.write_text("".join(rows))
     return path
-
-
-def vowels(prompts: list[str], responses: list[str]) -> list[float]:
-    """Share of vowels, a reward that depends on every character."""
-    return [sum(letter in "aeiou" for letter in text) / max(1, len(text)) for text in responses]
-
-
-def failing(prompts: list[str], responses: list[str]) -> list[float]:
-    """A reward with a mistake in it."""
-    raise ZeroDivisionError("no reward today")
 
 
 def all_meshes(cluster: ClusterSpec) -> list[DeviceMesh]:

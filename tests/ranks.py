@@ -49,7 +49,7 @@ def _assert_no_global_groups() -> None:
     assert state is None or not state.is_initialized(), "something initialised megatron's parallel_state"
 
 
-def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
+def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 300.0) -> list[Any]:
     """Results of `fn(*args)` on `world` ranks, by rank. `fn` may be a closure; results must pickle.
 
     Raises RankError with the traceback of the first rank that fails, TimeoutError when ranks hang; kills the rest.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from plans.runfile import Ppo
-from runtime.algorithms.samples import Samples, Signal, discounted, token_rewards, whiten
+from runtime.algorithms.samples import Samples, Signal, clipped, discounted, token_rewards, whiten
 
 
 def reinforce_pp(samples: Samples, settings: Ppo) -> Signal:
@@ -19,5 +19,5 @@ def remax(samples: Samples, settings: Ppo) -> Signal:
     assert samples.greedy_scores is not None
     rewards = token_rewards(samples, settings.kl_coefficient, settings.reward_clip)
     returns = discounted(rewards, settings.gamma) * samples.mask
-    baseline = samples.greedy_scores.clamp(-settings.reward_clip, settings.reward_clip)[:, None]
+    baseline = clipped(samples.greedy_scores, settings.reward_clip)[:, None]
     return Signal(rewards=rewards, advantages=(returns - baseline) * samples.mask, returns=returns)

@@ -61,12 +61,17 @@ def response_mask(lengths: Tensor, tokens: int) -> Tensor:
     return torch.arange(tokens, device=lengths.device) < lengths[:, None]
 
 
-def token_rewards(samples: Samples, kl_coefficient: float, clip: float) -> Tensor:
+def clipped(scores: Tensor, clip: float | None) -> Tensor:
+    """Scores within [-clip, clip]; None leaves them."""
+    return scores if clip is None else scores.clamp(-clip, clip)
+
+
+def token_rewards(samples: Samples, kl_coefficient: float, clip: float | None) -> Tensor:
     """Rewards [n, R]: -kl_coefficient (log p - log p_ref) at every token, plus the clipped score at the last."""
     rewards = -kl_coefficient * samples.kl
     last = samples.mask.sum(1) - 1
     rows = (last >= 0).nonzero().squeeze(1)
-    rewards[rows, last[rows]] += samples.scores[rows].clamp(-clip, clip)
+    rewards[rows, last[rows]] += clipped(samples.scores[rows], clip)
     return rewards
 
 

@@ -56,7 +56,7 @@ def experience(job: Job, trainer: Trainer, inputs: Mapping[str, Rows], rows: Seq
         samples = _samples(tensors, index, workload.group_size, mask, gather)
         signal = ADVANTAGES[workload.graph.name](samples, job.run.ppo)
         batch |= {"old_logprobs": samples.old_logprobs, "advantages": signal.advantages, "returns": signal.returns}
-        report |= _report(samples, signal)
+        report |= _report(samples, signal, job.run.ppo.reward_clip)
     tokens_of = gather(mask.sum(1, keepdim=True).double()).squeeze(1).tolist()
     return Experience(batch, tokens_of, report)
 
@@ -75,8 +75,8 @@ def _samples(tensors: Rows, rows: Tensor, group_size: int, mask: Tensor, gather:
     )
 
 
-def _report(samples: Samples, signal: Signal) -> dict[str, Tensor]:
-    """Statistics under verl's names."""
+def _report(samples: Samples, signal: Signal, reward_clip: float | None) -> dict[str, Tensor]:
+    """Statistics under verl's names; of scores also the share that the clip changes."""
     mask = samples.mask
     report = {
         "critic/score": samples.scores,
@@ -89,4 +89,6 @@ def _report(samples: Samples, signal: Signal) -> dict[str, Tensor]:
         report["critic/values"] = samples.values[mask]
     if samples.greedy_scores is not None:
         report["critic/score_greedy"] = samples.greedy_scores
+    if reward_clip is not None:
+        report["critic/score/clip_ratio"] = samples.scores.abs() > reward_clip
     return report

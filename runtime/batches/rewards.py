@@ -1,113 +1,254 @@
-"""Rewards that are Python functions: `(prompts, responses) -> scores`, built in or the user's own."""
+"""Rewards that are Python functions, in processes of their own with a limit on time and memory.
+
+A function that raises, hangs, exits, dies or returns what is no score ends the run with its name and the sample that
+did it, and never the rank that waits for it.
+"""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import math
-import traceback
-from collections.abc import Callable, Sequence
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from plans.errors import RealplanError, nearest
+from runtime.batches.reward_functions import RewardError
 
-RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
-
-
-class RewardError(RealplanError):
-    """A reward function that cannot be loaded, fails, or returns what is no score."""
+START_S = 300.0  # to load the function; big libraries on a slow file system take minutes
+LOOK_S = 0.1
+Columns = Mapping[str, Sequence[Any]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class RewardLimits:
+    """seconds: of one call of the function. memory_gib: of each of its processes. workers: processes."""
+
+    seconds: float = 120.0
+    memory_gib: float = 8.0
+    workers: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Scores of some responses, and when they were there (time.perf_counter)."""
+
+    scores: list[float]
+    at_s: float
+
+
+class Failed(Exception):
+    """How a process of a reward failed: what it did, in words that follow the name of the reward."""
+
+    def __init__(self, message: str, hint: str = "", sample: int | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+        self.sample = sample
+
+
 class Reward:
-    """A reward function under the name that the user gave."""
+    """A reward function under the name that the user gave. Holds processes from `start` to `close`."""
 
-    name: str
-    function: RewardFunction
+    def __init__(self, name: str, limits: RewardLimits = RewardLimits(), columns: Sequence[str] = ()) -> None:
+        self.name = name
+        self._limits = limits
+        self._columns = tuple(columns)
+        self._workers: list[_Worker] = []
+        self._threads = ThreadPoolExecutor(limits.workers, thread_name_prefix="reward")
 
-    def __call__(self, prompts: list[str], responses: list[str]) -> list[float]:
-        """One finite score per response; RewardError names the function when it fails or returns something else."""
+    def start(self) -> None:
+        """Start the processes, which load the function while this one does something else."""
+        if not self._workers:
+            self._workers = [_Worker(self.name, self._limits, self._columns) for _ in range(self._limits.workers)]
+
+    def ready(self) -> None:
+        """Wait until the function is loaded. Raises RewardError when it cannot be, or takes unknown parameters."""
+        self.start()
+        for worker in self._workers:
+            worker.ready()
+
+    def submit(self, prompts: list[str], responses: list[str], columns: Columns | None = None) -> Future[Scored]:
+        """Begin to score responses; the future has a score per response, or raises RewardError."""
+        return self._gather(self._parts(prompts, responses, columns or {}))
+
+    def __call__(self, prompts: list[str], responses: list[str], columns: Columns | None = None) -> list[float]:
+        """One finite score per response. Raises RewardError."""
+        return self.submit(prompts, responses, columns).result().scores
+
+    def close(self) -> None:
+        """End the processes."""
+        for worker in self._workers:
+            worker.kill()
+        self._workers = []
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _parts(self, prompts: list[str], responses: list[str], columns: Columns) -> list[Future[list[float]]]:
+        self.start()
+        count, parts = len(responses), min(len(self._workers), max(1, len(responses)))
+        cuts = [count * i // parts for i in range(parts + 1)]
+        found = []
+        for worker, low, high in zip(self._workers, cuts[:-1], cuts[1:], strict=False):
+            texts = {"prompts": prompts[low:high], "responses": responses[low:high]}
+            values = {**{key: list(value[low:high]) for key, value in columns.items()}, **texts}
+            found.append(self._threads.submit(self._score, worker, values, low))
+        return found
+
+    def _gather(self, parts: list[Future[list[float]]]) -> Future[Scored]:
+        whole: Future[Scored] = Future()
+        left = [len(parts)]
+
+        def finish(_: object) -> None:
+            left[0] -= 1  # callbacks of one executor may race only on the last part, and every part is final then
+            if left[0] or whole.done():
+                return
+            error = next((e for part in parts if (e := part.exception()) is not None), None)
+            if error is not None:
+                whole.set_exception(error)
+            else:
+                whole.set_result(Scored([score for part in parts for score in part.result()], time.perf_counter()))
+
+        for part in parts:
+            part.add_done_callback(finish)
+        return whole
+
+    def _score(self, worker: _Worker, values: Mapping[str, list[Any]], first: int) -> list[float]:
         try:
-            scores = self.function(prompts, responses)
-        except Exception as error:
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            raise RewardError(
-                f"reward `{self.name}` raised {type(error).__name__}: {error}", f"{place.filename}:{place.lineno}"
-            ) from error
-        return self._checked(scores, responses)
+            return worker.score(values, self._limits.seconds)
+        except Failed as failure:
+            raise self._blame(worker, values, first, failure) from None
 
-    def _checked(self, scores: Sequence[float], responses: list[str]) -> list[float]:
-        try:
-            values = [float(score) for score in scores]
-        except (TypeError, ValueError) as error:
-            raise RewardError(f"reward `{self.name}` returned {scores!r:.80}, not a list of numbers") from error
-        if len(values) != len(responses):
-            raise RewardError(f"reward `{self.name}` returned {len(values)} scores for {len(responses)} responses")
-        for index, value in enumerate(values):
-            if not math.isfinite(value):
-                raise RewardError(
-                    f"reward `{self.name}` returned {value} for response {index}: {responses[index]!r:.80}"
-                )
-        return values
-
-
-def load_reward(name: str) -> Reward:
-    """A built-in reward (`vader`), or a function given as `package.module:function` or `path/to/file.py:function`."""
-    if name in BUILT_IN:
-        return Reward(name, BUILT_IN[name])
-    source, _, attribute = name.rpartition(":")
-    if not source or not attribute:
-        raise RewardError(
-            f"reward `{name}` is no built-in reward", nearest(name, [*BUILT_IN, "module:function", "file.py:function"])
+    def _blame(self, worker: _Worker, values: Mapping[str, list[Any]], first: int, failure: Failed) -> RewardError:
+        """The error with the sample that did it: the function says which, or each sample is scored alone until one
+        fails as the whole list did."""
+        place, count = failure.sample, len(values["responses"])
+        deadline = time.monotonic() + self._limits.seconds
+        for index in range(count if place is None else 0):
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                break
+            try:
+                worker.score({key: value[index : index + 1] for key, value in values.items()}, left_s)
+            except Failed as alone:
+                place, failure = index, alone
+                break
+        if place is None or place >= count:
+            return RewardError(f"{failure}, for {count} responses together", failure.hint)
+        sample = f"sample {first + place}: prompt {_short(values['prompts'][place])}"
+        return RewardError(
+            f"{failure}, for {sample}, response {_short(values['responses'][place])}", failure.hint, first + place
         )
-    module = _load_file(name, Path(source)) if source.endswith(".py") else _load_module(name, source)
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        legal = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise RewardError(f"reward `{name}`: `{source}` has no function `{attribute}`", nearest(attribute, legal))
-    return Reward(name, function)
 
 
-def _load_file(name: str, path: Path) -> ModuleType:
-    if not path.is_file():
-        raise RewardError(f"reward `{name}`: no such file", f"a path seen from {Path.cwd()}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise RewardError(f"reward `{name}`: loading {path} raised {type(error).__name__}: {error}") from error
-    return module
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 80 else text[:77] + "...")
 
 
-def _load_module(name: str, source: str) -> ModuleType:
-    try:
-        return importlib.import_module(source)
-    except Exception as error:
-        raise RewardError(
-            f"reward `{name}`: importing `{source}` raised {type(error).__name__}: {error}",
-            "the module must lie on PYTHONPATH; a file is given as `path/to/file.py:function`",
-        ) from error
+class _Worker:
+    """One process of a reward, started again after it was ended."""
+
+    def __init__(self, name: str, limits: RewardLimits, columns: Sequence[str]) -> None:
+        self._name = name
+        self._limits = limits
+        self._columns = columns
+        self._process: subprocess.Popen[bytes] | None = None
+        self._start()
+
+    def _start(self) -> None:
+        child_reads, self._requests = os.pipe()
+        self._replies, child_writes = os.pipe()
+        arguments = child_reads, child_writes, os.getpid(), int(self._limits.memory_gib * 2**30), self._name
+        code = (
+            f"import sys; sys.path[:] = {sys.path!r}; from runtime.batches.reward_worker import main; "
+            f"main(*{arguments!r}, {tuple(self._columns)!r})"
+        )
+        self._buffer = b""
+        self._ready = False
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.DEVNULL,
+            stdout=2,  # what the function prints is words, not data
+            pass_fds=(child_reads, child_writes),
+            start_new_session=True,
+        )
+        os.close(child_reads)
+        os.close(child_writes)
+
+    def ready(self) -> None:
+        """Wait until the function is loaded. Raises RewardError."""
+        if self._process is None:
+            self._start()
+        if self._ready:
+            return
+        try:
+            self._answer(START_S, f"was not loaded after {START_S:g} s")
+        except Failed as failure:
+            self.kill()
+            raise RewardError(str(failure), failure.hint) from None
+        self._ready = True
+
+    def score(self, values: Mapping[str, list[Any]], seconds: float) -> list[float]:
+        """Scores of lists. Raises Failed, after which the process is gone or waits for the next lists."""
+        self.ready()
+        try:
+            _write(self._requests, (json.dumps(values) + "\n").encode())
+        except BrokenPipeError:
+            self._died()
+        limit = f"reward_limits.seconds = {self._limits.seconds:g} of the run file"
+        scores: list[float] = self._answer(seconds, f"had not answered after {seconds:.3g} s", limit)["scores"]
+        return scores
+
+    def _answer(self, seconds: float, late: str, hint: str = "") -> dict[str, Any]:
+        """The next line that the process writes."""
+        assert self._process is not None
+        deadline = time.monotonic() + seconds
+        while b"\n" not in self._buffer:
+            readable, _, _ = select.select([self._replies], [], [], LOOK_S)
+            if readable:
+                part = os.read(self._replies, 1 << 20)
+                self._buffer += part
+                if not part:
+                    self._died()
+            elif self._process.poll() is not None:  # its own children may hold the pipe open
+                self._died()
+            elif time.monotonic() > deadline:
+                self.kill()
+                raise Failed(f"reward `{self._name}` {late}", hint)
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        answer: dict[str, Any] = json.loads(line)
+        if "message" in answer:
+            raise Failed(answer["message"], answer.get("hint", ""), answer.get("sample"))
+        return answer
+
+    def _died(self) -> None:
+        assert self._process is not None
+        try:
+            code = self._process.wait(1.0)
+        except subprocess.TimeoutExpired:  # it lives and has closed its pipes
+            code = -signal.SIGKILL
+        self.kill()
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"exit code {code}"
+        hint = f"memory is limited by reward_limits.memory_gib = {self._limits.memory_gib:g}" if code < 0 else ""
+        raise Failed(f"the process of reward `{self._name}` ended ({name})", hint)
+
+    def kill(self) -> None:
+        """End the process and everything that it has started."""
+        if self._process is None:
+            return
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._process = None
+        os.close(self._requests)
+        os.close(self._replies)
 
 
-def vader(prompts: list[str], responses: list[str]) -> list[float]:
-    """VADER's compound sentiment of each response, in [-1, 1] (Hutto and Gilbert, ICWSM 2014)."""
-    analyzer = _vader_analyzer()
-    return [float(analyzer.polarity_scores(response)["compound"]) for response in responses]
-
-
-@lru_cache(maxsize=1)
-def _vader_analyzer() -> Any:
-    try:
-        from vader import SentimentIntensityAnalyzer
-    except ImportError:
-        raise RewardError("reward `vader` needs a package", "pip install nltk-vader-sentiment") from None
-    return SentimentIntensityAnalyzer()
-
-
-BUILT_IN: dict[str, RewardFunction] = {"vader": vader}
+def _write(descriptor: int, content: bytes) -> None:
+    view = memoryview(content)
+    while view:
+        view = view[os.write(descriptor, view) :]

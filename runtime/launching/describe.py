@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
+from plans.algorithms import GREEDY
 from plans.graph import CallKind
 from plans.plan import ExecutionPlan
-from plans.program import Step, StepKind, compile_program
+from plans.program import Program, Step, StepKind, compile_program
+from plans.reallocation import reallocation
+from plans.workload import Workload
 
 
 def batch_words(plan: ExecutionPlan) -> Iterator[str]:
@@ -30,13 +34,57 @@ def batch_words(plan: ExecutionPlan) -> Iterator[str]:
 
 
 def program_words(plan: ExecutionPlan) -> Iterator[str]:
-    """The steps of one period, rank by rank; ranks that do the same share their lines."""
+    """The steps of one period, rank by rank, with what they are predicted to take and the bytes that they move in all;
+    ranks that do the same share their lines."""
     program = compile_program(plan)
+    figures = {step.name: _figures(program, step) for step in program.steps}
     groups: dict[tuple[Step, ...], list[int]] = {}
     for rank in range(plan.cluster.size):
         groups.setdefault(program.projection(rank), []).append(rank)
     for steps, ranks in groups.items():
-        yield f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}" + ("" if steps else ": idle")
+        yield f"rank{'s' if len(ranks) > 1 else ''} {ranges(ranks)}" + ("" if steps else ": idle")
         for step in steps:
             kind = f" ({plan.workload.graph.call(step.subject).kind})" if step.kind is StepKind.CALL else ""
-            yield f"  {step.name}{kind}" + (f"  one period later (lag {step.lag})" if step.lag else "")
+            lag = f"  one period later (lag {step.lag})" if step.lag else ""
+            yield f"  {step.name + kind:<44}{figures[step.name]}{lag}".rstrip()
+
+
+def ranges(ranks: Sequence[int]) -> str:
+    """Ascending ranks as `0-7, 16-23`."""
+    starts = [ranks[0], *(b for a, b in pairwise(ranks) if b != a + 1)]
+    ends = [*(a for a, b in pairwise(ranks) if b != a + 1), ranks[-1]]
+    return ", ".join(f"{a}-{b}" if a != b else f"{a}" for a, b in zip(starts, ends, strict=True))
+
+
+def step_bytes(program: Program, step: Step) -> int:
+    """Bytes that a reallocation or a transfer moves between ranks."""
+    plan = program.plan
+    if step.kind is StepKind.TRANSFER:
+        messages = program.messages[step.subject, step.consumer]
+        return sum(len(m.rows) * sum(row_bytes(key, plan.workload) for key in m.keys) for m in messages)
+    if step.kind is StepKind.REALLOCATE:
+        copy = program.copy_of[step.subject]
+        home = program.homes[copy.role].layout
+        return reallocation(home, copy.layout, plan.cluster.gpus_per_node).elements * plan.workload.element_bytes
+    return 0
+
+
+def row_bytes(key: str, workload: Workload) -> int:
+    """Bytes of one sample of a tensor of the graph: tokens and two lengths in int64, or float32 numbers."""
+    kind = key.removesuffix(GREEDY)
+    if kind == "sequences":
+        return 8 * (workload.tokens + 2)
+    return 4 if kind == "rewards" else 4 * workload.response_tokens
+
+
+def _figures(program: Program, step: Step) -> str:
+    estimate = program.plan.estimate
+    words = []
+    if estimate is not None and step.name in estimate.calls_s:
+        words.append(f"{estimate.calls_s[step.name]:.4g} s")
+    if size := step_bytes(program, step):
+        unit, name = next(
+            (u, n) for u, n in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes")) if size >= u
+        )
+        words.append(f"{size / unit:.4g} {name}")
+    return ", ".join(words)

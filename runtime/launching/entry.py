@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
+import faulthandler
 import multiprocessing
 import os
-import select
+import shutil
 import signal
 from multiprocessing import forkserver
 from pathlib import Path
-from threading import Thread
 
 from plans.plan import ExecutionPlan
 from plans.runfile import RunFile
+from runtime.launching.lifetime import die_with
+from runtime.launching.member import Address, Member
+from runtime.reports.records import crash_path
+
+LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 
 
 def start_method(plan: ExecutionPlan) -> str:
@@ -22,21 +26,11 @@ def start_method(plan: ExecutionPlan) -> str:
 
 def prepare_ranks(plan: ExecutionPlan) -> None:
     """Set what torch and the ranks read from the environment, where the user has not, and start the fork server, which
-    imports while the launcher does. A second call does nothing."""
-    defaults = {
-        # The agents' store outlives the workers'; sharing it breaks the next rendezvous.
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-    }
+    imports while the launcher does. All ranks run on this machine, so their libraries listen on its loopback alone,
+    whatever the user has set for runs on several. A second call does nothing."""
+    os.environ.update(LOOPBACK)
     forks = start_method(plan) == "forkserver"
-    if forks:
-        # Threads that wait for each other's cores burn several times the time that they save.
-        defaults["OMP_NUM_THREADS"] = "1"
-        # glibc keeps freed activations instead of giving their pages back to the system and faulting them in again:
-        # 17 % of a training step of SmolLM2-135M with 8 micro-batches. 32 MiB is the largest legal threshold.
-        defaults |= {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
+    defaults = rank_defaults(forks)
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     if forks:
@@ -45,24 +39,45 @@ def prepare_ranks(plan: ExecutionPlan) -> None:
         forkserver.ensure_running()
 
 
-def launched_worker(plan: ExecutionPlan, run: RunFile, scratch: Path, launcher: int) -> None:
+def prepare_joining(plan: ExecutionPlan, address: Address) -> None:
+    """The same for a process that another launcher has started as a rank: gloo listens on the interface that leads to
+    rank 0, where the user names none."""
+    from runtime.launching.stores import interface_of, resolve
+
+    defaults = rank_defaults(plan.cluster.gpu.name == "cpu")
+    if interface := interface_of(resolve(address)[1]):
+        defaults["GLOO_SOCKET_IFNAME"] = interface
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def rank_defaults(cpu: bool) -> dict[str, str]:
+    """Variables that torch, its libraries and glibc read in a rank."""
+    defaults = {"TORCH_CPP_LOG_LEVEL": "ERROR", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    if cpu:
+        # Threads that wait for each other's cores burn several times the time that they save.
+        defaults["OMP_NUM_THREADS"] = "1"
+        # glibc keeps freed activations instead of giving their pages back to the system and faulting them in again:
+        # 17 % of a training step of SmolLM2-135M with 8 micro-batches. 32 MiB is the largest legal threshold.
+        defaults |= {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
+    return defaults
+
+
+def launched_worker(plan: ExecutionPlan, run: RunFile, member: Member, scratch: Path, launcher: int) -> None:
     """Run one rank; an error, which is in `scratch` by then, ends the process at once and without a traceback."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback when the keyboard interrupts launcher and ranks
-    die_with(launcher)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    die_with(launcher, lambda: _die_with_traces(member, scratch))
+    faulthandler.enable(crash_path(scratch, member.rank).open("w"))
     from runtime.worker import guarded
 
-    if guarded(plan, run, scratch) is not None:
+    if guarded(plan, run, member, scratch) is not None:
         os._exit(1)
 
 
-def die_with(pid: int) -> None:
-    """End this process when another one ends, however it does. Not `PR_SET_PDEATHSIG`, because the parent of a forked
-    rank is the fork server, which lives as long as its ranks. Without pidfd (Linux 5.3) nothing is watched; raises
-    ProcessLookupError when the other one is gone already."""
-
-    def watch(descriptor: int) -> None:
-        select.select([descriptor], [], [])
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    with contextlib.suppress(AttributeError, PermissionError):
-        Thread(target=watch, args=(os.pidfd_open(pid),), daemon=True).start()
+def _die_with_traces(member: Member, scratch: Path) -> None:
+    """What a launcher that was killed cannot take away itself."""
+    shutil.rmtree(scratch, ignore_errors=True)
+    if isinstance(member.meeting, Path):
+        shutil.rmtree(member.meeting.parent, ignore_errors=True)
+    os.kill(os.getpid(), signal.SIGKILL)

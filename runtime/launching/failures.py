@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
 import signal
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from plans.errors import RealplanError
-from runtime.reports.records import Status, read_status
+from plans.files import write_atomically
+from runtime.reports.records import crash_path, read_status
 
 # What gloo and NCCL say; torch has no types for it.
 _LOST_PEER = ("Connection closed by peer", "Connection reset", "Connection refused", "Broken pipe", "Read error")
@@ -63,7 +62,7 @@ class Failure:
     details: str
 
 
-def write_failure(folder: Path, rank: int, error: Exception) -> Failure:
+def write_failure(folder: Path, rank: int, error: BaseException) -> Failure:
     """Keep a rank's error for the launching process."""
     message, hint, secondary = f"rank {rank}: {type(error).__name__}: {error}", "", lost_peer(str(error))
     if isinstance(error, RealplanError):
@@ -79,61 +78,80 @@ def write_failure(folder: Path, rank: int, error: Exception) -> Failure:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"error-{rank}.json"
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(asdict(failure)))
+    partial.write_text(json.dumps(asdict(failure)), encoding="utf-8")
     partial.rename(path)
     return failure
 
 
-def find_cause(folder: Path, exit_codes: Mapping[int, int]) -> RunFailed:
+def knows_cause(folder: Path, ended: Sequence[int]) -> bool:
+    """Whether one of the ranks that ended without being done says why, or was ended itself, and did not just lose a
+    peer."""
+    failures = _failures(folder)
+    return any(rank not in failures or not failures[rank].secondary for rank in ended)
+
+
+def find_cause(folder: Path, exit_codes: Mapping[int, int], output: Path | None = None) -> RunFailed:
     """The cause of a failed run. `exit_codes`: of the ranks that ended by themselves, negative for a signal.
 
-    A rank that was killed, or the earliest error that is not about a lost peer.
+    A rank that ended without a word and without being done, whatever its code, or the earliest error that is not about
+    a lost peer. The stacks of a rank that a signal ended go to a file in `output`.
     """
-    failures = {int(p.stem.removeprefix("error-")): Failure(**json.loads(p.read_text())) for p in _errors(folder)}
+    failures = _failures(folder)
     for rank, code in sorted(exit_codes.items()):
-        if rank not in failures and code != 0:
-            return _vanished(folder, rank, code)
+        status = read_status(folder, rank)
+        if rank not in failures and not (status is not None and status.done):
+            return _vanished(folder, rank, code, output)
     if not failures:
         return RunFailed("the run ended without a word from any rank", "run again with --debug")
     first = min(failures.values(), key=lambda f: (f.secondary, f.late, f.at_s))
-    where = _places(folder) if first.late else ""
+    where = "".join(f"\n{line}" for line in places(folder, first.at_s)) if first.late else ""
     return RunFailed(first.message + where, first.hint, first.details)
 
 
-def kill_ranks(folder: Path) -> None:
-    """End every rank that still runs, also one that is stopped or deaf to requests."""
-    for status in _statuses(folder).values():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(status.pid, signal.SIGKILL)
-
-
-def has_failed(folder: Path) -> bool:
-    """Whether a rank has left an error."""
-    return bool(_errors(folder))
-
-
-def _statuses(folder: Path) -> dict[int, Status]:
+def places(folder: Path, now_s: float) -> list[str]:
+    """Where every rank is, and for how long: a line for each, of the ranks that have started."""
     ranks = sorted(int(path.name.removeprefix("status-")) for path in folder.glob("status-*"))
     found = {rank: read_status(folder, rank) for rank in ranks}
-    return {rank: status for rank, status in found.items() if status is not None}
+    return [
+        f"rank {rank} was in iteration {s.iteration}, step `{s.step}` for {max(0.0, now_s - s.since_s):.0f} s"
+        for rank, s in found.items()
+        if s is not None and s.step
+    ]
 
 
-def _places(folder: Path) -> str:
-    places = [f"rank {r} was in iteration {s.iteration}, step `{s.step}`" for r, s in _statuses(folder).items()]
-    return "\n" + "\n".join(places)
+def _failures(folder: Path) -> dict[int, Failure]:
+    return {
+        int(path.stem.removeprefix("error-")): Failure(**json.loads(path.read_text(encoding="utf-8")))
+        for path in sorted(folder.glob("error-*.json"))
+    }
 
 
-def _errors(folder: Path) -> list[Path]:
-    return sorted(folder.glob("error-*.json"))
-
-
-def _vanished(folder: Path, rank: int, code: int) -> RunFailed:
+def _vanished(folder: Path, rank: int, code: int, output: Path | None) -> RunFailed:
     status = read_status(folder, rank)
     where = "while it started"
     if status is not None and status.step:
         where = f"in iteration {status.iteration}, step `{status.step}`"
     if code >= 0:
-        return RunFailed(f"rank {rank} exited with code {code} {where}")
-    name = signal.Signals(-code).name
-    hint = "the system kills a process when memory runs out; `dmesg` tells" if name == "SIGKILL" else ""
-    return RunFailed(f"rank {rank} was killed by {name} {where}", hint)
+        return RunFailed(f"rank {rank} ended (exit code {code}) {where}, before it was done")
+    number = -code
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    said = f"rank {rank} was killed by {name} {where}"
+    if name == "SIGABRT":  # NCCL's way to end a collective that waits for longer than its timeout
+        said += "".join(f"\n{line}" for line in places(folder, time.time()))
+    return RunFailed(said, _hint(name, _keep_stacks(folder, rank, output)))
+
+
+def _hint(signal_name: str, stacks: Path | None) -> str:
+    if signal_name == "SIGKILL":
+        return "the system kills a process when memory runs out; `dmesg` tells"
+    waited = "NCCL ends a rank so that waits longer than timeout_s for its peers; " if signal_name == "SIGABRT" else ""
+    return waited + (f"its stacks are in {stacks}" if stacks else "")
+
+
+def _keep_stacks(folder: Path, rank: int, output: Path | None) -> Path | None:
+    source = crash_path(folder, rank)
+    if output is None or not source.is_file() or not source.stat().st_size:
+        return None
+    target = output / f"crash-rank-{rank}.txt"
+    write_atomically(target, source.read_text(encoding="utf-8", errors="replace"))
+    return target

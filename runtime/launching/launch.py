@@ -1,122 +1,156 @@
-"""Start a run: torch elastic in this process on one machine, or this process as one rank of many."""
+"""Start a run: the ranks of one machine as processes of this one, or this process as one rank of many."""
 
 from __future__ import annotations
 
-import logging
+import multiprocessing
 import os
+import re
 import shutil
-import uuid
-from collections.abc import Sequence
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import wait
 from pathlib import Path
-from threading import Event, Thread
+from typing import Any
 
-import yaml
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-from plans.codec import save_plan
-from plans.errors import RealplanError
-from plans.files import write_atomically
 from plans.plan import ExecutionPlan
 from plans.runfile import RunFile
-from runtime.launching.entry import die_with, launched_worker, prepare_ranks, start_method
-from runtime.launching.failures import RunFailed, find_cause, has_failed, kill_ranks
+from runtime.launching.entry import launched_worker, prepare_joining, prepare_ranks, start_method
+from runtime.launching.failures import RunFailed, find_cause, knows_cause
+from runtime.launching.lifetime import die_with
+from runtime.launching.member import Address, Member
+from runtime.launching.output import held_output
 from runtime.reports.metrics import Metrics
 from runtime.reports.monitor import Monitor
+from runtime.reports.records import read_status
 
 POLL_S = 0.5
 GRACE_S = 3.0  # longer than a rank that lost a peer waits before it ends itself
+LEAVE_S = 10.0  # for ranks that are done to end
 
 
-def launch(plan: ExecutionPlan, run: RunFile) -> Sequence[Metrics]:
+def launch(plan: ExecutionPlan, run: RunFile, member: Member | None = None) -> Sequence[Metrics]:
     """Run a plan; the metrics of its iterations. Raises RunFailed with the cause, RealplanError for wrong input.
 
-    Under torchrun or srun (RANK and WORLD_SIZE are set) this process is one rank, and rank 0 keeps the files.
+    member: the rank that another launcher (torchrun, srun) has made of this process; rank 0 keeps the files.
     """
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return _join(plan, run)
+    if member is not None:
+        return _join(plan, run, member)
     output = Path(run.output)
-    scratch = output / ".ranks"
-    _prepare(plan, run, scratch)
-    try:
+    with _stopped_by_signals(), held_output(plan, run) as earlier, _scratch(output / ".ranks") as scratch:
+        _say_earlier(earlier)
         with Monitor(plan, run.iterations, scratch, output) as monitor:
-            _elastic(plan, run, scratch)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+            attempt(plan, run, scratch)
     return monitor.lines
 
 
-def _prepare(plan: ExecutionPlan, run: RunFile, scratch: Path) -> None:
-    """The plan and the run file as they are run, in the output folder, and an empty folder for the ranks."""
-    output = Path(run.output)
-    try:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        save_plan(plan, output / "plan.json")
-        write_atomically(output / "run.yaml", yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
-    except OSError as error:
-        raise RealplanError(f"cannot write to output `{output}`: {error.strerror}", "output=FOLDER") from None
-
-
-def _elastic(plan: ExecutionPlan, run: RunFile, scratch: Path) -> None:
+def attempt(plan: ExecutionPlan, run: RunFile, scratch: Path) -> None:
+    """Start every rank once and wait until all are done. Raises RunFailed with the cause when one of them is not; no
+    rank is left then. The ranks meet in a file that only this user can open."""
     prepare_ranks(plan)
-    for name in logging.root.manager.loggerDict:  # each has a level of its own; what they know, `find_cause` says
-        if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=plan.cluster.size,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
-        max_restarts=0,
-        monitor_interval=0.1,
-        start_method=start_method(plan),
-        logs_specs=DefaultLogsSpecs(log_dir=str(scratch / "elastic")),
-        shutdown_timeout=5,
-    )
-    over = Event()
-    reaper = Thread(target=_reap, args=(scratch, over), daemon=True)
-    reaper.start()
+    context: Any = multiprocessing.get_context(start_method(plan))
+    ranks: dict[int, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="realplan-", ignore_cleanup_errors=True) as private:
+        try:
+            for rank in range(plan.cluster.size):
+                member = Member(rank, plan.cluster.size, rank, Path(private) / "store")
+                ranks[rank] = context.Process(
+                    target=launched_worker, args=(plan, run, member, scratch, os.getpid()), name=f"rank {rank}"
+                )
+                ranks[rank].start()
+            codes = _wait(ranks, scratch)
+        finally:
+            for process in ranks.values():
+                if process.pid is not None:
+                    process.kill()
+            for process in ranks.values():
+                if process.pid is not None:
+                    process.join()
+    if len(_done(scratch, ranks)) < len(ranks):
+        raise find_cause(scratch, codes, Path(run.output))
+
+
+def _wait(ranks: dict[int, Any], scratch: Path) -> dict[int, int]:
+    """Exit codes of the ranks that ended by themselves, when all are done or one has failed."""
+    running = dict(ranks)
+    deadline = float("inf")
+    while running and time.monotonic() < deadline:
+        wait([process.sentinel for process in running.values()], timeout=POLL_S)
+        ended = [rank for rank, process in running.items() if process.exitcode is not None]
+        for rank in ended:
+            del running[rank]
+        done = _done(scratch, ranks)
+        if len(done) == len(ranks):
+            deadline = min(deadline, time.monotonic() + LEAVE_S)
+        elif knows_cause(scratch, [rank for rank in ranks if rank not in running and rank not in done]):
+            break
+        elif ended and not set(ended) <= done:
+            deadline = min(deadline, time.monotonic() + GRACE_S)
+    return {rank: process.exitcode for rank, process in ranks.items() if process.exitcode is not None}
+
+
+def _done(scratch: Path, ranks: dict[int, Any]) -> set[int]:
+    found = {rank: read_status(scratch, rank) for rank in ranks}
+    return {rank for rank, status in found.items() if status is not None and status.done}
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """An empty folder of this user alone for what the ranks say."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700, parents=True)
     try:
-        elastic_launch(config, launched_worker)(plan, run, scratch, os.getpid())
-    except ChildFailedError as error:
-        raise find_cause(scratch, {rank: f.exitcode for rank, f in error.failures.items()}) from None
-    except SignalException as error:
-        raise RunFailed(f"stopped by {error.sigval.name}") from None
+        yield folder
     finally:
-        over.set()
-        reaper.join()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _reap(scratch: Path, over: Event) -> None:
-    """Kill the ranks that outlive an error: elastic would give a stopped process half a minute."""
-    while not over.wait(POLL_S):
-        if has_failed(scratch) and not over.wait(GRACE_S):
-            kill_ranks(scratch)
-            return
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """Requests to stop become RunFailed, so that ranks and files are cleared away."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, _: object) -> None:
+        raise RunFailed(f"stopped by {signal.Signals(number).name}")
+
+    old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
-def _join(plan: ExecutionPlan, run: RunFile) -> Sequence[Metrics]:
+def _say_earlier(earlier: Path | None) -> None:
+    if earlier is not None:
+        print(f"the output of an earlier run is now in {earlier}", file=sys.stderr)
+
+
+def _join(plan: ExecutionPlan, run: RunFile, member: Member) -> Sequence[Metrics]:
     """One rank under torchrun or srun; all machines see one file system."""
     from runtime.worker import guarded
 
+    assert isinstance(member.meeting, Address)
     die_with(os.getppid())
+    prepare_joining(plan, member.meeting)
     output = Path(run.output)
-    scratch = output / f".ranks-{os.environ.get('TORCHELASTIC_RUN_ID') or os.environ.get('SLURM_JOB_ID', '0')}"
+    scratch = output / f".ranks-{re.sub('[^A-Za-z0-9]', '-', member.meeting.job)[:40]}"
     lines: Sequence[Metrics] = ()
-    if os.environ["RANK"] != "0":
-        failure = guarded(plan, run, scratch)
-    else:
-        _prepare(plan, run, scratch)  # before this rank joins the others, who write only after that
-        with Monitor(plan, run.iterations, scratch, output) as monitor:
-            failure = guarded(plan, run, scratch)
-        lines = monitor.lines
+    if member.rank != 0:
+        failure = guarded(plan, run, member, scratch)
+    else:  # makes the folders before it joins the others, who write only after that
+        with held_output(plan, run) as earlier, _scratch(scratch):
+            _say_earlier(earlier)
+            with Monitor(plan, run.iterations, scratch, output) as monitor:
+                failure = guarded(plan, run, member, scratch)
+            lines = monitor.lines
     if failure is not None:
+        shutil.rmtree(scratch, ignore_errors=True)
         raise RunFailed(failure.message, failure.hint, failure.details)
-    if os.environ["RANK"] == "0":
-        shutil.rmtree(scratch)
     return lines

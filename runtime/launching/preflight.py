@@ -100,7 +100,10 @@ def check_devices(plan: ExecutionPlan, ranks: int | None) -> None:
     size = plan.cluster.size
     if ranks is not None:
         if ranks != size:
-            raise RealplanError(f"the plan needs {size} ranks, {ranks} were started", f"start {size} processes")
+            raise RealplanError(
+                f"the plan needs {size} ranks, WORLD_SIZE={ranks} of the environment says that {ranks} were started",
+                f"start {size} processes, or unset RANK and WORLD_SIZE: then realrun starts the ranks itself",
+            )
         return
     if plan.cluster.gpu.name == "cpu":
         return
@@ -112,3 +115,15 @@ def check_devices(plan: ExecutionPlan, ranks: int | None) -> None:
             f"the plan needs {size} ranks, this machine has {found} CUDA devices",
             f"a plan for `--gpus {found}`" if found else "a plan for `--cluster local-cpu`, or a machine with GPUs",
         )
+
+
+def check_job(plan: ExecutionPlan, run: RunFile) -> None:
+    """Read data, tokenizer and reward as the ranks do, and let them go. Loads torch."""
+    from runtime.job import prepare_job
+
+    job = prepare_job(plan, run)
+    if job.reward is not None:
+        try:
+            job.reward.ready()
+        finally:
+            job.reward.close()

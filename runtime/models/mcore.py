@@ -16,6 +16,7 @@ with importing_megatron():
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.optimizer import OptimizerConfig
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.optimizer.optimizer import (
         ChainedOptimizer,
@@ -75,6 +76,7 @@ __all__ = [
     "TransformerLayer",
     "TransformerLayerSubmodules",
     "__version__",
+    "clip_grad_by_total_norm_fp32",
     "finalize_model_grads",
     "gather_from_sequence_parallel_region",
     "get_bias_dropout_add",

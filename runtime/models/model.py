@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -90,6 +91,15 @@ def named_shards(model: Model) -> Iterator[tuple[Parameter, nn.Parameter]]:
         for parameter in units[name].parameters:
             yield parameter, held.pop(parameter.name)
     assert not held, f"parameters unknown to the layout: {sorted(held)}"
+
+
+def nonfinite_parameter(model: Model) -> str:
+    """A parameter of which this rank holds a number that is not finite; empty when there is none. Reads every weight
+    once and waits for the device once."""
+    named = [(parameter.name, held.data) for parameter, held in named_shards(model) if held.numel()]
+    if not named or math.isfinite(float(torch.nn.utils.get_total_norm([t for _, t in named], norm_type=math.inf))):
+        return ""
+    return next((name for name, tensor in named if not tensor.isfinite().all()), "")
 
 
 def _named_parameters(model: Model) -> Iterator[tuple[str, nn.Parameter]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,24 +12,39 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from plans.errors import RealplanError
 from runtime.models.mcore import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
+    clip_grad_by_total_norm_fp32,
     finalize_model_grads,
 )
 from runtime.models.model import Model, moved
 from runtime.passes.forward import Batch, LossFunction, cut, pack_micro_batches, run_schedule, token_output
 from runtime.passes.optimizer import AdamSettings, make_optimizer, parts_of
 
+_TERMS_BYTES = 2048
+
+
+class NonFinite(RealplanError):
+    """A number that training cannot go on with, before it has changed a weight. Raised on every rank of a model alike,
+    since losses and gradient norms are sums over all of them."""
+
+    def __init__(self, what: str) -> None:
+        hint = "a smaller learning rate or KL coefficient; on_nonfinite=skip leaves out such optimizer steps"
+        super().__init__(f"{what}; nothing was changed by this optimizer step", hint)
+        self.what = what
+
 
 @dataclass(frozen=True)
 class StepStats:
     """One optimizer step, equal on all ranks: the loss terms summed over the minibatch, the global gradient norm before
-    clipping, the learning rate used."""
+    clipping, the learning rate used. skipped: why the step was left out, empty for one that was made."""
 
     terms: Mapping[str, float]
     grad_norm: float
     lr: float
+    skipped: str = ""
 
 
 class Trainer:
@@ -54,22 +71,50 @@ class Trainer:
             model.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         self._optimizer = make_optimizer(model, self._chunks, settings, sharded=shard_optimizer)
 
-    def step(self, batch: Batch, loss: LossFunction, micro_batches: int = 1, temperature: float = 1.0) -> StepStats:
+    def step(
+        self,
+        batch: Batch,
+        loss: LossFunction,
+        micro_batches: int = 1,
+        temperature: float = 1.0,
+        *,
+        skip_nonfinite: bool = False,
+    ) -> StepStats:
         """One optimizer step on this replica's part of a minibatch.
 
-        The gradient is the sum over all micro-batches and replicas, so `loss` divides by global counts.
+        The gradient is the sum over all micro-batches and replicas, so `loss` divides by global counts. A loss or
+        gradient norm that is not finite raises NonFinite, or with skip_nonfinite leaves weights and optimizer as they
+        were.
         """
-        terms = self.accumulate(batch, loss, micro_batches, temperature)
         lr = self.settings.lr_at(self.steps)
-        return StepStats(terms, self.update(lr), lr)
+        try:
+            terms = self.accumulate(batch, loss, micro_batches, temperature)
+            for name, value in terms.items():
+                if not math.isfinite(value):
+                    raise NonFinite(f"{name} is {value}")
+            return StepStats(terms, self.update(lr), lr)
+        except NonFinite as error:
+            if not skip_nonfinite:
+                raise
+            return StepStats({}, 0.0, lr, skipped=error.what)
 
+    @torch.no_grad()
     def update(self, lr: float) -> float:
-        """Clip the accumulated gradients and apply Adam; the global gradient norm before clipping."""
-        for group in self._optimizer.param_groups:
+        """Clip the accumulated gradients and apply Adam; the global gradient norm before clipping. Raises NonFinite
+        before anything is applied. These are the parts of Megatron's own `step`, which applies whatever it finds."""
+        optimizer = self._optimizer
+        for group in optimizer.param_groups:
             group["lr"] = lr
-        _, grad_norm, _ = self._optimizer.step()
+        optimizer.prepare_grads()
+        grad_norm = float(optimizer.get_grad_norm())
+        if not math.isfinite(grad_norm):
+            raise NonFinite(f"the gradient norm is {grad_norm}")
+        for part in parts_of(optimizer):
+            if parameters := part.get_parameters():
+                clip_grad_by_total_norm_fp32(parameters, self.settings.clip_norm, grad_norm)
+        optimizer.step_with_ready_grads()
         self.steps += 1
-        return float(grad_norm)
+        return grad_norm
 
     def accumulate(
         self, batch: Batch, loss: LossFunction, micro_batches: int = 1, temperature: float = 1.0
@@ -91,16 +136,15 @@ class Trainer:
     def _sum(self, terms: list[Mapping[str, Tensor]]) -> dict[str, float]:
         """Loss terms over micro-batches and replicas, on every stage."""
         groups, pp = self.model.groups, self.model.layout.pp
-        summed: list[dict[str, float]] = [{}]
+        summed: dict[str, float] = {}
         if self.model.last_stage:
             names = sorted(terms[0])
             total = torch.stack([torch.stack([micro[name] for name in names]) for micro in terms]).sum(0)
             dist.all_reduce(total, group=groups.dp)
-            summed = [dict(zip(names, total.tolist(), strict=True))]
+            summed = dict(zip(names, total.tolist(), strict=True))
         if pp > 1:
-            last = dist.get_global_rank(groups.pp, pp - 1)
-            dist.broadcast_object_list(summed, src=last, group=groups.pp, device=self.model.device)
-        return summed[0]
+            summed = _broadcast_terms(summed, dist.get_global_rank(groups.pp, pp - 1), groups.pp, self.model.device)
+        return summed
 
     def reload(self) -> None:
         """Take over weights that were changed from outside, for example read from a checkpoint."""
@@ -151,6 +195,19 @@ class Trainer:
             for i, group in enumerate(inner.param_groups):
                 for j, parameter in enumerate(group["params"]):
                     yield f"{group['name']}.{i}.{j}", parameter, inner.state[parameter]
+
+
+def _broadcast_terms(terms: dict[str, float], source: int, group: Any, device: torch.device) -> dict[str, float]:
+    """Loss terms of the last stage on every stage. As text: torch's broadcast of objects unpickles what peers send."""
+    content = torch.zeros(_TERMS_BYTES, dtype=torch.uint8)
+    if dist.get_rank() == source:
+        text = json.dumps(terms).encode()
+        assert len(text) <= _TERMS_BYTES, f"loss terms of {len(text)} bytes"
+        content[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    sent = content.to(device)
+    dist.broadcast(sent, src=source, group=group)
+    found: dict[str, float] = json.loads(bytes(sent.tolist()).rstrip(b"\0"))
+    return found
 
 
 def _finalize(chunks: list[Any], num_tokens: Any, **groups: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -41,6 +42,12 @@ SPREAD = (
     "prompt_length",
 )
 Metrics = dict[str, float]
+
+
+def json_line(metrics: Metrics) -> str:
+    """Metrics as one line of JSON, which has no word for a number that is not finite: null."""
+    finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
 
 
 def spans_of(records: Iterable[Record]) -> list[Span]:
@@ -119,7 +126,7 @@ class MetricsLog:
 
     def __init__(self, program: Program, path: Path) -> None:
         self._program = program
-        self._file = path.open("w")
+        self._file = path.open("w", encoding="utf-8")
         self._spans: list[Span] = []
         self._ends: list[float] = []
         self.lines: list[Metrics] = []
@@ -131,7 +138,7 @@ class MetricsLog:
         self._spans += spans
         self._ends.append(max(span.end_s for span in spans))
         self.lines.append(metrics)
-        self._file.write(json.dumps(metrics) + "\n")
+        self._file.write(json_line(metrics))
         self._file.flush()
         return metrics
 

@@ -33,7 +33,7 @@ class Monitor:
         self._iterations = iterations
         self._stop = Event()
         self._thread = Thread(target=self._follow, daemon=True)
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
         columns = (TextColumn("iterations"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._bar = Progress(*columns, console=self._console, disable=not sys.stderr.isatty(), transient=True)
         self._task = self._bar.add_task("", total=iterations)
@@ -79,6 +79,11 @@ def progress_line(metrics: Metrics, iterations: int) -> str:
     reward, kl = metrics.get("critic/score/mean"), metrics.get("actor/reward_kl_penalty")
     learnt = f"  reward {reward:+.3f}  kl {kl:.4f}" if reward is not None and kl is not None else ""
     learnt += "".join(f"  loss {value:.4f}" for key, value in metrics.items() if key.endswith("/loss"))
+    for key, value in metrics.items():
+        if key.endswith("/skipped_steps"):
+            learnt += f"  {value:g} optimizer steps of `{key.removesuffix('/skipped_steps')}` skipped: not finite"
+    clipped = metrics.get("critic/score/clip_ratio")
+    learnt += f"  ppo.reward_clip changes {clipped:.0%} of the scores" if clipped else ""
     return f"iteration {number}{learnt}  {step_s:.2f} s  ({', '.join(parts)})"
 
 

@@ -11,23 +11,26 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from plans.program import Step, StepKind
 from runtime.reports.stats import Stat, merge_stats
 
-STATUS_BYTES = 256
+STATUS_BYTES = 512
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """Where a rank is: its process, and the step and iteration it works on (step empty before the first one)."""
+    """Where a rank is: its process, the step and iteration it works on (step empty before the first one), since when
+    (time.time), and whether it has done everything."""
 
     pid: int
     step: str
     iteration: int
+    since_s: float = 0.0
+    done: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +53,17 @@ def records_path(folder: Path, rank: int) -> Path:
     return folder / f"records-{rank}.jsonl"
 
 
+def crash_path(folder: Path, rank: int) -> Path:
+    """Where a rank's stacks go when a signal ends it."""
+    return folder / f"crash-{rank}"
+
+
 def read_status(folder: Path, rank: int) -> Status | None:
     """What a rank last said; None before it has started."""
     try:
         text = status_path(folder, rank).read_text()
         return Status(**json.loads(text)) if text else None
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError, TypeError):
         return None
 
 
@@ -71,19 +79,23 @@ class Recorder:
         self._stats: dict[int, dict[str, list[Stat]]] = {}
         self.say("", 0)
 
-    def say(self, step: str, iteration: int) -> None:
+    def say(self, step: str, iteration: int, *, done: bool = False) -> None:
         """Update the status file, in one write that leaves no half."""
-        text = json.dumps({"pid": os.getpid(), "step": step, "iteration": iteration})
+        text = json.dumps(asdict(Status(os.getpid(), step, iteration, time.time(), done)))
         os.pwrite(self._status, text.ljust(STATUS_BYTES).encode(), 0)
 
     @contextmanager
     def span(self, step: Step, iteration: int) -> Iterator[None]:
-        """Measure a step; releases take no time worth a span."""
+        """Measure a step. Releases take no time worth a span; a function ends later than the step that begins it."""
         start = time.perf_counter()
         yield
-        if step.kind is not StepKind.RELEASE:
-            span = (step.name, str(step.kind), start + self._shift_s, time.perf_counter() + self._shift_s)
-            self._spans.setdefault(iteration, []).append(span)
+        if step.kind not in (StepKind.RELEASE, StepKind.FUNCTION):
+            self.add_span(step.name, step.kind, iteration, start, time.perf_counter())
+
+    def add_span(self, name: str, kind: StepKind, iteration: int, start_s: float, end_s: float) -> None:
+        """Keep a span that was measured with time.perf_counter."""
+        span = (name, str(kind), start_s + self._shift_s, end_s + self._shift_s)
+        self._spans.setdefault(iteration, []).append(span)
 
     def add(self, iteration: int, stats: Mapping[str, Stat]) -> None:
         """Keep statistics of an iteration."""

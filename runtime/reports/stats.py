@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:  # the launcher reads statistics and does without torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,11 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from plans.errors import RealplanError
 from plans.program import Copy, Program
 from plans.runfile import RANDOM
 from runtime.groups import GroupCache
 from runtime.job import Job
-from runtime.models.model import Model, alias_parameters, build_model, moved, named_shards
+from runtime.models.model import Model, alias_parameters, build_model, moved, named_shards, nonfinite_parameter
 from runtime.passes.training import Trainer
 from runtime.weights.hf import load_weights, random_weights
 from runtime.weights.reallocate import Moved, Reallocator
@@ -35,7 +36,7 @@ class Copies:
         self._device = device
         self._base: dict[str, Model] = {}
         self._models: dict[str, Model] = {}
-        self._trainers: dict[str, Trainer] = {}
+        self.trainers: dict[str, Trainer] = {}
         self._host: dict[str, list[Tensor]] = {}
         self._sizes: dict[str, list[int]] = {}
         self._reallocator = Reallocator(job.plan.cluster.gpus_per_node)
@@ -58,7 +59,7 @@ class Copies:
         if copy.home and training is not None:
             strategy = self._job.plan.planned(training).strategy
             trainer = Trainer(base, self._job.adam(copy.role), shard_optimizer=strategy.shard_optimizer)
-            self._trainers[copy.role] = trainer
+            self.trainers[copy.role] = trainer
             if strategy.offload:
                 trainer.offload()
         for call in copy.calls:
@@ -85,6 +86,8 @@ class Copies:
             random_weights(model, self._job.run.seed)
         else:
             load_weights(model, Path(weights))
+        if name := nonfinite_parameter(model):
+            raise RealplanError(f"weights `{weights}` of `{role}` hold a number that is not finite: {name}")
 
     def _view(self, copy: Copy, call: str) -> Model:
         base = self._base[copy.name]
@@ -135,7 +138,7 @@ class Copies:
     @contextmanager
     def training(self, role: str, *, offload: bool) -> Iterator[Trainer]:
         """The trainer of a role while it trains; with `offload` its optimizer state is on the device only here."""
-        trainer = self._trainers[role]
+        trainer = self.trainers[role]
         if not offload:
             yield trainer
             return

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
+from plans.files import free_name
 from plans.huggingface import config_from_spec
 from plans.layout import EMBEDDING, Layout, Parameter, expert_of, model_units
 from plans.model import Head, ModelSpec
@@ -31,7 +34,8 @@ _BESIDE_WEIGHTS = (
 
 @torch.no_grad()
 def export(model: Model, folder: Path, source: Path | None = None, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write a model as a Hugging Face folder that replaces `folder` in one move.
+    """Write a model as a Hugging Face folder that takes the place of `folder` in one move; what was there goes to
+    `NAME.1`.
 
     Tokenizer files, and what `config.json` holds beyond the architecture, come from the folder `source`. Collective
     over the ranks of the first replica (dp = 0) and of the first run of experts; others return at once. The ranks must
@@ -188,9 +192,9 @@ def _adapt(config: dict[str, Any], spec: ModelSpec, dtype: torch.dtype) -> dict[
 
 def _replace(folder: Path, partial: Path) -> None:
     """Put `partial` in the place of `folder`; a reader finds the old folder or the new one, never a mixture."""
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
+    mode = stat.S_IMODE(partial.stat().st_mode) & 0o666  # what the umask leaves
+    for path in partial.iterdir():
+        path.chmod(mode)  # safetensors writes files that no other user can read
+    if os.path.lexists(folder):
+        folder.rename(free_name(folder))
     partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)

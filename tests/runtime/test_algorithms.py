@@ -64,7 +64,7 @@ def test_gae_is_the_weighted_sum_of_errors(gamma: float, lam: float) -> None:
             assert float(result[n, t]) == pytest.approx(expected)
 
 
-SETTINGS = Ppo(kl_coefficient=0.1, gamma=0.9)
+SETTINGS = Ppo(kl_coefficient=0.1, gamma=0.9, reward_clip=10.0)
 
 
 def kl_rewards() -> list[float]:

@@ -2,66 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import plan_cases
 import pytest
-import yaml
-from plan_cases import CRITIC_FREE, TINY, tiny_plan, tiny_run
+from plan_cases import CRITIC_FREE, REWARDS, TINY, tiny_plan
+from run_cases import PATIENCE_S, PLAN, ROOT, arguments, fails, running, start
 
-from plans.codec import save_plan
 from plans.errors import RealplanError
 from plans.huggingface import spec_from_folder
 from plans.library import load_cluster
 from plans.model import Head, Position
-from plans.plan import Estimate, ExecutionPlan
+from plans.plan import Estimate
 from plans.timeline import load_timeline
 from runtime.launching import preflight
 from runtime.launching.slurm import first_host, rank_variables
 from runtime.models.support import check_supported
-from runtime.reports.records import Status, read_status
-
-DISJOINT = {
-    "actor_generate": "d2 t1 p1",
-    "ref_infer": ("node 0 gpu 0", "d1 t1 p1"),
-    "critic_infer": ("node 0 gpu 1", "d1 t1 p1"),
-    "actor_train": ("node 0 gpu 0", "d1 t1 p1"),
-    "critic_train": ("node 0 gpu 1", "d1 t1 p1"),
-}
-PLAN = tiny_plan(2, DISJOINT)
-ROOT = Path(__file__).parents[2]
-
-
-def arguments(folder: Path, *more: str, plan: ExecutionPlan = PLAN, **keys: object) -> list[str]:
-    """The command that runs a plan of the small model in a folder."""
-    save_plan(plan, folder / "plan.json")
-    run = tiny_run(folder / "out", **keys)
-    (folder / "run.yaml").write_text(yaml.safe_dump(run.model_dump(mode="json")))
-    code = "from runtime.cli import main; main()"
-    return [sys.executable, "-c", code, str(folder / "plan.json"), "--run", str(folder / "run.yaml"), *more]
-
-
-def start(command: list[str]) -> subprocess.Popen[str]:
-    """A command in the project's root, with its words on stderr."""
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def fails(command: list[str], code: int = 1) -> str:
-    """Run a command that must fail; what it said."""
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert result.returncode == code, result.stderr
-    assert "Traceback" not in result.stderr
-    return result.stderr
 
 
 def test_no_weights(tmp_path: Path) -> None:
@@ -159,7 +121,9 @@ def test_missing_packages(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_wrong_number_of_ranks_under_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert "the plan needs 2 ranks, 1 were started" in fails(arguments(tmp_path))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    assert "the plan needs 2 ranks, WORLD_SIZE=1 of the environment says" in fails(arguments(tmp_path))
 
 
 def test_stale_estimate(tmp_path: Path) -> None:
@@ -186,45 +150,38 @@ def test_wrong_use(tmp_path: Path) -> None:
 
 
 def test_dry_run_starts_nothing(tmp_path: Path) -> None:
-    done = subprocess.run(arguments(tmp_path, "--dry-run"), cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        arguments(tmp_path, "--dry-run"), cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S
+    )
     assert done.returncode == 0 and not (tmp_path / "out").exists()
     assert "batch 8 prompts x group size 1 = 8 samples" in done.stdout
     assert "rank 1" in done.stdout and "critic_train (train_step)" in done.stdout
 
 
-def test_a_reward_that_raises(tmp_path: Path) -> None:
-    begin = time.monotonic()
-    said = fails(arguments(tmp_path, reward=f"{plan_cases.__file__}:failing"))
-    assert "iteration 0, step `reward`: reward" in said and "ZeroDivisionError: no reward today" in said
+def test_dry_run_refuses_what_a_run_would_refuse(tmp_path: Path) -> None:
+    said = fails(arguments(tmp_path, "--dry-run", reward=f"{REWARDS}:with_answers"))
+    assert "needs a parameter `answer`, which nothing provides" in said and not (tmp_path / "out").exists()
+    said = fails(arguments(tmp_path, "--dry-run", weights=""))
+    assert "no weights for `actor`" in said
+    (tmp_path / "out").write_text("in the way")
+    assert "it is no folder" in fails(arguments(tmp_path, "--dry-run"))
+
+
+@pytest.mark.parametrize(("function", "words"), [
+    ("failing", "raised ZeroDivisionError: no reward today"), ("leaving", "called exit(0)"),
+])  # fmt: skip
+def test_a_reward_that_fails(tmp_path: Path, function: str, words: str) -> None:
+    said = fails(arguments(tmp_path, reward=f"{REWARDS}:{function}"))
+    assert "iteration 0, step `reward`: reward" in said and words in said and "for sample 0: prompt '" in said
     assert "rank 0" in said or "rank 1" in said
-    assert "went away" not in said and time.monotonic() - begin < 45
-
-
-@contextlib.contextmanager
-def running(command: list[str], scratch: Path, iteration: int) -> Iterator[tuple[subprocess.Popen[str], list[Status]]]:
-    """A run that has reached an iteration, and where its two ranks are."""
-    process = start(command)
-    try:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            found = [s for rank in (0, 1) if (s := read_status(scratch, rank)) is not None and s.step]
-            if len(found) == 2 and all(s.iteration >= iteration for s in found):
-                break
-            assert process.poll() is None, process.communicate()[1]
-            time.sleep(0.05)
-        yield process, found
-    finally:
-        process.kill()
-        process.wait()
+    assert "went away" not in said
 
 
 def test_a_killed_rank(tmp_path: Path) -> None:
     command = arguments(tmp_path, iterations=10000, export=False)
     with running(command, tmp_path / "out" / ".ranks", 2) as (process, status):
         os.kill(status[1].pid, signal.SIGKILL)
-        begin = time.monotonic()
-        _, said = process.communicate(timeout=30)
-        assert time.monotonic() - begin < 10
+        _, said = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1
     error = next(line for line in said.splitlines() if line.startswith("error:"))
     assert error.startswith("error: rank 1 was killed by SIGKILL in iteration ") and "step `" in error
@@ -257,7 +214,7 @@ def test_a_run_writes_its_files(tmp_path: Path) -> None:
     )
     command = arguments(tmp_path, "--allow-stale", "iterations=2", plan=PLAN.with_estimate(estimate))
     process = start(command)
-    out, said = process.communicate(timeout=60)
+    out, said = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, said
     assert not out and "iteration 2/2  reward" in said and "reward: first quarter" in said
     folder = tmp_path / "out"

@@ -9,7 +9,7 @@ from pathlib import Path
 from plans.errors import RealplanError
 from runtime.executor import StepError
 from runtime.launching.failures import find_cause, memory_words, write_failure
-from runtime.reports.records import Recorder
+from runtime.reports.records import Recorder, crash_path
 
 
 def test_the_first_error_that_is_not_a_lost_peer(tmp_path: Path) -> None:
@@ -31,7 +31,7 @@ def test_a_killed_rank_comes_before_those_that_lost_it(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_never_started(tmp_path: Path) -> None:
-    assert find_cause(tmp_path, {3: 127}).message == "rank 3 exited with code 127 while it started"
+    assert find_cause(tmp_path, {3: 127}).message == "rank 3 ended (exit code 127) while it started, before it was done"
 
 
 def test_waiting_too_long_says_where_everybody_was(tmp_path: Path) -> None:
@@ -57,3 +57,18 @@ def test_a_full_gpu_is_told_in_one_line() -> None:
     words = memory_words(text)
     assert words == "Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.19 GiB of which 1.06 GiB is free."
     assert memory_words("out of memory\nat line 3") == "out of memory"
+
+
+def test_a_rank_that_ends_without_being_done_has_failed(tmp_path: Path) -> None:
+    Recorder(tmp_path, 0, time.time()).say("export", 3, done=True)
+    Recorder(tmp_path, 1, time.time()).say("reward", 0)
+    cause = find_cause(tmp_path, {0: 0, 1: 0})
+    assert cause.message == "rank 1 ended (exit code 0) in iteration 0, step `reward`, before it was done"
+
+
+def test_stacks_of_a_crash_go_to_a_file(tmp_path: Path) -> None:
+    crash_path(tmp_path, 1).write_text("Fatal Python error: Segmentation fault\n")
+    cause = find_cause(tmp_path, {1: -11}, tmp_path / "out")
+    assert cause.message == "rank 1 was killed by SIGSEGV while it started"
+    assert cause.hint == f"its stacks are in {tmp_path / 'out' / 'crash-rank-1.txt'}"
+    assert "Segmentation fault" in (tmp_path / "out" / "crash-rank-1.txt").read_text()

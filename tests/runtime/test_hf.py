@@ -70,7 +70,7 @@ def test_round_trip_is_bit_identical(kind: str, tmp_path: Path):
         torch.testing.assert_close(loaded(tokens).logits, reference(tokens).logits, rtol=0, atol=1e-5)
 
 
-def test_a_second_export_replaces_the_first(tmp_path: Path):
+def test_a_second_export_moves_the_first_aside(tmp_path: Path):
     spec = ModelSpec(name="tiny", layers=2, hidden=32, heads=2, kv_heads=2, head_dim=16, ffn=48, vocab=130)
 
     def write() -> None:
@@ -83,6 +83,10 @@ def test_a_second_export_replaces_the_first(tmp_path: Path):
 
     run_ranks(1, write)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    usual = (tmp_path / "out" / "config.json").stat().st_mode
+    assert {path.stat().st_mode for path in (tmp_path / "out").iterdir()} == {usual}
+    assert len(list((tmp_path / "out.1").glob("*.safetensors"))) > 1, "the first had shards"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.1"]
     assert spec_from_folder(tmp_path / "out").vocab == 130
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").lm_head.weight.shape == (130, 32)
 

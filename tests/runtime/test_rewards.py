@@ -1,30 +1,60 @@
-"""Reward functions: loading, validation, and what a failure says."""
+"""Reward functions: loading, arguments, processes, limits, and what a failure says."""
 
 from __future__ import annotations
 
+import os
 import pickle
+import signal
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from runtime.batches.rewards import Reward, RewardError, load_reward
+from runtime.batches.rewards import Reward, RewardError, RewardLimits
+
+PROMPTS, RESPONSES = ["p", "q", "r"], ["first", "second", "third one"]
+LIMITS = RewardLimits(seconds=60, memory_gib=1)
 
 
-def test_vader_orders_texts() -> None:
-    good, neutral, bad = load_reward("vader")(["p"] * 3, ["a wonderful film", "a film", "a horrible boring film"])
+@pytest.fixture
+def rewards(tmp_path: Path) -> Iterator[object]:
+    """Makes a reward of the text of a file, and closes it afterwards."""
+    made: list[Reward] = []
+
+    def make(text: str, function: str = "f", limits: RewardLimits = LIMITS, file: str = "mine.py") -> Reward:
+        path = tmp_path / file
+        path.write_text(text)
+        made.append(Reward(f"{path}:{function}", limits))
+        return made[-1]
+
+    yield make
+    for reward in made:
+        reward.close()
+
+
+def error_of(reward: Reward) -> RewardError:
+    with pytest.raises(RewardError) as caught:
+        reward(PROMPTS, RESPONSES)
+    return pickle.loads(pickle.dumps(caught.value))
+
+
+@pytest.fixture(scope="module")
+def vader() -> Iterator[Reward]:
+    reward = Reward("vader", LIMITS)
+    yield reward
+    reward.close()
+
+
+def test_vader_orders_texts(vader: Reward) -> None:
+    good, neutral, bad = vader(["p"] * 3, ["a wonderful film", "a film", "a horrible boring film"])
     assert good > 0.5 and neutral == 0 and bad < -0.5
 
 
-def test_function_of_a_file(tmp_path: Path) -> None:
-    path = tmp_path / "mine.py"
-    path.write_text(
-        "def length(prompts, responses):\n    return [len(p) + len(r) for p, r in zip(prompts, responses)]\n"
-    )
-    assert load_reward(f"{path}:length")(["a", "bb"], ["x", "yyy"]) == [2.0, 5.0]
-
-
-def test_function_of_a_module() -> None:
-    assert load_reward("runtime.batches.rewards:vader")(["p"], ["good"]) == load_reward("vader")(["p"], ["good"])
+def test_function_of_a_module(vader: Reward) -> None:
+    reward = Reward("runtime.batches.reward_functions:vader", LIMITS)
+    assert reward(["p"], ["good"]) == vader(["p"], ["good"])
+    reward.close()
 
 
 @pytest.mark.parametrize(
@@ -33,43 +63,152 @@ def test_function_of_a_module() -> None:
         ("vadar", ["`vadar`", "did you mean `vader`"]),
         ("no.such.module:f", ["`no.such.module:f`", "importing", "PYTHONPATH"]),
         ("nowhere.py:f", ["`nowhere.py:f`", "no such file"]),
-        ("runtime.batches.rewards:vade", ["no function `vade`", "did you mean `vader`"]),
+        ("runtime.batches.reward_functions:vade", ["no function `vade`", "did you mean `vader`"]),
     ],
 )
 def test_unknown_names(name: str, words: list[str]) -> None:
+    reward = Reward(name, LIMITS)
     with pytest.raises(RewardError) as caught:
-        load_reward(name)
+        reward.ready()
     assert all(word in str(caught.value) for word in words), str(caught.value)
+    reward.close()
 
 
-@pytest.mark.parametrize(
-    ("scores", "words"),
-    [
-        ([1.0], "1 scores for 2 responses"),
-        ([1.0, float("nan")], "returned nan for response 1: 'second'"),
-        ([1.0, float("-inf")], "returned -inf for response 1"),
-        (None, "returned None, not a list of numbers"),
-        (["good", "bad"], "not a list of numbers"),
-    ],
-)
-def test_wrong_results(scores: list[float], words: str) -> None:
-    with pytest.raises(RewardError, match=words) as caught:
-        Reward("mine.py:f", lambda prompts, responses: scores)(["p", "q"], ["first", "second"])
-    assert "reward `mine.py:f`" in str(caught.value)
+LENGTHS = "return [float(len(r)) for r in "
+GOOD = {
+    "by name, in any order": f"def f(responses, prompts): {LENGTHS}responses]",
+    "completions": f"def f(completions): {LENGTHS}completions]",
+    "keywords": f"def f(completions, **kwargs):\n    assert set(kwargs) == {{'prompts'}}\n    {LENGTHS}completions]",
+    "defaults": f"def f(prompts, responses, scale=1): {LENGTHS}responses]",
+    "positional only": f"def f(responses, /): {LENGTHS}responses]",
+    "an object": f"class F:\n    def __call__(self, responses): {LENGTHS}responses]\nf = F()",
+    "asynchronous": f"async def f(responses): {LENGTHS}responses]",
+    "an array": "import numpy as np\ndef f(responses): return np.array([len(r) for r in responses])",
+    "a dataclass": "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass Score:\n"
+    "    value: float = 0.0\ndef f(responses): return [Score(float(len(r))).value for r in responses]",
+    "a pool": "from concurrent.futures import ProcessPoolExecutor\ndef one(r): return float(len(r))\n"
+    "def f(responses):\n    with ProcessPoolExecutor(2) as pool: return list(pool.map(one, responses))",
+    "a pool that starts anew": "import multiprocessing as mp\ndef one(r): return float(len(r))\n"
+    "def f(responses):\n    with mp.get_context('spawn').Pool(1) as pool: return pool.map(one, responses)",
+    "what it prints": f"def f(responses):\n    print('words')\n    {LENGTHS}responses]",
+}
 
 
-def test_a_failure_keeps_its_text_and_place(tmp_path: Path) -> None:
-    path = tmp_path / "mine.py"
-    path.write_text("def broken(prompts, responses):\n    raise KeyError('no score for you')\n")
-    with pytest.raises(RewardError) as caught:
-        load_reward(f"{path}:broken")(["p"], ["r"])
-    text = str(pickle.loads(pickle.dumps(caught.value)))
-    assert "mine.py:broken` raised KeyError: 'no score for you'" in text
-    assert f"hint: {path}:2" in text
+@pytest.mark.parametrize("text", GOOD.values(), ids=GOOD.keys())
+def test_functions_that_work(rewards, text: str) -> None:  # type: ignore[no-untyped-def]
+    assert rewards(text)(PROMPTS, RESPONSES) == [5.0, 6.0, 9.0]
 
 
-def test_a_file_that_does_not_load(tmp_path: Path) -> None:
-    path = tmp_path / "mine.py"
-    path.write_text("import nothing_like_this\n")
-    with pytest.raises(RewardError, match="ModuleNotFoundError: No module named 'nothing_like_this'"):
-        load_reward(f"{path}:f")
+def test_modules_beside_the_file_and_a_name_that_python_has(rewards, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "helper_beside.py").write_text("import string\ndef score(r): return string.ascii_letters.count(r[0])")
+    text = "from helper_beside import score\ndef f(responses): return [score(r) for r in responses]"
+    assert rewards(text, file="string.py")(PROMPTS, RESPONSES) == [1.0, 1.0, 1.0]
+
+
+BAD = {
+    "raises": (
+        "def f(prompts, responses):\n    for r in responses:\n        if r == 'second': raise KeyError('no score')\n"
+        "    return [0.0] * len(responses)",
+        ["mine.py:f` raised KeyError: 'no score'", "sample 1: prompt 'q', response 'second'", "mine.py:3"],
+    ),
+    "exits": ("def f(responses): exec('exit()')", ["called exit(None)", "sample 0", "mine.py:1"]),
+    "dies": (
+        "import os\ndef f(responses):\n    if 'third one' in responses: os._exit(3)\n    return [0.0] * len(responses)",
+        ["the process of reward", "ended (exit code 3)", "sample 2: prompt 'r'"],
+    ),
+    "crashes": (
+        "import os\ndef f(responses):\n    if 'second' in responses: os.kill(os.getpid(), 11)\n"
+        "    return [0.0] * len(responses)",
+        ["ended (SIGSEGV)", "sample 1"],
+    ),
+    "no memory": (
+        "def f(responses): return [len(bytearray(2 ** 32))]",
+        ["ran out of memory", "memory_gib = 1", "sample 0"],
+    ),
+    "not a number": (
+        "def f(responses): return [float('nan') if r == 'second' else 1.0 for r in responses]",
+        ["returned nan", "sample 1: prompt 'q', response 'second'"],
+    ),
+    "none": ("def f(responses): return [1.0, None, 2.0]", ["returned None, which is no number", "sample 1"]),
+    "nothing": ("def f(responses): pass", ["returned None, not a list of numbers"]),
+    "one number": ("def f(responses): return 1.0", ["returned 1.0, not a list of numbers"]),
+    "too few": (
+        "def f(responses): return [1.0 for r in responses if r != 'second']",
+        ["returned 0 scores for 1 responses", "sample 1"],
+    ),
+    "a string": ("def f(responses): return '1' * len(responses)", ["returned '1', not a list of numbers", "sample 0"]),
+    "strings": ("def f(responses): return ['1', '2', '3']", ["returned '1', which is no number", "sample 0"]),
+    "a dict": ("def f(responses): return dict.fromkeys(responses, 1.0)", ["{'first': 1.0", "not a list"]),
+    "a huge int": ("def f(responses): return [0, 10 ** 400, 0]", ["which is no score", "sample 1"]),
+    "beyond float32": ("def f(responses): return [0, 1e308, 0]", ["1e+308, which float32 does not hold", "sample 1"]),
+    "another name": ("def f(texts, answers): pass", ["needs a parameter `texts`", "prompts, responses, completions"]),
+    "columns it has not": (
+        "def f(completions, answer, **kwargs): return [0.0] * len(completions)",
+        ["needs a parameter `answer`, which nothing provides", "bound by name"],
+    ),
+    "a file that does not load": ("import nothing_like_this", ["ModuleNotFoundError", "No module named 'nothing_like"]),
+    "a file that exits": ("raise SystemExit(0)", ["raised SystemExit"]),
+}
+
+
+@pytest.mark.parametrize(("text", "words"), BAD.values(), ids=BAD.keys())
+def test_functions_that_fail(rewards, text: str, words: list[str]) -> None:  # type: ignore[no-untyped-def]
+    said = str(error_of(rewards(text)))
+    assert all(word in said for word in words), said
+
+
+def test_a_function_that_hangs_is_ended_with_all_it_started(rewards, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    text = (
+        f"import subprocess, time\nplace = {str(tmp_path / 'child')!r}\n"
+        "def f(responses):\n    if 'second' in responses:\n"
+        "        open(place, 'w').write(str(subprocess.Popen(['sleep', '1000']).pid))\n        time.sleep(1000)\n"
+        "    return [0.0] * len(responses)\n"
+    )
+    error = error_of(rewards(text, limits=RewardLimits(seconds=3, memory_gib=1)))
+    assert "had not answered after" in error.message and "sample 1: prompt 'q'" in error.message
+    assert "reward_limits.seconds = 3" in error.hint and error.sample == 1
+    child = Path("/proc", (tmp_path / "child").read_text(), "stat")
+    deadline = time.monotonic() + 30
+    while child.exists() and child.read_text().rsplit(")", 1)[1].split()[0] != "Z" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not child.exists() or child.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+
+def test_slow_is_not_blamed_on_a_sample(rewards) -> None:  # type: ignore[no-untyped-def]
+    text = "import time\ndef f(responses):\n    time.sleep(len(responses) ** 3)\n    return [0.0] * len(responses)"
+    assert "for 3 responses together" in error_of(rewards(text, limits=RewardLimits(seconds=6, memory_gib=1))).message
+
+
+def test_several_processes_keep_the_order_and_the_number_of_a_sample(rewards) -> None:  # type: ignore[no-untyped-def]
+    text = (
+        "import os\ndef f(responses):\n    assert 'r7' not in responses\n    return [float(r[1:]) for r in responses]"
+    )
+    reward = rewards(text, limits=RewardLimits(60, 1, workers=2))
+    assert reward(["p"] * 7, [f"r{i}" for i in range(7)]) == [float(i) for i in range(7)]
+    with pytest.raises(RewardError, match=r"AssertionError.* sample 7: prompt 'p', response 'r7'"):
+        reward(["p"] * 9, [f"r{i}" for i in range(9)])
+
+
+def test_the_function_is_loaded_once_and_runs_beside_its_caller(rewards) -> None:  # type: ignore[no-untyped-def]
+    text = "import os\ncalls = []\ndef f(responses):\n    calls.append(1)\n    return [len(calls)] * len(responses)"
+    reward = rewards(text)
+    reward.start()
+    future = reward.submit(PROMPTS, RESPONSES)
+    assert future.result().scores == [1.0] * 3 and future.result().at_s <= time.perf_counter()
+    assert reward(PROMPTS, RESPONSES) == [2.0] * 3
+
+
+def test_a_reward_ends_with_its_rank(rewards) -> None:  # type: ignore[no-untyped-def]
+    reader, writer = os.pipe()
+    reward = rewards("import os\ndef f(responses): return [os.getpid()] * len(responses)")
+    rank = os.fork()
+    if not rank:
+        os.write(writer, str(int(reward(PROMPTS, RESPONSES)[0])).encode())
+        signal.pause()
+    worker = int(os.read(reader, 99))
+    os.kill(rank, signal.SIGKILL)
+    os.waitpid(rank, 0)
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{worker}").exists()

@@ -12,9 +12,11 @@ from plans.cluster import parse_mesh
 from plans.library import load_cluster
 from plans.model import ModelSpec
 from plans.plan import ExecutionPlan, PlannedCall
+from plans.program import StepKind, compile_program
 from plans.strategy import ParallelStrategy, parse_degrees
 from plans.workload import Workload
 from runtime.batches.transfer import BatchStore, fields
+from runtime.launching.describe import step_bytes
 
 LAYOUTS = {
     "actor_generate": ("node 0", "d4 t1 p1"),
@@ -101,3 +103,20 @@ def test_rows_are_sent_once_and_nothing_is_missing() -> None:
             keys = set(graph.call(consumer).inputs) & set(graph.call(producer).outputs)
             wanted = {(r, key, row) for r, rows in rank_rows(p, consumer).items() for key in keys for row in rows}
             assert wanted <= held
+
+
+def test_bytes_in_words_are_those_of_the_messages() -> None:
+    program = compile_program(plan())
+    workload = program.plan.workload
+    for step in program.steps:
+        if step.kind is StepKind.TRANSFER:
+            messages = program.messages[step.subject, step.consumer]
+            sent = sum(f.row_bytes * len(m.rows) for m in messages for key in m.keys for f in fields(key, workload))
+            assert step_bytes(program, step) == sent > 0
+
+
+def test_a_function_sends_right_before_its_first_reader() -> None:
+    steps = [step.name for step in compile_program(plan()).steps]
+    at = steps.index("actor_train")
+    sent = [i for i, name in enumerate(steps) if name.startswith("transfer reward -> ")]
+    assert sent and all(steps.index("critic_infer") < i < at for i in sent), steps

@@ -1,0 +1,29 @@
+"""Processes that end with the one that needs them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+from collections.abc import Callable
+from threading import Thread
+
+
+def _end() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_with(pid: int, end: Callable[[], None] = _end) -> None:
+    """Call `end` (SIGKILL to this process) when another process ends, however it does.
+
+    Not `PR_SET_PDEATHSIG`: the parent of a forked rank is the fork server, which lives as long as its ranks. Without
+    pidfd (Linux 5.3) nothing is watched. Raises ProcessLookupError when the other one is gone already.
+    """
+
+    def watch(descriptor: int) -> None:
+        select.select([descriptor], [], [])
+        end()
+
+    with contextlib.suppress(AttributeError, PermissionError):
+        Thread(target=watch, args=(os.pidfd_open(pid),), daemon=True).start()

@@ -1,0 +1,23 @@
+"""Rewards of the tests, in a file of their own: the processes of rewards load it and nothing else."""
+
+from __future__ import annotations
+
+
+def vowels(prompts: list[str], responses: list[str]) -> list[float]:
+    """Share of vowels, a reward that depends on every character."""
+    return [sum(letter in "aeiou" for letter in text) / max(1, len(text)) for text in responses]
+
+
+def failing(responses: list[str]) -> list[float]:
+    """A reward with a mistake in it."""
+    raise ZeroDivisionError("no reward today")
+
+
+def leaving(responses: list[str]) -> list[float]:
+    """A reward that runs what it should not."""
+    raise SystemExit(0)
+
+
+def with_answers(completions: list[str], answer: list[str]) -> list[float]:
+    """A reward that reads a column which no data set of the tests has."""
+    return [float(a in c) for c, a in zip(completions, answer, strict=True)]
