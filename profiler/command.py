@@ -12,6 +12,7 @@ from cost_models.engines.constants import DEFAULT_ENGINE, load_constants
 from cost_models.tables.shards import legal_degrees
 from cost_models.tables.tables import CostTable, load_table
 from plans.errors import RealplanError
+from plans.files import check_target
 from plans.library import load_model
 from plans.runnable import RUN_DTYPES
 from profiler.devices import hardware_kind, parse_device
@@ -29,6 +30,7 @@ def profile_command(model: str, device: str, degrees: str, dtype: str, output: P
     precision = dtype or ("bf16" if target.type == "cuda" else "fp32")
     if precision not in RUN_DTYPES:
         raise RealplanError(f"--dtype `{precision}` is unknown", f"one of {', '.join(RUN_DTYPES)}")
+    check_target(output)
     _check_output(output, spec.name, hardware_kind(target), precision)
     chosen = _degrees(degrees) if degrees else legal_degrees(spec, DEGREES)
     try:

@@ -10,6 +10,7 @@ import typer
 
 from cost_models.engines.constants import DEFAULT_ENGINE
 from planner.cli.options import AsJson, EngineName, PlanPath, TablePath
+from plans.errors import RealplanError
 
 if TYPE_CHECKING:
     from cost_models.engines.engine import Engine
@@ -85,6 +86,9 @@ def search(
         "dtype": dtype,
         "recompute_logprobs": recompute_logprobs,
     }
+    if graph and algorithm:
+        hint = "leave one of the two out"
+        raise RealplanError(f"--graph {graph} and --algorithm {algorithm}: both say what an iteration does", hint)
     request = build_request(
         models={"actor": model, "critic": critic, "reward": reward, "ref": ref},
         sizes=sizes,

@@ -24,6 +24,7 @@ from planner.space.limits import Limits
 from planner.space.pricing import Space, build_space
 from plans.codec import save_plan
 from plans.errors import Infeasible
+from plans.files import check_target
 from plans.plan import ExecutionPlan
 from plans.render import render_plan
 from plans.runnable import run_note
@@ -41,6 +42,7 @@ def search_command(
 ) -> int:
     """Search, write the plan, and say what was found."""
     check_effort(effort.seconds, effort.seed)
+    check_target(output)
     began = time.perf_counter()
     space = build_space(request.workload, request.cluster, engine, limits)
     if isinstance(space, Infeasible):
