@@ -41,6 +41,7 @@ class Candidates:
     vpp: Array
     micro_batches: Array
     groups: Array
+    slots: Array
     waves: Array
     sequence_parallel: Flags
     recompute: NDArray[np.int8]
@@ -76,6 +77,7 @@ class Candidates:
             vpp=floats([s.vpp for s in strategies]),
             micro_batches=floats([s.micro_batches for s in strategies]),
             groups=floats([s.groups for s in strategies]),
+            slots=floats([s.slots for s in strategies]),
             waves=floats([s.waves for s in strategies]),
             sequence_parallel=flags([s.sequence_parallel for s in strategies]),
             recompute=np.array([RECOMPUTE_CODE[s.recompute] for s in strategies], dtype=np.int8),
@@ -87,6 +89,11 @@ class Candidates:
         """The candidates at `indices`, in that order."""
         chosen = np.asarray(indices, dtype=np.intp)
         return Candidates(**{f.name: getattr(self, f.name)[chosen] for f in fields(self)})
+
+    def parts(self, samples: float) -> Array:
+        """How often the slots of a dp rank are filled until all samples are generated; 1 where each has its own."""
+        filled = samples / (self.dp * np.maximum(self.slots, 1.0))
+        return np.where(self.slots > 0, np.maximum(filled, 1.0), self.waves)
 
     def ranks_per_node(self, stride: Array, size: Array) -> Array:
         """Ranks of one node that belong to the same group of `size` ranks that are `stride` apart."""

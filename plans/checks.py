@@ -132,6 +132,22 @@ def batch(plan: ExecutionPlan, planned: PlannedCall, spec: ModelSpec) -> Iterato
         )
 
 
+def slots(plan: ExecutionPlan, planned: PlannedCall, spec: ModelSpec) -> Iterator[Problem]:
+    """Slots are samples in flight on a dp rank: no more than it has, and one for each group in flight."""
+    s, share = planned.strategy, plan.workload.samples // planned.strategy.dp
+    if not s.slots:
+        return
+    if s.waves > 1:
+        message = f"{planned.call}: slots {s.slots} and waves {s.waves} say the same thing twice"
+        yield _problem("slots", "waves", message, "leave out `waves`")
+    if s.slots > share:
+        message = f"{planned.call}: {s.slots} slots for the {share} samples of a dp rank"
+        yield _problem("slots", "slots", message, f"slots {share} or less, or leave it out")
+    if s.slots < s.groups:
+        message = f"{planned.call}: {s.slots} slots do not fill {s.groups} groups in flight"
+        yield _problem("slots", "slots", message, f"slots {s.groups} or more")
+
+
 def sequence(plan: ExecutionPlan, planned: PlannedCall, spec: ModelSpec) -> Iterator[Problem]:
     """Sequence and context parallelism cut the tokens of a sample evenly, inside the model's context."""
     s, tokens = planned.strategy, plan.workload.tokens
@@ -172,7 +188,16 @@ def experts(plan: ExecutionPlan, planned: PlannedCall, spec: ModelSpec) -> Itera
         yield _problem("experts", "strategy", message, hint)
 
 
-CALL_CHECKS: tuple[CallCheck, ...] = (mesh_size, tensor_parallel, pipeline, batch, sequence, kind_settings, experts)
+CALL_CHECKS: tuple[CallCheck, ...] = (
+    mesh_size,
+    tensor_parallel,
+    pipeline,
+    batch,
+    slots,
+    sequence,
+    kind_settings,
+    experts,
+)
 
 
 def _kind(plan: ExecutionPlan, planned: PlannedCall) -> CallKind:

@@ -73,12 +73,19 @@ class Data(_Closed):
 
 
 class RunSampling(_Closed):
-    """How responses are drawn. temperature 0 takes the likeliest token; top_k 0 and top_p 1 cut nothing."""
+    """How responses are drawn. temperature 0 takes the likeliest token; top_k 0, top_p 1 and min_p 0 cut nothing.
+
+    repetition_penalty: of tokens that stand in the prompt or the response; 1 is none. stop: texts that end a response,
+    which keeps them.
+    """
 
     temperature: Annotated[float, Field(ge=0), AfterValidator(_temperature)] = 1.0
     top_k: Count = 0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
     stop_at_eos: bool = True
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
 
 
 class Optimizer(_Closed):

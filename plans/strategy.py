@@ -81,8 +81,15 @@ class ParallelStrategy:
         most=MOST_SAMPLES,
         shown="{} groups in flight",
     )
+    slots: int = _field(
+        "samples that a dp rank generates at a time; the next one takes the slot of one that has ended (default: all)",
+        kinds=(_GENERATE,),
+        default=0,
+        most=MOST_SAMPLES,
+        shown="{} slots",
+    )
     waves: int = _field(
-        "parts of a dp rank's samples that generate one after the other, so that the KV cache holds one part at a time",
+        "slots as a part of a dp rank's samples: one in so many",
         kinds=(_GENERATE,),
         most=MOST_SAMPLES,
         shown="{} waves",
@@ -114,6 +121,8 @@ class ParallelStrategy:
     def __post_init__(self) -> None:
         for name, most in _RANGES:
             value = getattr(self, name)
+            if value == SETTINGS[name].default:
+                continue
             if not isinstance(value, int) or not 1 <= value <= most:
                 raise SpecError(
                     f"{name} is {shortened(value)}; it must be a whole number from 1 to {most:,}",

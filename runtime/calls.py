@@ -47,7 +47,8 @@ def generate_call(
         seed=job.run.seed,
         iteration=iteration,
         stop_ids=job.stop_ids,
-        limits=Limits(slots=slots_per_replica(len(rows), waves=strategy.waves), groups=strategy.groups),
+        ended=job.ended,
+        limits=Limits(slots=slots_per_replica(len(rows), strategy.slots, strategy.waves), groups=strategy.groups),
     )
     responses = made.sequences.responses
     after = prompts.new_full((len(rows), workload.response_tokens), job.pad_id)

@@ -17,6 +17,7 @@ from runtime.batches.rewards import Reward, RewardLimits
 from runtime.batches.sources import Examples, Prompts, RandomExamples, RandomPrompts, TextExamples, TextPrompts
 from runtime.batches.tokenizer import Tokenizer
 from runtime.generation.sampling import Sampling
+from runtime.generation.stopping import Ended, ended_by
 from runtime.models.model import TORCH_DTYPES
 from runtime.passes.optimizer import AdamSettings
 
@@ -48,7 +49,19 @@ class Job:
     def sampling(self) -> Sampling:
         """How tokens are chosen."""
         s = self.run.sampling
-        return Sampling(temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
+        return Sampling(
+            temperature=s.temperature,
+            top_k=s.top_k,
+            top_p=s.top_p,
+            min_p=s.min_p,
+            repetition_penalty=s.repetition_penalty,
+        )
+
+    @property
+    def ended(self) -> Ended | None:
+        """Where responses end by their text; None where no text ends one."""
+        stops = self.run.sampling.stop
+        return ended_by(stops, self.tokenizer.decode) if stops and self.tokenizer else None
 
     @property
     def temperature(self) -> float:
@@ -94,6 +107,10 @@ def _algorithm(plan: ExecutionPlan) -> Algorithm:
 
 def _prompts(plan: ExecutionPlan, run: RunFile, tokenizer: Tokenizer | None) -> tuple[Prompts, str]:
     workload = plan.workload
+    if run.sampling.stop and tokenizer is None:
+        raise RealplanError(
+            "sampling.stop names texts, which need a tokenizer", "tokenizer=FOLDER with a tokenizer.json"
+        )
     if not run.data.source:
         return RandomPrompts(_random_vocabulary(plan, run), workload.prompt_tokens, run.seed), ""
     tokenizer = _needed(tokenizer)

@@ -45,7 +45,7 @@ def generation_terms(workload: Workload, spec: ModelSpec, candidates: Candidates
     logits of one token per sequence of a group.
     """
     element = float(workload.element_bytes)
-    sequences = np.ceil(workload.samples / (candidates.dp * candidates.waves))
+    sequences = np.ceil(workload.samples / (candidates.dp * candidates.parts(workload.samples)))
     cache = kv_cache_bytes(spec, candidates, sequences, workload.tokens, element)
     group = np.ceil(sequences / candidates.groups)
     block = forward_block_bytes(spec, element, candidates.tp, fused_pointwise=habits.fused_pointwise)

@@ -6,6 +6,7 @@ from cost_models.engines.measured import REACH
 from cost_models.tables.interpolation import Source
 from cost_models.tables.tables import CostTable
 from plans.graph import CallKind
+from plans.kvcache import slots_per_replica
 from plans.library import load_model
 from plans.model import ModelSpec
 from plans.plan import ExecutionPlan
@@ -20,7 +21,7 @@ def block_source(plan: ExecutionPlan, call: str, table: CostTable) -> Source:
     if workload.graph.call(call).kind is CallKind.GENERATE:
         operation = "block_decode"
         points |= {
-            "sequences": share / (strategy.groups * strategy.waves),
+            "sequences": slots_per_replica(int(share), strategy.slots, strategy.waves) / strategy.groups,
             "cached_tokens": workload.prompt_tokens + max(1.0, workload.response_tokens / 2),
         }
     else:

@@ -42,19 +42,19 @@ class Quadrature:
 
 
 def generation_time(machine: Machine, work: Generation, candidates: Candidates) -> Terms:
-    """Terms of a generate call, seconds. Prefill takes a pass per group and wave, or per micro-batch where those are
-    more; waves decode one after the other."""
-    c = candidates
+    """Terms of a generate call, seconds. Prefill takes a pass per group and filling of the slots, or per micro-batch
+    where those are more; fillings decode one after the other."""
+    c, parts = candidates, candidates.parts(work.samples)
     prompts = ForwardPass(work.spec, work.samples, work.prompt_tokens, head_tokens=1.0, scored=False)
-    prefill = Terms(forward_terms(machine, prompts, c, np.maximum(c.groups * c.waves, c.micro_batches)))
-    decode = {name: seconds * c.waves for name, seconds in decode_terms(machine, work, c).items()}
+    prefill = Terms(forward_terms(machine, prompts, c, np.maximum(c.groups * parts, c.micro_batches)))
+    decode = {name: seconds * parts for name, seconds in decode_terms(machine, work, c).items()}
     terms = {"prefill": prefill.total_s} | decode
     return Terms(terms)
 
 
 def decode_terms(machine: Machine, work: Generation, candidates: Candidates) -> dict[str, Array]:
-    """Terms of all decode steps of one wave after the first token, which prefill makes."""
-    samples = work.samples / candidates.waves
+    """Terms of all decode steps of one filling of the slots after the first token, which prefill makes."""
+    samples = work.samples / candidates.parts(work.samples)
     sums: dict[str, Array] = {}
     points = response_quadrature(work.responses)
     for position, weight, alive in zip(points.position, points.weight, points.alive, strict=True):

@@ -78,7 +78,7 @@ def _remedies(plan: ExecutionPlan, planned: PlannedCall) -> Iterator[tuple[str, 
     """Settings that save memory in a call of this kind, as the plan file writes them."""
     s, kind = planned.strategy, plan.workload.graph.call(planned.call).kind
     settings: dict[CallKind, dict[str, Any]] = {
-        CallKind.GENERATE: {"waves": 2 * s.waves},
+        CallKind.GENERATE: {"slots": max(1, s.slots // 2)} if s.slots else {"waves": 2 * s.waves},
         CallKind.INFERENCE: {"micro_batches": 2 * s.micro_batches, "offload": True},
         CallKind.TRAIN_STEP: {"micro_batches": 2 * s.micro_batches, "recompute": Recompute.FULL, "offload": True},
     }

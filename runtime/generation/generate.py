@@ -9,7 +9,7 @@ Random numbers are keyed by sample and position: slots, bursts and layouts do no
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,10 +25,8 @@ from runtime.generation.flight import Flight, Live
 from runtime.generation.lean import LeanStage
 from runtime.generation.pipeline import Pipeline
 from runtime.generation.sampling import Chooser, Sampling, sample_keys
+from runtime.generation.stopping import Ended
 from runtime.models.model import Model
-
-Ended = Callable[[Sequence[int], int], int | None]
-"""(tokens of a response, how many of them are old) -> where the response ends by its text, in tokens, or None."""
 
 
 @dataclass(frozen=True)

@@ -122,13 +122,13 @@ class Chooser:
         if self._whole:
             plain = self._gathered(plain)
             judged = plain if seen is None else self._gathered(judged)
-        top = plain.amax(-1, keepdim=True).clamp(min=_LOWEST)
+        top = plain.amax(-1, keepdim=True)
         weights = (plain - top).exp_()
         total = weights.sum(-1).log().add(top.squeeze(-1))
         if seen is not None:
-            judged_top = judged.amax(-1, keepdim=True).clamp(min=_LOWEST)
-            weights = (judged - judged_top).exp_()
-        local, score = self._best(judged, weights, seeds)
+            top = judged.amax(-1, keepdim=True)
+            weights = (judged - top).exp_()
+        local, score = self._best(judged, top, weights, seeds)
         logit = plain.gather(-1, local).squeeze(-1)
         if self._alone:
             return local.squeeze(-1), logit - total
@@ -137,9 +137,11 @@ class Chooser:
 
     def _scaled(self, logits: Tensor) -> Tensor:
         """Logits at the temperature, without padding; one impossible token where a part is all padding."""
+        plain = logits[:, : max(1, self.size)]
+        if plain.dtype is not torch.float32:
+            plain = plain.float()
         if not self.size:
-            return logits[:, :1].float().fill_(-torch.inf)
-        plain = logits[:, : self.size].float()
+            return plain.fill_(_LOWEST)
         return plain if self.sampling.temperature in (0, 1) else plain / self.sampling.temperature
 
     def _penalised(self, logits: Tensor, seen: Tensor) -> Tensor:
@@ -160,19 +162,17 @@ class Chooser:
         dist.all_gather_into_tensor(whole, own, group=self._group)
         return whole.view(ranks, *own.shape)
 
-    def _best(self, judged: Tensor, weights: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
-        """The best entry of a part: its place [n, 1] and its score [n, 1]. `weights` are exp(judged - its maximum)."""
+    def _best(self, judged: Tensor, top: Tensor, weights: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
+        """The best entry of a part: its place [n, 1] and score [n, 1]. `weights` are exp(judged - top), overwritten;
+        where one part is all there is, nobody compares scores."""
         if self.sampling.greedy:
             score, local = judged.max(-1, keepdim=True)
             return local, score
         if self.sampling.truncated:
             weights = _truncate(weights, self.sampling)
         # The maximum of logit + Gumbel is that of weight / Exponential, which takes one logarithm less.
-        noise = _log_uniforms(self._hashes, seeds)
-        local = (weights / noise).argmin(-1, keepdim=True)
-        if self._alone:
-            return local, local
-        return local, judged.gather(-1, local) - (-noise.gather(-1, local)).log()
+        ratio, local = weights.div_(_log_uniforms(self._hashes, seeds)).min(-1, keepdim=True)
+        return local, ratio if self._alone else ratio.neg_().log_().add_(top)
 
     def _agree(self, best: Tensor) -> tuple[Tensor, Tensor]:
         """Token and log-probability out of every rank's best entry [n, 4]: score, token, logit, log of the sum."""

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 from plans.algorithms import GREEDY
 from plans.graph import CallKind
+from plans.kvcache import slots_per_replica
 from plans.plan import ExecutionPlan
 from plans.program import Program, Step, StepKind, compile_program
 from plans.reallocation import reallocation
@@ -26,10 +27,13 @@ def batch_words(plan: ExecutionPlan) -> Iterator[str]:
         samples = w.samples_per_step(planned.call)
         what = "minibatch" if kind is CallKind.TRAIN_STEP else "batch"
         generates = kind is CallKind.GENERATE
-        part, parts = ("group in flight", s.groups * s.waves) if generates else ("micro-batch", s.micro_batches)
+        share = samples // s.dp
+        cut = f" / {s.micro_batches} = {share // s.micro_batches} per micro-batch"
+        if generates:
+            cut = f" = {share}, {slots_per_replica(share, s.slots, s.waves)} at a time"
+            cut += f" in {s.groups} groups in flight" if s.groups > 1 else ""
         yield (
-            f"  {planned.call:<16} {what} {samples} / dp {s.dp} / {parts} = {samples // s.dp // parts} per {part}"
-            f"  on {planned.mesh.text(plan.cluster)}, {s.degrees}"
+            f"  {planned.call:<16} {what} {samples} / dp {s.dp}{cut}  on {planned.mesh.text(plan.cluster)}, {s.degrees}"
         )
 
 

@@ -9,6 +9,7 @@ import pytest
 from plans.checks import check_plan
 from plans.codec import dump_plan, read_plan
 from plans.errors import SpecError
+from plans.kvcache import slots_per_replica
 from plans.plan import ExecutionPlan
 from plans.planfile import json_schema
 from plans.strategy import KEYS, LETTERS, SETTINGS, ParallelStrategy, Recompute, parse_degrees
@@ -39,6 +40,29 @@ def test_the_schema_has_every_key_with_its_meaning() -> None:
         assert keys[name]["description"] == SETTINGS[name].meaning
     assert keys["waves"]["minimum"] == 1 and keys["waves"]["maximum"] == 10**6
     assert keys["shard_optimizer"]["default"] is True
+
+
+@pytest.mark.parametrize(
+    ("settings", "words", "hint"),
+    [
+        ({"slots": 10**5}, "100000 slots for the", "slots 512 or less"),
+        ({"slots": 4, "waves": 2}, "say the same thing twice", "leave out `waves`"),
+        ({"slots": 4, "pp": 8, "groups": 8}, "4 slots do not fill 8 groups", "slots 8 or more"),
+        ({"slots": 4}, "", ""),
+    ],
+)
+def test_slots(plan: ExecutionPlan, settings: dict[str, int], words: str, hint: str) -> None:
+    strategy = ParallelStrategy(**settings)
+    first = replace(plan.calls[0], strategy=strategy)
+    problems = [p for p in check_plan(replace(plan, calls=(first, *plan.calls[1:]))) if p.rule == "slots"]
+    assert len(problems) == bool(words)
+    for problem in problems:
+        assert words in problem.message and hint in problem.hint
+
+
+def test_waves_mean_slots() -> None:
+    assert [slots_per_replica(10, waves=waves) for waves in (1, 3, 4, 99)] == [10, 4, 3, 1]
+    assert slots_per_replica(10, slots=6) == 6 and slots_per_replica(10, slots=16) == 10
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ DISJOINT = {
     "critic_train": ("node 0 gpus 2-3", "d2 t1 p1", {"shard_optimizer": False}),
 }
 SHIFTED = {
-    "actor_generate": ("node 0 gpus 2-3", "d1 t1 p2", {"groups": 2}),
+    "actor_generate": ("node 0 gpus 2-3", "d1 t1 p2", {"groups": 2, "slots": 3}),
     "ref_infer": ("node 0 gpu 1", "d1 t1 p1", {"micro_batches": 4}),
     "critic_infer": ("node 0", "d2 t1 p2"),
     "actor_train": ("node 0 gpus 0-1", "d1 t1 p2", {"micro_batches": 4}),
