@@ -36,7 +36,8 @@ class StepKind(StrEnum):
 @dataclass(frozen=True)
 class Copy:
     """A model's weights in one layout. A home copy lives for the whole run; another lives from its reallocation
-    before the first of `calls` to its release after the last. `offload`: it waits in host memory between calls."""
+    before the first of `calls` to its release after the last, and never across the training of its role, which would
+    leave it behind. `offload`: it waits in host memory between calls."""
 
     name: str
     role: str
@@ -153,20 +154,24 @@ def _send_due(
 
 
 def _copies(plan: ExecutionPlan) -> tuple[Copy, ...]:
-    """Group calls of a role that hold the same slices; a trained role's other copies are also split by lag."""
+    """Group calls of a role that hold the same slices. A trained role's other copies serve calls that read the same
+    version: those of one lag on one side of the training call in the period."""
     graph = plan.workload.graph
-    groups: list[tuple[str, Layout, bool, int, list[str], bool]] = []
+    position = {planned.call: i for i, planned in enumerate(plan.calls)}
+    groups: list[tuple[str, Layout, bool, tuple[int, bool], list[str], bool]] = []
     ordered = sorted(graph.model_calls, key=lambda c: c.kind is not CallKind.TRAIN_STEP)
     for call in ordered:
         layout, planned = plan.layout(call.name), plan.planned(call.name)
         home = call.kind is CallKind.TRAIN_STEP or call.model not in graph.trainers
-        for role, other, is_home, lag, calls, _ in groups:
-            if role == call.model and other.same_weights(layout) and (is_home or lag == planned.lag):
+        trainer = graph.trainers.get(call.model, call.name)
+        moment = planned.lag, position[call.name] > position[trainer]
+        for role, other, is_home, when, calls, _ in groups:
+            if role == call.model and other.same_weights(layout) and (is_home or when == moment):
                 calls.append(call.name)
                 break
         else:
             frozen = call.model not in graph.trainers
-            groups.append((call.model, layout, home, planned.lag, [call.name], frozen and planned.strategy.offload))
+            groups.append((call.model, layout, home, moment, [call.name], frozen and planned.strategy.offload))
     return tuple(
         Copy(f"{role}@{calls[0]}", role, layout, home, tuple(calls), offload)
         for role, layout, home, _, calls, offload in groups

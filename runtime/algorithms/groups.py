@@ -8,15 +8,20 @@ from plans.runfile import Ppo
 from runtime.algorithms.samples import Samples, Signal, token_rewards
 
 STD_EPS = 1e-6
+ROUNDING = 1e-6
+"""Part of a group's largest score below which its spread is rounding: rewards are float32."""
 
 
 def grpo(samples: Samples, settings: Ppo) -> Signal:
     """GRPO (Shao et al. 2024, section 4.1.2): the score's distance to the group's mean in standard deviations, at every
-    token. The standard deviation divides by group size - 1, as those of verl and TRL do."""
+    token. The standard deviation divides by group size - 1, as those of verl and TRL do. A group without spread says
+    nothing about its responses: its advantages are zero, and not the rounding of its mean made large."""
     rewards = token_rewards(samples, 0.0, settings.reward_clip)
     scores = _groups(samples, rewards)
-    std = scores.std(1, keepdim=True)
-    return _signal(samples, rewards, (scores - scores.mean(1, keepdim=True)) / (std + STD_EPS))
+    distance = (scores - scores.mean(1, keepdim=True)) / (scores.std(1, keepdim=True) + STD_EPS)
+    spread = scores.amax(1, keepdim=True) - scores.amin(1, keepdim=True)
+    flat = spread <= ROUNDING * scores.abs().amax(1, keepdim=True)
+    return _signal(samples, rewards, distance.masked_fill(flat, 0.0))
 
 
 def rloo(samples: Samples, settings: Ppo) -> Signal:

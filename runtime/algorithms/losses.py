@@ -36,12 +36,13 @@ def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, tokens: float)
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float, tokens: float) -> Loss:
     """Half the squared error, the larger of plain and clipped around the old values; normalised as `policy_loss`."""
+    moved = (values - old_values).abs() > clip  # where it has not, `near` is the value but for rounding
     near = old_values + (values - old_values).clamp(-clip, clip)
     plain, clipped = (values - returns).square(), (near - returns).square()
     loss = 0.5 * (torch.maximum(plain, clipped) * mask).sum() / tokens
     terms = {
         "vf_loss": loss,
-        "vf_clipfrac": ((clipped > plain) & mask).sum() / tokens,
+        "vf_clipfrac": (moved & (clipped > plain) & mask).sum() / tokens,
         "vpred_mean": (values * mask).sum() / tokens,
     }
     return loss, terms

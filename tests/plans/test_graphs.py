@@ -11,12 +11,16 @@ import pytest
 
 from plans.algorithms import ALGORITHMS, Variant, algorithm_graph
 from plans.checks import check_plan
+from plans.cluster import parse_mesh
 from plans.codec import dump_plan, read_plan
 from plans.errors import SpecError
 from plans.graph import Call, CallKind, DataflowGraph, Edge
 from plans.graphfile import load_graph
+from plans.library import load_cluster, load_model
 from plans.plan import ExecutionPlan, PlannedCall
 from plans.program import StepKind, compile_program
+from plans.strategy import ParallelStrategy
+from plans.workload import Workload
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -62,6 +66,25 @@ def test_functions_run_with_the_call_that_made_their_input(plan: ExecutionPlan) 
     assert function.subject == "reward" and function.ranks == tuple(edited.ranks("actor_generate"))
     again, problems = read_plan(dump_plan(edited))
     assert problems == [] and again == edited
+
+
+def test_a_copy_does_not_outlive_the_training_of_its_role() -> None:
+    """Log-probabilities after the training call of the iteration before are those of its new weights."""
+    cluster = load_cluster("a100-80gb", gpus=2, gpus_per_node=2)
+    graph = algorithm_graph("grpo", recompute_logprobs=True, staleness=1, reward_seconds_per_sample=1e-3)
+    spec = load_model("llama-7b")
+    workload = Workload(graph=graph, models={"actor": spec, "ref": spec}, group_size=2, minibatches=1)
+    places = {"actor_generate": (0, 0), "ref_infer": (0, 0), "actor_train": (1, 1), "actor_infer": (0, 0)}
+    calls = tuple(
+        PlannedCall(call=name, mesh=parse_mesh(f"node 0 gpu {gpu}", cluster), strategy=ParallelStrategy(), lag=lag)
+        for name, (gpu, lag) in places.items()
+    )
+    plan = ExecutionPlan(workload=workload, cluster=cluster, calls=calls)
+    assert check_plan(plan) == []
+    steps = [(s.kind, s.subject) for s in compile_program(plan).steps if s.copy.startswith("actor@")]
+    trained = steps.index((StepKind.CALL, "actor_train"))
+    assert steps.index((StepKind.RELEASE, "actor_generate")) < trained
+    assert trained < steps.index((StepKind.REALLOCATE, "actor_infer")) < steps.index((StepKind.CALL, "actor_infer"))
 
 
 def test_own_graph_from_yaml_round_trips(plan: ExecutionPlan, tmp_path: Path) -> None:

@@ -85,6 +85,15 @@ def test_grpo_compares_with_the_group() -> None:
     assert RECORDS["grpo"].kl_in_loss and not RECORDS["rloo"].kl_in_loss
 
 
+def test_grpo_learns_nothing_from_a_group_without_spread() -> None:
+    mask = torch.ones(4, R, dtype=torch.bool)
+    alike = torch.tensor([0.1, 0.1, 0.7, 0.7], dtype=torch.float32)
+    signal = ADVANTAGES["grpo"](samples(mask=mask, scores=alike, group_size=2), SETTINGS)
+    assert float(signal.advantages.abs().max()) == 0.0
+    signal = ADVANTAGES["grpo"](samples(mask=mask, scores=alike, group_size=4), SETTINGS)
+    assert float(signal.advantages.abs().min()) > 0.8, "two pairs of one group differ"
+
+
 def test_rloo_leaves_the_sample_out() -> None:
     together = samples(group_size=4)
     signal, rewards = ADVANTAGES["rloo"](together, SETTINGS), kl_rewards()
@@ -218,3 +227,10 @@ def test_value_loss_takes_the_larger_error() -> None:
     loss, terms = value_loss(values, old, returns, torch.ones(1, 3, dtype=torch.bool), 0.2, 3.0)
     assert float(loss) == pytest.approx(0.5 * (1.8**2 + 0.1**2 + 0.5**2) / 3)
     assert float(terms["vf_clipfrac"]) == pytest.approx(1 / 3)
+
+
+def test_values_that_stay_near_are_not_counted_as_clipped() -> None:
+    old, returns = random(5).float() * 100, random(6).float() * 100
+    values = old + 0.1
+    _, terms = value_loss(values, old, returns, torch.ones_like(old, dtype=torch.bool), 0.2, old.numel())
+    assert float(terms["vf_clipfrac"]) == 0.0
