@@ -27,7 +27,8 @@ class Candidates:
     """Struct of arrays, shape [candidates] each.
 
     gpus_per_node: GPUs used on each node of the mesh; nodes: nodes of the mesh. The degrees and settings are those of
-    `ParallelStrategy`; `recompute` is 0 none, 1 selective, 2 full. Integers are held as float64, the type they are
+    `ParallelStrategy`; `recompute` is 0 none, 1 selective, 2 full. own_fullest, own_last: layers of the fullest and of
+    the last stage of a split of one's own, 0 for the default split. Integers are held as float64, the type they are
     computed with.
     """
 
@@ -39,6 +40,8 @@ class Candidates:
     cp: Array
     ep: Array
     vpp: Array
+    own_fullest: Array
+    own_last: Array
     micro_batches: Array
     groups: Array
     slots: Array
@@ -75,6 +78,8 @@ class Candidates:
             cp=floats([s.cp for s in strategies]),
             ep=floats([s.ep for s in strategies]),
             vpp=floats([s.vpp for s in strategies]),
+            own_fullest=floats([max(s.layers_per_stage, default=0) for s in strategies]),
+            own_last=floats([(s.layers_per_stage or (0,))[-1] for s in strategies]),
             micro_batches=floats([s.micro_batches for s in strategies]),
             groups=floats([s.groups for s in strategies]),
             slots=floats([s.slots for s in strategies]),

@@ -18,7 +18,7 @@ from plans.layout import Layout, model_units
 from plans.model import ModelSpec
 
 IntArray = NDArray[np.int64]
-Slicing = tuple[int, int, int]  # pp, vpp, ep: which units a rank holds
+Slicing = tuple[int, int, int, tuple[int, ...]]  # pp, vpp, ep, a split of its own: which units a rank holds
 Form = tuple[Slicing, int, int, int]  # slicing, tp, GPUs in the mesh, first GPU on its node
 
 
@@ -46,9 +46,9 @@ def unit_sizes(spec: ModelSpec) -> UnitSizes:
 @lru_cache(maxsize=256)
 def _rank_units(spec: ModelSpec, slicing: Slicing) -> Flags:
     """[pp x ep, units] whether a rank of the stage at a place in its run of ep ranks holds the unit."""
-    pp, vpp, ep = slicing
+    pp, vpp, ep, split = slicing
     index = {unit.name: i for i, unit in enumerate(model_units(spec))}
-    layout = Layout(spec, tuple(range(pp * ep)), dp=ep, pp=pp, vpp=vpp, ep=ep)
+    layout = Layout(spec, tuple(range(pp * ep)), dp=ep, pp=pp, vpp=vpp, ep=ep, layers_per_stage=split)
     table = np.zeros((pp * ep, len(index)), dtype=np.bool_)
     for rank in layout.ranks:
         table[rank, [index[name] for name in layout.rank_units(rank)]] = True
@@ -108,20 +108,20 @@ def _form(layout: Layout, per_node: int) -> Form:
     first_gpu, size = layout.ranks[0] % per_node, len(layout.ranks)
     in_node = first_gpu + size <= per_node or per_node % layout.tp == 0
     assert in_node and first_gpu % layout.tp == 0, f"tp groups of {layout.tp} span nodes"
-    return (layout.pp, layout.vpp, layout.ep), layout.tp, size, first_gpu
+    return (layout.pp, layout.vpp, layout.ep, layout.layers_per_stage), layout.tp, size, first_gpu
 
 
 def _contents(spec: ModelSpec, forms: Sequence[Form], per_node: int) -> tuple[Contents, IntArray]:
     """The different contents of the nodes of some forms, and their numbers [forms, nodes]."""
     slicings = list(dict.fromkeys(slicing for slicing, *_ in forms))
-    before = np.cumsum([1] + [pp * ep for pp, _, ep in slicings])
+    before = np.cumsum([1] + [pp * ep for pp, _, ep, _ in slicings])
     offset = dict(zip(slicings, before.tolist(), strict=False))
     nodes = max((first_gpu + size - 1) // per_node for *_, size, first_gpu in forms) + 1
     place = np.arange(nodes * per_node)
     rows = np.zeros((len(forms), nodes, 1 + per_node), dtype=np.int64)
     for row, (slicing, tp, size, first_gpu) in zip(rows, forms, strict=True):
         inside = (place >= first_gpu) & (place < first_gpu + size)
-        (pp, _, ep), inside_mesh = slicing, place - first_gpu
+        (pp, _, ep, _), inside_mesh = slicing, place - first_gpu
         stage = offset[slicing] + inside_mesh // (size // pp) * ep + inside_mesh % ep
         row[:, 1:] = np.where(inside, stage, 0).reshape(nodes, per_node)
         row[:, 0] = np.where(row[:, 1:].any(axis=1), tp, 0)

@@ -10,10 +10,11 @@ import math
 from collections.abc import Callable, Iterator
 
 from plans.graph import CallKind
+from plans.layout import default_split
 from plans.model import ModelSpec
 from plans.plan import ExecutionPlan, PlannedCall
 from plans.problems import Path_, Problem
-from plans.strategy import SETTINGS
+from plans.strategy import SETTINGS, ParallelStrategy
 
 CallCheck = Callable[[ExecutionPlan, PlannedCall, ModelSpec], Iterator[Problem]]
 
@@ -86,16 +87,18 @@ def tensor_parallel(plan: ExecutionPlan, planned: PlannedCall, spec: ModelSpec) 
 
 
 def pipeline(plan: ExecutionPlan, planned: PlannedCall, spec: ModelSpec) -> Iterator[Problem]:
-    """Stages (times chunks) hold equal numbers of layers; interleaving needs training, pp > 1 and full rounds."""
+    """Every stage has a layer, chunks are equal; interleaving needs training, pp > 1 and full rounds."""
     s = planned.strategy
-    if spec.layers % (s.pp * s.vpp):
-        factor = f"pp {s.pp}" + (f" x vpp {s.vpp}" if s.vpp > 1 else "")
-        yield _problem(
-            "layers",
-            "strategy",
-            f"{planned.call}: {spec.layers} layers of {spec.name} do not divide into {factor} stages",
-            f"pp one of {divisors(spec.layers)}",
+    if s.pp > spec.layers:
+        message = f"{planned.call}: pp {s.pp} is more than the {spec.layers} layers of {spec.name}"
+        yield _problem("layers", "strategy", message, f"pp {spec.layers} or less")
+    elif s.vpp > 1 and spec.layers % (s.pp * s.vpp):
+        message = (
+            f"{planned.call}: {spec.layers} layers of {spec.name} do not divide into pp {s.pp} x vpp {s.vpp} chunks"
         )
+        hint = f"leave out `v`, or pp x vpp {closest_divisor(spec.layers, s.pp * s.vpp)}"
+        yield _problem("layers", "strategy", message, hint)
+    yield from _split(planned.call, s, spec)
     if s.vpp > 1 and (_kind(plan, planned) is not CallKind.TRAIN_STEP or s.pp == 1):
         message = f"{planned.call}: vpp {s.vpp} needs a train_step with pp above 1"
         yield _problem("interleaving", "strategy", message, "leave out `v`")
@@ -103,6 +106,23 @@ def pipeline(plan: ExecutionPlan, planned: PlannedCall, spec: ModelSpec) -> Iter
         hint = f"micro_batches {max(1, round(s.micro_batches / s.pp)) * s.pp}"
         message = f"{planned.call}: interleaving needs micro_batches {s.micro_batches} to be a multiple of pp {s.pp}"
         yield _problem("interleaving", "micro_batches", message, hint)
+
+
+def _split(call: str, s: ParallelStrategy, spec: ModelSpec) -> Iterator[Problem]:
+    """A split of one's own has a number for every stage, and all layers."""
+    split = s.layers_per_stage
+    if not split:
+        return
+    hint = f"layers_per_stage {list(default_split(spec.layers, s.pp))}" if s.pp <= spec.layers else "another pp"
+    if len(split) != s.pp:
+        message = f"{call}: layers_per_stage has {len(split)} stages, pp is {s.pp}"
+        yield _problem("split", "layers_per_stage", message, hint)
+    elif sum(split) != spec.layers:
+        message = f"{call}: layers_per_stage adds up to {sum(split)}, {spec.name} has {spec.layers} layers"
+        yield _problem("split", "layers_per_stage", message, hint)
+    elif s.vpp > 1:
+        message = f"{call}: vpp {s.vpp} interleaves equal chunks and takes no layers_per_stage"
+        yield _problem("split", "layers_per_stage", message, "leave out `v` or layers_per_stage")
 
 
 def batch(plan: ExecutionPlan, planned: PlannedCall, spec: ModelSpec) -> Iterator[Problem]:

@@ -29,7 +29,7 @@ from plans.plan import Estimate, ExecutionPlan, PlannedCall
 from plans.planfile import FORMAT, CallFile, ClusterFile, ModelFile, PlanFile, WorkloadFile
 from plans.problems import Path_, Problem, blank_comments
 from plans.shapes import shape_problems
-from plans.strategy import KEYS, ParallelStrategy, parse_degrees
+from plans.strategy import KEYS, SETTINGS, ParallelStrategy, parse_degrees
 from plans.workload import Workload, role_spec
 
 LENGTHS = ("prompt_lengths", "response_lengths")
@@ -182,7 +182,7 @@ class _Reader:
             message = f"graph `{workload.graph.name}` has no call `{file.call}`"
             self.problems.append(Problem("call", message, nearest(file.call, names), (*path, "call")))
         mesh = self.attempt("mesh", (*path, "mesh"), lambda: parse_mesh(file.mesh, cluster))
-        settings: dict[str, Any] = {name: getattr(file, name) for name in KEYS}
+        settings: dict[str, Any] = {name: SETTINGS[name].type(getattr(file, name)) for name in KEYS}
         strategy = self.attempt(
             "strategy", (*path, "strategy"), lambda: ParallelStrategy(**{**settings, **parse_degrees(file.strategy)})
         )
@@ -239,13 +239,14 @@ def sealed(plan: ExecutionPlan, estimate: Estimate) -> Estimate:
 
 def is_stale(plan: ExecutionPlan) -> bool:
     """Whether a plan's estimate was computed from another plan, or its figures were edited."""
-    return plan.estimate is not None and plan.estimate.of != digest(plan, plan.estimate)
+    # A digest of the plan alone is how older files have it.
+    return plan.estimate is not None and plan.estimate.of not in (digest(plan, plan.estimate), digest(plan))
 
 
 def digest(plan: ExecutionPlan, estimate: Estimate | None = None) -> str:
     """Digest of all that an estimate depends on, and of its figures where it is given."""
     figures = {name: value for name, value in asdict(estimate).items() if name != "of"} if estimate else {}
-    text = json.dumps({**_core(plan), "estimate": figures}, sort_keys=True)
+    text = json.dumps({**_core(plan), "estimate": figures} if figures else _core(plan), sort_keys=True)
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -307,6 +308,6 @@ def _call_file(planned: PlannedCall, plan: ExecutionPlan) -> dict[str, Any]:
     }
     for name in KEYS:
         value = getattr(planned.strategy, name)
-        if value != CallFile.model_fields[name].default:
+        if value != SETTINGS[name].default:
             data[name] = value
     return {**data, "lag": planned.lag} if planned.lag else data

@@ -148,6 +148,14 @@ def model_units(spec: ModelSpec) -> tuple[Unit, ...]:
     return (Unit(EMBEDDING, tuple(embedding)), *blocks, Unit(HEAD, tuple(head)))
 
 
+def default_split(layers: int, pp: int) -> tuple[int, ...]:
+    """Layers of each pipeline stage. What does not divide goes to the middle stages, one layer each, because the first
+    stage also has the embedding and the last one the head; of two stages the first takes it: the head weighs more."""
+    base, rest = divmod(layers, pp)
+    first = (pp - rest) // 2
+    return tuple(base + (first <= stage < first + rest) for stage in range(pp))
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """Coordinates of a rank in a layout."""
@@ -164,6 +172,7 @@ class Layout:
 
     ep counts the ranks over which a block's experts are spread. It cuts the dp x cp x tp ranks of a stage, in their
     order, into runs of ep, so that a run lies inside a node where it can; each run holds every expert once.
+    layers_per_stage: a split of one's own, empty for `default_split`.
     """
 
     spec: ModelSpec
@@ -174,18 +183,45 @@ class Layout:
     cp: int = 1
     ep: int = 1
     vpp: int = 1
+    layers_per_stage: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         need = self.dp * self.tp * self.pp * self.cp
         assert need == len(self.ranks), f"layout needs {need} ranks, got {len(self.ranks)}"
         stage = need // self.pp
         assert stage % self.ep == 0, f"ep {self.ep} does not divide the {stage} ranks of a stage"
+        split = self.stage_layers
+        assert len(split) == self.pp and sum(split) == self.spec.layers, f"{split} splits {self.spec.layers} layers"
 
     @classmethod
     def of(cls, spec: ModelSpec, mesh: DeviceMesh, strategy: ParallelStrategy, cluster: ClusterSpec) -> Layout:
         """The layout of a call."""
         s = strategy
-        return cls(spec, tuple(mesh.ranks(cluster)), dp=s.dp, tp=s.tp, pp=s.pp, cp=s.cp, ep=s.ep, vpp=s.vpp)
+        return cls(
+            spec,
+            tuple(mesh.ranks(cluster)),
+            dp=s.dp,
+            tp=s.tp,
+            pp=s.pp,
+            cp=s.cp,
+            ep=s.ep,
+            vpp=s.vpp,
+            layers_per_stage=s.layers_per_stage,
+        )
+
+    @property
+    def stage_layers(self) -> tuple[int, ...]:
+        """Layers of each pipeline stage."""
+        return self.layers_per_stage or default_split(self.spec.layers, self.pp)
+
+    def chunk_layers(self, stage: int, chunk: int = 0) -> range:
+        """Numbers of the layers of a stage's `chunk`-th model chunk; with one chunk, of the stage."""
+        if self.vpp > 1:
+            count = self.spec.layers // (self.pp * self.vpp)
+            first = (chunk * self.pp + stage) * count
+        else:
+            count, first = self.stage_layers[stage], sum(self.stage_layers[:stage])
+        return range(first, first + count)
 
     @cached_property
     def places(self) -> dict[int, Place]:
@@ -220,10 +256,9 @@ class Layout:
         return self._units(stage, range(self.spec.experts))
 
     def _units(self, stage: int, experts: range) -> tuple[str, ...]:
-        chunks, per_chunk = self.vpp * self.pp, self.spec.layers // (self.vpp * self.pp)
         names = [EMBEDDING] if stage == 0 else []
-        for chunk in range(stage, chunks, self.pp):
-            for i in range(chunk * per_chunk, (chunk + 1) * per_chunk):
+        for chunk in range(self.vpp):
+            for i in self.chunk_layers(stage, chunk):
                 names.append(layer_unit(i))
                 names += [expert_unit(i, expert) for expert in experts]
         if stage == self.pp - 1:
@@ -250,6 +285,7 @@ class Layout:
         return self == other or (
             self.ranks == other.ranks
             and (self.tp, self.pp, self.vpp, self.ep) == (other.tp, other.pp, other.vpp, other.ep)
+            and self.stage_layers == other.stage_layers
             and self.spec == other.spec
         )
 

@@ -147,6 +147,9 @@ def _key(setting: Setting) -> tuple[Any, Any]:
     """The key of a setting as pydantic takes it: its type and its field."""
     if setting.type is int:
         return int, Field(default=setting.default, ge=1, le=setting.most, description=setting.meaning)
+    if setting.type is tuple:
+        number = Annotated[int, Field(ge=1, le=setting.most)]
+        return list[number], Field(default=[], description=setting.meaning)
     strict = setting.type is bool  # words such as `full` are members of an enumeration only when read loosely
     return setting.type, Field(default=setting.default, strict=strict, description=setting.meaning)
 

@@ -142,8 +142,8 @@ def _degree_problems(layout: Layout) -> list[Problem]:
             f"ep {closest_divisor(max(spec.experts, 1), layout.ep)}",
         ),
         (
-            spec.layers % stages == 0,
-            f"{spec.layers} layers, not a multiple of pp x vpp {stages}",
+            spec.layers % stages == 0 if layout.vpp > 1 else layout.pp <= spec.layers,
+            f"{spec.layers} layers, which pp {layout.pp} x vpp {layout.vpp} cannot share",
             f"pp x vpp {closest_divisor(spec.layers, stages)}",
         ),
         (layout.vpp == 1 or layout.pp > 1, f"vpp {layout.vpp} without a pipeline", "leave out `v`"),

@@ -49,12 +49,14 @@ class Setting:
 
     @property
     def type(self) -> type:
-        """Type of its values: int, bool or Recompute."""
+        """Type of its values: int, bool, Recompute or tuple (of whole numbers)."""
         return type(self.default)
 
     def words(self, value: Any) -> str:
         """A value in words, empty for the default and for degrees that every strategy shows."""
-        return "" if value == self.default else self.shown.format(value)
+        if value == self.default:
+            return ""
+        return self.shown.format("+".join(map(str, value)) if isinstance(value, tuple) else value)
 
 
 def _field(meaning: str, **about: Any) -> Any:
@@ -72,6 +74,12 @@ class ParallelStrategy:
     cp: int = _field("context parallel degree", letter="c", kinds=(_SCORE, _TRAIN), shown="cp {}")
     ep: int = _field("expert parallel degree, inside dp x cp", letter="e", shown="ep {}")
     vpp: int = _field("model chunks per pipeline stage (interleaving)", letter="v", kinds=(_TRAIN,), shown="vpp {}")
+    layers_per_stage: tuple[int, ...] = _field(
+        "layers of each pipeline stage, empty for equal stages with what is left over in the middle",
+        default=(),
+        most=10**4,
+        shown="layers per stage {}",
+    )
     micro_batches: int = _field(
         "forward passes per dp rank and minibatch", kinds=(_SCORE, _TRAIN), most=MOST_SAMPLES, shown="{} micro-batches"
     )
@@ -128,6 +136,11 @@ class ParallelStrategy:
                     f"{name} is {shortened(value)}; it must be a whole number from 1 to {most:,}",
                     f"{name} {1 if not isinstance(value, int) or value < 1 else most}, for example",
                 )
+        if any(layers < 1 for layers in self.layers_per_stage):
+            raise SpecError(
+                f"layers_per_stage {list(self.layers_per_stage)} has a stage without layers",
+                "at least one layer on every stage",
+            )
         stage = self.dp * self.cp * self.tp
         if stage % self.ep:
             raise SpecError(

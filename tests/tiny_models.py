@@ -41,21 +41,22 @@ LLAMA3_ROPE = {
 
 
 def tiny_model(kind: str, **overrides: Any) -> PreTrainedModel:
-    """`llama`, `llama-tied`, `llama3`, `qwen2` (tied, biases), `qwen3` (query-key norms), `reward` (score head), or a
+    """`llama`, `llama-tied`, `five` (tied), `llama3`, `qwen2` (tied, biases), `qwen3` (query-key norms), `reward`, or a
     mixture of 8 experts of which a token visits 2: `mixtral`, `qwen2-moe` (shared expert), `qwen3-moe`.
 
-    Four layers, hidden 64, 4 heads on 2 kv heads, vocabulary 250: not a multiple of 128, so that rows are padded.
+    `reward` has a score head. Four layers (`five` has five), hidden 64, 4 heads on 2 kv heads, vocabulary 250: not a
+    multiple of 128, so that rows are padded.
     """
     base: dict[str, Any] = {
         "vocab_size": 250,
         "hidden_size": 64,
         "intermediate_size": 96,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 5 if kind == "five" else 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 256,
         "pad_token_id": 0,
-        "tie_word_embeddings": kind in ("llama-tied", "qwen2"),
+        "tie_word_embeddings": kind in ("llama-tied", "five", "qwen2"),
     } | overrides
     torch.manual_seed(0)
     model: PreTrainedModel
@@ -121,7 +122,7 @@ def padded_batch(samples: int, prompt: int, response: int, vocab: int = 250, see
     return {"tokens": tokens.where(mask, 0), "mask": mask}
 
 
-def layout_of(spec: ModelSpec, **degrees: int) -> Layout:
+def layout_of(spec: ModelSpec, **degrees: Any) -> Layout:
     """A layout on the first ranks."""
     size = degrees.get("dp", 1) * degrees.get("tp", 1) * degrees.get("pp", 1)
     return Layout(spec, tuple(range(size)), **degrees)

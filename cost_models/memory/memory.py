@@ -52,6 +52,8 @@ def training_case(machine: Machine, workload: Workload, call: str, candidates: C
         cp=c.cp,
         ep=c.ep,
         vpp=c.vpp,
+        own_fullest=c.own_fullest,
+        own_last=c.own_last,
         sequences=sequences,
         micro_batches=c.micro_batches,
         sequence_parallel=c.sequence_parallel,

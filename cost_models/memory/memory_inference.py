@@ -12,6 +12,7 @@ from cost_models.memory.activations import forward_block_bytes
 from cost_models.memory.memory_terms import MemoryTerms
 from cost_models.memory.memory_training import communicator_bytes, fullest_stage
 from cost_models.memory.training_case import StageParts, stage_parts
+from cost_models.stages import stage_layers
 from plans.model import ModelSpec
 from plans.workload import Workload
 
@@ -23,9 +24,10 @@ def weight_bytes(stage: StageParts, candidates: Candidates, element: float) -> A
 
 
 def kv_cache_bytes(spec: ModelSpec, candidates: Candidates, sequences: Array, tokens: int, element: float) -> Array:
-    """KV cache of a rank: key and value of every layer of the stage, kv_heads / tp heads, all sequences of the
+    """KV cache of a rank: key and value of every layer of the fullest stage, kv_heads / tp heads, all sequences of the
     replica."""
-    per_token = 2.0 * spec.layers / candidates.pp * spec.kv_heads / candidates.tp * spec.head_dim * element
+    layers, _ = stage_layers(spec, candidates)
+    per_token = 2.0 * layers * spec.kv_heads / candidates.tp * spec.head_dim * element
     cache: Array = per_token * tokens * sequences
     return cache
 
@@ -84,5 +86,5 @@ def _fullest(
             state_stays=np.ones_like(none, dtype=np.bool_),
         )
 
-    first, last = (terms(stage_parts(spec, candidates.pp, last=end)) for end in (False, True))
-    return fullest_stage(first, last)
+    own = {"own_fullest": candidates.own_fullest, "own_last": candidates.own_last}
+    return fullest_stage(*(terms(stage_parts(spec, candidates.pp, last=end, **own)) for end in (False, True)))

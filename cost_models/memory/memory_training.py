@@ -180,5 +180,6 @@ def fullest_stage(first: MemoryTerms, last: MemoryTerms) -> MemoryTerms:
 def training_terms(spec: ModelSpec, case: TrainingCase, habits: MemoryHabits) -> MemoryTerms:
     """Memory of a training step on its fullest stage."""
     widths = block_widths(spec, fused_pointwise=habits.fused_pointwise, element=case.element)
-    first, last = (stage_terms(stage_parts(spec, case.pp, last=end), widths, case, habits) for end in (False, True))
-    return fullest_stage(first, last)
+    own = {"own_fullest": case.own_fullest, "own_last": case.own_last}
+    stages = [stage_parts(spec, case.pp, last=end, **own) for end in (False, True)]
+    return fullest_stage(*(stage_terms(stage, widths, case, habits) for stage in stages))

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cost_models.candidates import Array
+from cost_models.stages import default_layers
 from plans.layout import Unit, model_units
 from plans.model import Head, ModelSpec
 
@@ -24,6 +25,7 @@ class TrainingCase:
     3 every other matrix product (`OPERATOR_RECOMPUTE`, torchtitan's selective mode).
     zero: 0 nothing sharded over dp, 1 masters and optimizer, 3 gradients and weights too (FSDP).
     tokens: sequence length. element: bytes of a weight. flash: fused attention. dropout: hidden and attention dropout.
+    own_fullest, own_last: see `Candidates`.
     """
 
     dp: Array
@@ -41,6 +43,8 @@ class TrainingCase:
     element: float = 2.0
     flash: bool = True
     dropout: bool = False
+    own_fullest: Array | float = 0.0
+    own_last: Array | float = 0.0
 
     @property
     def rank_tokens(self) -> Array:
@@ -127,10 +131,15 @@ class StageParts:
     largest: float
 
 
-def stage_parts(spec: ModelSpec, pp: Array, *, last: bool) -> StageParts:
-    """The first or the last stage. Stages in between hold no more than the first, so one of the two is the fullest."""
+def stage_parts(
+    spec: ModelSpec, pp: Array, *, last: bool, own_fullest: Array | float = 0.0, own_last: Array | float = 0.0
+) -> StageParts:
+    """The first or the last stage. Stages in between hold no more than the first, so one of the two is the fullest:
+    where stages are uneven the first counts with the layers of the fullest, which is an upper bound."""
     parts = model_parts(spec)
-    layers = spec.layers / pp
+    fullest, ending = default_layers(spec.layers, pp)
+    own = np.asarray(own_fullest) > 0
+    layers = np.where(own, own_last, ending) if last else np.where(own, own_fullest, fullest)
     first_here, last_here = (pp == 1, np.ones_like(pp, dtype=bool)) if last else (np.ones_like(pp, dtype=bool), pp == 1)
     tied_copy = last_here & ~first_here & (spec.tied_embeddings and spec.head is Head.LM)
     embeddings = first_here.astype(float) + tied_copy

@@ -8,9 +8,9 @@ import numpy as np
 
 from cost_models.candidates import Array, Candidates, Flags
 from cost_models.engines.machine import Machine
+from cost_models.stages import stage_layers
 from cost_models.time import operations
 from cost_models.time.layer import LayerTime
-from cost_models.time.pipeline import stage_layers
 from plans.model import Head, ModelSpec
 
 
@@ -23,7 +23,7 @@ def rank_params(spec: ModelSpec, candidates: Candidates) -> Array:
 def _held_params(spec: ModelSpec, candidates: Candidates) -> tuple[Array, Array]:
     """The rank's share of what tp cuts, and its experts, which lie whole on the ranks that hold them."""
     c = candidates
-    layers, _ = stage_layers(spec, c.pp)
+    layers, _ = stage_layers(spec, c)
     experts = 0.0
     if spec.experts:
         experts = (3.0 if spec.gated_mlp else 2.0) * spec.hidden * spec.ffn * spec.experts

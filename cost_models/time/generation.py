@@ -9,11 +9,12 @@ import numpy as np
 from cost_models.candidates import Array, Candidates
 from cost_models.distinct import distinct
 from cost_models.engines.machine import Machine
+from cost_models.stages import stage_layers
 from cost_models.terms import Terms
 from cost_models.time import operations
 from cost_models.time.inference import ForwardPass, forward_terms
 from cost_models.time.layer import expert_gather, hidden_reduce
-from cost_models.time.pipeline import stage_layers, stage_send
+from cost_models.time.pipeline import stage_send
 from cost_models.time.vocabulary import head_and_choice
 from plans.lengths import Lengths
 from plans.model import ModelSpec
@@ -95,7 +96,7 @@ def decode_step(
     """
     c, constants = candidates, machine.constants
     rows = np.maximum(sequences / (c.dp * c.groups), 1.0)
-    layers, last_layers = stage_layers(spec, c.pp)
+    layers, last_layers = stage_layers(spec, c)
     lengths = np.broadcast_to(np.asarray(length, dtype=np.float64), rows.shape)
     first, inverse = distinct(rows, lengths, c.tp, c.ep, c.gpus_per_node)
     each = _decode_parts(machine, spec, c.take(first), rows[first], lengths[first])
@@ -106,7 +107,10 @@ def decode_step(
     parts["decode_host"] = np.maximum(constants.host_decode_layer_s - layer, 0.0)
     turns = np.maximum(c.groups, c.pp) * layers
     terms = {name: seconds * turns for name, seconds in parts.items()}
-    short = (layers - last_layers) * np.maximum(layer, constants.host_decode_layer_s)
+    # A lone group passes every stage in turn and gains wherever one is shorter; with more, only the last one's slack
+    # counts.
+    missing = np.where(c.groups >= c.pp, layers - last_layers, layers * c.pp - spec.layers)
+    short = missing * np.maximum(layer, constants.host_decode_layer_s)
     head = logits + constants.decode_step_s + rows * constants.decode_row_s
     steady = np.where(c.groups >= c.pp, np.maximum(head - short, 0.0), head - short)
     terms["decode_head"] = steady * np.where(c.groups >= c.pp, c.groups, 1.0)

@@ -8,10 +8,11 @@ import numpy as np
 
 from cost_models.candidates import Array, Candidates
 from cost_models.engines.machine import Machine
+from cost_models.stages import stage_layers
 from cost_models.terms import Terms
 from cost_models.time.data_parallel import forward_weight_gather, rank_params
 from cost_models.time.layer import forward_layer
-from cost_models.time.pipeline import fill_and_drain, stage_layers, stage_send
+from cost_models.time.pipeline import fill_and_drain, stage_send
 from cost_models.time.vocabulary import head_and_log_probs
 from plans.model import ModelSpec
 
@@ -39,7 +40,7 @@ def forward_terms(machine: Machine, work: ForwardPass, candidates: Candidates, p
     sequences = work.samples / (c.dp * passes)
     tokens = sequences * work.tokens / c.cp
     layer = forward_layer(machine, spec, c, tokens, work.tokens)
-    layers, last_layers = stage_layers(spec, c.pp)
+    layers, last_layers = stage_layers(spec, c)
     parts = {
         "linears": layer.linears,
         "attention": layer.attention,
@@ -57,7 +58,7 @@ def forward_terms(machine: Machine, work: ForwardPass, candidates: Candidates, p
     inner, last = layers * one_layer, last_layers * one_layer + head
     terms = {name: seconds * layers * passes for name, seconds in parts.items()}
     terms["head_and_loss"] = np.maximum(last - inner, 0.0) * passes
-    terms["bubble"] = fill_and_drain(c.pp, np.ones_like(c.pp), inner, last)
+    terms["bubble"] = fill_and_drain(np.ones_like(c.pp), spec.layers * one_layer + head, np.maximum(inner, last))
     terms["pipeline_p2p"] = forward_sends(machine, spec, c, tokens, passes)
     terms["overhead"] = passes * machine.constants.micro_batch_s
     return terms

@@ -9,20 +9,13 @@ from cost_models.engines.machine import Machine
 from plans.model import ModelSpec
 
 
-def stage_layers(spec: ModelSpec, pp: Array) -> tuple[Array, Array]:
-    """Layers of an inner stage and of the last one: the last takes what full stages leave (Llama-3's 126 over 8)."""
-    inner = np.ceil(spec.layers / pp)
-    return inner, np.maximum(spec.layers - inner * (pp - 1), 0.0)
-
-
-def fill_and_drain(pp: Array, vpp: Array, inner: Array, last: Array) -> Array:
+def fill_and_drain(vpp: Array, total: Array, slowest: Array) -> Array:
     """Seconds that a 1F1B schedule takes beyond micro_batches x the slowest stage.
 
-    `inner` and `last` are forward plus backward of one micro-batch on an inner and on the last stage. Every other
+    `total` and `slowest` are forward plus backward of one micro-batch on all stages and on the slowest one. Every other
     stage's time is waited for once, 1/vpp of it when interleaved (Narayanan et al. 2021, section 2.2.2).
     """
-    total = inner * (pp - 1) + last
-    return (total - np.maximum(inner, last)) / vpp
+    return (total - slowest) / vpp
 
 
 def stage_send(machine: Machine, spec: ModelSpec, candidates: Candidates, tokens: Array) -> Array:

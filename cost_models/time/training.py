@@ -8,6 +8,7 @@ import numpy as np
 
 from cost_models.candidates import FULL_RECOMPUTE, SELECTIVE_RECOMPUTE, Array, Candidates
 from cost_models.engines.machine import Machine
+from cost_models.stages import stage_layers
 from cost_models.terms import Terms
 from cost_models.time.data_parallel import (
     accumulation,
@@ -18,7 +19,7 @@ from cost_models.time.data_parallel import (
     weight_gather,
 )
 from cost_models.time.layer import LayerTime, forward_layer
-from cost_models.time.pipeline import fill_and_drain, stage_layers, stage_send
+from cost_models.time.pipeline import fill_and_drain, stage_send
 from cost_models.time.vocabulary import head_and_loss
 from plans.model import ModelSpec
 
@@ -63,7 +64,9 @@ def training_time(machine: Machine, step: TrainingStep, candidates: Candidates) 
     inner, last = slot.inner, slot.last
     terms = {name: seconds * c.micro_batches for name, seconds in slot.terms.items()}
     terms["head_and_loss"] = np.maximum(last - inner, 0.0) * c.micro_batches
-    terms["bubble"] = fill_and_drain(c.pp, c.vpp, inner, last)
+    terms["bubble"] = fill_and_drain(
+        c.vpp, inner * (step.spec.layers / slot.layers) + slot.head, np.maximum(inner, last)
+    )
     terms["pipeline_p2p"] = pipeline_sends(machine, step, c)
     terms["gradient_reduce"] = gradient_reduce(machine, step.spec, c, slot.backward)
     terms["parameter_gather"] = parameter_gather(machine, step.spec, c, slot.backward)
@@ -85,7 +88,7 @@ def _slot(machine: Machine, step: TrainingStep, candidates: Candidates) -> _Slot
     layer = forward_layer(machine, spec, c, tokens, step.tokens)
     recompute = recomputation(machine, layer, c)
     backward = backward_time(machine, layer)
-    layers, last_layers = stage_layers(spec, c.pp)
+    layers, last_layers = stage_layers(spec, c)
     terms = {
         "linears": layer.linears + layer.linears_backward,
         "attention": layer.attention * (1.0 + machine.constants.attention_backward_ratio),

@@ -99,7 +99,10 @@ def strategies(
         if spec.kv_heads % tp or (spec.shared_ffn if spec.experts else spec.ffn) % tp or spec.padded_vocab % tp:
             pruned.note("tp must divide KV heads, ffn and vocabulary")
             continue
-        for pp, cp in product(divisors(spec.layers), CONTEXT_DEGREES):
+        for pp, cp in product(divisors(shape.size // tp), CONTEXT_DEGREES):
+            if pp > spec.layers:
+                pruned.note("a stage needs a layer")
+                continue
             if (shape.size // tp) % (pp * cp):
                 pruned.note("pp x cp must divide the GPUs left by tp")
                 continue

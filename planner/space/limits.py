@@ -27,7 +27,10 @@ _COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
 }
 _RULE = re.compile(r"\s*([\w*]+)\.(\w+)\s*(>=|<=|!=|==|=|<|>)\s*(.+?)\s*")
 _OF_MESH: Mapping[str, type] = {"gpus": int, "nodes": int, "first_node": int, "mesh": str}
-FIELDS: Mapping[str, type] = {**{name: setting.type for name, setting in SETTINGS.items()}, **_OF_MESH}
+FIELDS: Mapping[str, type] = {
+    **{name: setting.type for name, setting in SETTINGS.items() if setting.type is not tuple},
+    **_OF_MESH,
+}
 """What a rule can name: fields of a strategy and of its mesh, with the type of their values."""
 _TRUTH = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
 

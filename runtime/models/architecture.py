@@ -28,12 +28,10 @@ from runtime.models.mcore import (
     SharedExpertMLP,
     TransformerBlockSubmodules,
     TransformerConfig,
-    TransformerLayer,
     TransformerLayerSubmodules,
     get_bias_dropout_add,
-    get_num_layers_to_build,
 )
-from runtime.models.modules import Attention, KVSelfAttention, LayerNorm, RMSNorm, Rotary, ValueHead
+from runtime.models.modules import Attention, KVSelfAttention, LayerNorm, NumberedLayer, RMSNorm, Rotary, ValueHead
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 _FUSIONS = (
@@ -131,7 +129,7 @@ def _mlp(spec: ModelSpec) -> Any:
     )
 
 
-def _layer(spec: ModelSpec) -> Any:
+def _layer(spec: ModelSpec, first: int) -> Any:
     norm = RMSNorm if spec.norm is Norm.RMS else LayerNorm
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear,
@@ -141,7 +139,8 @@ def _layer(spec: ModelSpec) -> Any:
         k_layernorm=norm if spec.qk_norm else IdentityOp,
     )
     return ModuleSpec(
-        module=TransformerLayer,
+        module=NumberedLayer,
+        params={"first": first},
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(
@@ -161,10 +160,10 @@ def build_chunk(layout: Layout, config: Any, groups: Any, index: int) -> Any:
     vp_stage = index if layout.vpp > 1 else None
     last = stage == layout.pp - 1 and index == layout.vpp - 1
     norm = RMSNorm if spec.norm is Norm.RMS else LayerNorm
-    layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=stage)
+    layers = layout.chunk_layers(stage, index)
     chunk = GPTModel(
         config,
-        TransformerBlockSubmodules(layer_specs=[_layer(spec)] * layers, layer_norm=norm),
+        TransformerBlockSubmodules(layer_specs=[_layer(spec, layers.start)] * len(layers), layer_norm=norm),
         vocab_size=spec.padded_vocab,
         max_sequence_length=spec.max_context,
         pre_process=stage == 0 and index == 0,

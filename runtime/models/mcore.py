@@ -37,7 +37,7 @@ with importing_megatron():
     from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
     from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
     from megatron.core.transformer.spec_utils import ModuleSpec
-    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     from megatron.core.transformer.transformer_config import TransformerConfig
     from megatron.core.transformer.transformer_layer import (
         TransformerLayer,
@@ -81,7 +81,6 @@ __all__ = [
     "gather_from_sequence_parallel_region",
     "get_bias_dropout_add",
     "get_cuda_rng_tracker",
-    "get_num_layers_to_build",
     "get_transformer_layer_offset",
     "model_parallel_cuda_manual_seed",
     "schedules",

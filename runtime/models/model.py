@@ -15,7 +15,7 @@ from plans.layout import Layout, Parameter, Place, model_units
 from plans.model import ModelSpec
 from plans.strategy import Recompute
 from runtime.models.architecture import build_chunk, transformer_config
-from runtime.models.mcore import get_cuda_rng_tracker, get_transformer_layer_offset, model_parallel_cuda_manual_seed
+from runtime.models.mcore import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 from runtime.models.support import check_runnable
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -106,8 +106,7 @@ def _named_parameters(model: Model) -> Iterator[tuple[str, nn.Parameter]]:
     copy = model.spec.tied_embeddings and not model.first_stage
     experts = model.layout.experts_of(torch.distributed.get_rank())
     for index, chunk in enumerate(model.chunks):
-        vp_stage = index if len(model.chunks) > 1 else None
-        offset = get_transformer_layer_offset(model.config, vp_stage=vp_stage, pp_rank=model.place.pp)
+        offset = model.layout.chunk_layers(model.place.pp, index).start
         for name, parameter in chunk.named_parameters():
             yield WORD_EMBEDDINGS if copy and name == OUTPUT else _global_name(name, offset, experts.start), parameter
 

@@ -17,8 +17,34 @@ from runtime.models.mcore import (
     RotaryEmbedding,
     SelfAttention,
     StaticInferenceContext,
+    TransformerLayer,
     gather_from_sequence_parallel_region,
+    get_transformer_layer_offset,
 )
+
+
+class NumberedLayer(TransformerLayer):  # type: ignore[misc]
+    """Megatron's layer, numbered by the layout: Megatron itself counts as if all stages had equally many layers."""
+
+    def __init__(
+        self,
+        config: Any,
+        submodules: Any,
+        *,
+        layer_number: int,
+        first: int,
+        vp_stage: Any,
+        pg_collection: Any,
+        **_: Any,
+    ) -> None:
+        added = get_transformer_layer_offset(config, vp_stage, pg_collection.pp.rank())
+        super().__init__(
+            config,
+            submodules,
+            layer_number=first + layer_number - added,
+            pg_collection=pg_collection,
+            vp_stage=vp_stage,
+        )
 
 
 class RMSNorm(nn.Module):

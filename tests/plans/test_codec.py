@@ -130,10 +130,12 @@ def test_mistakes_are_located_and_mendable(
 
 
 def test_layers_that_do_not_divide(plan: ExecutionPlan) -> None:
-    wrong = dump_plan(plan).replace('"nodes 0-15", "strategy": "d16 t8 p1"', '"nodes 0-2", "strategy": "d1 t8 p3"', 1)
+    uneven = dump_plan(plan).replace('"nodes 0-15", "strategy": "d16 t8 p1"', '"nodes 0-2", "strategy": "d1 t8 p3"', 1)
+    assert problems_of(uneven) == []
+    wrong = uneven.replace("d2 t8 p4", "d2 t8 p4 v3")
     rules = {p.rule: p for p in problems_of(wrong)}
-    assert "80 layers of llama2-70b do not divide into pp 3 stages" in rules["layers"].message
-    assert "[1, 2, 4, 5, 8, 10, 16, 20, 40, 80]" in rules["layers"].hint
+    assert "80 layers of llama2-70b do not divide into pp 4 x vpp 3 chunks" in rules["layers"].message
+    assert "pp x vpp 10" in rules["layers"].hint
 
 
 def test_order_and_lag(plan: ExecutionPlan) -> None:

@@ -14,7 +14,7 @@ from plans.plan import ExecutionPlan
 from plans.planfile import json_schema
 from plans.strategy import KEYS, LETTERS, SETTINGS, ParallelStrategy, Recompute, parse_degrees
 
-OTHER = {int: 2, bool: True, Recompute: Recompute.FULL}
+OTHER = {int: 2, bool: True, Recompute: Recompute.FULL, tuple: (1, 2)}
 
 
 def test_every_setting_travels_in_the_file_or_in_the_degrees(plan: ExecutionPlan) -> None:

@@ -49,6 +49,7 @@ LAYOUTS: tuple[tuple[int, dict[str, int], dict[str, int]], ...] = (
     (4, {"tp": 2, "pp": 2}, {}),
     (4, {"tp": 2, "pp": 2}, {"groups": 2, "slots": 10, "block": 8}),
     (4, {"pp": 4}, {"groups": 4}),
+    (3, {"pp": 3}, {"groups": 2}),
     (4, {"dp": 2, "tp": 2}, {"slots": 3}),
     (4, {"dp": 2, "pp": 2}, {"groups": 3, "slots": 6}),
 )

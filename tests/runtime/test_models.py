@@ -33,6 +33,8 @@ LAYOUTS = (
     {"dp": 2, "tp": 2},
     {"pp": 2, "vpp": 2},
     {"pp": 4},
+    {"pp": 3},
+    {"tp": 2, "pp": 2, "layers_per_stage": (1, 3)},
 )
 SPEC = ModelSpec(name="tiny", layers=4, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=96, vocab=250)
 
@@ -112,7 +114,7 @@ def test_layouts_share_communicators():
         (replace(SPEC, position=Position.LEARNED), {}, "position encoding `learned`"),
         (replace(SPEC, experts=3, experts_per_token=2), {"dp": 2, "ep": 2}, "3 experts, not a multiple of ep 2"),
         (SPEC, {"tp": 4}, "kv_heads 2, not a multiple of tp 4"),
-        (SPEC, {"pp": 3}, "4 layers, not a multiple of pp x vpp 3"),
+        (SPEC, {"pp": 2, "vpp": 3}, "4 layers, which pp 2 x vpp 3 cannot share"),
     ],
 )
 def test_what_cannot_run_is_refused(spec: ModelSpec, degrees: dict[str, int], message: str):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -20,10 +21,11 @@ SPEC = ModelSpec(
 )
 TIED = replace(SPEC, tied_embeddings=True)
 VALUE = SPEC.with_value_head()
+FIVE = replace(TIED, layers=5)
 MIXTURE = replace(SPEC, ffn=4, experts=8, experts_per_token=2, shared_ffn=12)
 
 
-def layout(spec: ModelSpec, ranks: range, **degrees: int) -> Layout:
+def layout(spec: ModelSpec, ranks: range, **degrees: Any) -> Layout:
     return Layout(spec, tuple(ranks), **degrees)
 
 
@@ -47,6 +49,15 @@ PAIRS = {
     "tied pp2 -> tp2": (layout(TIED, LOW, pp=2), layout(TIED, LOW, tp=2)),
     "tied tp2 -> pp4": (layout(TIED, LOW, tp=2), layout(TIED, ALL, pp=4)),
     "tied pp2 -> tp2 pp2": (layout(TIED, HIGH, pp=2), layout(TIED, ALL, tp=2, pp=2)),
+    "five layers pp2 -> tp2": (layout(FIVE, LOW, pp=2), layout(FIVE, LOW, tp=2)),
+    "five layers pp3 -> pp4": (layout(FIVE, range(3), pp=3), layout(FIVE, ALL, pp=4)),
+    "five layers pp4 -> tp2 pp2": (layout(FIVE, ALL, pp=4), layout(FIVE, ALL, tp=2, pp=2)),
+    "five layers tp2 pp2 -> pp3": (layout(FIVE, ALL, tp=2, pp=2), layout(FIVE, range(1, 4), pp=3)),
+    "five layers pp2 -> own split": (layout(FIVE, LOW, pp=2), layout(FIVE, LOW, pp=2, layers_per_stage=(1, 4))),
+    "five layers own split -> dp2 pp2": (
+        layout(FIVE, range(3), pp=3, layers_per_stage=(1, 1, 3)),
+        layout(FIVE, ALL, dp=2, pp=2),
+    ),
     "value head tp4 -> pp2": (layout(VALUE, ALL, tp=4), layout(VALUE, LOW, pp=2)),
     "value head pp2 -> dp2": (layout(VALUE, LOW, pp=2), layout(VALUE, HIGH, dp=2)),
     "experts ep4 -> one": (layout(MIXTURE, ALL, dp=4, ep=4), layout(MIXTURE, range(1))),
