@@ -15,11 +15,13 @@ from pydantic_core import PydanticCustomError
 
 from plans.documents import MOST_YAML_BYTES, BadText, Yaml, parse_yaml, read_text, refuse
 from plans.errors import RealplanError
+from plans.plan import ExecutionPlan
 from plans.problems import REFUSED, Path_, Problem, shortened
 from plans.shapes import shape_problems
 
 Positive = Annotated[int, Field(ge=1, le=10**9)]
 RANDOM = "random"
+LEAST_PATIENCE_S = 300.0
 
 
 class RunFileError(RealplanError):
@@ -139,7 +141,8 @@ class RunFile(_Closed):
     weights: one folder for every role, or role -> folder; `random` initialises (benchmarks). A role without an entry
     starts from the actor's folder. reward: `vader`, `module:function` or `file.py:function`; unused where the
     graph's reward is a model. actor: the optimizer of every trained role but the critic. timeout_s bounds every
-    collective. on_nonfinite: what happens to an optimizer step whose loss or gradient norm is no finite number.
+    collective; 0: as long as the plan's estimate asks for (`patience_s`). on_nonfinite: what happens to an optimizer
+    step whose loss or gradient norm is no finite number.
     """
 
     weights: str | dict[str, str] = ""
@@ -156,7 +159,7 @@ class RunFile(_Closed):
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     output: str = "runs/latest"
     export: bool = True
-    timeout_s: Annotated[float, Field(gt=0, le=1e7)] = 300.0
+    timeout_s: Annotated[float, Field(ge=0, le=1e7)] = 0.0
     on_nonfinite: Literal["stop", "skip"] = "stop"
     workload: RunWorkload = RunWorkload()
 
@@ -232,3 +235,12 @@ def _absolute(run: RunFile, base: Path) -> RunFile:
     reward = place(file) + colon + function
     update = {"weights": found, "data": data, "tokenizer": place(run.tokenizer), "workload": workload, "reward": reward}
     return run.model_copy(update=update)
+
+
+def patience_s(plan: ExecutionPlan, run: RunFile) -> float:
+    """How long a rank waits for another one before the run is given up: `timeout_s`, or three predicted iterations.
+
+    A rank may have to wait for calls on other meshes for most of an iteration, and the first one is slower than the
+    rest.
+    """
+    return run.timeout_s or max(LEAST_PATIENCE_S, 3.0 * plan.estimate.latency_s if plan.estimate else 0.0)

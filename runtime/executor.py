@@ -17,7 +17,7 @@ from plans.errors import RealplanError
 from plans.graph import Call, CallKind
 from plans.plan import PlannedCall
 from plans.program import Step, StepKind, compile_program
-from plans.runfile import RANDOM
+from plans.runfile import RANDOM, patience_s
 from runtime.batches.transfer import BatchStore, LateError, Rows
 from runtime.calls import PendingScores, begin_reward, end_reward, generate_call, inference_call
 from runtime.groups import GroupCache
@@ -223,7 +223,7 @@ class Executor:
         if lost_peer(text):
             return StepError(f"{where}: {_shown(peers)} went away", secondary=True)
         if timed_out(text):
-            limit = f"timeout_s = {self._job.run.timeout_s:g} s"
+            limit = f"timeout_s = {patience_s(self._job.plan, self._job.run):g} s"
             message = f"{where}: waited for {_shown(peers)} for longer than {limit}"
             return StepError(message, "a rank hangs or is slower than that: raise timeout_s in the run file", late=True)
         return StepError(f"{where}: {type(error).__name__}: {text}")

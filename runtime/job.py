@@ -11,7 +11,7 @@ from plans.algorithms import ALGORITHMS, Algorithm
 from plans.errors import RealplanError
 from plans.graph import CallKind
 from plans.plan import ExecutionPlan
-from plans.runfile import RANDOM, Optimizer, RunFile
+from plans.runfile import RANDOM, Optimizer, RunFile, patience_s
 from runtime.batches.data import PromptSet, fitting_prompts, left_out, read_prompts, read_rows
 from runtime.batches.rewards import Reward, RewardLimits
 from runtime.batches.sources import Examples, Prompts, RandomExamples, RandomPrompts, TextExamples, TextPrompts
@@ -176,11 +176,12 @@ def _reward(plan: ExecutionPlan, run: RunFile, tokenizer: Tokenizer | None) -> R
         raise RealplanError(
             f"reward `{run.reward}` reads texts, which need a tokenizer", "tokenizer=FOLDER with a tokenizer.json"
         )
-    limits, share = run.reward_limits, 0.4 * run.timeout_s
+    limits, patience = run.reward_limits, patience_s(plan, run)
+    share = 0.4 * patience
     seconds = share if limits.seconds is None else limits.seconds
-    if seconds >= run.timeout_s:
+    if seconds >= patience:
         raise RealplanError(
-            f"reward_limits.seconds = {seconds:g} is not below timeout_s = {run.timeout_s:g}, after which the ranks "
+            f"reward_limits.seconds = {seconds:g} is not below timeout_s = {patience:g}, after which the ranks "
             "that wait for the scores give up",
             f"timeout_s={2.5 * seconds:g}, or reward_limits.seconds={share:g}",
         )

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from plans.errors import RealplanError
 from plans.plan import ExecutionPlan
-from plans.runfile import RunFile
+from plans.runfile import RunFile, patience_s
 from runtime.executor import Executor
 from runtime.groups import GroupCache
 from runtime.job import prepare_job
@@ -45,7 +45,7 @@ def work(plan: ExecutionPlan, run: RunFile, member: Member, scratch: Path) -> No
     rank, world = member.rank, member.world
     if world != plan.cluster.size:
         raise RealplanError(f"the plan needs {plan.cluster.size} ranks, {world} were started")
-    device, timeout = _device(plan, member), timedelta(seconds=run.timeout_s)
+    device, timeout = _device(plan, member), timedelta(seconds=patience_s(plan, run))
     install(device)
     store = open_store(member, timeout)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

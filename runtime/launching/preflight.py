@@ -14,7 +14,7 @@ from plans.errors import RealplanError
 from plans.huggingface import check_runs, spec_from_folder
 from plans.model import Head, ModelSpec
 from plans.plan import ExecutionPlan
-from plans.runfile import RANDOM, RunFile, load_run
+from plans.runfile import RANDOM, RunFile, load_run, patience_s
 
 PACKAGES = {
     "torch": "torch",
@@ -43,10 +43,21 @@ def check_estimate(plan: ExecutionPlan, path: Path) -> None:
 
 
 def read_run(plan: ExecutionPlan, plan_path: Path, run_path: Path | None, overrides: list[str]) -> RunFile:
-    """The run file named on the command line, else the plan's own, else the defaults; with overrides."""
+    """The run file named on the command line, else the plan's own, else the defaults; with overrides, and with a
+    `timeout_s` that the plan can keep. Raises where the one that is given is shorter than a call of the plan."""
     if run_path is None and plan.run:
         run_path = plan_path.parent / plan.run
-    return load_run(run_path, overrides)
+    run = load_run(run_path, overrides)
+    if not run.timeout_s:
+        return run.model_copy(update={"timeout_s": patience_s(plan, run)})
+    calls_s = plan.estimate.calls_s if plan.estimate else {}
+    call = max(calls_s, key=lambda name: calls_s[name], default="")
+    if call and calls_s[call] >= run.timeout_s:
+        raise RealplanError(
+            f"timeout_s is {run.timeout_s:g}, and `{call}` alone takes {calls_s[call]:.4g} s by the plan's estimate",
+            f"timeout_s={3 * calls_s[call]:.0f}, or leave it out",
+        )
+    return run
 
 
 def check_weights(plan: ExecutionPlan, run: RunFile) -> None:

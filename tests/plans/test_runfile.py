@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from plans.errors import RealplanError
 from plans.library import load_cluster, load_model
-from plans.runfile import RunFile, RunFileError, load_run
+from plans.plan import Estimate, ExecutionPlan
+from plans.runfile import RunFile, RunFileError, load_run, patience_s
+from runtime.launching.preflight import read_run
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "plans" / "library" / "experiments"
 
@@ -98,3 +103,14 @@ def test_text_of_another_encoding(tmp_path: Path) -> None:
     path.write_bytes("iterations: 3\n".encode("utf-16"))
     with pytest.raises(RunFileError, match=r"run.yaml:1:1: .*\nhint: `iconv -f UTF-16"):
         load_run(path)
+
+
+def test_a_rank_waits_as_long_as_the_plan_asks_for(plan: ExecutionPlan, tmp_path: Path) -> None:
+    assert patience_s(plan, RunFile()) == 300.0
+    figures: dict[str, Any] = {"iteration_s": 290.0, "latency_s": 400.0, "peak_gib": 1.0, "calls_s": {"a": 293.0}}
+    long = replace(plan, estimate=Estimate(**figures, peak_at="", host_gib=1.0, engine="e", of=""))
+    assert patience_s(long, RunFile()) == 1200.0
+    assert patience_s(long, RunFile(timeout_s=500.0)) == 500.0
+    assert read_run(long, tmp_path / "plan.json", None, []).timeout_s == 1200.0
+    with pytest.raises(RealplanError, match="timeout_s is 200, and `a` alone takes 293 s"):
+        read_run(long, tmp_path / "plan.json", None, ["timeout_s=200"])
