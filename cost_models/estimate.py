@@ -15,7 +15,7 @@ from cost_models.reallocation import reallocation_time, transfer_time
 from cost_models.simulate import Durations, latency_s, simulate
 from cost_models.terms import term
 from cost_models.time.calls import call_time
-from plans.batches import rank_rows
+from plans.batches import rank_samples
 from plans.cluster import GIB
 from plans.codec import sealed
 from plans.graph import CallKind
@@ -131,7 +131,7 @@ def call_cost(plan: ExecutionPlan, call: str, engine: Engine) -> CallCost:
 def _step_seconds(program: Program, step: Step, machine: Machine) -> float:
     plan = program.plan
     if step.kind is StepKind.FUNCTION:
-        rows = max(len(rows) for rows in rank_rows(plan, step.subject).values())
+        rows = max(len(rows) for rows in rank_samples(plan, step.subject).values())
         return rows * plan.workload.graph.call(step.subject).seconds_per_sample
     if step.kind is StepKind.TRANSFER:
         messages = program.messages[step.subject, step.consumer]

@@ -1,7 +1,8 @@
 """The algorithms, one record each: its graph, the data it reads, its groups of samples. A graph holds no sizes: those
 are the workload's. Losses and advantages are the runtime's, under the same names.
 
-`sequences` are prompt + response tokens with their lengths; log-probs, values and rewards are per sample or token.
+`sequences` are prompt + response tokens; log-probs, values and rewards are per sample or response token. `lengths` are
+the tokens of prompt and response of all samples: they go first to every rank that deals samples by them.
 `pairs` are chosen and rejected responses (two samples per prompt), `examples` are prompt + answer tokens. Names that
 end in `_greedy` are of the greedy response to the same prompt.
 """
@@ -31,7 +32,7 @@ PLAIN = Variant()
 
 
 def _generate(name: str = "actor_generate", suffix: str = "") -> Call:
-    outputs = (f"sequences{suffix}", f"gen_logprobs{suffix}")
+    outputs = (f"sequences{suffix}", f"gen_logprobs{suffix}", f"lengths{suffix}")
     return Call(name=name, kind=GEN, model="actor", inputs=("prompts",), outputs=outputs)
 
 

@@ -1,18 +1,27 @@
-"""Which samples a data-parallel rank handles, in which order: the arithmetic behind every transfer of a batch.
+"""Which samples a data-parallel rank handles, in which micro-batches: the arithmetic behind every transfer of a batch.
 
 Minibatch m of a training call is the m-th block of the iteration's samples in every plan, so that the optimizer sees
-the same minibatches whatever the layout; inside a block the dp ranks take contiguous runs.
+the same minibatches whatever the layout; inside a block the samples are dealt to the dp ranks by the work they are.
+Everything here is a pure function of the plan and of the lengths of an iteration, so that all ranks come to the same
+answer without a message.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import heapify, heapreplace
 
+from plans.algorithms import pair_size
 from plans.graph import CallKind
 from plans.layout import Layout
+from plans.model import ModelSpec
 from plans.plan import ExecutionPlan
+from plans.strategy import ParallelStrategy
 from plans.workload import Workload
+
+Samples = tuple[int, ...]
+"""Numbers of samples of an iteration."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -21,39 +30,217 @@ class Message:
 
     source: int
     target: int
-    rows: tuple[int, ...]
+    rows: Samples
     keys: tuple[str, ...]
 
 
-def dp_rows(workload: Workload, call: str, dp: int) -> tuple[tuple[int, ...], ...]:
-    """Sample numbers of each dp rank of a call, in processing order."""
+def sample_work(spec: ModelSpec, tokens: int) -> int:
+    """What a sample costs in the blocks of a forward pass, multiply-adds: every active weight once per token, and
+    causal attention's queries x keys and weights x values, tokens^2 / 2 pairs each (Kaplan et al. 2020, 2.1)."""
+    idle = max(spec.experts - spec.experts_per_token, 0) * (3 if spec.gated_mlp else 2) * spec.hidden * spec.ffn
+    return tokens * spec.layers * (spec.layer_params - idle + spec.heads * spec.head_dim * tokens)
+
+
+def assign(
+    workload: Workload, call: str, layout: Layout, lengths: Sequence[int] | None = None
+) -> tuple[tuple[Samples, ...], ...]:
+    """Samples of each dp rank of a call: dp rank -> pass (a minibatch in training, else the only one) -> numbers.
+
+    lengths: tokens of every sample of the iteration, once they are known. Without them, and where nothing is gained by
+    it, each pass deals contiguous runs. A pair of dpo or reward modelling is never parted.
+    """
     kind = workload.graph.call(call).kind
-    blocks = workload.minibatches if kind is CallKind.TRAIN_STEP else 1
-    block = workload.samples // blocks
-    share = block // dp
-    return tuple(tuple(m * block + d * share + i for m in range(blocks) for i in range(share)) for d in range(dp))
+    passes = workload.minibatches if kind is CallKind.TRAIN_STEP else 1
+    block, unit = workload.samples // passes, unit_of(workload, call)
+    balanced = lengths if kind is not CallKind.GENERATE else None
+    found = [_deal(range(m * block, (m + 1) * block), unit, layout, balanced) for m in range(passes)]
+    return tuple(tuple(part[d] for part in found) for d in range(layout.dp))
 
 
-def rank_rows(plan: ExecutionPlan, call: str) -> dict[int, tuple[int, ...]]:
-    """Sample numbers that each rank of a call's mesh needs; a function runs on the mesh of its host call."""
+def unit_of(workload: Workload, call: str) -> int:
+    """Samples that stay together on a rank and in a micro-batch: the two of a pair that is trained on, else one."""
+    trains = workload.graph.call(call).kind is CallKind.TRAIN_STEP
+    return pair_size(workload.graph) if trains else 1
+
+
+def _deal(rows: range, unit: int, layout: Layout, lengths: Sequence[int] | None) -> list[Samples]:
+    share = len(rows) // layout.dp
+    runs = [tuple(rows[d * share : (d + 1) * share]) for d in range(layout.dp)]
+    if lengths is None or layout.dp == 1:
+        return runs
+    work = {row: sample_work(layout.spec, lengths[row]) for row in rows}
+    units = [tuple(rows[at : at + unit]) for at in range(0, len(rows), unit)]
+    dealt = evenly([sum(work[row] for row in one) for one in units], layout.dp)
+    found = [tuple(row for index in part for row in units[index]) for part in dealt]
+    whole_runs = share % unit == 0
+    most, before = (max(sum(work[row] for row in part) for part in parts) for parts in (found, runs))
+    return runs if whole_runs and before <= most else found
+
+
+def evenly(work: Sequence[int], parts: int) -> list[Samples]:
+    """Indices of `work` in `parts` parts of nearly equal sums: the largest first, each to the part that has least
+    (Graham 1969: at most 4/3 of the optimum)."""
+    heap = [(0, part) for part in range(parts)]
+    heapify(heap)
+    found: list[list[int]] = [[] for _ in range(parts)]
+    for index in sorted(range(len(work)), key=lambda i: (-work[i], i)):
+        done, part = heap[0]
+        found[part].append(index)
+        heapreplace(heap, (done + work[index], part))
+    return [tuple(sorted(part)) for part in found]
+
+
+def packs(tokens: Sequence[int], limit: int) -> list[Samples]:
+    """Indices of `tokens` in micro-batches of at most `limit` tokens, by first-fit decreasing (at most 11/9 of the
+    fewest, plus one; Johnson 1973). Where as many parts of nearly equal sums keep the limit, they are taken.
+
+    A single one above the limit stands alone: `plans.checks` refuses plans where that could happen.
+    """
+    filled: list[int] = []
+    found: list[list[int]] = []
+    for index in sorted(range(len(tokens)), key=lambda i: (-tokens[i], i)):
+        size = tokens[index]
+        place = next((place for place, held in enumerate(filled) if held + size <= limit), len(filled))
+        if place == len(filled):
+            filled.append(0)
+            found.append([])
+        filled[place] += size
+        found[place].append(index)
+    even = evenly(tokens, len(found))
+    if all(sum(tokens[i] for i in part) <= limit for part in even):
+        return even
+    return [tuple(sorted(part)) for part in found]
+
+
+def micro_batches(
+    strategy: ParallelStrategy, shares: Sequence[Samples], lengths: Sequence[int], unit: int = 1
+) -> list[list[Samples]]:
+    """Micro-batches of one pass: dp rank -> micro-batch -> samples.
+
+    shares: the samples of each dp rank (`assign`). Where all ranks of a stage must run in step (model chunks that take
+    turns, experts spread over dp), every rank has as many as the one that needs most; what is missing is empty.
+    """
+    found = [_of_share(strategy, share, lengths, unit) for share in shares]
+    if strategy.vpp > 1 or strategy.ep > 1:
+        count = max(map(len, found))
+        if strategy.vpp > 1:
+            count = -(-count // strategy.pp) * strategy.pp
+        found = [[*parts, *[()] * (count - len(parts))] for parts in found]
+    return found
+
+
+def _of_share(strategy: ParallelStrategy, share: Samples, lengths: Sequence[int], unit: int) -> list[Samples]:
+    units = [share[at : at + unit] for at in range(0, len(share), unit)]
+    tokens = [sum(lengths[row] for row in one) for one in units]
+    parts = evenly(tokens, strategy.micro_batches)
+    return [tuple(row for index in part for row in units[index]) for part in parts] or [()]
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one dp rank does of a call in an iteration.
+
+    passes: its samples of each minibatch in training, else of the one pass. micro_batches: for each pass, places in it.
+    imbalance: work of the busiest dp rank over the mean, at least 1; in training of the sum of the busiest of each
+    minibatch.
+    """
+
+    passes: tuple[Samples, ...]
+    micro_batches: tuple[tuple[Samples, ...], ...]
+    imbalance: float
+
+    @property
+    def samples(self) -> Samples:
+        """All samples, in processing order."""
+        return sum(self.passes, ())
+
+
+def share_of(plan: ExecutionPlan, call: str, rank: int, lengths: Sequence[int]) -> Share:
+    """The share of a rank of a call's mesh; lengths: tokens of every sample of the iteration."""
+    workload, host = plan.workload, plan.workload.graph.host(call)
+    layout, strategy = plan.layout(host), plan.planned(host).strategy
+    shares = assign(workload, host, layout, lengths)
+    own = layout.places[rank].dp
+    cuts, busiest, total = [], 0, 0
+    for part in zip(*shares, strict=True):
+        work = [sum(sample_work(layout.spec, lengths[row]) for row in rows) for rows in part]
+        busiest, total = busiest + max(work), total + sum(work)
+        found = micro_batches(strategy, part, lengths, unit_of(workload, host))[own]
+        place = {row: i for i, row in enumerate(part[own])}
+        cuts.append(tuple(tuple(place[row] for row in rows) for rows in found))
+    return Share(shares[own], tuple(cuts), busiest * layout.dp / max(total, 1))
+
+
+def rank_samples(plan: ExecutionPlan, call: str, lengths: Sequence[int] | None = None) -> dict[int, Samples]:
+    """Samples that each rank of a call's mesh handles, in processing order; a function runs on the mesh of its host."""
     host = plan.workload.graph.host(call)
     layout = plan.layout(host)
-    rows = dp_rows(plan.workload, host, layout.dp)
-    return {rank: rows[layout.places[rank].dp] for rank in layout.ranks}
+    shares = assign(plan.workload, host, layout, lengths)
+    return {rank: sum(shares[layout.places[rank].dp], ()) for rank in layout.ranks}
 
 
-def batch_transfers(plan: ExecutionPlan, producer: str) -> dict[str, tuple[Message, ...]]:
-    """Consumer -> messages that bring it a producer's rows, without what a target rank made itself or has been sent for
-    a consumer before. Consumers on the producer's ranks need none and are left out."""
+def lengths_from(plan: ExecutionPlan, call: str) -> str:
+    """The generate call whose responses a call reads, so that its lengths deal the call's samples; empty where the data
+    set gives the responses."""
+    graph = plan.workload.graph
+    if graph.call(call).kind is CallKind.GENERATE:
+        return call
+    made = [graph.producers[key] for key in graph.call(call).inputs if key in graph.producers]
+    found = [name for name in made if graph.call(name).kind is CallKind.GENERATE]
+    return found[0] if found else next((lengths_from(plan, name) for name in made), "")
+
+
+def lengths_routes(plan: ExecutionPlan, generate: str) -> dict[int, int]:
+    """Target -> source of the lengths that a generate call made: every other rank that deals samples by them, from a
+    rank of the generation on its own node where there is one, in turn."""
+    makers, per_node = plan.layout(generate).ranks, plan.cluster.gpus_per_node
+    users = [planned.call for planned in plan.calls if lengths_from(plan, planned.call) == generate]
+    users += [target for call in users for target, _ in consumers(plan, call) if can_move(plan, call, target)]
+    targets = sorted({rank for call in users for rank in plan.ranks(plan.workload.graph.host(call))} - set(makers))
+    near: dict[int, list[int]] = {}
+    for rank in makers:
+        near.setdefault(rank // per_node, []).append(rank)
+    found: dict[int, int] = {}
+    for turn, target in enumerate(targets):
+        sources = near.get(target // per_node, makers)
+        found[target] = sources[turn % len(sources)]
+    return found
+
+
+def can_move(plan: ExecutionPlan, producer: str, consumer: str) -> bool:
+    """Whether some iteration may need messages between two calls: not when every rank of the consumer took part in the
+    only replica of the producer."""
+    made = plan.layout(plan.workload.graph.host(producer))
+    return made.dp > 1 or not set(plan.ranks(plan.workload.graph.host(consumer))) <= set(made.ranks)
+
+
+def consumers(plan: ExecutionPlan, producer: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Calls on other hosts that read in the same iteration what a call makes, each with the tensors it reads."""
     graph, host = plan.workload.graph, plan.workload.graph.host(producer)
+    for target in dict.fromkeys(e.target for e in graph.edges if e.source == producer and not e.distance):
+        if graph.host(target) != host:
+            yield target, tuple(key for key in graph.call(target).inputs if key in graph.call(producer).outputs)
+
+
+def batch_transfers(
+    plan: ExecutionPlan, producer: str, lengths: Sequence[int] | None = None
+) -> dict[str, tuple[Message, ...]]:
+    """Consumer -> messages that bring it a producer's rows, without what a target rank made itself or has been sent for
+    a consumer before.
+
+    lengths: those of the iteration's samples by the generate call that the producer belongs to. A consumer that belongs
+    to another one (the greedy responses of ReMax) gets every row, because its share is not known to the producer.
+    """
+    graph = plan.workload.graph
+    source, host = lengths_from(plan, producer), graph.host(producer)
+    made = assign(plan.workload, host, plan.layout(host), lengths)
     held: dict[tuple[int, str], set[int]] = {}
     found: dict[str, tuple[Message, ...]] = {}
-    for edge in graph.edges:
-        consumer = edge.target
-        if edge.source != producer or edge.distance or consumer in found or plan.workload.graph.host(consumer) == host:
-            continue
-        keys = tuple(key for key in graph.call(consumer).inputs if key in graph.call(producer).outputs)
-        found[consumer] = _messages(plan, host, rank_rows(plan, consumer), keys, held)
+    for consumer, keys in consumers(plan, producer):
+        needed = rank_samples(plan, consumer, lengths)
+        if lengths_from(plan, consumer) != source:
+            needed = dict.fromkeys(needed, tuple(range(plan.workload.samples)))
+        found[consumer] = _messages(plan, host, made, needed, keys, held)
         for message in found[consumer]:
             for key in message.keys:
                 held.setdefault((message.target, key), set()).update(message.rows)
@@ -63,14 +250,15 @@ def batch_transfers(plan: ExecutionPlan, producer: str) -> dict[str, tuple[Messa
 def _messages(
     plan: ExecutionPlan,
     host: str,
-    needed: Mapping[int, tuple[int, ...]],
+    made: Sequence[tuple[Samples, ...]],
+    needed: Mapping[int, Samples],
     keys: tuple[str, ...],
     held: Mapping[tuple[int, str], Collection[int]],
 ) -> tuple[Message, ...]:
     """Messages for the rows that ranks need and do not hold. Every rank of a producing replica holds its rows; senders
     on the target's node come first, then the one that has sent least."""
     layout, per_node = plan.layout(host), plan.cluster.gpus_per_node
-    replica_of = {row: d for d, rows in enumerate(dp_rows(plan.workload, host, layout.dp)) for row in rows}
+    replica_of = {row: d for d, passes in enumerate(made) for rows in passes for row in rows}
     replicas = _replicas(layout, per_node)
     sent = dict.fromkeys(layout.ranks, 0)
     messages: list[Message] = []

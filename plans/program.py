@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 
-from plans.batches import Message, batch_transfers
+from plans.batches import Message, batch_transfers, can_move
 from plans.graph import CallKind
 from plans.layout import Layout
 from plans.plan import ExecutionPlan, PlannedCall
@@ -71,7 +71,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Program:
-    """Steps of one period in total order, the copies they use, and the messages by (producer, consumer)."""
+    """Steps of one period in total order, the copies they use, and by (producer, consumer) the messages of an iteration
+    whose samples are all as long as each other; the lengths of an iteration say which messages it really has."""
 
     plan: ExecutionPlan
     copies: tuple[Copy, ...]
@@ -125,7 +126,7 @@ def compile_program(plan: ExecutionPlan) -> Program:
             steps.append(Step(StepKind.FUNCTION, name, tuple(plan.ranks(planned.call)), planned.lag))
             placed.add(name)
         for name in made:
-            sent = {consumer: found for consumer, found in batch_transfers(plan, name).items() if found}
+            sent = {c: found for c, found in batch_transfers(plan, name).items() if can_move(plan, name, c)}
             messages |= {(name, consumer): found for consumer, found in sent.items()}
             transfers = [_transfer(plan, name, consumer, planned.lag) for consumer in sent]
             if name == planned.call:

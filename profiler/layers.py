@@ -6,7 +6,6 @@ this process alone, so that the code that is timed is the code that will run.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,17 +16,18 @@ from torch import Tensor
 from plans.layout import Layout
 from plans.model import ModelSpec
 from profiler.timers import Timed
+from runtime.batches.sequences import Sequences
 from runtime.generation.generate import generate
 from runtime.generation.sampling import Sampling
 from runtime.groups import GroupCache
 from runtime.models.model import Model, build_model
 from runtime.models.modules import KVCache
-from runtime.passes.forward import Batch, TokenOutput, pack, token_logprobs, token_output
+from runtime.passes.forward import TokenOutput, token_logprobs
+from runtime.passes.logprobs import token_logprobs_of
 from runtime.passes.optimizer import AdamSettings
+from runtime.passes.packs import Batch
 from runtime.passes.training import Trainer
 
-HEAD_SEQUENCES = 4
-"""Sequences among which the tokens of a head's point are shared out."""
 Point = Mapping[str, int]
 
 
@@ -85,11 +85,15 @@ class Shard:
 
     def _block(self, hidden: Tensor, cache: KVCache | None = None, longest: int = 0) -> Tensor:
         self._chunk.train(cache is None)
-        angles = self._chunk.rotary_pos_emb(longest or hidden.shape[0])
+        rotary = self._chunk.rotary_pos_emb(longest) if cache is not None else self._rotation(hidden.shape[0])
         out = self._chunk.decoder.layers[0](
-            hidden_states=hidden, attention_mask=None, inference_context=cache, rotary_pos_emb=angles
+            hidden_states=hidden, attention_mask=None, inference_context=cache, rotary_pos_emb=rotary
         )
         return torch.as_tensor(out[0])
+
+    def _rotation(self, tokens: int) -> Tensor:
+        positions = torch.arange(tokens, device=self._device)
+        return torch.as_tensor(self._chunk.rotary_pos_emb.rotation(positions, tokens, self._dtype))
 
     def _block_forward(self, sequences: int, sequence_tokens: int) -> Timed:
         hidden = self._hidden(sequence_tokens, sequences)
@@ -110,7 +114,7 @@ class Shard:
                     self._chunk.decoder(
                         hidden_states=hidden,
                         attention_mask=None,
-                        rotary_pos_emb=self._chunk.rotary_pos_emb(sequence_tokens),
+                        rotary_pos_emb=self._rotation(sequence_tokens),
                     )
                 )
 
@@ -141,32 +145,26 @@ class Shard:
     def _logprobs(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         self._chunk.train()
         tied = self.model.spec.tied_embeddings
-        normed = self._chunk.decoder.final_layernorm(hidden)
-        weight = self._chunk.shared_embedding_or_output_weight() if tied else None
-        logits, _ = self._chunk.output_layer(normed, weight=weight)
-        whole = pack(tokens, torch.ones_like(tokens, dtype=torch.bool), tokens.shape[1])
-        return token_output(self.model, logits.transpose(0, 1).contiguous(), whole).logprobs.sum()
+        rows = self._chunk.decoder.final_layernorm(hidden).squeeze(1)
+        weight = self._chunk.shared_embedding_or_output_weight() if tied else self._chunk.output_layer.weight
+        return token_logprobs_of(rows, weight, tokens, self.model.groups.tp, self.model.spec.vocab)[0].sum()
 
     def _head_forward(self, tokens: int) -> Timed:
-        hidden, ids = self._head_input(tokens)
+        hidden, ids = self._hidden(tokens, 1), self._tokens(1, tokens)[0]
         return Timed(lambda _: self._logprobs(hidden, ids))
 
     def _head_backward(self, tokens: int) -> Timed:
-        hidden, ids = self._head_input(tokens)
+        hidden, ids = self._hidden(tokens, 1), self._tokens(1, tokens)[0]
         return _backward(lambda: self._logprobs(hidden, ids))
-
-    def _head_input(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """Hidden states and labels of some sequences, because logits of several are copied into their order."""
-        sequences = math.gcd(tokens, HEAD_SEQUENCES)
-        return self._hidden(tokens // sequences, sequences), self._tokens(sequences, tokens // sequences)
 
     def optimizer_step(self) -> Timed:
         """Clip and Adam on all local parameters."""
         return Timed(lambda _: self.trainer.update(1e-6))
 
     def _batch(self, sequences: int, tokens: int) -> Batch:
-        ids = self._tokens(sequences, tokens)
-        return {"tokens": ids, "mask": torch.ones_like(ids, dtype=torch.bool)}
+        """Samples whose tokens are all of the response but the first."""
+        ids = self._tokens(sequences, tokens).flatten()
+        return Batch(Sequences(ids, (1,) * sequences, (tokens - 1,) * sequences), {})
 
     def _train_call(self, sequences: int, sequence_tokens: int) -> Timed:
         batch = self._batch(sequences, sequence_tokens)
@@ -174,7 +172,7 @@ class Shard:
 
     def _inference_call(self, sequences: int, sequence_tokens: int) -> Timed:
         batch = self._batch(sequences, sequence_tokens)
-        return Timed(lambda _: token_logprobs(self.model, batch["tokens"], batch["mask"]))
+        return Timed(lambda _: token_logprobs(self.model, batch.sequences))
 
     def generation(self, sequences: int, prompt_tokens: int, response_tokens: int) -> Timed:
         """A whole generation; `generate_step` is the difference of two, by their tokens."""

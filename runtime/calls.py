@@ -1,4 +1,4 @@
-"""What generation, inference and reward calls do with a model: rows of tensors in, rows of tensors out."""
+"""What generation, inference and reward calls do with a model: ragged rows in, ragged rows out."""
 
 from __future__ import annotations
 
@@ -9,84 +9,65 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from plans.algorithms import GREEDY
+from plans.batches import Share
 from plans.graph import Call
 from plans.kvcache import slots_per_replica
 from plans.plan import PlannedCall
-from runtime.algorithms.samples import response_mask
+from runtime.algorithms.samples import gather_samples
 from runtime.batches.reward_functions import RewardError
 from runtime.batches.rewards import Scored
-from runtime.batches.sequences import padded
-from runtime.batches.transfer import Rows
+from runtime.batches.sequences import Sequences
 from runtime.generation.generate import Limits, generate
 from runtime.generation.sampling import Sampling
 from runtime.job import Job
 from runtime.models.model import Model
-from runtime.passes.forward import token_logprobs, token_values
+from runtime.passes.forward import sample_scores, token_logprobs, token_values
+
+Values = Sequences | Tensor
+"""Rows of a tensor of the graph, end to end: sequences, numbers per response token, or numbers per sample."""
 
 
 def generate_call(
     job: Job, call: Call, planned: PlannedCall, model: Model, rows: Sequence[int], iteration: int
-) -> dict[str, Rows]:
-    """Responses to the prompts of samples `rows`; sample i belongs to prompt i // group_size."""
+) -> dict[str, Values]:
+    """Responses to the prompts of samples `rows`; sample i belongs to prompt i // group_size. The lengths are those of
+    all samples. Collective over the model's ranks."""
     assert job.prompts is not None
     workload, strategy = job.plan.workload, planned.strategy
-    sequences, logprobs = call.outputs
-    sampling = Sampling(temperature=0) if sequences.endswith(GREEDY) else job.sampling
-    prompts, lengths = job.prompts.tokens(iteration, [row // workload.group_size for row in rows])
-    width = prompts.shape[1]
+    sequences, logprobs, lengths = call.outputs
+    prompts = job.prompts.tokens(iteration, [row // workload.group_size for row in rows])
     made = generate(
         model,
-        [ids[width - length :] for ids, length in zip(prompts.tolist(), lengths.tolist(), strict=True)],
+        [ids for ids, _ in prompts.texts()],
         rows,
         response_tokens=workload.response_tokens,
-        sampling=sampling,
+        sampling=Sampling(temperature=0) if sequences.endswith(GREEDY) else job.sampling,
         seed=job.run.seed,
         iteration=iteration,
         stop_ids=job.stop_ids,
         ended=job.ended,
         limits=Limits(slots=slots_per_replica(len(rows), strategy.slots, strategy.waves), groups=strategy.groups),
     )
-    responses = made.sequences.responses
-    after = prompts.new_full((len(rows), workload.response_tokens), job.pad_id)
-    for row, (_, ids) in enumerate(made.sequences.texts()):
-        after[row, : len(ids)] = torch.tensor(ids)
-    found = padded(made.logprobs, responses)
-    values = {
-        "tokens": torch.cat([prompts, after], dim=1).to(model.device),
-        "prompt_lengths": lengths.to(model.device),
-        "response_lengths": torch.tensor(responses, device=model.device),
-    }
-    return {logprobs: {logprobs: F.pad(found, (0, after.shape[1] - found.shape[1]))}, sequences: values}
+    own = torch.tensor([made.sequences.prompts, made.sequences.responses], device=model.device).t()
+    index = torch.tensor(rows, device=model.device)
+    every = gather_samples(own, index, workload.samples, model.groups.dp)
+    return {lengths: every, sequences: made.sequences, logprobs: made.logprobs}
 
 
-def sequence_mask(sequences: Rows, prompt_tokens: int) -> Tensor:
-    """Mask [n, P + R] of real tokens: the end of the prompt's columns, the start of the response's."""
-    tokens, prompts, responses = (sequences[k] for k in ("tokens", "prompt_lengths", "response_lengths"))
-    prompt = torch.arange(prompt_tokens, device=tokens.device) >= prompt_tokens - prompts[:, None]
-    return torch.cat([prompt, response_mask(responses, tokens.shape[1] - prompt_tokens)], dim=1)
-
-
-def inference_call(
-    job: Job, call: Call, planned: PlannedCall, model: Model, inputs: Mapping[str, Rows]
-) -> dict[str, Rows]:
-    """One forward pass: log-probabilities or values of response tokens, or the score of each sample.
-
-    values[:, t] is the prediction before response token t; the score is the value after the last token.
-    """
-    sequences, width = inputs[call.inputs[0]], job.plan.workload.prompt_tokens
-    tokens, mask = sequences["tokens"], sequence_mask(sequences, width)
-    parts, (key,) = planned.strategy.micro_batches, call.outputs
-    if key.removesuffix(GREEDY) == "rewards":
-        last = (width + sequences["response_lengths"] - 1)[:, None]
-        return {key: {key: token_values(model, tokens, mask, micro_batches=parts).gather(1, last).squeeze(1)}}
-    if key == "values":
-        return {key: {key: token_values(model, tokens, mask, micro_batches=parts)[:, width - 1 : -1]}}
-    logprobs = token_logprobs(model, tokens, mask, micro_batches=parts, temperature=job.temperature)
-    return {key: {key: logprobs[:, width:]}}
+def inference_call(job: Job, call: Call, share: Share, model: Model, inputs: Mapping[str, Values]) -> dict[str, Values]:
+    """One forward pass: log-probabilities of response tokens, values before each of them, or the score of each sample,
+    which is the value after its last token."""
+    (sequences,) = (values for values in inputs.values() if isinstance(values, Sequences))
+    (parts,), (key,) = share.micro_batches, call.outputs
+    match key.removesuffix(GREEDY):
+        case "rewards":
+            return {key: sample_scores(model, sequences, micro_batches=parts)}
+        case "values":
+            return {key: token_values(model, sequences, micro_batches=parts)}
+    return {key: token_logprobs(model, sequences, micro_batches=parts, temperature=job.temperature)}
 
 
 @dataclass(frozen=True)
@@ -101,14 +82,14 @@ class PendingScores:
     future: Future[Scored] | None
 
 
-def begin_reward(job: Job, call: Call, host: Model, inputs: Mapping[str, Rows], rows: Sequence[int]) -> PendingScores:
+def begin_reward(job: Job, call: Call, host: Model, inputs: Mapping[str, Values], rows: Sequence[int]) -> PendingScores:
     """Ask for the scores of the user's function, which its processes compute beside what this rank does next."""
     begun_s = time.perf_counter()
     future = _ask(job, inputs[call.inputs[0]]) if host.groups.mp.rank() == 0 else None
     return PendingScores(call, host, rows, begun_s, future)
 
 
-def end_reward(pending: PendingScores) -> tuple[dict[str, Rows], float]:
+def end_reward(pending: PendingScores) -> tuple[dict[str, Values], float]:
     """The scores on every rank of the replica, and when they were there. Collective over the replica."""
     host, at_s = pending.host, time.perf_counter()
     scores = torch.zeros(len(pending.rows), device=host.device)
@@ -124,15 +105,10 @@ def end_reward(pending: PendingScores) -> tuple[dict[str, Rows], float]:
     if group.size() > 1:
         dist.broadcast(scores, src=dist.get_global_rank(group, 0), group=group)
     (key,) = pending.call.outputs
-    return {key: {key: scores}}, at_s
+    return {key: scores}, at_s
 
 
-def _ask(job: Job, sequences: Rows) -> Future[Scored]:
-    assert job.reward is not None and job.tokenizer is not None
-    width = job.plan.workload.prompt_tokens
-    prompts, responses = [], []
-    lists = (sequences[k].tolist() for k in ("tokens", "prompt_lengths", "response_lengths"))
-    for tokens, prompt, response in zip(*lists, strict=True):
-        prompts.append(job.tokenizer.decode(tokens[width - prompt : width]))
-        responses.append(job.tokenizer.decode(tokens[width : width + response]))
-    return job.reward.submit(prompts, responses)
+def _ask(job: Job, sequences: Values) -> Future[Scored]:
+    assert job.reward is not None and job.tokenizer is not None and isinstance(sequences, Sequences)
+    texts = [[job.tokenizer.decode(ids) for ids in pair] for pair in sequences.texts()]
+    return job.reward.submit([prompt for prompt, _ in texts], [response for _, response in texts])

@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from plans.batches import rank_rows
+from plans.batches import Share, share_of
 from plans.errors import RealplanError
 from plans.graph import Call, CallKind
-from plans.plan import PlannedCall
+from plans.layout import Place
 from plans.program import Step, StepKind, compile_program
 from plans.runfile import RANDOM, patience_s
-from runtime.batches.transfer import BatchStore, LateError, Rows
-from runtime.calls import PendingScores, begin_reward, end_reward, generate_call, inference_call
+from runtime.batches.transfer import BatchStore, LateError
+from runtime.calls import PendingScores, Values, begin_reward, end_reward, generate_call, inference_call
 from runtime.groups import GroupCache
 from runtime.job import Job
 from runtime.launching.failures import MEMORY_HINT, lost_peer, memory_words, timed_out
@@ -63,8 +63,7 @@ class Executor:
         self._rank = dist.get_rank()
         self._device = device
         self._recorder = recorder
-        self._rows: dict[str, tuple[int, ...]] = {}
-        self._store = BatchStore(job.plan, device)
+        self._store = BatchStore(job.plan, device, self._given_lengths)
         self._scores: dict[tuple[int, str], PendingScores] = {}
         self._start_rewards()
         self._copies = Copies(job, self.program, groups, device)
@@ -155,6 +154,7 @@ class Executor:
         copy = next(copy for copy in self.program.copies if copy.name == step.copy)
         match step.kind:
             case StepKind.REALLOCATE:
+                self._store.post(step.ranks)
                 self._copies.reallocate(copy)
             case StepKind.RELEASE:
                 self._copies.release(copy)
@@ -163,34 +163,49 @@ class Executor:
             case _:
                 self._copies.offload(copy)
 
+    def _given_lengths(self, iteration: int) -> list[tuple[int, int]]:
+        assert self._job.examples is not None
+        found = self._job.examples.sequences(iteration, range(self._job.plan.workload.samples))
+        return list(zip(found.prompts, found.responses, strict=True))
+
     def _call(self, name: str, iteration: int) -> None:
         graph = self._job.plan.workload.graph
-        call, host = graph.call(name), graph.host(name)
-        if name not in self._rows:
-            self._rows[name] = rank_rows(self._job.plan, name)[self._rank]
-        rows = self._rows[name]
-        inputs = {key: self._store.get(iteration, key, rows) for key in call.inputs if key not in graph.sources}
+        call = graph.call(name)
+        share = self._share(name, iteration)
+        rows = share.samples
+        inputs: dict[str, Values] = {
+            key: self._store.get(iteration, key, rows) for key in call.inputs if key not in graph.sources
+        }
         if self._job.examples is not None:
-            examples = self._job.examples.sequences(iteration, rows)
-            on_device = {name: values.to(self._device) for name, values in examples.items()}
-            inputs |= {key: on_device for key in call.inputs if key in graph.sources}
-        made = self._compute(call, self._job.plan.planned(host), inputs, iteration)
+            examples = self._job.examples.sequences(iteration, rows).to(self._device)
+            inputs |= {key: examples for key in call.inputs if key in graph.sources}
+        made = self._compute(call, share, inputs, iteration)
         for key, values in made.items():
             self._store.put(iteration, key, rows, values)
 
-    def _compute(
-        self, call: Call, planned: PlannedCall, inputs: Mapping[str, Rows], iteration: int
-    ) -> Mapping[str, Rows]:
-        job, model, rows = self._job, self._copies.model(planned.call), self._rows[call.name]
+    def _share(self, name: str, iteration: int) -> Share:
+        """This rank's share of a call. Generation and functions on it have theirs before the lengths are known."""
+        plan = self._job.plan
+        host = plan.workload.graph.host(name)
+        if plan.workload.graph.call(host).kind is CallKind.GENERATE:
+            return share_of(plan, host, self._rank, [0] * plan.workload.samples)
+        return share_of(plan, host, self._rank, self._store.tokens(iteration, host))
+
+    def _compute(self, call: Call, share: Share, inputs: Mapping[str, Values], iteration: int) -> Mapping[str, Values]:
+        job, planned = self._job, self._job.plan.planned(self._job.plan.workload.graph.host(call.name))
+        model = self._copies.model(planned.call)
         if call.kind is CallKind.GENERATE:
-            return generate_call(job, call, planned, model, rows, iteration)
+            return generate_call(job, call, planned, model, share.samples, iteration)
         if call.kind is CallKind.INFERENCE:
-            return inference_call(job, call, planned, model, inputs)
+            return inference_call(job, call, share, model, inputs)
         if call.kind is CallKind.FUNCTION:
-            self._scores[iteration, call.name] = begin_reward(job, call, model, inputs, rows)
+            self._scores[iteration, call.name] = begin_reward(job, call, model, inputs, share.samples)
             return {}
+        responses = [response for _, response in self._store.lengths(iteration, call.name)]
+        if model.place == Place(dp=0, tp=0, pp=0):
+            self._recorder.add(iteration, {f"plan/{call.name}/imbalance": Stat.one(share.imbalance)})
         with self._copies.training(call.model, offload=planned.strategy.offload) as trainer:
-            self._recorder.add(iteration, train_call(job, call, planned, trainer, inputs, rows, iteration))
+            self._recorder.add(iteration, train_call(job, call, share, trainer, inputs, responses, iteration))
         check_finite(model, f"the weights of `{call.model}` after this training")
         return {}
 

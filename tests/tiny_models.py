@@ -26,6 +26,7 @@ from transformers import (
 
 from plans.layout import Layout
 from plans.model import ModelSpec
+from runtime.batches.sequences import Sequences
 from runtime.groups import GroupCache
 from runtime.models.model import Model, build_model
 
@@ -110,16 +111,19 @@ def checkpoint_tensors(kind: str, tensors: Mapping[str, torch.Tensor]) -> dict[s
     return found
 
 
-def padded_batch(samples: int, prompt: int, response: int, vocab: int = 250, seed: int = 1) -> dict[str, torch.Tensor]:
-    """Tokens [n, prompt + response] with prompts of mixed lengths padded left and responses padded right, and mask."""
+def mixed_sequences(samples: int, prompt: int, response: int, vocab: int = 250, seed: int = 1) -> Sequences:
+    """Prompts of 2 to `prompt` and responses of 1 to `response` random tokens; where there are three, one response is
+    empty."""
     generator = torch.Generator().manual_seed(seed)
-    width = prompt + response
-    tokens = torch.randint(1, vocab, (samples, width), generator=generator)
-    starts = torch.randint(0, prompt - 1, (samples, 1), generator=generator)
-    stops = prompt + torch.randint(1, response + 1, (samples, 1), generator=generator)
-    columns = torch.arange(width)
-    mask = (columns >= starts) & (columns < stops)
-    return {"tokens": tokens.where(mask, 0), "mask": mask}
+
+    def draw(low: int, high: int, n: int) -> list[int]:
+        found: list[int] = torch.randint(low, high, (n,), generator=generator).tolist()
+        return found
+
+    prompts, responses = draw(2, prompt + 1, samples), draw(1, response + 1, samples)
+    if samples > 2:
+        responses[2] = 0
+    return Sequences.of([draw(1, vocab, n) for n in prompts], [draw(1, vocab, n) for n in responses])
 
 
 def layout_of(spec: ModelSpec, **degrees: Any) -> Layout:

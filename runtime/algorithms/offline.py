@@ -1,26 +1,30 @@
 """Losses of algorithms that learn from given responses: SFT, DPO and reward modelling.
 
-Rows 2i and 2i + 1 of a micro-batch are the chosen and the rejected response of a pair. Sums are divided by counts of
+Samples 2i and 2i + 1 of a micro-batch are the chosen and the rejected response of a pair. Sums are divided by counts of
 the whole minibatch, as in `runtime.algorithms.losses`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from runtime.algorithms.losses import Loss
+from runtime.batches.sequences import run_sums
 
 
-def sft_loss(logprobs: Tensor, mask: Tensor, tokens: float) -> Loss:
-    """Cross-entropy of response tokens [n, R]."""
-    loss = -(logprobs * mask).sum() / tokens
+def sft_loss(logprobs: Tensor, tokens: float) -> Loss:
+    """Cross-entropy of response tokens."""
+    loss = -logprobs.sum() / tokens
     return loss, {"loss": loss}
 
 
-def dpo_loss(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, beta: float, pairs: int) -> Loss:
-    """DPO (Rafailov et al. 2023, eq. 7) of log-probabilities [2 m, R]; the terms have TRL's names."""
-    return pair_loss(beta * ((logprobs - ref_logprobs) * mask).sum(1), pairs)
+def dpo_loss(logprobs: Tensor, ref_logprobs: Tensor, lengths: Sequence[int], beta: float, pairs: int) -> Loss:
+    """DPO (Rafailov et al. 2023, eq. 7) of the log-probabilities of 2 m responses of the given lengths; the terms have
+    TRL's names."""
+    return pair_loss(beta * run_sums(logprobs - ref_logprobs, lengths), pairs)
 
 
 def pair_loss(rewards: Tensor, pairs: int) -> Loss:

@@ -1,4 +1,4 @@
-"""Prompts and examples: where they come from, in which order they are used, and how they become padded tokens."""
+"""Prompts and examples: where they come from, in which order they are used, and how they become tokens."""
 
 from __future__ import annotations
 
@@ -10,9 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from plans.documents import BadText, decoded, parse_json
 from plans.errors import RealplanError, nearest
@@ -79,33 +76,26 @@ def left_out(given: int, kept: int, prompt_tokens: int) -> str:
     return f"{given - kept:,} of {given:,} prompts are left out: they have no or more than {prompt_tokens} tokens"
 
 
-def left_padded(prompts: Sequence[str], tokenizer: Tokenizer, prompt_tokens: int) -> tuple[Tensor, Tensor]:
-    """Token ids [n, prompt_tokens], padded on the left, and lengths [n], both int64."""
-    tokens = torch.full((len(prompts), prompt_tokens), tokenizer.pad_id)
+def prompt_tokens_of(prompts: Sequence[str], tokenizer: Tokenizer, most: int) -> list[list[int]]:
+    """Token ids of prompts, 1 to `most` each."""
     encoded = tokenizer.encode_batch(prompts)
-    for row, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
-        if not 0 < len(ids) <= prompt_tokens:
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        if not 0 < len(ids) <= most:
             raise DataError(
-                f"prompt `{prompt[:60]}` has {len(ids)} tokens; a prompt has 1 to {prompt_tokens}",
+                f"prompt `{prompt[:60]}` has {len(ids)} tokens; a prompt has 1 to {most}",
                 f"prompt_tokens={len(ids)}" if ids else "remove the empty prompt",
             )
-        tokens[row, prompt_tokens - len(ids) :] = torch.tensor(ids)
-    return tokens, torch.tensor([len(ids) for ids in encoded])
+    return encoded
 
 
-def right_padded(
-    responses: Sequence[str], tokenizer: Tokenizer, response_tokens: int, *, stop: bool
-) -> tuple[Tensor, Tensor]:
-    """Token ids [n, response_tokens] of given responses, padded on the right, and lengths [n], both int64.
+def response_tokens_of(responses: Sequence[str], tokenizer: Tokenizer, most: int, *, stop: bool) -> list[list[int]]:
+    """Token ids of given responses.
 
-    A longer response is cut; a shorter one ends with the stop token, where it is asked for and the tokenizer has one.
+    A longer response than `most` is cut; a shorter one ends with the stop token, where it is asked for and the
+    tokenizer has one.
     """
-    tokens = torch.full((len(responses), response_tokens), tokenizer.pad_id)
     end = list(tokenizer.eos_ids[:1]) if stop else []
-    encoded = [(ids + end)[:response_tokens] for ids in tokenizer.encode_batch(responses, special=False)]
-    for row, ids in enumerate(encoded):
-        tokens[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
-    return tokens, torch.tensor([len(ids) for ids in encoded])
+    return [(ids + end)[:most] for ids in tokenizer.encode_batch(responses, special=False)]
 
 
 def read_prompts(source: str | Path) -> list[str]:

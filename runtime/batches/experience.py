@@ -1,4 +1,4 @@
-"""From the tensors of a batch to what the losses read: advantages for what was generated, masks for given responses."""
+"""From the tensors of a batch to what the losses read: advantages where responses were generated."""
 
 from __future__ import annotations
 
@@ -11,65 +11,72 @@ from torch import Tensor
 
 from runtime.algorithms.samples import Samples, Signal, gather_samples, response_mask
 from runtime.algorithms.table import ADVANTAGES
-from runtime.batches.transfer import Rows
-from runtime.calls import sequence_mask
+from runtime.batches.sequences import Sequences, padded, unpadded
+from runtime.calls import Values
 from runtime.job import Job
-from runtime.passes.forward import Batch
+from runtime.passes.packs import Batch
 from runtime.passes.training import Trainer
 
 
 @dataclass(frozen=True)
 class Experience:
-    """What training learns from, this replica's samples.
-
-    batch: [n, ...] tensors that the losses read. tokens_of: response tokens of every sample of the batch. report:
-    numbers whose statistics are metrics.
-    """
+    """What training learns from, this replica's samples. report: numbers whose statistics are metrics."""
 
     batch: Batch
-    tokens_of: Sequence[float]
     report: Mapping[str, Tensor]
 
 
-def experience(job: Job, trainer: Trainer, inputs: Mapping[str, Rows], rows: Sequence[int]) -> Experience:
-    """What a training call's inputs teach. Collective over the dp group."""
+def experience(job: Job, trainer: Trainer, inputs: Mapping[str, Values], rows: Sequence[int]) -> Experience:
+    """What a training call's inputs teach; `rows` are the numbers of its samples. Collective over the dp group."""
     workload, model = job.plan.workload, trainer.model
-    index = torch.tensor(rows, device=model.device)
-    gather = partial(gather_samples, rows=index, samples=workload.samples, group=model.groups.dp)
-    sequences = next(values for values in inputs.values() if "response_lengths" in values)
-    tensors = {key: values[key] for key, values in inputs.items() if key in values}
-    lengths = sequences["response_lengths"]
-    mask = response_mask(lengths, workload.response_tokens)
-    batch = {
-        "tokens": sequences["tokens"],
-        "mask": sequence_mask(sequences, workload.prompt_tokens),
-        "response": mask,
-        "last": (workload.prompt_tokens + lengths - 1)[:, None],
-    }
-    batch |= {key: tensors[key] for key in ("ref_logprobs", "values") if key in tensors}
+    (sequences,) = (values for values in inputs.values() if isinstance(values, Sequences))
+    flat = {key: values for key, values in inputs.items() if isinstance(values, Tensor)}
+    fields: dict[str, Tensor] = {key: flat[key] for key in ("ref_logprobs", "values") if key in flat}
+    lengths = torch.tensor(sequences.responses, device=model.device)
     report = {
         "response_length": lengths,
         "response_length/clip_ratio": lengths == workload.response_tokens,
-        "prompt_length": sequences["prompt_lengths"],
+        "prompt_length": torch.tensor(sequences.prompts),
     }
     if not job.offline:
-        samples = _samples(tensors, index, workload.group_size, mask, gather)
+        index = torch.tensor(rows, dtype=torch.int64, device=model.device)
+        gather = partial(gather_samples, rows=index, samples=workload.samples, group=model.groups.dp)
+        samples = _samples(flat, sequences, index, workload.group_size, gather)
         signal = ADVANTAGES[workload.graph.name](samples, job.run.ppo)
-        batch |= {"old_logprobs": samples.old_logprobs, "advantages": signal.advantages, "returns": signal.returns}
+        fields |= {
+            "old_logprobs": flat[_old(flat)],
+            "advantages": unpadded(signal.advantages, sequences.responses),
+            "returns": unpadded(signal.returns, sequences.responses),
+        }
         report |= _report(samples, signal, job.run.ppo.reward_clip)
-    tokens_of = gather(mask.sum(1, keepdim=True).double()).squeeze(1).tolist()
-    return Experience(batch, tokens_of, report)
+    return Experience(Batch(sequences, fields), report)
 
 
-def _samples(tensors: Rows, rows: Tensor, group_size: int, mask: Tensor, gather: Callable[[Tensor], Tensor]) -> Samples:
+def _old(tensors: Mapping[str, Tensor]) -> str:
+    return "old_logprobs" if "old_logprobs" in tensors else "gen_logprobs"
+
+
+def _samples(
+    tensors: Mapping[str, Tensor],
+    sequences: Sequences,
+    rows: Tensor,
+    group_size: int,
+    gather: Callable[[Tensor], Tensor],
+) -> Samples:
+    """The samples in rows of the longest response's width, in which algorithms count their steps."""
+    lengths = sequences.responses
+    per_token = {
+        key: padded(tensors[key], lengths) for key in (_old(tensors), "ref_logprobs", "values") if key in tensors
+    }
+    width = per_token["ref_logprobs"].shape[1]
     return Samples(
         rows=rows,
         group_size=group_size,
-        mask=mask,
-        old_logprobs=tensors["old_logprobs" if "old_logprobs" in tensors else "gen_logprobs"],
-        ref_logprobs=tensors["ref_logprobs"],
+        mask=response_mask(torch.tensor(lengths, dtype=torch.int64, device=rows.device), width),
+        old_logprobs=per_token[_old(tensors)],
+        ref_logprobs=per_token["ref_logprobs"],
         scores=tensors["rewards"],
-        values=tensors.get("values"),
+        values=per_token.get("values"),
         greedy_scores=tensors.get("rewards_greedy"),
         gather=gather,
     )

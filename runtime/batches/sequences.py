@@ -108,11 +108,17 @@ def take_runs(values: Tensor, lengths: Sequence[int], samples: Sequence[int]) ->
 
 
 def padded(values: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Runs [sum of lengths] as rows [samples, longest], filled up with zeros on the right."""
-    width = max(lengths, default=0)
+    """Runs [sum of lengths] as rows [samples, longest, at least 1], filled up with zeros on the right."""
+    width = max(1, *lengths, 1)
     rows = values.new_zeros(len(lengths) * width)
     rows[ranges([i * width for i in range(len(lengths))], lengths).to(values.device)] = values
     return rows.view(len(lengths), width)
+
+
+def run_sums(values: Tensor, lengths: Sequence[int]) -> Tensor:
+    """The sum of each run: [samples]."""
+    samples = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
+    return values.new_zeros(len(lengths)).index_add(0, samples.to(values.device), values)
 
 
 def unpadded(rows: Tensor, lengths: Sequence[int]) -> Tensor:

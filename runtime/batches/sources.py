@@ -8,26 +8,24 @@ from typing import Protocol
 from zlib import crc32
 
 import torch
-from torch import Tensor
 
-from runtime.batches.data import PromptSet, left_padded, right_padded
+from runtime.batches.data import PromptSet, prompt_tokens_of, response_tokens_of
+from runtime.batches.sequences import Sequences
 from runtime.batches.tokenizer import Tokenizer
-from runtime.batches.transfer import Rows
 
 
 class Prompts(Protocol):
     """Prompts of an iteration, the same on every rank that asks."""
 
-    def tokens(self, iteration: int, prompts: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Token ids [n, prompt_tokens] of the numbered prompts of an iteration, padded on the left; lengths [n]."""
+    def tokens(self, iteration: int, prompts: Sequence[int]) -> Sequences:
+        """The numbered prompts of an iteration, without responses."""
 
 
 class Examples(Protocol):
     """Prompts with responses, the same on every rank that asks."""
 
-    def sequences(self, iteration: int, samples: Sequence[int]) -> Rows:
-        """The numbered samples of an iteration, as generation makes them: `tokens` [n, prompt_tokens +
-        response_tokens], `prompt_lengths` and `response_lengths` [n]. Sample i belongs to prompt i // group_size."""
+    def sequences(self, iteration: int, samples: Sequence[int]) -> Sequences:
+        """The numbered samples of an iteration, as generation makes them; i belongs to prompt i // group_size."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +36,9 @@ class TextPrompts:
     tokenizer: Tokenizer
     prompt_tokens: int
 
-    def tokens(self, iteration: int, prompts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def tokens(self, iteration: int, prompts: Sequence[int]) -> Sequences:
         texts = self.prompts.texts(iteration)
-        return left_padded([texts[number] for number in prompts], self.tokenizer, self.prompt_tokens)
+        return Sequences.of(prompt_tokens_of([texts[i] for i in prompts], self.tokenizer, self.prompt_tokens))
 
 
 @dataclass(frozen=True)
@@ -55,16 +53,15 @@ class TextExamples:
     response_tokens: int
     stop: bool
 
-    def sequences(self, iteration: int, samples: Sequence[int]) -> Rows:
+    def sequences(self, iteration: int, samples: Sequence[int]) -> Sequences:
         order, group = self.prompts.batch(iteration), len(self.responses[0])
         chosen = [order[sample // group] for sample in samples]
-        prompts, prompt_lengths = left_padded(
-            [self.prompts.prompts[index] for index in chosen], self.tokenizer, self.prompt_tokens
-        )
+        prompts = [self.prompts.prompts[index] for index in chosen]
         texts = [self.responses[index][sample % group] for index, sample in zip(chosen, samples, strict=True)]
-        responses, response_lengths = right_padded(texts, self.tokenizer, self.response_tokens, stop=self.stop)
-        tokens = torch.cat([prompts, responses], dim=1)
-        return {"tokens": tokens, "prompt_lengths": prompt_lengths, "response_lengths": response_lengths}
+        return Sequences.of(
+            prompt_tokens_of(prompts, self.tokenizer, self.prompt_tokens),
+            response_tokens_of(texts, self.tokenizer, self.response_tokens, stop=self.stop),
+        )
 
 
 @dataclass(frozen=True)
@@ -75,12 +72,12 @@ class RandomPrompts:
     prompt_tokens: int
     seed: int
 
-    def tokens(self, iteration: int, prompts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def tokens(self, iteration: int, prompts: Sequence[int]) -> Sequences:
         rows = []
         for number in prompts:
             generator = torch.Generator().manual_seed(crc32(f"{self.seed}/{iteration}/{number}".encode()))
-            rows.append(torch.randint(self.vocab, (self.prompt_tokens,), generator=generator))
-        return torch.stack(rows), torch.full((len(rows),), self.prompt_tokens)
+            rows.append(torch.randint(self.vocab, (self.prompt_tokens,), generator=generator).tolist())
+        return Sequences.of(rows)
 
 
 @dataclass(frozen=True)
@@ -92,8 +89,8 @@ class RandomExamples:
     response_tokens: int
     seed: int
 
-    def sequences(self, iteration: int, samples: Sequence[int]) -> Rows:
+    def sequences(self, iteration: int, samples: Sequence[int]) -> Sequences:
         width = self.prompt_tokens + self.response_tokens
-        tokens, lengths = RandomPrompts(self.vocab, width, self.seed).tokens(iteration, samples)
-        prompts = torch.full_like(lengths, self.prompt_tokens)
-        return {"tokens": tokens, "prompt_lengths": prompts, "response_lengths": lengths - prompts}
+        whole = RandomPrompts(self.vocab, width, self.seed).tokens(iteration, samples)
+        count = len(samples)
+        return Sequences(whole.tokens, (self.prompt_tokens,) * count, (self.response_tokens,) * count)

@@ -61,7 +61,7 @@ def ranges(ranks: Sequence[int]) -> str:
 
 
 def step_bytes(program: Program, step: Step) -> int:
-    """Bytes that a reallocation or a transfer moves between ranks."""
+    """Bytes that a reallocation moves between ranks, or a transfer of samples of full length."""
     plan = program.plan
     if step.kind is StepKind.TRANSFER:
         messages = program.messages[step.subject, step.consumer]
@@ -74,10 +74,10 @@ def step_bytes(program: Program, step: Step) -> int:
 
 
 def row_bytes(key: str, workload: Workload) -> int:
-    """Bytes of one sample of a tensor of the graph: tokens and two lengths in int64, or float32 numbers."""
+    """Most bytes of one sample of a tensor of the graph: tokens in int64, or float32 numbers."""
     kind = key.removesuffix(GREEDY)
     if kind == "sequences":
-        return 8 * (workload.tokens + 2)
+        return 8 * workload.tokens
     return 4 if kind == "rewards" else 4 * workload.response_tokens
 
 

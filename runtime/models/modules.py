@@ -21,6 +21,7 @@ from runtime.models.mcore import (
     gather_from_sequence_parallel_region,
     get_transformer_layer_offset,
 )
+from runtime.models.packed_attention import packed_attention
 
 
 class NumberedLayer(TransformerLayer):  # type: ignore[misc]
@@ -109,9 +110,15 @@ class Rotary(RotaryEmbedding):  # type: ignore[misc]
                 self._table = self.get_emb(max_seq_len + offset)
         return self._table[offset : offset + max_seq_len]
 
+    def rotation(self, positions: Tensor, longest: int, dtype: torch.dtype) -> Tensor:
+        """Cosine and sine of half the dimensions at positions [tokens] below `longest`: [2, tokens, 1, 1, dim / 2]."""
+        angles = self(max(longest, 1))[..., : self.inv_freq.shape[0]][positions]
+        return torch.stack([angles.cos(), angles.sin()]).to(dtype)
+
 
 class Attention(nn.Module):
-    """The attention core on torch's fused kernels: [s, b, heads, dim] queries on [t, b, kv_heads, dim] keys.
+    """The attention core on torch's fused kernels: [s, b, heads, dim] queries on [t, b, kv_heads, dim] keys, or packed
+    [tokens, heads, dim] with `Runs`.
 
     `attention_mask` follows Megatron: True is masked out, broadcastable to [b, 1, s, t]. None means causal, or no mask
     where the call says `no_mask` (decoding one token).
@@ -140,7 +147,9 @@ class Attention(nn.Module):
         attention_bias: Any = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
-        assert attention_bias is None and packed_seq_params is None
+        assert attention_bias is None
+        if packed_seq_params is not None:
+            return packed_attention(query, key, value, packed_seq_params, packed_seq_params, self.softmax_scale)
         tokens, batch, heads, dim = query.shape
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         share = heads // k.shape[1]
@@ -200,7 +209,8 @@ class KVSelfAttention(SelfAttention):  # type: ignore[misc]
         self, inference_context: KVCache | None, query: Tensor, key: Tensor, value: Tensor, rotary_pos_emb: Any, *_: Any
     ) -> tuple[Any, ...]:
         if inference_context is None:
-            return query, key, value, rotary_pos_emb, self.attn_mask_type, None
+            query, key = (_Rotate.apply(x, rotary_pos_emb[0]) for x in (query, key))  # type: ignore[no-untyped-call]
+            return query, key, value, None, self.attn_mask_type, None
         cache, start = inference_context, inference_context.sequence_len_offset
         cos, sin = cache.rotation(rotary_pos_emb[0], start, start + key.shape[0], key.dtype)
         keys, values = cache.append(self.layer_number, start, _rotate(key, cos, sin), value)
@@ -211,6 +221,30 @@ class KVSelfAttention(SelfAttention):  # type: ignore[misc]
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class _Rotate(torch.autograd.Function):
+    """Rotate pairs (x[i], x[i + dim / 2]) of [..., dim] by angles given as `Rotary.rotation`. Keeps no activation; the
+    gradient is the rotation back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rotation: Tensor) -> Tensor:
+        ctx.save_for_backward(rotation)
+        return _rotated(x, *rotation)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        cos, sin = ctx.saved_tensors[0]
+        return _rotated(grad, cos, -sin), None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    first, second = x.chunk(2, -1)
+    left, right = out.chunk(2, -1)
+    torch.mul(first, cos, out=left).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=right).addcmul_(first, sin)
+    return out
 
 
 class ValueHead(nn.Module):

@@ -1,4 +1,8 @@
-"""Log-probabilities of given tokens, and entropies, from logits whose vocabulary is cut over tensor-parallel ranks."""
+"""Log-probabilities of given tokens, and entropies, from hidden states and a head whose vocabulary is cut over tp.
+
+Temporaries of the vocabulary's width are made for a few rows at a time: a float32 copy of all logits would be the
+largest tensor of a step, and on the CPU its page faults cost as much as its arithmetic.
+"""
 
 from __future__ import annotations
 
@@ -8,67 +12,120 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+ELEMENTS = {"cpu": 2**19, "cuda": 2**25}
+"""Numbers of a float32 temporary, by device: what a cache holds, and what keeps a GPU busy."""
+SCORED_ELEMENTS = 2**25
+"""Logits that exist at a time when nothing is differentiated."""
+
 
 def token_logprobs_of(
-    logits: Tensor, tokens: Tensor, group: Any, vocab: int, temperature: float = 1.0
+    hidden: Tensor, weight: Tensor, tokens: Tensor, group: Any, vocab: int, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each token, and entropy of each distribution, under softmax(logits / temperature).
+    """Log-probability of each token, and entropy of each distribution, under softmax(hidden weight^T / temperature).
 
-    logits: [..., stored vocabulary / tp], this rank's columns. tokens: [...]. vocab: columns beyond it are padding and
-    have probability zero. Returns two float32 tensors [...], equal on all ranks of the tp `group`. Differentiable in
-    logits. One maximum and one sum are exchanged per call.
+    hidden: [n, width], equal on all ranks of the tp `group`; its gradient is this rank's part of a sum over the group.
+    weight: [stored vocabulary / tp, width], this rank's rows. tokens: [n]. vocab: entries beyond it are padding and
+    have probability zero. Two float32 tensors [n], equal on all ranks; only the first is differentiable. One maximum
+    and one sum are exchanged.
     """
-    logprobs, entropy = _TokenLogProbs.apply(logits, tokens, group, vocab, temperature)  # type: ignore[no-untyped-call]
-    return logprobs, entropy
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        logprobs, entropy = _TokenLogProbs.apply(hidden, weight, tokens, group, vocab, temperature)  # type: ignore[no-untyped-call]
+        return logprobs, entropy
+    size = max(1, SCORED_ELEMENTS // weight.shape[0])
+    parts = [
+        _Head(rows @ weight.t(), group, vocab, temperature).logprobs(ids)
+        for rows, ids in zip(torch.split(hidden, size), torch.split(tokens, size), strict=True)
+    ]
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+
+class _Head:
+    """Logits [n, stored vocabulary / tp] of this rank and the softmax over the whole vocabulary."""
+
+    def __init__(self, logits: Tensor, group: Any, vocab: int, temperature: float) -> None:
+        self.logits = logits
+        self._group = group
+        self._temperature = temperature
+        self._start = group.rank() * logits.shape[1]
+        self._real = logits[:, : max(0, min(vocab - self._start, logits.shape[1]))]
+        rows = max(1, ELEMENTS[logits.device.type] // logits.shape[1])
+        self._rows = [slice(at, at + rows) for at in range(0, len(logits), rows)]
+        self._buffers = torch.empty(2, min(rows, len(logits)), self._real.shape[1], device=logits.device)
+
+    def logprobs(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies; keeps what `gradient` needs."""
+        local, self._here = (
+            tokens - self._start,
+            (tokens >= self._start) & (tokens < self._start + self.logits.shape[1]),
+        )
+        self._local = local.where(self._here, 0)
+        peak = self._peak()
+        sums = torch.empty(3, len(tokens), device=self.logits.device)
+        chosen = self.logits.gather(1, self._local[:, None]).squeeze(1).float() / self._temperature
+        sums[0] = (chosen - peak).where(self._here, 0.0)
+        for part in self._rows:
+            shifted, weights = (buffer[: len(peak[part])] for buffer in self._buffers)
+            self._shift(part, peak, shifted)
+            torch.exp(shifted, out=weights)
+            torch.sum(weights, 1, out=sums[1, part])
+            sums[2, part] = _dot(weights, shifted)
+        if self._group.size() > 1:
+            dist.all_reduce(sums, group=self._group)
+        total = sums[1].log()
+        self._log_sum = peak + total
+        return sums[0] - total, total - sums[2] / sums[1]
+
+    def _peak(self) -> Tensor:
+        peak = torch.full((len(self.logits),), -torch.inf, device=self.logits.device)
+        if self._real.shape[1]:
+            peak = self._real.amax(1).float() / self._temperature
+        if self._group.size() > 1:
+            dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=self._group)
+        return peak
+
+    def _shift(self, part: slice, by: Tensor, out: Tensor) -> None:
+        """Logits of some rows over the temperature, less a number per row."""
+        if self._temperature == 1:
+            torch.sub(self._real[part], by[part, None], out=out)
+            return
+        torch.div(self._real[part], self._temperature, out=out)
+        out -= by[part, None]
+
+    def gradient(self, of_logprobs: Tensor) -> Tensor:
+        """The gradient in the logits, in their own storage: (onehot - p) / temperature for each row."""
+        scale = of_logprobs / self._temperature
+        for part in self._rows:
+            grad = self._buffers[0, : len(scale[part])]
+            self._shift(part, self._log_sum, grad)
+            grad.exp_().mul_(-scale[part, None])
+            self._real[part] = grad
+        self.logits[:, self._real.shape[1] :] = 0
+        self.logits.scatter_add_(1, self._local[:, None], (scale * self._here).to(self.logits.dtype)[:, None])
+        return self.logits
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """d logprob / d x = onehot - p; d entropy / d x = -p (log p + entropy), for x = logits / temperature."""
+    """Keeps the logits in the type of the model and turns them into their gradient in place."""
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, tokens: Tensor, group: Any, vocab: int, temperature: float
+        ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, group: Any, vocab: int, temperature: float
     ) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        columns = logits.shape[-1]
-        start = group.rank() * columns
-        padding = slice(max(0, vocab - start), columns)
-        scaled = logits.to(torch.float32, copy=True)
-        if temperature != 1:
-            scaled /= temperature
-        scaled[..., padding] = -torch.inf
-        peak = scaled.amax(-1)
-        if group.size() > 1:
-            dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
-        scaled -= peak.unsqueeze(-1)
-        here = (tokens >= start) & (tokens < start + columns)
-        local = (tokens - start).where(here, 0).unsqueeze(-1)
-        chosen = scaled.gather(-1, local).squeeze(-1).where(here, 0.0)
-        weights = scaled.exp()
-        scaled[..., padding] = 0  # its weight is 0 already; 0 x -inf would make the mean NaN
-        mean = _dot(weights, scaled)
-        sums = torch.stack([chosen, weights.sum(-1), mean])
-        if group.size() > 1:
-            dist.all_reduce(sums, group=group)
-        chosen, total, mean = sums
-        entropy = total.log() - mean / total
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(weights.div_(total.unsqueeze(-1)), here, local, entropy)
-        ctx.temperature, ctx.dtype = temperature, logits.dtype
-        return chosen - total.log(), entropy
+        ctx.save_for_backward(hidden, weight)
+        ctx.head = _Head(hidden @ weight.t(), group, vocab, temperature)
+        logprobs, entropy = ctx.head.logprobs(tokens)
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
 
     @staticmethod
-    def backward(
-        ctx: Any, of_logprobs: Tensor | None, of_entropy: Tensor | None
-    ) -> tuple[Tensor, None, None, None, None]:
-        probabilities, here, local, entropy = ctx.saved_tensors
-        of_logprobs = torch.zeros_like(entropy) if of_logprobs is None else of_logprobs / ctx.temperature
-        grad = probabilities * -of_logprobs.unsqueeze(-1)
-        grad.scatter_add_(-1, local, (of_logprobs * here).unsqueeze(-1))
-        if of_entropy is not None:
-            logs = torch.special.xlogy(probabilities, probabilities)
-            grad -= (logs + probabilities * entropy.unsqueeze(-1)) * (of_entropy / ctx.temperature).unsqueeze(-1)
-        return grad.to(ctx.dtype), None, None, None, None
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, of_logprobs: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight = ctx.saved_tensors
+        grad = ctx.head.gradient(of_logprobs)
+        del ctx.head
+        of_hidden = grad @ weight if ctx.needs_input_grad[0] else None
+        of_weight = grad.t() @ hidden if ctx.needs_input_grad[1] else None
+        return of_hidden, of_weight, None, None, None, None
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

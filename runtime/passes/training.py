@@ -20,8 +20,9 @@ from runtime.models.mcore import (
     finalize_model_grads,
 )
 from runtime.models.model import Model, moved
-from runtime.passes.forward import Batch, LossFunction, cut, pack_micro_batches, run_schedule, token_output
+from runtime.passes.forward import LossFunction, MicroBatches, run_schedule, token_output
 from runtime.passes.optimizer import AdamSettings, make_optimizer, parts_of
+from runtime.passes.packs import Batch, packs_of
 
 _TERMS_BYTES = 2048
 
@@ -75,12 +76,12 @@ class Trainer:
         self,
         batch: Batch,
         loss: LossFunction,
-        micro_batches: int = 1,
+        micro_batches: MicroBatches | None = None,
         temperature: float = 1.0,
         *,
         skip_nonfinite: bool = False,
     ) -> StepStats:
-        """One optimizer step on this replica's part of a minibatch.
+        """One optimizer step on this replica's part of a minibatch; without `micro_batches`, in one.
 
         The gradient is the sum over all micro-batches and replicas, so `loss` divides by global counts. A loss or
         gradient norm that is not finite raises NonFinite, or with skip_nonfinite leaves weights and optimizer as they
@@ -117,21 +118,21 @@ class Trainer:
         return grad_norm
 
     def accumulate(
-        self, batch: Batch, loss: LossFunction, micro_batches: int = 1, temperature: float = 1.0
+        self, batch: Batch, loss: LossFunction, micro_batches: MicroBatches | None = None, temperature: float = 1.0
     ) -> dict[str, float]:
         """Gradients of a minibatch, reduced over replicas, in `main_grad` of the parameters; the summed loss terms."""
         for chunk in self._chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
-        batches = cut(batch, micro_batches)
-        packed = pack_micro_batches(self.model, batches)
+        batches = [batch.take(part) for part in micro_batches or [range(len(batch.sequences))]]
+        packs = packs_of(self.model, [part.sequences for part in batches])
 
-        def finish(output: Tensor, index: int) -> tuple[Tensor, Mapping[str, Tensor]]:
-            value, terms = loss(token_output(self.model, output, packed[index], temperature), batches[index])
+        def finish(hidden: Tensor, index: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+            value, terms = loss(token_output(self.model, hidden, packs[index], temperature), batches[index])
             return value, {name: term.detach().float() for name, term in terms.items()}
 
-        return self._sum(run_schedule(self.model, self._chunks, packed, finish, forward_only=False))
+        return self._sum(run_schedule(self.model, self._chunks, packs, finish, forward_only=False))
 
     def _sum(self, terms: list[Mapping[str, Tensor]]) -> dict[str, float]:
         """Loss terms over micro-batches and replicas, on every stage."""

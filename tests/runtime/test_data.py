@@ -1,4 +1,4 @@
-"""Prompt sources, their order, and left padding."""
+"""Prompt sources, their order, and their tokens."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from runtime.batches.data import (
     PromptSet,
     fitting_prompts,
     left_out,
-    left_padded,
     movie_review_prompts,
+    prompt_tokens_of,
     read_prompts,
     read_rows,
-    right_padded,
+    response_tokens_of,
 )
 from runtime.batches.tokenizer import Tokenizer
 
@@ -95,21 +95,20 @@ def test_batch_larger_than_the_set_wraps() -> None:
     assert sorted(PromptSet(("a", "b"), 4).batch(0)) == [0, 0, 1, 1]
 
 
-def test_left_padding(tokenizer: Tokenizer) -> None:
-    tokens, lengths = left_padded(["the movie was", "good"], tokenizer, 5)
-    assert lengths.tolist() == [3, 1]
-    assert tokens[0].tolist() == [0, 0, *tokenizer.encode("the movie was")]
-    assert tokens[1].tolist() == [0, 0, 0, 0, *tokenizer.encode("good")]
+def test_tokens_of_prompts(tokenizer: Tokenizer) -> None:
+    assert prompt_tokens_of(["the movie was", "good"], tokenizer, 5) == [
+        list(tokenizer.encode("the movie was")),
+        list(tokenizer.encode("good")),
+    ]
     with pytest.raises(DataError, match=r"has 3 tokens; a prompt has 1 to 2\nhint: prompt_tokens=3"):
-        left_padded(["the movie was"], tokenizer, 2)
+        prompt_tokens_of(["the movie was"], tokenizer, 2)
 
 
-def test_right_padding(tokenizer: Tokenizer) -> None:
-    tokens, lengths = right_padded(["good", "the movie was bad"], tokenizer, 3, stop=True)
-    assert lengths.tolist() == [2, 3]
-    assert tokens[0].tolist() == [*tokenizer.encode("good"), tokenizer.eos_ids[0], tokenizer.pad_id]
-    assert tokens[1].tolist() == tokenizer.encode("the movie was"), "a long response is cut"
-    assert right_padded(["good"], tokenizer, 3, stop=False)[1].tolist() == [1]
+def test_tokens_of_responses(tokenizer: Tokenizer) -> None:
+    short, long = response_tokens_of(["good", "the movie was bad"], tokenizer, 3, stop=True)
+    assert short == [*tokenizer.encode("good"), tokenizer.eos_ids[0]]
+    assert long == list(tokenizer.encode("the movie was")), "a long response is cut"
+    assert [len(ids) for ids in response_tokens_of(["good"], tokenizer, 3, stop=False)] == [1]
 
 
 def test_rows_of_pairs(tmp_path: Path) -> None:

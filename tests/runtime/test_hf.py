@@ -9,7 +9,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
-from tiny_models import build, layout_of, padded_batch, save_tiny, tiny_model
+from tiny_models import build, layout_of, mixed_sequences, save_tiny, tiny_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -24,7 +24,7 @@ from plans.model import ModelSpec
 from runtime.groups import GroupCache
 from runtime.models import installation
 from runtime.models.model import named_shards
-from runtime.passes.forward import token_values
+from runtime.passes.forward import sample_scores
 from runtime.weights.export import export, weight_files
 from runtime.weights.hf import load_weights, random_weights
 from runtime.weights.hf_files import INDEX, Checkpoint, WeightsError
@@ -94,29 +94,29 @@ def test_a_second_export_moves_the_first_aside(tmp_path: Path):
 def test_value_head_from_a_language_model_starts_from_zero_and_returns(tmp_path: Path):
     save_tiny("llama", tmp_path / "lm")
     spec = spec_from_folder(tmp_path / "lm").with_value_head()
-    batch = padded_batch(2, prompt=6, response=6)
+    batch = mixed_sequences(2, prompt=6, response=6)
 
     def write() -> tuple[torch.Tensor, torch.Tensor]:
         installation.install(CPU)
         model = build(GroupCache(CPU), layout_of(spec, pp=2))
         assert model is not None
         load_weights(model, tmp_path / "lm")
-        zero = token_values(model, batch["tokens"], batch["mask"])
+        zero = sample_scores(model, batch)
         with torch.no_grad():
             for parameter, tensor in named_shards(model):
                 if parameter.name == "output_layer.weight":
                     tensor.copy_(torch.linspace(-1, 1, spec.hidden)[None])
         export(model, tmp_path / "critic", tmp_path / "lm")
         load_weights(model, tmp_path / "critic")
-        return zero, token_values(model, batch["tokens"], batch["mask"])
+        return zero, sample_scores(model, batch)
 
     zero, values = run_ranks(2, write)[0]
     assert not zero.any()
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "critic")
-    real = batch["tokens"][0][batch["mask"][0]]
+    prompt, response = batch.texts()[0]
     with torch.no_grad():
-        expected = loaded(real[None]).logits[0, 0]
-    torch.testing.assert_close(values[0, batch["mask"][0]][-1], expected, rtol=1e-5, atol=1e-5)
+        expected = loaded(torch.tensor([prompt + response])).logits[0, 0]
+    torch.testing.assert_close(values[0], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_each_rank_reads_only_its_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -20,7 +20,8 @@ from plans.plan import ExecutionPlan
 from plans.program import compile_program
 from plans.runfile import RunFile
 from plans.strategy import Recompute
-from runtime.batches.transfer import BatchStore, Rows
+from runtime.batches.sequences import Sequences
+from runtime.batches.transfer import BatchStore
 from runtime.executor import Executor
 from runtime.groups import GroupCache
 from runtime.job import prepare_job
@@ -85,7 +86,7 @@ APART = {  # no rank of the training holds a whole group
     "actor_train": ("node 0 gpus 2-3", "d2 t1 p1", {"micro_batches": 2}),
 }
 CRITIC_FREE_LAYOUTS = {"tp2": (2, "d1 t2 p1"), "dp2": (2, "d2 t1 p1"), "disjoint": (4, APART)}
-Tokens = dict[tuple[int, int], list[int]]
+Tokens = dict[tuple[int, int], tuple[list[int], list[int]]]
 Outcome = tuple[list[Metrics], Tokens]
 
 
@@ -97,13 +98,16 @@ class Watcher:
         self.ref: dict[tuple[int, int], Tensor] = {}
         put = BatchStore.put
 
-        def watch(store: BatchStore, iteration: int, key: str, rows: Sequence[int], values: Rows) -> None:
+        def watch(store: BatchStore, iteration: int, key: str, rows: Sequence[int], values: Sequences | Tensor) -> None:
             put(store, iteration, key, rows, values)
             if key == "sequences":
-                for row, tokens in zip(rows, values["tokens"].tolist(), strict=True):
+                for row in rows:
+                    found = store.get(iteration, key, [row])
+                    assert isinstance(found, Sequences)
+                    tokens = found.texts()[0]
                     assert self.tokens.setdefault((iteration, row), tokens) == tokens
             if key == "ref_logprobs":
-                self.ref.update({(iteration, row): x for row, x in zip(rows, values[key], strict=True)})
+                self.ref.update({(iteration, row): store.get(iteration, key, [row]) for row in rows})
 
         monkeypatch.setattr(BatchStore, "put", watch)
 
@@ -138,11 +142,15 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     return execute(tiny_plan(1, "d1 t1 p1"), tiny_run(folder), folder)
 
 
+COUNTS = ("clipfrac", "accuracies")
+"""Metrics that count where one number exceeds another: at a tie, rounding decides."""
+
+
 def compare(found: Outcome, wanted: Outcome, samples: int) -> None:
     """The same tokens in all iterations; the same losses, within 1e-5 in the first and 1e-4 in later ones."""
     assert found[1] == wanted[1] and len(found[1]) == samples
     for iteration, (ours, theirs) in enumerate(zip(found[0], wanted[0], strict=True)):
-        keys = [key for key in theirs if key.startswith(("actor/", "critic/"))]
+        keys = [key for key in theirs if key.startswith(("actor/", "critic/")) and not key.endswith(COUNTS)]
         assert {"actor/pg_loss", "actor/grad_norm", "actor/entropy", "critic/advantages/max"} <= set(keys)
         for key in keys:
             limit = (1e-5 if iteration == 0 else 1e-4) * max(1.0, abs(theirs[key]))
@@ -198,7 +206,8 @@ def test_algorithms_with_given_responses(algorithm: str, tmp_path: Path) -> None
     assert wanted[-1][f"{role}/loss"] < 0.8 * wanted[0][f"{role}/loss"]
     for number, places in enumerate(OFFLINE_LAYOUTS[algorithm]):
         for iteration, (ours, theirs) in enumerate(zip(metrics(str(number), 2, places), wanted, strict=True)):
-            for key in [key for key in theirs if key.startswith((f"{role}/", "response_length"))]:
+            named = [key for key in theirs if key.startswith((f"{role}/", "response_length"))]
+            for key in [key for key in named if not key.endswith(COUNTS)]:
                 limit = (1e-5 if iteration == 0 else 1e-4) * max(1.0, abs(theirs[key]))
                 assert abs(ours[key] - theirs[key]) <= limit, f"iteration {iteration}: {key}"
 
@@ -235,14 +244,11 @@ def test_logprobs_are_those_of_transformers(tmp_path: Path) -> None:
     tokens, ref = run_ranks(4, rank)[1]
     reference = LlamaForCausalLM.from_pretrained(TINY, dtype=torch.float32)
     assert len(tokens) == len(ref) == 8
-    for place, row in tokens.items():
-        start = next(i for i, token in enumerate(row) if token != reference.config.pad_token_id)
-        ids = torch.tensor([row[start:]])
+    for place, (prompt, response) in tokens.items():
+        ids = torch.tensor([prompt + response])
         with torch.no_grad():
             logprobs = reference(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None]).squeeze(1)
-        length = int((ref[place] != 0).sum())
-        expected = logprobs[plan.workload.prompt_tokens - start - 1 :][:length]
-        torch.testing.assert_close(ref[place][:length], expected, atol=2e-5, rtol=0)
+        torch.testing.assert_close(ref[place], logprobs[len(prompt) - 1 :], atol=2e-5, rtol=0)
 
 
 def test_the_exported_actor_is_the_trained_one(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -9,19 +9,20 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
-from tiny_models import build, layout_of, padded_batch, save_tiny, tiny_model
+from tiny_models import build, layout_of, mixed_sequences, save_tiny, tiny_model
 
 from plans.errors import SpecError
 from plans.huggingface import spec_from_folder
 from plans.layout import Layout, model_units
 from plans.model import ModelSpec, Norm, Position
 from plans.strategy import Recompute
+from runtime.batches.sequences import Sequences
 from runtime.groups import GroupCache, rank_sets
 from runtime.models import installation
 from runtime.models.model import alias_parameters, build_model, named_shards
 from runtime.models.modules import KVCache
 from runtime.models.shards import shard, shard_shape, unshard
-from runtime.passes.forward import token_logprobs, token_values
+from runtime.passes.forward import sample_scores, token_logprobs, token_values
 from runtime.weights.hf import load_weights, random_weights
 
 CPU = torch.device("cpu")
@@ -122,22 +123,30 @@ def test_what_cannot_run_is_refused(spec: ModelSpec, degrees: dict[str, int], me
         build_model(layout_of(spec, **degrees), None, device=CPU)
 
 
-def reference_logprobs(model: Any, batch: dict[str, torch.Tensor], temperature: float = 1.0) -> torch.Tensor:
-    """Hugging Face's log-probabilities, sample by sample without padding, in the batch's columns."""
-    result = torch.zeros(batch["tokens"].shape)
+PARTS = {1: None, 2: [[3, 0], [1, 2]], 4: [[0], [1], [2], [3]], 6: [[2], [1], [], [3], [0], []]}
+"""Micro-batches of four samples, out of order and some of them empty."""
+
+
+def parts_for(degrees: dict[str, int]) -> list[tuple[int, Any]]:
+    """Micro-batches for a layout: with several chunks per stage, as many as fill its rounds."""
+    return [(count, parts) for count, parts in PARTS.items() if "vpp" not in degrees or count % degrees["pp"] == 0]
+
+
+def reference_logprobs(model: Any, batch: Sequences, temperature: float = 1.0) -> torch.Tensor:
+    """Hugging Face's log-probabilities of response tokens, sample by sample."""
+    found = []
     with torch.no_grad():
-        for row, (tokens, mask) in enumerate(zip(batch["tokens"], batch["mask"], strict=True)):
-            real = tokens[mask][None]
-            logits = model(real).logits[:, :-1].float() / temperature
-            found = logits.log_softmax(-1).gather(-1, real[:, 1:, None])[0, :, 0]
-            result[row, mask] = torch.cat([torch.zeros(1), found])
-    return result
+        for prompt, response in batch.texts():
+            ids = torch.tensor([prompt + response])
+            logprobs = (model(ids).logits[0, :-1].float() / temperature).log_softmax(-1)
+            found.append(logprobs.gather(-1, ids[0, 1:, None])[len(prompt) - 1 :, 0])
+    return torch.cat(found)
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama-tied", "llama3", "qwen2", "qwen3"])
 def test_logprobs_equal_hugging_face(kind: str, tmp_path: Path):
     reference = save_tiny(kind, tmp_path)
-    batch = padded_batch(4, prompt=12, response=10)
+    batch = mixed_sequences(4, prompt=12, response=10)
     expected = reference_logprobs(reference, batch, temperature=0.7)
     spec = spec_from_folder(tmp_path)
 
@@ -151,11 +160,9 @@ def test_logprobs_equal_hugging_face(kind: str, tmp_path: Path):
                 if model is None:
                     continue
                 load_weights(model, tmp_path)
-                for micro_batches in (2, 4):
-                    got = token_logprobs(
-                        model, batch["tokens"], batch["mask"], micro_batches=micro_batches, temperature=0.7
-                    )
-                    key = f"{degrees} {sequence_parallel} {micro_batches}"
+                for count, parts in parts_for(degrees):
+                    got = token_logprobs(model, batch, micro_batches=parts, temperature=0.7)
+                    key = f"{degrees} {sequence_parallel} {count}"
                     found[key] = float((got - expected).abs().max())
         return found
 
@@ -165,12 +172,14 @@ def test_logprobs_equal_hugging_face(kind: str, tmp_path: Path):
 
 def test_values_equal_hugging_face(tmp_path: Path):
     reference = save_tiny("reward", tmp_path)
-    batch = padded_batch(4, prompt=12, response=10)
-    expected = torch.zeros(batch["tokens"].shape)
+    batch = mixed_sequences(4, prompt=12, response=10)
+    values, scores = [], []
     with torch.no_grad():
-        for row, (tokens, mask) in enumerate(zip(batch["tokens"], batch["mask"], strict=True)):
-            hidden = reference.model(tokens[mask][None]).last_hidden_state
-            expected[row, mask] = reference.score(hidden)[0, :, 0]
+        for prompt, response in batch.texts():
+            found = reference.score(reference.model(torch.tensor([prompt + response])).last_hidden_state)[0, :, 0]
+            values.append(found[len(prompt) - 1 : -1])
+            scores.append(found[-1:])
+    expected = torch.cat(values + scores)
     spec = spec_from_folder(tmp_path).with_value_head()
 
     def errors() -> dict[str, float]:
@@ -181,8 +190,11 @@ def test_values_equal_hugging_face(tmp_path: Path):
             model = build(groups, layout_of(spec, **degrees), sequence_parallel=True)
             if model is not None:
                 load_weights(model, tmp_path)
-                got = token_values(model, batch["tokens"], batch["mask"], micro_batches=2)
-                found[str(degrees)] = float((got - expected).abs().max())
+                for count, parts in parts_for(degrees):
+                    got = torch.cat(
+                        [score(model, batch, micro_batches=parts) for score in (token_values, sample_scores)]
+                    )
+                    found[f"{degrees} {count}"] = float((got - expected).abs().max())
         return found
 
     for found in run_ranks(4, errors):
@@ -191,7 +203,7 @@ def test_values_equal_hugging_face(tmp_path: Path):
 
 def test_bfloat16_is_near_hugging_face(tmp_path: Path):
     reference = save_tiny("llama", tmp_path).to(torch.bfloat16)
-    batch = padded_batch(4, prompt=12, response=10)
+    batch = mixed_sequences(4, prompt=12, response=10)
     expected = reference_logprobs(reference, batch)
     exact = reference_logprobs(tiny_model("llama"), batch)
     spec = spec_from_folder(tmp_path)
@@ -201,7 +213,7 @@ def test_bfloat16_is_near_hugging_face(tmp_path: Path):
         model = build(GroupCache(CPU), layout_of(spec, tp=2), dtype=torch.bfloat16, sequence_parallel=True)
         assert model is not None
         load_weights(model, tmp_path)
-        return token_logprobs(model, batch["tokens"], batch["mask"])
+        return token_logprobs(model, batch)
 
     got = run_ranks(2, logprobs)[0]
     rounding = (expected - exact).abs().mean()
@@ -209,7 +221,7 @@ def test_bfloat16_is_near_hugging_face(tmp_path: Path):
 
 
 def test_random_weights_do_not_depend_on_the_layout():
-    batch = padded_batch(2, prompt=6, response=6)
+    batch = mixed_sequences(2, prompt=6, response=6)
 
     def logprobs() -> list[torch.Tensor]:
         installation.install(CPU)
@@ -219,7 +231,7 @@ def test_random_weights_do_not_depend_on_the_layout():
             model = build(groups, layout_of(SPEC, **degrees))
             if model is not None:
                 random_weights(model, seed=3)
-                found.append(token_logprobs(model, batch["tokens"], batch["mask"], micro_batches=2))
+                found.append(token_logprobs(model, batch, micro_batches=[[1], [0]]))
         return found
 
     results = [found for rank in run_ranks(4, logprobs) for found in rank]
@@ -252,8 +264,8 @@ def test_a_view_shares_weights_and_generates(tmp_path: Path):
             cache.sequence_len_offset += prompt.shape[1]
             cache.enable_decode_mode()
             second = chunk(torch.tensor([[9]]), None, None, inference_context=cache, runtime_gather_output=True)
-        batch = padded_batch(2, prompt=6, response=6)
-        token_logprobs(training, batch["tokens"], batch["mask"])
+        batch = mixed_sequences(2, prompt=6, response=6)
+        token_logprobs(training, batch)
         return torch.cat([first[:, -1:], second], 1)[..., : spec.vocab].clone()
 
     torch.testing.assert_close(run_ranks(2, decode)[1], expected, rtol=0, atol=1e-5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from runtime.batches.sequences import Sequences, padded, ranges, take_runs, unpadded
+from runtime.batches.sequences import Sequences, padded, ranges, run_sums, take_runs, unpadded
 
 PROMPTS = [[1, 2, 3], [4], [5, 6]]
 RESPONSES = [[7], [], [8, 9]]
@@ -36,7 +36,8 @@ def test_rows_are_filled_up_with_zeros() -> None:
     rows = padded(values, [1, 0, 2])
     assert rows.tolist() == [[1, 0], [0, 0], [2, 3]]
     assert torch.equal(unpadded(rows, [1, 0, 2]), values)
-    assert padded(values[:0], []).shape == (0, 0) and ranges([], []).tolist() == []
+    assert run_sums(values, [1, 0, 2]).tolist() == [1, 0, 5]
+    assert padded(values[:0], [0]).tolist() == [[0]] and ranges([], []).tolist() == []
 
 
 @pytest.mark.parametrize(

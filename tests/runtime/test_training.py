@@ -9,17 +9,19 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
-from tiny_models import build, checkpoint_tensors, layout_of, padded_batch, save_tiny, tiny_model
+from tiny_models import build, checkpoint_tensors, layout_of, mixed_sequences, save_tiny, tiny_model
 
-from plans.errors import RealplanError
 from plans.huggingface import spec_from_folder
 from plans.strategy import Recompute
+from runtime.batches.sequences import Sequences
 from runtime.groups import GroupCache
 from runtime.models import installation
 from runtime.models.model import Model, named_shards
-from runtime.passes.forward import Batch, TokenOutput, cut, pack, packed_width, token_logprobs
+from runtime.passes import logprobs as logprobs_module
+from runtime.passes.forward import TokenOutput, token_logprobs
 from runtime.passes.logprobs import token_logprobs_of
 from runtime.passes.optimizer import AdamSettings
+from runtime.passes.packs import Batch, pack
 from runtime.passes.training import Trainer
 from runtime.weights.hf import load_weights
 from runtime.weights.hf_names import hf_names, hf_shape, join
@@ -58,40 +60,46 @@ def split_case(case: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], bo
     return degrees, settings, case.get("shard_optimizer", True)
 
 
-def full_batch() -> dict[str, torch.Tensor]:
-    batch = padded_batch(SAMPLES, prompt=8, response=8)
-    batch["weight"] = torch.linspace(-1, 2, SAMPLES)[:, None].expand(SAMPLES, 16)
-    batch["total"] = batch["mask"].sum().expand(SAMPLES)
-    return batch
+def full_batch() -> Batch:
+    sequences = mixed_sequences(SAMPLES, prompt=8, response=8)
+    return Batch(sequences, {"weight": torch.linspace(-1, 2, sum(sequences.responses))})
+
+
+TOTAL = sum(full_batch().sequences.responses)
 
 
 def weighted_loss(out: TokenOutput, batch: Batch) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
-    """A policy gradient with an entropy bonus, or a squared error, over the global token count."""
-    total = batch["total"][0]
-    if out.values.numel():
-        loss = ((out.values - batch["weight"]) ** 2).where(batch["mask"], 0.0).sum() / total
-    else:
-        loss = -(out.logprobs * batch["weight"]).sum() / total - 0.1 * out.entropy.sum() / total
-    return loss, {"loss": loss, "tokens": batch["mask"].sum()}
+    """A policy gradient over the global token count."""
+    loss = -(out.logprobs * batch["weight"]).sum() / TOTAL
+    return loss, {"loss": loss, "entropy": out.entropy.sum(), "tokens": torch.tensor(len(batch["weight"]))}
+
+
+def squared_errors(out: TokenOutput, batch: Batch) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+    """Errors of values and scores over the global token count."""
+    loss = ((out.values - batch["weight"]) ** 2).sum() / TOTAL + ((out.scores - 1) ** 2).sum() / TOTAL
+    return loss, {"loss": loss, "tokens": torch.tensor(len(batch["weight"]))}
+
+
+LOSSES = {"reward": squared_errors}
 
 
 def reference_output(model: Any, batch: Batch, value_head: bool) -> TokenOutput:
     """The same numbers from Hugging Face, sample by sample."""
     nothing = torch.empty(0)
-    logprobs, entropy, values = (torch.zeros(batch["tokens"].shape) for _ in range(3))
-    for row, (tokens, mask) in enumerate(zip(batch["tokens"], batch["mask"], strict=True)):
-        real = tokens[mask][None]
-        columns = mask.nonzero()[:, 0]
+    logprobs, entropy, values, scores = [], [], [], []
+    for prompt, response in batch.sequences.texts():
+        real, first = torch.tensor([prompt + response]), len(prompt) - 1
         if value_head:
             found = model.score(model.model(real).last_hidden_state)[0, :, 0]
-            values = values.index_put((torch.tensor(row), columns), found)
+            values.append(found[first:-1])
+            scores.append(found[-1:])
             continue
-        logits = model(real).logits[0, :-1]
-        found = logits.log_softmax(-1).gather(-1, real[0, 1:, None])[:, 0]
-        logprobs = logprobs.index_put((torch.tensor(row), columns[1:]), found)
-        spread = torch.distributions.Categorical(logits=logits).entropy()
-        entropy = entropy.index_put((torch.tensor(row), columns[1:]), spread)
-    return TokenOutput(nothing, nothing, values) if value_head else TokenOutput(logprobs, entropy, nothing)
+        logits = model(real).logits[0, first:-1]
+        logprobs.append(logits.log_softmax(-1).gather(-1, real[0, first + 1 :, None])[:, 0])
+        entropy.append(-(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1))
+    if value_head:
+        return TokenOutput(nothing, nothing, torch.cat(values), torch.cat(scores))
+    return TokenOutput(torch.cat(logprobs), torch.cat(entropy), nothing, nothing)
 
 
 def reference_steps(kind: str, steps: int) -> tuple[list[float], list[float], dict[str, torch.Tensor], Any]:
@@ -105,7 +113,7 @@ def reference_steps(kind: str, steps: int) -> tuple[list[float], list[float], di
     losses, norms, first = [], [], {}
     for step in range(steps):
         adam.zero_grad()
-        loss, _ = weighted_loss(reference_output(model, batch, kind == "reward"), batch)
+        loss, _ = LOSSES.get(kind, weighted_loss)(reference_output(model, batch, kind == "reward"), batch)
         loss.backward()
         first = first or {name: p.grad.clone() for name, p in model.named_parameters()}
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), SETTINGS.clip_norm)))
@@ -124,9 +132,14 @@ def part(model: Model, parameter: Any, tensors: Mapping[str, torch.Tensor]) -> t
 
 
 def own_rows(model: Model, batch: Batch) -> Batch:
-    share = SAMPLES // model.layout.dp
-    start = model.place.dp * share
-    return {name: value[start : start + share] for name, value in batch.items()}
+    """Three samples on the first of two dp ranks, five on the other; of four, one, two, two and three."""
+    starts = {1: (0, 8), 2: (0, 3, 8), 4: (0, 1, 3, 5, 8)}[model.layout.dp]
+    return batch.take(range(starts[model.place.dp], starts[model.place.dp + 1]))
+
+
+def parts_of(batch: Batch, count: int) -> list[list[int]]:
+    """Micro-batches of a batch, dealt in turn; those beyond its samples are empty."""
+    return [list(range(len(batch.sequences)))[i::count] for i in range(count)]
 
 
 @pytest.mark.parametrize(
@@ -160,15 +173,16 @@ def test_steps_equal_one_process(kind: str, tmp_path: Path):
         trainer = Trainer(model, SETTINGS, shard_optimizer=sharded)
         batch = own_rows(model, full_batch())
         worst = {"loss": 0.0, "norm": 0.0, "grad": 0.0, "update": 0.0}
-        trainer.accumulate(batch, weighted_loss, micro_batches=2)
+        loss_of = LOSSES.get(kind, weighted_loss)
+        trainer.accumulate(batch, loss_of, parts_of(batch, 2))
         if not sharded or model.groups.expt_dp.size() == model.layout.dp == 1:
             for parameter, tensor in named_shards(model):
                 want = part(model, parameter, grads)
                 error = (tensor.main_grad - want).abs().max() / want.abs().max().clamp_min(1e-3)
                 worst["grad"] = max(worst["grad"], float(error))
         for loss, norm in zip(losses, norms, strict=True):
-            stats = trainer.step(batch, weighted_loss, micro_batches=min(4, SAMPLES // model.layout.dp))
-            assert stats.terms["tokens"] == full_batch()["mask"].sum()
+            stats = trainer.step(batch, loss_of, parts_of(batch, 4))
+            assert stats.terms["tokens"] == TOTAL
             worst["loss"] = max(worst["loss"], abs(stats.terms["loss"] - loss))
             worst["norm"] = max(worst["norm"], abs(stats.grad_norm - norm) / norm)
         for parameter, tensor in named_shards(model):
@@ -201,7 +215,8 @@ def test_bfloat16_has_float32_masters(sharded: bool, tmp_path: Path):
         trainer = Trainer(model, settings, shard_optimizer=sharded)
         weights = [tensor.data.clone() for _, tensor in named_shards(model)]
         before = {name: value.clone() for name, value in trainer.state().items()}
-        stats = trainer.step(own_rows(model, full_batch()), weighted_loss, micro_batches=2)
+        batch = own_rows(model, full_batch())
+        stats = trainer.step(batch, weighted_loss, parts_of(batch, 2))
         after = trainer.state()
         moved = [(after[name] - before[name]).abs() for name in after if name.endswith("master")]
         assert all(move.dtype is torch.float32 for move in moved)
@@ -265,51 +280,59 @@ def test_training_and_scoring_alternate(tmp_path: Path):
         batch = full_batch()
         found = []
         for _ in range(2):
-            found.append(token_logprobs(model, batch["tokens"], batch["mask"], micro_batches=4))
-            trainer.step(batch, weighted_loss, micro_batches=4)
+            found.append(token_logprobs(model, batch.sequences, micro_batches=parts_of(batch, 4)))
+            trainer.step(batch, weighted_loss, parts_of(batch, 4))
         return found
 
     first, second = run_ranks(2, run)[0]
     assert float((first - second).abs().max()) > 1e-3
 
 
-def test_logprobs_and_entropy_equal_torch():
+@pytest.mark.parametrize("elements", [10**6, 200])
+def test_logprobs_and_entropy_equal_torch(elements: int, monkeypatch: pytest.MonkeyPatch):
+    """Values and gradients of a vocabulary in four parts, the last two beyond the real entries or nearly so."""
+    monkeypatch.setitem(logprobs_module.ELEMENTS, "cpu", elements)
+    monkeypatch.setattr(logprobs_module, "SCORED_ELEMENTS", elements)
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(2, 5, 256, generator=generator) * 3
-    tokens = torch.randint(0, 130, (2, 5), generator=generator)
-    weights = torch.randn(2, 2, 5, generator=generator)
-    want_logits = logits.clone().requires_grad_()
-    logs = (want_logits[..., :130] / 0.8).log_softmax(-1)
-    want = (logs.gather(-1, tokens[..., None])[..., 0], -(logs.exp() * logs).sum(-1))
-    (want[0] * weights[0] + want[1] * weights[1]).sum().backward()
+    hidden = torch.randn(10, 8, generator=generator)
+    weight = torch.randn(256, 8, generator=generator)
+    tokens = torch.randint(0, 130, (10,), generator=generator)
+    weights = torch.randn(10, generator=generator)
+    want_hidden, want_weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    logs = ((want_hidden @ want_weight.t())[:, :130] / 0.8).log_softmax(-1)
+    want = logs.gather(-1, tokens[:, None])[:, 0]
+    entropy = -(logs.exp() * logs).sum(-1).detach()
+    (want * weights).sum().backward()
 
     def run() -> tuple[torch.Tensor, ...]:
         group = torch.distributed.group.WORLD
-        part = logits.chunk(4, -1)[group.rank()].clone().requires_grad_()
-        found = token_logprobs_of(part, tokens, group, 130, 0.8)
-        (found[0] * weights[0] + found[1] * weights[1]).sum().backward()
-        assert part.grad is not None
-        return found[0].detach(), found[1].detach(), part.grad
+        part = weight.chunk(4)[group.rank()].clone().requires_grad_()
+        own = hidden.clone().requires_grad_()
+        found = token_logprobs_of(own, part, tokens, group, 130, 0.8)
+        (found[0] * weights).sum().backward()
+        with torch.no_grad():
+            scored = token_logprobs_of(own, part, tokens, group, 130, 0.8)
+        assert part.grad is not None and own.grad is not None
+        return found[0].detach(), found[1], *scored, own.grad, part.grad
 
     results = run_ranks(4, run)
-    for logprobs, entropy, _ in results:
-        torch.testing.assert_close(logprobs, want[0].detach())
-        torch.testing.assert_close(entropy, want[1].detach())
-    torch.testing.assert_close(torch.cat([grad for _, _, grad in results], -1), want_logits.grad, rtol=1e-5, atol=1e-6)
+    for logprobs, spread, scored, scored_spread, _, _ in results:
+        for one in (logprobs, scored):
+            torch.testing.assert_close(one, want.detach())
+        for one in (spread, scored_spread):
+            torch.testing.assert_close(one, entropy)
+    assert want_hidden.grad is not None and want_weight.grad is not None
+    torch.testing.assert_close(sum(result[4] for result in results), want_hidden.grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.cat([result[5] for result in results]), want_weight.grad, rtol=1e-5, atol=1e-5)
 
 
-def test_packing_moves_tokens_and_brings_results_back():
-    tokens = torch.tensor([[0, 0, 5, 6, 7, 0], [1, 2, 3, 4, 5, 6]])
-    mask = tokens > 0
-    assert packed_width(mask, 4) == 8
-    packed = pack(tokens, mask, 8)
-    assert packed.tokens.tolist() == [[5, 6, 7, 0, 0, 0, 0, 0], [1, 2, 3, 4, 5, 6, 0, 0]]
-    assert torch.equal(packed.unpack(packed.tokens.float()), tokens.float())
-
-
-def test_uneven_micro_batches_are_refused():
-    with pytest.raises(RealplanError, match="8 samples do not divide into 3"):
-        cut(full_batch(), 3)
+def test_packs_are_filled_up():
+    sequences = Sequences.of([[1, 2], [3]], [[4], [5, 6]])
+    found = pack(sequences, 8)
+    assert found.tokens.tolist() == [1, 2, 4, 3, 5, 6, 0, 0]
+    assert found.positions.tolist() == [0, 1, 2, 0, 1, 2, 0, 0]
+    assert (found.runs.lengths, found.runs.bounds.tolist()) == ((3, 3, 2), [0, 3, 6, 8])
+    assert found.before.tolist() == [1, 3, 4]
 
 
 def test_warm_up_is_linear():

@@ -1,0 +1,91 @@
+"""Attention inside sequences that lie end to end."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """Lengths of sequences that lie end to end, in host memory, and where they begin, on the device: int32 [n + 1].
+
+    Megatron's layers hand it to the attention core in the place of `PackedSeqParams`.
+    """
+
+    lengths: tuple[int, ...]
+    bounds: Tensor
+    qkv_format: ClassVar[str] = "thd"
+
+    @classmethod
+    def of(cls, lengths: tuple[int, ...], device: torch.device) -> Runs:
+        """From the lengths."""
+        return cls(lengths, torch.tensor((0, *accumulate(lengths)), dtype=torch.int32, device=device))
+
+
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, of_queries: Runs, of_keys: Runs, scale: float | None = None
+) -> Tensor:
+    """Causal attention inside each of n sequences: [tokens, heads, dim] queries on [tokens, kv_heads, dim] keys.
+
+    The last query of a sequence sees all of its keys, so that fewer queries than keys are its last ones. Half
+    precision on CUDA takes one variable-length kernel; elsewhere sequences are attended to one after the other.
+    """
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+        return _varlen(query, key, value, of_queries, of_keys, scale)
+    if of_queries.lengths == of_keys.lengths and len(set(of_keys.lengths)) == 1:
+        sequences = len(of_keys.lengths)
+        q, k, v = (x.reshape(sequences, -1, *x.shape[1:]) for x in (query, key, value))
+        return _causal(q, k, v, scale)
+    queries = torch.split(query, list(of_queries.lengths))
+    keys, values = (torch.split(x, list(of_keys.lengths)) for x in (key, value))
+    return torch.cat([_causal(q[None], k[None], v[None], scale) for q, k, v in zip(queries, keys, values, strict=True)])
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """Attention of [b, s, heads, dim] queries as [b x s, heads, dim]."""
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    new, known = query.shape[2], key.shape[2]
+    mask = None
+    if 1 < new < known:
+        mask = torch.ones(new, known, dtype=torch.bool, device=query.device).tril(known - new)
+    out = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=mask is None and new > 1,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, of_queries: Runs, of_keys: Runs, scale: float | None) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    options = _varlen_options()
+    shared = q.shape[1] != k.shape[1]
+    if shared and "enable_gqa" not in options:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    named: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in options else {"is_causal": True}
+    if "enable_gqa" in options:
+        named["enable_gqa"] = shared
+    longest_query, longest_key = max(of_queries.lengths), max(of_keys.lengths)
+    out: Any = varlen_attn(q, k, v, of_queries.bounds, of_keys.bounds, longest_query, longest_key, scale=scale, **named)
+    return torch.as_tensor(out)
+
+
+@cache
+def _varlen_options() -> frozenset[str]:
+    """Parameters of the variable-length kernel, which changed from torch 2.11 to 2.13."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return frozenset(inspect.signature(varlen_attn).parameters)
