@@ -22,6 +22,7 @@ from plans.shapes import shape_problems
 Positive = Annotated[int, Field(ge=1, le=10**9)]
 RANDOM = "random"
 LEAST_PATIENCE_S = 300.0
+CHECKPOINTS = "checkpoints"
 
 
 class RunFileError(RealplanError):
@@ -135,6 +136,15 @@ class Dpo(_Closed):
     beta: Above = 0.1
 
 
+class Checkpoints(_Closed):
+    """When the whole state of a run is written: after every `every`-th iteration and the last one (0: never). The
+    newest `keep` stay. `folder`: `checkpoints` in the output where it is empty."""
+
+    every: Count = 10
+    keep: Positive = 2
+    folder: str = ""
+
+
 class RunFile(_Closed):
     """Everything a run needs beside the plan. Relative paths are relative to the run file.
 
@@ -143,6 +153,7 @@ class RunFile(_Closed):
     graph's reward is a model. actor: the optimizer of every trained role but the critic. timeout_s bounds every
     collective; 0: as long as the plan's estimate asks for (`patience_s`). on_nonfinite: what happens to an optimizer
     step whose loss or gradient norm is no finite number.
+    resume_from: a checkpoint, a folder of them, or the output of a run, whose newest usable one is taken up.
     """
 
     weights: str | dict[str, str] = ""
@@ -161,7 +172,14 @@ class RunFile(_Closed):
     export: bool = True
     timeout_s: Annotated[float, Field(ge=0, le=1e7)] = 0.0
     on_nonfinite: Literal["stop", "skip"] = "stop"
+    checkpoint: Checkpoints = Checkpoints()
+    resume_from: str = ""
     workload: RunWorkload = RunWorkload()
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        """Where checkpoints go."""
+        return Path(self.checkpoint.folder or Path(self.output) / CHECKPOINTS)
 
     def weights_of(self, role: str) -> str:
         """Folder of a role's weights, `random`, or empty when the file names none."""
@@ -234,6 +252,7 @@ def _absolute(run: RunFile, base: Path) -> RunFile:
     file, colon, function = run.reward.partition(":")
     reward = place(file) + colon + function
     update = {"weights": found, "data": data, "tokenizer": place(run.tokenizer), "workload": workload, "reward": reward}
+    update |= {"resume_from": place(run.resume_from)}
     return run.model_copy(update=update)
 
 

@@ -6,12 +6,12 @@ expert, and so need an optimizer of their own: the two are chained, and share on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from runtime.models.mcore import (
     ChainedOptimizer,
@@ -73,6 +73,27 @@ def is_expert(parameter: nn.Parameter) -> bool:
 def parts_of(optimizer: Any) -> Sequence[Any]:
     """The chained parts of an optimizer: that of the dense weights, then that of the experts."""
     return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+
+
+def masters_of(part: Any) -> Iterator[tuple[Tensor, nn.Parameter, int]]:
+    """Each tensor that Adam steps in a part of an optimizer, the parameter of the model it is a master of, and where in
+    the flat parameter it begins. With float32 weights they are the weights themselves, or views of them.
+
+    Megatron's distributed optimizer cuts its buffers over the replicas without regard to parameters, so that a rank has
+    a range of some of them.
+    """
+    if isinstance(part, DistributedOptimizer):
+        models = [*part.model_float16_groups, *part.model_fp32_groups]
+        masters = [*part.shard_fp32_from_float16_groups, *part.shard_fp32_groups]
+    elif isinstance(part, Float16OptimizerWithFloat16Params):
+        models = [*part.float16_groups, *part.fp32_from_fp32_groups]
+        masters = [*part.fp32_from_float16_groups, *part.fp32_from_fp32_groups]
+    else:
+        models = masters = [group["params"] for group in part.optimizer.param_groups]
+    for ours, theirs in zip(models, masters, strict=True):
+        for parameter, master in zip(ours, theirs, strict=True):
+            whole = master.numel() == parameter.numel()
+            yield master, parameter, 0 if whole else part._get_model_param_range_map(parameter)["param"].start
 
 
 def _part(model: Model, chunks: Sequence[Any], adam: Any, config: Any, sharded: bool, experts: bool) -> Any:

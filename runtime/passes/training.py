@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from plans.errors import RealplanError
 from runtime.models.mcore import (
@@ -19,9 +19,9 @@ from runtime.models.mcore import (
     clip_grad_by_total_norm_fp32,
     finalize_model_grads,
 )
-from runtime.models.model import Model, moved
+from runtime.models.model import Model, moved, named_shards
 from runtime.passes.forward import LossFunction, MicroBatches, run_schedule, token_output
-from runtime.passes.optimizer import AdamSettings, make_optimizer, parts_of
+from runtime.passes.optimizer import AdamSettings, make_optimizer, masters_of, parts_of
 from runtime.passes.packs import Batch, packs_of
 
 _TERMS_BYTES = 2048
@@ -48,16 +48,29 @@ class StepStats:
     skipped: str = ""
 
 
+@dataclass(frozen=True)
+class Slot:
+    """The optimizer state of elements [start, stop) of this rank's slice of a parameter, flat: the float32 master, and
+    Adam's `exp_avg`, `exp_avg_sq` (of the master's shape) and `step`, none of them before the first step."""
+
+    parameter: str
+    start: int
+    stop: int
+    master: Tensor
+    moments: dict[str, Tensor]
+
+
 class Trainer:
     """Owns the gradient buffers and the optimizer state of a model, whose weights move into its buffers.
 
     shard_optimizer: masters and Adam's moments are sharded over dp (Megatron's distributed optimizer). bf16 models have
-    float32 masters and gradients. Collective over the layout's ranks. Call `reload` after changing weights.
+    float32 masters and gradients. Collective over the layout's ranks.
     """
 
     def __init__(self, model: Model, settings: AdamSettings, *, shard_optimizer: bool = True) -> None:
         self.model = model
         self.settings = settings
+        self.sharded = shard_optimizer
         self.steps = 0
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, overlap_grad_reduce=model.layout.dp > 1, use_distributed_optimizer=shard_optimizer
@@ -147,10 +160,6 @@ class Trainer:
             summed = _broadcast_terms(summed, dist.get_global_rank(groups.pp, pp - 1), groups.pp, self.model.device)
         return summed
 
-    def reload(self) -> None:
-        """Take over weights that were changed from outside, for example read from a checkpoint."""
-        self._optimizer.reload_model_params()
-
     def offload(self) -> None:
         """Move masters and moments to host memory and free the gradient buffers; the weights stay."""
         self._move_state(torch.device("cpu"))
@@ -164,38 +173,45 @@ class Trainer:
             chunk.restore_grad_buffers()
 
     def _move_state(self, device: torch.device) -> None:
-        own_masters = self.model.config.params_dtype is not torch.float32  # float32 masters are the weights themselves
-        for _, parameter, moments in self._slots():
-            if own_masters:
-                parameter.data = moved(parameter.data, device)
+        for slot in self.slots():
+            if self._own_masters:
+                slot.master.data = moved(slot.master.data, device)
             for name in ("exp_avg", "exp_avg_sq"):
-                if name in moments:
-                    moments[name] = moved(moments[name], device)
+                if name in slot.moments:
+                    slot.moments[name] = moved(slot.moments[name], device)
 
-    def state(self) -> dict[str, Tensor]:
-        """This rank's masters and moments by position, and the step count: what a checkpoint of the same plan needs
-        beside the weights. Tensors are not copied."""
-        found: dict[str, Tensor] = {"steps": torch.tensor(self.steps)}
-        for key, parameter, moments in self._slots():
-            found[f"{key}.master"] = parameter.data
-            found |= {f"{key}.{name}": value for name, value in moments.items() if torch.is_tensor(value)}
-        return found
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what `state` gave, in the same layout, after the weights have been restored."""
-        self.steps = int(state["steps"])
-        for key, parameter, moments in self._slots():
-            parameter.data.copy_(state[f"{key}.master"])
-            for name in ("exp_avg", "exp_avg_sq", "step"):
-                if f"{key}.{name}" in state:
-                    moments[name] = state[f"{key}.{name}"].to(moments.get(name, parameter).device).clone()
-
-    def _slots(self) -> Iterator[tuple[str, nn.Parameter, dict[str, Any]]]:
+    def slots(self) -> Iterator[Slot]:
+        """This rank's optimizer state, slice by slice; the tensors themselves, wherever they are."""
+        names = {held: parameter.name for parameter, held in named_shards(self.model)}
         for part in parts_of(self._optimizer):
-            inner = part.optimizer
-            for i, group in enumerate(inner.param_groups):
-                for j, parameter in enumerate(group["params"]):
-                    yield f"{group['name']}.{i}.{j}", parameter, inner.state[parameter]
+            for master, parameter, start in masters_of(part):
+                state = part.optimizer.state[master]
+                yield Slot(names[parameter], start, start + master.numel(), master, state)
+
+    @torch.no_grad()
+    def restore(self, steps: int, adam_steps: int, read: Callable[[Slot, str], Tensor]) -> None:
+        """Take up optimizer state after the weights have been set. `read` gives the master or a moment of a slot, flat
+        float32 on the CPU; without Adam steps there are no moments."""
+        self.steps = steps
+        fused = any(part.optimizer.defaults.get("fused") for part in parts_of(self._optimizer))
+        for slot in self.slots():
+            if self._own_masters:
+                slot.master.data.copy_(read(slot, "master").view_as(slot.master))
+            slot.moments.clear()
+            for name in ("exp_avg", "exp_avg_sq") if adam_steps else ():
+                slot.moments[name] = read(slot, name).to(slot.master.device).view_as(slot.master)
+            if adam_steps:  # torch keeps the count in host memory where Adam is not fused
+                device = self.model.device if fused else torch.device("cpu")
+                slot.moments["step"] = torch.tensor(float(adam_steps), device=device)
+
+    @property
+    def adam_steps(self) -> int:
+        """Steps that Adam has made; 0 before it has moments."""
+        return max((int(slot.moments["step"]) for slot in self.slots() if "step" in slot.moments), default=0)
+
+    @property
+    def _own_masters(self) -> bool:
+        return self.model.config.params_dtype is not torch.float32  # float32 masters are the weights themselves
 
 
 def _broadcast_terms(terms: dict[str, float], source: int, group: Any, device: torch.device) -> dict[str, float]:

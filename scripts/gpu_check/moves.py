@@ -62,9 +62,17 @@ def offloaded_state(device: Any, groups: Any) -> dict[str, int]:
             for parameter in chunk.parameters():
                 parameter.main_grad.normal_()
         trainer.update(1e-3)
-        before = {key: value.clone() for key, value in trainer.state().items()}
+        before = {key: value.clone() for key, value in _state(trainer).items()}
         trainer.offload()
         trainer.load()
-        after = trainer.state()
+        after = _state(trainer)
         found[name] = sum(int((after[key] != value).sum()) for key, value in before.items())
     return found
+
+
+def _state(trainer: Any) -> dict[str, Any]:
+    state = {}
+    for slot in trainer.slots():
+        state[f"{slot.parameter}.master"] = slot.master.data
+        state |= {f"{slot.parameter}.{name}": value for name, value in slot.moments.items()}
+    return state

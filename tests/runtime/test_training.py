@@ -214,11 +214,10 @@ def test_bfloat16_has_float32_masters(sharded: bool, tmp_path: Path):
         load_weights(model, tmp_path)
         trainer = Trainer(model, settings, shard_optimizer=sharded)
         weights = [tensor.data.clone() for _, tensor in named_shards(model)]
-        before = {name: value.clone() for name, value in trainer.state().items()}
+        before = {slot.parameter: slot.master.clone() for slot in trainer.slots()}
         batch = own_rows(model, full_batch())
         stats = trainer.step(batch, weighted_loss, parts_of(batch, 2))
-        after = trainer.state()
-        moved = [(after[name] - before[name]).abs() for name in after if name.endswith("master")]
+        moved = [(slot.master.data - before[slot.parameter]).abs() for slot in trainer.slots()]
         assert all(move.dtype is torch.float32 for move in moved)
         changed = [(tensor.data != old).float() for (_, tensor), old in zip(named_shards(model), weights, strict=True)]
         return (
@@ -253,12 +252,16 @@ def test_restored_state_continues_the_run(dtype: torch.dtype, tmp_path: Path):
         trainer.step(batch, weighted_loss)
         trainer.offload()
         trainer.load()
-        saved = {name: tensor.clone() for name, tensor in trainer.state().items()}
+        saved = {
+            (slot.parameter, name): tensor.data.clone().flatten()
+            for slot in trainer.slots()
+            for name, tensor in {"master": slot.master, **slot.moments}.items()
+        }
         weights = [tensor.data.clone() for _, tensor in named_shards(model)]
         other, again = start()
         for (_, tensor), value in zip(named_shards(other), weights, strict=True):
             tensor.data.copy_(value)
-        again.load_state(saved)
+        again.restore(trainer.steps, trainer.adam_steps, lambda slot, name: saved[slot.parameter, name])
         one, two = trainer.step(batch, weighted_loss), again.step(batch, weighted_loss)
         equal = [torch.equal(a, b) for (_, a), (_, b) in zip(named_shards(model), named_shards(other), strict=True)]
         return one == two and all(equal)

@@ -1,0 +1,262 @@
+"""The files of a checkpoint: what stands in its folder, whether it is whole, and whether a plan can take it up.
+
+    global_step_20/
+      index.json          the iterations done, step counts, every entry and its file, size and digest of every file
+      plan.json           the plan that wrote it
+      run.yaml            its run file
+      metrics.jsonl       a line per iteration done
+      rank-00000.safetensors ...
+
+The index is written last and the folder gets its name last, so that what has the name is whole unless it was damaged
+since. Light: `realplan check` reads it without torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from plans.checkpoint import Entry, missing
+from plans.codec import BadPlan, load_plan
+from plans.documents import BadText, parse_json, read_text
+from plans.errors import RealplanError
+from plans.plan import ExecutionPlan
+
+INDEX, PLAN, RUN, METRICS = "index.json", "plan.json", "run.yaml", "metrics.jsonl"
+NEWEST = "latest_checkpointed_iteration.txt"  # the name that Megatron and verl use
+MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
+STATE_BYTES = 12  # master and two moments of a parameter, float32
+MOST_INDEX_BYTES = 2**30
+CHUNK_BYTES = 2**23
+_PREFIX = "global_step_"
+Number = Annotated[int, Field(ge=0, le=10**15)]
+
+
+class CheckpointError(RealplanError):
+    """A checkpoint that cannot be used."""
+
+
+class _Closed(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Seal(_Closed):
+    """Size and SHA-256 of a file."""
+
+    bytes: Number
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class RoleState(_Closed):
+    """Counters of a trained role: optimizer steps, which the learning rate follows, and the steps that Adam has made,
+    0 when it has no moments yet."""
+
+    steps: Number
+    adam_steps: Number
+
+
+class StoredEntry(_Closed):
+    """An entry of a role's training state; its tensors lie under `tensor(kind)` in `file`."""
+
+    role: str
+    parameter: str
+    part: Number
+    parts: Annotated[int, Field(ge=1)]
+    start: Number
+    stop: Number
+    file: str
+
+    @property
+    def entry(self) -> Entry:
+        """The elements, as the arithmetic knows them."""
+        return Entry(self.parameter, self.part, self.parts, self.start, self.stop)
+
+    def tensor(self, kind: str) -> str:
+        """Name of the tensor of a kind: `master`, `exp_avg` or `exp_avg_sq`."""
+        return f"{self.role}/{self.parameter}/{self.part}of{self.parts}/{self.start}-{self.stop}/{kind}"
+
+
+class RankIndex(_Closed):
+    """What one rank has written: its word that its file is whole."""
+
+    iteration: Number
+    rank: Number
+    roles: dict[str, RoleState]
+    entries: list[StoredEntry]
+    files: dict[str, Seal]
+
+
+class CheckpointIndex(_Closed):
+    """The index of a checkpoint. `digest`: SHA-256 of all the rest, as `digest_of` writes it."""
+
+    format: Literal["realplan-checkpoint/1"] = "realplan-checkpoint/1"
+    iteration: Number
+    roles: dict[str, RoleState]
+    entries: list[StoredEntry]
+    files: dict[str, Seal]
+    digest: str = ""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose index has been read. The plan is the one that wrote it."""
+
+    folder: Path
+    index: CheckpointIndex
+    plan: ExecutionPlan
+
+
+def step_folder(folder: Path, iteration: int) -> Path:
+    """Where the checkpoint after `iteration` iterations stands."""
+    return folder / f"{_PREFIX}{iteration}"
+
+
+def steps_in(folder: Path) -> list[Path]:
+    """The checkpoints of a folder by name, the newest first."""
+    if not folder.is_dir():
+        return []
+    numbers = (path.name.removeprefix(_PREFIX) for path in folder.glob(f"{_PREFIX}*") if path.is_dir())
+    return [
+        step_folder(folder, n) for n in sorted((int(n) for n in numbers if n.isascii() and n.isdigit()), reverse=True)
+    ]
+
+
+def joined(parts: Sequence[RankIndex]) -> CheckpointIndex:
+    """The index of what all ranks have written."""
+    roles = {role: state for part in parts for role, state in part.roles.items()}
+    files = {name: seal for part in parts for name, seal in part.files.items()}
+    entries = [entry for part in parts for entry in part.entries]
+    return CheckpointIndex(iteration=parts[0].iteration, roles=roles, entries=entries, files=files)
+
+
+def sealed_index(index: CheckpointIndex) -> str:
+    """The text of `index.json`."""
+    return index.model_copy(update={"digest": digest_of(index)}).model_dump_json() + "\n"
+
+
+def digest_of(index: CheckpointIndex) -> str:
+    """SHA-256 of an index without its own digest."""
+    return hashlib.sha256(index.model_dump_json(exclude={"digest"}).encode()).hexdigest()
+
+
+def seal_of(path: Path) -> Seal:
+    """Size and digest of a file."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+            size += len(chunk)
+    return Seal(bytes=size, sha256=digest.hexdigest())
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read the index of a checkpoint and hold it against itself and against the sizes of its files.
+
+    Raises CheckpointError, which names the folder, for what is no checkpoint, torn or altered.
+    """
+    index = _read_index(folder)
+    for name, seal in index.files.items():
+        path = folder / name
+        if Path(name).name != name or not path.is_file() or path.is_symlink():
+            raise _refused(folder, f"`{name}` is missing")
+        if path.stat().st_size != seal.bytes:
+            raise _refused(folder, f"`{name}` has {path.stat().st_size:,} bytes, not {seal.bytes:,}")
+    if absent := {PLAN, RUN, METRICS, *(entry.file for entry in index.entries)} - index.files.keys():
+        raise _refused(folder, f"its index lacks `{min(absent)}`")
+    try:
+        plan = load_plan(folder / PLAN)
+    except BadPlan as error:
+        raise _refused(folder, f"its plan cannot be read: {str(error).splitlines()[0]}") from None
+    for role in index.roles:
+        own = [entry.entry for entry in index.entries if entry.role == role]
+        fault = missing(plan.workload.models[role], own) if role in plan.workload.models else f"no model `{role}`"
+        if fault:
+            raise _refused(folder, f"state of `{role}`: {fault}")
+    return Checkpoint(folder, index, plan)
+
+
+def verify_files(checkpoint: Checkpoint) -> None:
+    """Hold every file against its digest; raises CheckpointError for the first that differs."""
+    files = checkpoint.index.files
+    with ThreadPoolExecutor(4) as pool:  # hashing lets other threads run
+        found = pool.map(lambda name: seal_of(checkpoint.folder / name), files)
+        for (name, seal), now in zip(files.items(), found, strict=True):
+            if now != seal:
+                raise _refused(checkpoint.folder, f"`{name}` was altered: its SHA-256 is not that of the index")
+
+
+def newest_usable(folder: Path, plan: ExecutionPlan) -> tuple[Checkpoint | None, list[str]]:
+    """The newest whole checkpoint of a folder that a plan can take up, and why each newer one was refused."""
+    refusals: list[str] = []
+    for path in steps_in(folder):
+        try:
+            return usable(path, plan), refusals
+        except CheckpointError as error:
+            refusals.append(error.message)
+    return None, refusals
+
+
+def usable(folder: Path, plan: ExecutionPlan) -> Checkpoint:
+    """A whole checkpoint that a plan can take up; raises CheckpointError."""
+    checkpoint = open_checkpoint(folder)
+    if problems := takeover_problems(checkpoint, plan):
+        raise _refused(folder, problems[0])
+    verify_files(checkpoint)
+    return checkpoint
+
+
+def takeover_problems(checkpoint: Checkpoint, plan: ExecutionPlan) -> list[str]:
+    """Why a plan cannot take a checkpoint up: meshes, strategies and precision are free, what is trained and in which
+    batches is not, since the order of the data and the samples drawn follow from it."""
+    theirs, ours = checkpoint.plan.workload, plan.workload
+    found = []
+    for what in ("batch_size", "group_size", "minibatches", "prompt_tokens", "response_tokens"):
+        if getattr(theirs, what) != getattr(ours, what):
+            found.append(f"{what} is {getattr(theirs, what)} there and {getattr(ours, what)} in the plan")
+    if theirs.graph.name != ours.graph.name:
+        found.insert(0, f"it was written by {theirs.graph.name}, the plan runs {ours.graph.name}")
+    elif set(checkpoint.index.roles) != set(ours.graph.trainers):
+        found.insert(0, f"it trains {_listed(checkpoint.index.roles)}, the plan {_listed(ours.graph.trainers)}")
+    else:
+        for role in checkpoint.index.roles:
+            if replace(theirs.models[role], name="") != replace(ours.models[role], name=""):
+                found.insert(0, f"`{role}` is another model there ({theirs.models[role].name})")
+    return found
+
+
+def _read_index(folder: Path) -> CheckpointIndex:
+    hint = f"a folder {_PREFIX}N that a run has written"
+    try:
+        text = read_text(folder / INDEX, CheckpointError, "checkpoint", hint, MOST_INDEX_BYTES)
+        index = CheckpointIndex.model_validate(parse_json(text))
+        if index.digest != digest_of(index):
+            raise _refused(folder, f"`{INDEX}` was altered: its digest is that of another content")
+        for stored in index.entries:
+            _ = stored.entry
+    except BadText as error:
+        raise _refused(folder, f"`{INDEX}` is {error.problem.message}") from None
+    except ValidationError as error:
+        raise _refused(folder, f"`{INDEX}`: {error.errors()[0]['msg']}") from None
+    except AssertionError as error:
+        raise _refused(folder, f"`{INDEX}`: {error}") from None
+    return index
+
+
+def _refused(folder: Path, why: str) -> CheckpointError:
+    return CheckpointError(f"checkpoint `{folder}` cannot be used: {why}")
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in sorted(names)) or "nothing"
+
+
+def metrics_lines(text: str) -> list[dict[str, float]]:
+    """The lines of a `metrics.jsonl`."""
+    return [json.loads(line) for line in text.splitlines()]

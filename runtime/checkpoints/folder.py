@@ -1,0 +1,88 @@
+"""The folder of a run's checkpoints: names, room, what is left over of earlier attempts. Light: no torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from plans.checkpoint import parameters_of
+from plans.checkpoint_files import STATE_BYTES, step_folder, steps_in
+from plans.errors import RealplanError
+from plans.plan import ExecutionPlan
+from plans.runfile import RunFile
+
+
+def partial_folder(folder: Path, iteration: int) -> Path:
+    """Where a checkpoint stands before it is whole."""
+    return folder / f".{step_folder(folder, iteration).name}.partial"
+
+
+def rank_word(rank: int) -> str:
+    """Name of the file in which a rank says that its part is on the disk."""
+    return f".rank-{rank:05d}.json"
+
+
+def state_bytes(plan: ExecutionPlan) -> int:
+    """Bytes of one checkpoint of a plan."""
+    models = [plan.workload.models[role] for role in plan.workload.graph.trainers]
+    return STATE_BYTES * sum(p.size for spec in models for p in parameters_of(spec).values())
+
+
+def prepare_folder(plan: ExecutionPlan, run: RunFile) -> None:
+    """Clear what earlier attempts left half done, and see that there is room.
+
+    Raises RealplanError where a run that starts anew would mix its checkpoints with those of another, and where disk or
+    host memory are too small.
+    """
+    if not run.checkpoint.every:
+        return
+    folder = run.checkpoint_folder
+    there = steps_in(folder)
+    if there and not run.resume_from:
+        raise RealplanError(
+            f"`{folder}` holds checkpoints of another run, such as `{there[0].name}`",
+            "--resume goes on from the newest; checkpoint.folder=FOLDER, another one, starts anew",
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.glob(".global_step_*"):
+            shutil.rmtree(path)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise RealplanError(
+            f"cannot write checkpoints to `{folder}`: {error.strerror}", "checkpoint.folder=FOLDER"
+        ) from None
+    size = state_bytes(plan)
+    # One more than is kept stands there while the oldest waits to be removed.
+    need = size * max(run.checkpoint.keep + 1 - len(there), 1)
+    if free < need:
+        raise RealplanError(
+            f"checkpoints need {need / 2**30:.1f} GiB in `{folder}`, where {free / 2**30:.1f} GiB are free",
+            "checkpoint.folder=FOLDER on another disk, a smaller checkpoint.keep, or checkpoint.every=0 for none",
+        )
+    memory = _available_memory()
+    if memory is not None and memory < size:
+        raise RealplanError(
+            f"checkpoints need {size / 2**30:.1f} GiB of host memory, of which {memory / 2**30:.1f} GiB are available",
+            "checkpoint.every=0 for no checkpoints",
+        )
+
+
+def _available_memory() -> int | None:
+    """Bytes of host memory that can still be used; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    kib = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.split()[1].isdigit()}
+    return kib["MemAvailable"] * 1024 if "MemAvailable" in kib else None
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

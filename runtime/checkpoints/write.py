@@ -1,0 +1,109 @@
+"""A rank's part of a checkpoint on its way to the disk, in a thread of its own.
+
+torch.distributed.checkpoint does not serve here: its metadata are pickles, and its tensors are rectangles, not ranges.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch.distributed as dist
+from torch import Tensor
+
+from plans.checkpoint_files import CHUNK_BYTES, RankIndex, Seal
+from plans.errors import RealplanError
+from runtime.checkpoints.folder import partial_folder, rank_word
+from runtime.checkpoints.snapshot import Snapshot, Snapshots, rank_file
+from runtime.passes.training import Trainer
+
+_ALIGNMENT = 8
+
+
+class Saver:
+    """Writes this rank's part of checkpoints: copies at once, files while training goes on. The process that keeps the
+    files of the run completes them (`runtime.checkpoints.complete`)."""
+
+    def __init__(self, folder: Path, trainers: Mapping[str, Trainer]) -> None:
+        self._folder = folder
+        self._snapshots = Snapshots(trainers)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+
+    def save(self, iteration: int) -> None:
+        """Begin to write the state after `iteration` iterations; waits for the checkpoint before. Raises RealplanError
+        when that could not be written."""
+        self.wait()
+        snapshot = self._snapshots.take(iteration)
+        self._writing = self._pool.submit(write_part, self._folder, snapshot, dist.get_rank())
+
+    def wait(self) -> None:
+        """Wait until this rank's part of the last checkpoint is on the disk."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+
+def write_part(folder: Path, snapshot: Snapshot, rank: int) -> None:
+    """Write a rank's tensors, and when they are on the disk its word."""
+    partial = partial_folder(folder, snapshot.iteration)
+    word = partial / rank_word(rank)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        files = {}
+        if snapshot.tensors:
+            files[rank_file(rank)] = write_tensors(partial / rank_file(rank), snapshot.tensors)
+        index = RankIndex(
+            iteration=snapshot.iteration,
+            rank=rank,
+            roles=dict(snapshot.roles),
+            entries=list(snapshot.entries),
+            files=files,
+        )
+        beside = word.with_suffix(".partial")
+        beside.write_text(index.model_dump_json(), encoding="utf-8")
+        beside.rename(word)
+    except OSError as error:
+        raise RealplanError(
+            f"rank {rank} cannot write checkpoint `{partial}`: {error.strerror}",
+            "checkpoint.folder=FOLDER on a disk with room, checkpoint.keep=1, or checkpoint.every=0 for none",
+        ) from None
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Seal:
+    """A safetensors file of flat float32 tensors, on the disk when this returns.
+
+    The library's own `save_file` copies every tensor and holds the interpreter while it does, and training with it.
+    """
+    digest, size = hashlib.sha256(), 0
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
+        pending = hasher.submit(digest.update, b"")
+        for chunk in _chunks(tensors):
+            pending.result()  # one chunk is hashed while it is written, none waits
+            pending = hasher.submit(digest.update, chunk)
+            left = chunk
+            while left:
+                left = left[file.write(left) :]
+            size += len(chunk)
+        pending.result()
+        os.fsync(file.fileno())
+    return Seal(bytes=size, sha256=digest.hexdigest())
+
+
+def _chunks(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
+    header, at = {}, 0
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": "F32", "shape": [tensor.numel()], "data_offsets": [at, at + tensor.nbytes]}
+        at += tensor.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    yield memoryview(struct.pack("<Q", len(text)) + text)
+    for tensor in tensors.values():
+        data = tensor.numpy().data.cast("B")
+        for start in range(0, len(data), CHUNK_BYTES):
+            yield data[start : start + CHUNK_BYTES]
