@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
+from plans.batches import unit_of
 from plans.graph import CallKind
 from plans.layout import default_split
 from plans.model import ModelSpec
@@ -102,7 +103,7 @@ def pipeline(plan: ExecutionPlan, planned: PlannedCall, spec: ModelSpec) -> Iter
     if s.vpp > 1 and (_kind(plan, planned) is not CallKind.TRAIN_STEP or s.pp == 1):
         message = f"{planned.call}: vpp {s.vpp} needs a train_step with pp above 1"
         yield _problem("interleaving", "strategy", message, "leave out `v`")
-    elif s.vpp > 1 and s.micro_batches % s.pp:
+    elif s.vpp > 1 and s.micro_batches % s.pp and not s.micro_batch_tokens:
         hint = f"micro_batches {max(1, round(s.micro_batches / s.pp)) * s.pp}"
         message = f"{planned.call}: interleaving needs micro_batches {s.micro_batches} to be a multiple of pp {s.pp}"
         yield _problem("interleaving", "micro_batches", message, hint)
@@ -168,6 +169,25 @@ def slots(plan: ExecutionPlan, planned: PlannedCall, spec: ModelSpec) -> Iterato
         yield _problem("slots", "slots", message, f"slots {s.groups} or more")
 
 
+def token_bound(plan: ExecutionPlan, planned: PlannedCall, spec: ModelSpec) -> Iterator[Problem]:
+    """A micro-batch that is bounded by tokens holds the longest sample, or pair of samples that must stay together."""
+    s, unit = planned.strategy, unit_of(plan.workload, planned.call)
+    if not s.micro_batch_tokens:
+        return
+    if s.micro_batches > 1:
+        message = f"{planned.call}: micro_batches {s.micro_batches} and micro_batch_tokens {s.micro_batch_tokens}"
+        yield _problem("token-bound", "micro_batches", f"{message} both cut the batch", "leave out one of them")
+    longest = unit * plan.workload.tokens
+    if s.micro_batch_tokens < longest:
+        what = "pair" if unit > 1 else "sample"
+        message = (
+            f"{planned.call}: micro_batch_tokens {s.micro_batch_tokens} is less than the longest {what}, {longest}"
+        )
+        yield _problem(
+            "token-bound", "micro_batch_tokens", f"{message} tokens", f"micro_batch_tokens {longest} or more"
+        )
+
+
 def sequence(plan: ExecutionPlan, planned: PlannedCall, spec: ModelSpec) -> Iterator[Problem]:
     """Sequence and context parallelism cut the tokens of a sample evenly, inside the model's context."""
     s, tokens = planned.strategy, plan.workload.tokens
@@ -214,6 +234,7 @@ CALL_CHECKS: tuple[CallCheck, ...] = (
     pipeline,
     batch,
     slots,
+    token_bound,
     sequence,
     kind_settings,
     experts,

@@ -83,6 +83,13 @@ class ParallelStrategy:
     micro_batches: int = _field(
         "forward passes per dp rank and minibatch", kinds=(_SCORE, _TRAIN), most=MOST_SAMPLES, shown="{} micro-batches"
     )
+    micro_batch_tokens: int = _field(
+        "most tokens of a micro-batch, which takes as many samples as fit; in the place of micro_batches",
+        kinds=(_SCORE, _TRAIN),
+        default=0,
+        most=MOST_SAMPLES * 100,
+        shown="micro-batches of {} tokens",
+    )
     groups: int = _field(
         "groups of sequences in flight in pipelined generation",
         kinds=(_GENERATE,),

@@ -29,6 +29,8 @@ def batch_words(plan: ExecutionPlan) -> Iterator[str]:
         generates = kind is CallKind.GENERATE
         share = samples // s.dp
         cut = f" / {s.micro_batches} = {share // s.micro_batches} per micro-batch"
+        if s.micro_batch_tokens:
+            cut = f" = {share} in micro-batches of at most {s.micro_batch_tokens} tokens"
         if generates:
             cut = f" = {share}, {slots_per_replica(share, s.slots, s.waves)} at a time"
             cut += f" in {s.groups} groups in flight" if s.groups > 1 else ""

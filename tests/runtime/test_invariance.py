@@ -59,6 +59,13 @@ LAGGED = {
     "actor_train": ("node 0 gpu 0", "d1 t1 p1", {"recompute": Recompute.FULL}),
     "critic_train": ("node 0 gpu 1", "d1 t1 p1", {"lag": 1, "offload": True}),
 }
+PACKED = {  # bounds that cut each share differently; chunks of stages that take turns
+    "actor_generate": "d4 t1 p1",
+    "ref_infer": ("node 0", "d2 t1 p2", {"micro_batch_tokens": 20}),
+    "critic_infer": ("node 0 gpus 0-1", "d1 t2 p1", {"micro_batch_tokens": 33}),
+    "actor_train": ("node 0", "d2 t1 p2 v2", {"micro_batch_tokens": 17}),
+    "critic_train": ("node 0", "d2 t2 p1", {"micro_batch_tokens": 21, "sequence_parallel": True}),
+}
 LAGGED_ORDER = ("actor_generate", "critic_train", "ref_infer", "critic_infer", "actor_train")
 REWARDED = {
     "actor_generate": ("node 0", "d4 t1 p1"),
@@ -78,6 +85,7 @@ PLANS: dict[str, ExecutionPlan] = {
     "shifted": tiny_plan(4, SHIFTED),
     "shared": tiny_plan(2, SHARED),
     "lagged": tiny_plan(2, LAGGED, order=LAGGED_ORDER),
+    "packed": tiny_plan(4, PACKED),
 }
 APART = {  # no rank of the training holds a whole group
     "actor_generate": ("node 0", "d4 t1 p1"),
