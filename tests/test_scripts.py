@@ -12,6 +12,7 @@ import pytest
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 NAMES = (
     "bench_costs",
+    "bench_generation",
     "bench_predictions",
     "bench_search",
     "demo",
