@@ -17,11 +17,12 @@ from plans.layout import Layout
 from plans.model import ModelSpec
 from profiler.timers import Timed
 from runtime.batches.sequences import Sequences
+from runtime.generation.attention import Pool, prefill_attention, row_attention
 from runtime.generation.generate import generate
+from runtime.generation.lean import Attend, LeanStage
 from runtime.generation.sampling import Sampling
 from runtime.groups import GroupCache
 from runtime.models.model import Model, build_model
-from runtime.models.modules import KVCache
 from runtime.passes.forward import TokenOutput, token_logprobs
 from runtime.passes.logprobs import token_logprobs_of
 from runtime.passes.optimizer import AdamSettings
@@ -83,12 +84,10 @@ class Shard:
         ids = self._tokens(1, tokens)
         return _backward(lambda: self._embed(ids))
 
-    def _block(self, hidden: Tensor, cache: KVCache | None = None, longest: int = 0) -> Tensor:
-        self._chunk.train(cache is None)
-        rotary = self._chunk.rotary_pos_emb(longest) if cache is not None else self._rotation(hidden.shape[0])
-        out = self._chunk.decoder.layers[0](
-            hidden_states=hidden, attention_mask=None, inference_context=cache, rotary_pos_emb=rotary
-        )
+    def _block(self, hidden: Tensor) -> Tensor:
+        self._chunk.train()
+        rotation = self._rotation(hidden.shape[0])
+        out = self._chunk.decoder.layers[0](hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotation)
         return torch.as_tensor(out[0])
 
     def _rotation(self, tokens: int) -> Tensor:
@@ -121,26 +120,23 @@ class Shard:
         return _backward(forward)
 
     def _block_prefill(self, sequences: int, sequence_tokens: int) -> Timed:
-        return self._cached_block(sequences, sequence_tokens, 0)
+        """Prompts end to end through a block of generation, their keys and values stored."""
+        stage, device = LeanStage(self.model), self._device
+        hidden = self._hidden(sequence_tokens, sequences, grad=False).flatten(0, 1)
+        pool = Pool(stage, sequences, sequence_tokens)
+        attend = prefill_attention(stage, pool, torch.arange(len(hidden), device=device), [sequence_tokens] * sequences)
+        rotation = stage.rotation(sequence_tokens).repeat(sequences, 1, 1, 1, 1)
+        return Timed(lambda _: _lean(stage, hidden, rotation, attend))
 
     def _block_decode(self, sequences: int, cached_tokens: int) -> Timed:
-        return self._cached_block(sequences, 1, cached_tokens)
-
-    def _cached_block(self, sequences: int, tokens: int, cached: int) -> Timed:
-        hidden, longest = self._hidden(tokens, sequences, grad=False), tokens + cached
-        cache = KVCache(sequences, longest)
-
-        @torch.inference_mode()
-        def run(_: None = None) -> Tensor:
-            cache.sequence_len_offset = cached
-            return self._block(hidden, cache, longest)
-
-        run()
-        for keys, values in cache.key_value_memory_dict.values():
-            with torch.inference_mode():
-                keys.zero_()
-                values.zero_()
-        return Timed(run)
+        """A token of each slot through a block of generation, on `cached_tokens` before it."""
+        stage, device = LeanStage(self.model), self._device
+        hidden = self._hidden(1, sequences, grad=False).flatten(0, 1)
+        pool = Pool(stage, sequences, cached_tokens + 1)
+        last = torch.full((sequences,), cached_tokens, device=device)
+        attend = row_attention(stage, pool, sequences, cached_tokens + 1, last)
+        rotation = stage.rotation(cached_tokens + 1)[last]
+        return Timed(lambda _: _lean(stage, hidden, rotation, attend))
 
     def _logprobs(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         self._chunk.train()
@@ -190,6 +186,11 @@ class Shard:
             )
 
         return Timed(run)
+
+
+@torch.inference_mode()
+def _lean(stage: LeanStage, hidden: Tensor, rotation: Tensor, attend: Attend) -> Tensor:
+    return stage.layers(hidden, rotation, attend)
 
 
 def _backward(forward: Any) -> Timed:

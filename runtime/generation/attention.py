@@ -14,6 +14,7 @@ from torch import Tensor
 from plans.errors import RealplanError
 from runtime.generation.blocks import Copy
 from runtime.generation.lean import Attend, LeanStage
+from runtime.models.packed_attention import Runs, packed_attention
 
 
 @cache
@@ -140,21 +141,11 @@ def _places(tables: Tensor, last: Tensor, size: int) -> Tensor:
 
 def prefill_attention(stage: LeanStage, pool: Pool, places: Tensor, lengths: Sequence[int]) -> Attend:
     """Causal attention inside prompts of `lengths` that lie end to end; their keys and values go to flat `places`."""
-    share, same = stage.share, len(set(lengths)) == 1
+    share, runs = stage.share, Runs.of(tuple(lengths), places.device)
 
     def attend(layer: int, qkv: Tensor) -> Tensor:
         pool.store(layer, places, qkv)
-        if same:
-            return _causal(qkv.view(len(lengths), -1, *qkv.shape[1:]), share)
-        parts = torch.split(qkv, list(lengths))
-        return torch.cat([_causal(part[None], share) for part in parts])
+        query = qkv[:, :, :share].flatten(1, 2)
+        return packed_attention(query, qkv[:, :, share], qkv[:, :, share + 1], runs, runs).flatten(1)
 
     return attend
-
-
-def _causal(qkv: Tensor, share: int) -> Tensor:
-    """Attention of [b, s, kv_heads, share + 2, dim] inside each of b sequences: [b x s, heads x dim]."""
-    query = qkv[:, :, :, :share].flatten(2, 3).transpose(1, 2)
-    keys, values = qkv[:, :, :, share].transpose(1, 2), qkv[:, :, :, share + 1].transpose(1, 2)
-    out = F.scaled_dot_product_attention(query, keys, values, is_causal=qkv.shape[1] > 1, enable_gqa=share > 1)
-    return out.transpose(1, 2).flatten(0, 1).flatten(1)

@@ -1,1 +1,1 @@
-"""What a model does with samples: forward and backward passes, generation, training steps."""
+"""What a model does with samples: forward and backward passes, training steps."""
