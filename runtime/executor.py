@@ -73,6 +73,7 @@ class Executor:
 
     def run(self, iterations: int, first: int = 0) -> None:
         """Run iterations [first, iterations). Raises StepError with rank, iteration and step."""
+        self._store.begin(first)
         left = Counter(dict.fromkeys(range(first, iterations), len(self.program.projection(self._rank))))
         for step, iteration in self.program.unrolled(iterations, first):
             for function in self._due(step, iteration):

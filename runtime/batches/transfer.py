@@ -64,7 +64,7 @@ class BatchStore:
     """
 
     def __init__(
-        self, plan: ExecutionPlan, device: torch.device, given: Callable[[int], Lengths] | None = None, first: int = 0
+        self, plan: ExecutionPlan, device: torch.device, given: Callable[[int], Lengths] | None = None
     ) -> None:
         self._plan = plan
         self._device = device
@@ -73,7 +73,7 @@ class BatchStore:
         self._lengths: dict[tuple[int, str], Lengths] = {}
         self._expected: dict[str, dict[int, tuple[Any, Tensor]]] = {}
         self._next: dict[str, int] = {}
-        self._first = first
+        self._first = 0
         self._steps: list[_Step] = []
         self._messages: dict[tuple[int, str], dict[str, list[Message]]] = {}
         self._arrivals: dict[tuple[int, str], list[_Arrival]] = {}
@@ -81,6 +81,11 @@ class BatchStore:
         graph = plan.workload.graph
         self._generates = [call.name for call in graph.calls if call.kind is CallKind.GENERATE]
         self._routes = {name: lengths_routes(plan, name) for name in self._generates}
+
+    def begin(self, first: int) -> None:
+        """Expect iterations from `first` on, in order; nothing is under way."""
+        self._first = first
+        self._next.clear()
 
     # Lengths
 

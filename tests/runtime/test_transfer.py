@@ -69,7 +69,8 @@ def rows_of(p: ExecutionPlan, call: str, iteration: int) -> tuple[int, ...]:
 def transfers() -> None:
     p = plan()
     store, graph = BatchStore(p, torch.device("cpu")), p.workload.graph
-    for iteration in range(3):
+    store.begin(2)  # a run that goes on where another one ended
+    for iteration in range(2, 5):
         for producer in ("actor_generate", "reward", "ref_infer"):
             rows = rows_of(p, producer, iteration)
             if rows:
@@ -82,7 +83,7 @@ def transfers() -> None:
                 members = {*p.ranks(graph.host(producer)), *p.ranks(graph.host(edge.target))}
                 if edge.source == producer and edge.target in LAYOUTS and dist.get_rank() in members:
                     store.transfer(iteration, producer, edge.target)
-    for iteration in reversed(range(3)):
+    for iteration in reversed(range(2, 5)):
         for consumer, key in [
             ("ref_infer", "sequences"),
             ("critic_train", "sequences"),
