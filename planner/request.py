@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from plans.algorithms import ALGORITHMS, algorithm_graph
+from plans.checks import context_problems
 from plans.cluster import MOST_GPUS, ClusterSpec
 from plans.errors import SpecError
 from plans.graph import DataflowGraph
@@ -98,7 +99,10 @@ def build_request(
         response_lengths=percentiles_of(wanted.response_lengths),
         minibatches=wanted.minibatches,
         dtype=wanted.dtype,
+        allow_long=wanted.allow_long,
     )
+    for problem in context_problems(workload):
+        raise SpecError(problem.message, problem.hint)
     return Request(workload=workload, cluster=load_cluster(cluster, gpus=gpus, gpus_per_node=gpus_per_node), run=run)
 
 

@@ -16,6 +16,7 @@ from plans.model import ModelSpec
 from plans.plan import ExecutionPlan, PlannedCall
 from plans.problems import Path_, Problem
 from plans.strategy import SETTINGS, ParallelStrategy
+from plans.workload import Workload
 
 CallCheck = Callable[[ExecutionPlan, PlannedCall, ModelSpec], Iterator[Problem]]
 
@@ -29,6 +30,23 @@ def check_plan(plan: ExecutionPlan) -> list[Problem]:
         for problem in check(plan, planned, plan.workload.spec(planned.call))
     ]
     return [*problems, *_order(plan)]
+
+
+def context_problems(workload: Workload) -> list[Problem]:
+    """Models whose context is shorter than the longest sample, where the workload does not insist (`allow_long`).
+
+    A rule apart from `check_plan`: it is about the workload, and no choice of layouts mends it.
+    """
+    path = ("workload", "response_tokens")
+    sizes = f"{workload.prompt_tokens} + {workload.response_tokens}"
+    problems = []
+    for role, spec in workload.models.items():
+        if spec.max_context < workload.tokens and not workload.allow_long:
+            rest = spec.max_context - workload.prompt_tokens
+            less = f"response_tokens {rest} or less" if rest > 0 else f"at most {spec.max_context} tokens in all"
+            message = f"samples of {sizes} tokens, and `{role}` ({spec.name}) has a context of {spec.max_context}"
+            problems.append(Problem("context", message, f"{less}, or --allow-long to insist", path))
+    return problems
 
 
 def divisors(number: int) -> list[int]:

@@ -108,6 +108,7 @@ class WorkloadFile(_Closed):
     response_lengths: PercentilesFile = {}
     minibatches: Samples
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    allow_long: Annotated[bool, Field(description="samples may be longer than a model's context")] = False
     recompute_logprobs: bool = False
     reward_seconds_per_sample: Annotated[
         float | None, Field(ge=0, description="the reward is a Python function of this cost, not a model")

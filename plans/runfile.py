@@ -61,6 +61,7 @@ class RunWorkload(_Closed):
     minibatches: Positive = 4
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     recompute_logprobs: bool = False
+    allow_long: bool = False
     models: dict[str, str] = Field(default_factory=dict)
 
 

@@ -44,6 +44,7 @@ class Workload:
     prompt_tokens, response_tokens: the longest prompt and response, tokens. How long they are: mean_prompt_tokens,
     mean_response_tokens (0: not given), or the percentiles prompt_lengths, response_lengths; with neither all reach the
     maximum. `prompts` and `responses` are the distributions that follow. models: role -> architecture.
+    allow_long: samples may be longer than a model's context (`plans.checks.context_problems`).
     """
 
     graph: DataflowGraph
@@ -58,6 +59,7 @@ class Workload:
     response_lengths: Percentiles = ()
     minibatches: int = 4
     dtype: str = "bf16"
+    allow_long: bool = False
 
     def __post_init__(self) -> None:
         self._check_sizes()

@@ -49,7 +49,11 @@ def generate_call(
         iteration=iteration,
         stop_ids=job.stop_ids,
         ended=job.ended,
-        limits=Limits(slots=slots_per_replica(len(rows), strategy.slots, strategy.waves), groups=strategy.groups),
+        limits=Limits(
+            slots=slots_per_replica(len(rows), strategy.slots, strategy.waves),
+            groups=strategy.groups,
+            allow_long=workload.allow_long,
+        ),
     )
     own = torch.tensor([made.sequences.prompts, made.sequences.responses], device=model.device).t()
     index = torch.tensor(rows, device=model.device)

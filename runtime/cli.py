@@ -26,6 +26,9 @@ def realrun(
         bool, typer.Option("--dry-run", help="say what would run on which rank and whether it can, and stop")
     ] = False,
     allow_stale: Annotated[bool, typer.Option("--allow-stale", help="run although the estimate is stale")] = False,
+    allow_long: Annotated[
+        bool, typer.Option("--allow-long", help="let samples be longer than a model's context")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")] = False,
 ) -> None:
     """Run a plan: train the models of its workload with the run file's data, weights and reward."""
@@ -36,7 +39,7 @@ def realrun(
     from plans.errors import RealplanError
 
     try:
-        _run(plan, overrides or [], run, dry_run, allow_stale)
+        _run(plan, overrides or [], run, dry_run, allow_stale, allow_long)
     except RealplanError as error:
         if debug:
             _say(getattr(error, "details", ""))
@@ -45,12 +48,15 @@ def realrun(
         raise typer.Exit(1) from None
 
 
-def _run(path: Path, overrides: list[str], run_path: Path | None, dry_run: bool, allow_stale: bool) -> None:
+def _run(
+    path: Path, overrides: list[str], run_path: Path | None, dry_run: bool, allow_stale: bool, allow_long: bool
+) -> None:
     from runtime.launching.describe import batch_words, program_words
     from runtime.launching.entry import prepare_ranks
     from runtime.launching.member import outside_member
     from runtime.launching.output import check_output
     from runtime.launching.preflight import (
+        check_context,
         check_devices,
         check_estimate,
         check_job,
@@ -66,6 +72,7 @@ def _run(path: Path, overrides: list[str], run_path: Path | None, dry_run: bool,
     plan = legal_plan(path)
     if not allow_stale:
         check_estimate(plan, path)
+    plan = check_context(plan, path, allow_long)
     run = read_run(plan, path, run_path, overrides)
     first = member is None or member.rank == 0
     if dry_run or first:

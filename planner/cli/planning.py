@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from cost_models.engines.constants import DEFAULT_ENGINE
-from planner.cli.options import AsJson, EngineName, PlanPath, TablePath
+from planner.cli.options import AllowLong, AsJson, EngineName, PlanPath, TablePath
 from plans.errors import RealplanError
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def search(
     recompute_logprobs: Annotated[
         bool | None, typer.Option("--recompute-logprobs", help="old log-probs in a call of their own")
     ] = None,
+    allow_long: AllowLong = False,
     engine: EngineName = DEFAULT_ENGINE,
     table: TablePath = None,
     method: Annotated[Literal["auto", "exact", "mcmc"], typer.Option(help="how to search")] = "auto",
@@ -85,6 +86,7 @@ def search(
         "minibatches": minibatches,
         "dtype": dtype,
         "recompute_logprobs": recompute_logprobs,
+        "allow_long": allow_long or None,
     }
     if graph and algorithm:
         hint = "leave one of the two out"
@@ -118,6 +120,7 @@ def search(
 def check(
     path: PlanPath,
     write: Annotated[bool, typer.Option("--write", help="write the new estimate into the plan")] = False,
+    allow_long: AllowLong = False,
     engine: EngineName = DEFAULT_ENGINE,
     table: TablePath = None,
     as_json: AsJson = False,
@@ -125,7 +128,8 @@ def check(
     """Check a plan: is it legal, does it fit, how long will an iteration take."""
     from planner.cli.commands.check import check_command
 
-    raise typer.Exit(check_command(path, write=write, engine=_engine(engine, table), as_json=as_json))
+    settings = {"write": write, "allow_long": allow_long, "as_json": as_json}
+    raise typer.Exit(check_command(path, engine=_engine(engine, table), **settings))
 
 
 def estimate(

@@ -46,13 +46,15 @@ class Generated:
 class Limits:
     """Sizes of a generation. slots: samples in flight on the replica, 0 for all; groups: parts of the slots that go
     through a pipeline in turn; burst: steps between two looks at what has ended; prefill: most prompt tokens of one
-    pass; block: tokens of a KV block, 0 for what suits the device."""
+    pass; block: tokens of a KV block, 0 for what suits the device; allow_long: samples may outgrow the model's
+    context."""
 
     slots: int = 0
     groups: int = 1
     burst: int = BURST_STEPS
     prefill: int = PREFILL_TOKENS
     block: int = 0
+    allow_long: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("slots", 0), ("groups", 1), ("burst", 1), ("prefill", 1), ("block", 0)):
@@ -81,26 +83,27 @@ def generate(
     responses, positions beyond the model's context, and slots that do not fit.
     """
     most = [response_tokens] * len(prompts) if isinstance(response_tokens, int) else list(response_tokens)
-    _check(model, prompts, most)
+    limits = limits or Limits()
+    _check(model, prompts, most, limits.allow_long)
     lives = [Live(i, tuple(p), limit) for i, (p, limit) in enumerate(zip(prompts, most, strict=True))]
     computed = 0
     if lives:
         with torch.inference_mode():
             keys = sample_keys(seed, iteration, torch.tensor(sample_ids)).to(model.device)
-            run = _Run(model, lives, sampling, limits or Limits(), keys)
+            run = _Run(model, lives, sampling, limits, keys)
             computed = run.all(frozenset(stop_ids), ended)
     sequences = Sequences.of(prompts, [live.tokens for live in lives])
     found = torch.tensor([value for live in lives for value in live.logprobs], dtype=torch.float32)
     return Generated(sequences.to(model.device), found.to(model.device), computed)
 
 
-def _check(model: Model, prompts: Sequence[Sequence[int]], most: Sequence[int]) -> None:
+def _check(model: Model, prompts: Sequence[Sequence[int]], most: Sequence[int], allow_long: bool) -> None:
     for row, (prompt, limit) in enumerate(zip(prompts, most, strict=True)):
         if not prompt:
             raise RealplanError(f"prompt {row} has no tokens", "remove it, or begin it with a token of the tokenizer")
         if limit < 1:
             raise RealplanError(f"sample {row} may have {limit} response tokens", "response_tokens of at least 1")
-        if len(prompt) + limit > model.spec.max_context:
+        if len(prompt) + limit > model.spec.max_context and not allow_long:
             raise RealplanError(
                 f"sample {row} may grow to {len(prompt) + limit} tokens, and model `{model.spec.name}` has"
                 f" {model.spec.max_context} positions",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from plans.checks import check_plan
+from plans.checks import check_plan, context_problems
 from plans.codec import BadPlan, is_stale, load_plan, plan_text
 from plans.documents import locate
 from plans.errors import RealplanError
@@ -28,6 +28,16 @@ def legal_plan(path: Path) -> ExecutionPlan:
     """Read a plan and check its rules; raises BadPlan with located problems."""
     plan = load_plan(path)
     problems = check_plan(plan)
+    if problems:
+        raise BadPlan(str(path), locate(plan_text(path), problems))
+    return plan
+
+
+def check_context(plan: ExecutionPlan, path: Path, allow_long: bool) -> ExecutionPlan:
+    """The plan, which may now insist on samples beyond a context; raises BadPlan where it does not and has some."""
+    if allow_long:
+        return replace(plan, workload=replace(plan.workload, allow_long=True))
+    problems = context_problems(plan.workload)
     if problems:
         raise BadPlan(str(path), locate(plan_text(path), problems))
     return plan

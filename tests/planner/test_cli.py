@@ -14,7 +14,8 @@ from planner.cli import main
 from planner.explanation.whatif import what_if
 from planner.remedies.memory import memory_hint
 from plans.checks import check_plan
-from plans.codec import load_plan
+from plans.codec import BadPlan, load_plan
+from runtime.launching.preflight import check_context
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -106,10 +107,29 @@ def test_check_reports_problems_as_json(realplan: Run, found: Path, tmp_path: Pa
     assert code == 1 and set(problem) == {"line", "column", "rule", "message", "hint"}
 
 
+def test_samples_beyond_a_context_need_insistence(realplan: Run, found: Path, tmp_path: Path) -> None:
+    """Llama-2 has 4,096 positions."""
+    long = tmp_path / "long.json"
+    long.write_text(found.read_text().replace('"prompt_tokens": 1024', '"prompt_tokens": 4096'))
+    code, _, err = realplan("check", str(long))
+    assert code == 1 and "[context]" in err
+    assert "samples of 4096 + 1024 tokens" in err and "`actor` (llama2-7b)" in err
+    assert "hint: at most 4096 tokens in all, or --allow-long to insist" in err
+    with pytest.raises(BadPlan, match="context of 4096"):
+        check_context(load_plan(long), long, allow_long=False)
+    assert check_context(load_plan(long), long, allow_long=True).workload.allow_long
+    ask = ("search", "--model", "llama-7b", "--prompt-tokens", "1024", "--response-tokens", "8192")
+    code, _, err = realplan(*ask)
+    assert code == 2 and "1024 + 8192" in err and "response_tokens 3072 or less" in err
+    short = ("--method", "mcmc", "--seconds", "0.1", "--batch-size", "8", "-o", str(long))
+    assert realplan(*ask, "--allow-long", *short)[0] == 0 and load_plan(long).workload.allow_long
+    assert realplan("check", str(long))[0] == 0, "the plan remembers"
+
+
 def test_out_of_memory_names_the_call_the_place_and_the_terms(realplan: Run, found: Path, tmp_path: Path) -> None:
     huge = tmp_path / "huge.json"
     huge.write_text(found.read_text().replace('"prompt_tokens": 1024', '"prompt_tokens": 131072'))
-    code, _, err = realplan("check", str(huge))
+    code, _, err = realplan("check", str(huge), "--allow-long")
     assert code == 1
     assert "[memory]" in err and "GiB" in err and "largest:" in err and "hint:" in err
     assert err.startswith(f"{huge}:")

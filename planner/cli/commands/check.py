@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from cost_models.engines.engine import Engine
 from cost_models.estimate import PlanCost, cost_plan
 from planner.cli.output import say
 from planner.remedies.memory import memory_problems
-from plans.checks import check_plan
+from plans.checks import check_plan, context_problems
 from plans.codec import is_stale, plan_text, read_plan, save_plan
 from plans.documents import locate
 from plans.plan import ExecutionPlan
 from plans.runnable import run_note, run_problems
 
 
-def check_command(path: Path, *, write: bool, engine: Engine, as_json: bool) -> int:
-    """Every problem of a plan, or its new estimate."""
+def check_command(path: Path, *, write: bool, allow_long: bool, engine: Engine, as_json: bool) -> int:
+    """Every problem of a plan, or its new estimate. `allow_long` is written into the plan with `write`."""
     text = plan_text(path)
     plan, problems = read_plan(text)
+    if plan is not None and allow_long:
+        plan = replace(plan, workload=replace(plan.workload, allow_long=True))
     cost = None
     if plan is not None:
-        problems = locate(text, check_plan(plan))
+        problems = locate(text, [*context_problems(plan.workload), *check_plan(plan)])
         if not problems:
             cost = cost_plan(plan, engine)
             problems = locate(text, memory_problems(cost))
