@@ -15,7 +15,6 @@ NAMES = (
     "bench_generation",
     "bench_predictions",
     "bench_search",
-    "bench_training",
     "demo",
     "fit_engines",
     "gpu_packages",

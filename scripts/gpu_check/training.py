@@ -54,19 +54,22 @@ def _measured(setting: Setting, model: Any, sequences: int, tokens: int) -> tupl
     import torch
 
     from profiler.timers import Timed, measure
+    from runtime.batches.sequences import Sequences
     from runtime.passes.forward import TokenOutput
-    from runtime.passes.training import AdamSettings, Trainer
+    from runtime.passes.optimizer import AdamSettings
+    from runtime.passes.packs import Batch
+    from runtime.passes.training import Trainer
 
     trainer = Trainer(model, AdamSettings())
-    ids = torch.randint(model.spec.vocab, (sequences, tokens), device=setting.device)
-    batch = {"tokens": ids, "mask": torch.ones_like(ids, dtype=torch.bool)}
+    ids = torch.randint(model.spec.vocab, (sequences * tokens,), device=setting.device)
+    batch = Batch(Sequences(ids, (1,) * sequences, (tokens - 1,) * sequences), {})
 
     def loss(output: TokenOutput, _: object) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         value = output.logprobs.mean()
         return value, {"loss": value}
 
     def step(_: object = None) -> object:
-        return trainer.step(batch, loss, sequences)
+        return trainer.step(batch, loss, [[i] for i in range(sequences)])
 
     seconds = measure(Timed(step), setting.device, setting.pick(2.0, 0.02)).seconds
     return seconds, outside_kernels(step, setting.device)
