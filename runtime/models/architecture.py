@@ -31,7 +31,7 @@ from runtime.models.mcore import (
     TransformerLayerSubmodules,
     get_bias_dropout_add,
 )
-from runtime.models.modules import Attention, KVSelfAttention, LayerNorm, NumberedLayer, RMSNorm, Rotary, ValueHead
+from runtime.models.modules import Attention, LayerNorm, NumberedLayer, PackedSelfAttention, RMSNorm, Rotary, ValueHead
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 _FUSIONS = (
@@ -144,7 +144,7 @@ def _layer(spec: ModelSpec, first: int) -> Any:
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(
-                module=KVSelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+                module=PackedSelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,

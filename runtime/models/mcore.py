@@ -12,7 +12,6 @@ with importing_megatron():
         finalize_model_grads,
     )
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-    from megatron.core.inference.contexts import StaticInferenceContext
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.optimizer import OptimizerConfig
@@ -73,7 +72,6 @@ __all__ = [
     "SelfAttentionSubmodules",
     "SequentialMLP",
     "SharedExpertMLP",
-    "StaticInferenceContext",
     "TransformerBlockSubmodules",
     "TransformerConfig",
     "TransformerLayer",

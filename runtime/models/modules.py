@@ -16,7 +16,6 @@ from runtime.models.mcore import (
     AttnMaskType,
     RotaryEmbedding,
     SelfAttention,
-    StaticInferenceContext,
     TransformerLayer,
     gather_from_sequence_parallel_region,
     get_transformer_layer_offset,
@@ -172,55 +171,15 @@ class Attention(nn.Module):
         return out.reshape(batch, heads, tokens, dim).permute(2, 0, 1, 3).reshape(tokens, batch, heads * dim)
 
 
-class KVCache(StaticInferenceContext):  # type: ignore[misc]
-    """Keys and values of one batch of sequences in every local layer, keys already rotated.
-
-    Layer number (from 1) -> (keys, values), each [max_tokens, batch, kv_heads / tp, head_dim]; allocated by the first
-    forward. `sequence_len_offset` tokens are filled; the caller advances it after each forward of the model.
-    """
-
-    def __init__(self, batch: int, max_tokens: int) -> None:
-        super().__init__(batch, max_tokens)
-        self._rotation: tuple[Tensor, Tensor] | None = None
-
-    def rotation(self, angles: Tensor, start: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of positions [start, stop), computed once per cache."""
-        if self._rotation is None:
-            self._rotation = angles.cos().to(dtype), angles.sin().to(dtype)
-        return self._rotation[0][start:stop], self._rotation[1][start:stop]
-
-    def append(self, layer: int, start: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store rotated keys and values from position `start` on; everything stored so far."""
-        stop = start + key.shape[0]
-        if layer not in self.key_value_memory_dict:
-            shape = (self.max_sequence_length, *key.shape[1:])
-            self.key_value_memory_dict[layer] = (key.new_empty(shape), value.new_empty(shape))
-        keys, values = self.key_value_memory_dict[layer]
-        keys[start:stop] = key
-        values[start:stop] = value
-        return keys[:stop], values[:stop]
-
-
-class KVSelfAttention(SelfAttention):  # type: ignore[misc]
-    """Megatron's self attention; with a `KVCache` it caches keys after their rotation, not before, so that a decoding
-    step rotates one key and not all of them."""
+class PackedSelfAttention(SelfAttention):  # type: ignore[misc]
+    """Megatron's self attention with the rotations that it is given as `Rotary.rotation`, those of the positions
+    of the tokens in their sequences. Megatron lets this hook change queries and keys before the attention core."""
 
     def _adjust_key_value_for_inference(
-        self, inference_context: KVCache | None, query: Tensor, key: Tensor, value: Tensor, rotary_pos_emb: Any, *_: Any
+        self, inference_context: None, query: Tensor, key: Tensor, value: Tensor, rotary_pos_emb: Any, *_: Any
     ) -> tuple[Any, ...]:
-        if inference_context is None:
-            query, key = (_Rotate.apply(x, rotary_pos_emb[0]) for x in (query, key))  # type: ignore[no-untyped-call]
-            return query, key, value, None, self.attn_mask_type, None
-        cache, start = inference_context, inference_context.sequence_len_offset
-        cos, sin = cache.rotation(rotary_pos_emb[0], start, start + key.shape[0], key.dtype)
-        keys, values = cache.append(self.layer_number, start, _rotate(key, cos, sin), value)
-        mask_type = AttnMaskType.no_mask if start else self.attn_mask_type
-        return _rotate(query, cos, sin), keys, values, (None, None), mask_type, None
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+        query, key = (_Rotate.apply(x, rotary_pos_emb[0]) for x in (query, key))  # type: ignore[no-untyped-call]
+        return query, key, value, None, self.attn_mask_type, None
 
 
 class _Rotate(torch.autograd.Function):
