@@ -12,17 +12,7 @@ import torch
 from plans.errors import RealplanError
 from plans.library import gpu_names
 
-_KINDS = (
-    (r"A100.*40", "a100-40gb"),
-    (r"A100.*80", "a100-80gb"),
-    (r"H100.*PCIe", "h100-80gb-pcie"),
-    (r"H100", "h100-80gb-sxm"),
-    (r"H200", "h200-141gb"),
-    (r"B200", "b200-180gb"),
-    (r"L40S", "l40s"),
-    (r"4090", "rtx-4090"),
-)
-"""Precisions that the runtime trains in."""
+_MEMORY = re.compile(r"\d+gb")
 _CLOCKS = {"graphics": "clocks.max.graphics", "memory": "clocks.max.memory", "graphics_now": "clocks.current.graphics"}
 
 
@@ -50,10 +40,27 @@ def hardware_kind(device: torch.device) -> str:
     if device.type == "cpu":
         return "cpu"
     name = torch.cuda.get_device_name(device)
-    for pattern, kind in _KINDS:
-        if re.search(pattern, name):
-            return kind
-    raise RealplanError(f"GPU `{name}` is of no known kind", f"known kinds: {', '.join(gpu_names())}")
+    kind = kind_named(name)
+    if kind is None:
+        raise RealplanError(f"GPU `{name}` is of no known kind", f"known kinds: {', '.join(gpu_names())}")
+    return kind
+
+
+def kind_named(name: str) -> str | None:
+    """The GPU kind that a driver's name is of: `NVIDIA H100 80GB HBM3` has the words of `h100-80gb-sxm`.
+
+    Drivers leave out the memory of many kinds and the form of the usual one, so those words may be missing; another
+    memory may not stand in their place. Of several kinds the one with most words of the name, None where two are equal.
+    """
+    words = set(re.findall(r"[a-z0-9]+", name.lower()))
+    sized = any(_MEMORY.fullmatch(word) for word in words)
+    shared = {}
+    for kind in gpu_names():
+        parts = [p for p in kind.split("-") if p != "sxm" and (sized or not _MEMORY.fullmatch(p))]
+        if words.issuperset(parts):
+            shared[kind] = len(parts)
+    best = [kind for kind, count in shared.items() if count == max(shared.values())]
+    return best[0] if len(best) == 1 else None
 
 
 def clocks_mhz(device: torch.device) -> dict[str, float]:

@@ -10,6 +10,7 @@ import typer
 
 from cost_models.engines.constants import DEFAULT_ENGINE
 from planner.cli.options import AllowLong, AsJson, EngineName, PlanPath, TablePath
+from plans.algorithms import ALGORITHMS
 from plans.errors import RealplanError
 
 if TYPE_CHECKING:
@@ -32,9 +33,7 @@ def search(
     cluster: Annotated[str, typer.Option(help="see `realplan clusters`")] = "h100-80gb-sxm",
     gpus_per_node: Annotated[int | None, typer.Option(help="default: as the cluster has")] = None,
     run: Annotated[Path | None, typer.Option(help="run file to take the workload from")] = None,
-    algorithm: Annotated[
-        str | None, typer.Option(help="ppo, grpo, rloo, remax, reinforce++, dpo, sft, reward-modelling [ppo]")
-    ] = None,
+    algorithm: Annotated[str | None, typer.Option(help=f"{', '.join(ALGORITHMS)} [ppo]")] = None,
     graph: Annotated[Path | None, typer.Option(help="YAML file with a graph of your own")] = None,
     staleness: Annotated[int, typer.Option("--async", help="iterations that generation may run ahead")] = 0,
     batch_size: Annotated[int | None, typer.Option(help="prompts per iteration [512]")] = None,

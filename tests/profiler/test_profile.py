@@ -17,6 +17,7 @@ from plans.library import load_model
 from profiler import profile as profiling
 from profiler.cases import Cases, grids
 from profiler.command import profile_command
+from profiler.devices import kind_named
 from profiler.profile import Request, profile
 from profiler.results import full_grid
 from profiler.timers import Timed, Timing, measure, peak_bytes
@@ -129,3 +130,23 @@ def test_a_table_of_another_kind_is_not_overwritten(other: dict[str, str], says:
     assert path.read_text() == before
     with pytest.raises(RealplanError, match="a folder"):
         profile_command(str(FIXTURE), "cpu", "1", "fp32", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("NVIDIA A100 80GB PCIe", "a100-80gb"),
+        ("NVIDIA H100 80GB HBM3", "h100-80gb-sxm"),
+        ("NVIDIA H100 PCIe", "h100-80gb-pcie"),
+        ("NVIDIA H200", "h200-141gb"),
+        ("NVIDIA B200", "b200-180gb"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA GeForce RTX 4090", "rtx-4090"),
+        ("NVIDIA A100", None),
+        ("NVIDIA GH200 480GB", None),
+        ("Tesla V100-SXM2-32GB", None),
+    ],
+)
+def test_drivers_names_of_gpus(name: str, kind: str | None) -> None:
+    assert kind_named(name) == kind
