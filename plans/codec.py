@@ -24,10 +24,11 @@ from plans.graph import DataflowGraph
 from plans.graphfile import file_of, graph_of, own_graph_problems
 from plans.lengths import keys_of, percentiles_of
 from plans.library import load_gpu, load_model, model_names
-from plans.model import Head, ModelSpec, Norm, Position, RopeScaling
+from plans.model import Head, ModelSpec, Norm, Position
 from plans.plan import Estimate, ExecutionPlan, PlannedCall
 from plans.planfile import FORMAT, CallFile, ClusterFile, ModelFile, PlanFile, WorkloadFile
 from plans.problems import Path_, Problem, blank_comments
+from plans.rope import scaling_of, values_of
 from plans.shapes import shape_problems
 from plans.strategy import KEYS, SETTINGS, ParallelStrategy, parse_degrees
 from plans.workload import Workload, role_spec
@@ -194,10 +195,10 @@ class _Reader:
 def _model(model: str | ModelFile) -> ModelSpec:
     if isinstance(model, str):
         return load_model(model)
-    data = model.model_dump()
-    scaling = data.pop("rope_scaling")
+    data = model.model_dump(exclude={"rope_scaling"})
+    scaling = scaling_of(model.rope_scaling.model_dump(exclude_unset=True)) if model.rope_scaling else None
     data |= {"norm": Norm(data["norm"]), "position": Position(data["position"])}
-    return ModelSpec(rope_scaling=RopeScaling(**scaling) if scaling else None, **data)
+    return ModelSpec(rope_scaling=scaling, **data)
 
 
 def _cluster(file: ClusterFile) -> ClusterSpec:
@@ -284,7 +285,7 @@ def _model_file(spec: ModelSpec) -> str | dict[str, Any]:
         named = load_model(spec.name)
         if spec in (named, named.with_value_head()):
             return spec.name
-    data = asdict(spec)
+    data = asdict(spec) | {"rope_scaling": values_of(spec.rope_scaling) if spec.rope_scaling else None}
     tied = spec.head is Head.LM and spec.tied_embeddings
     del data["head"]
     defaults = {name: field.default for name, field in ModelFile.model_fields.items()}

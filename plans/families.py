@@ -15,8 +15,16 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from plans.model import ModelSpec, RopeScaling
+from plans.model import ModelSpec
 from plans.problems import REFUSED
+from plans.rope import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    RopeScaling,
+    YarnScaling,
+)
 
 _INERT = """
     architectures auto_map attn_implementation bos_token_id chunk_size_feed_forward custom_pipelines dtype
@@ -62,12 +70,22 @@ def only(*legal: Any) -> AfterValidator:
 Off = Annotated[bool, only(False)]
 NoDropout = Annotated[float, only(0.0)]
 Whole = Annotated[float, only(1.0)]
-RopeType = Annotated[str, only("default", "llama3")]
+Share = Annotated[float, Field(gt=0, le=1)]
+RopeType = Annotated[str, only("default", "linear", "dynamic", "llama3", "yarn", "longrope", "su")]
 Silu = Annotated[str, only("silu", "swish")]
 
 
 class _Closed(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+Factors = Annotated[list[Amount], Field(min_length=1, max_length=4096)]
+_NEEDS = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "longrope": ("short_factor", "long_factor"),
+}
 
 
 class Rope(_Closed):
@@ -80,41 +98,81 @@ class Rope(_Closed):
     low_freq_factor: Amount | None = None
     high_freq_factor: Amount | None = None
     original_max_position_embeddings: Size | None = None
-    partial_rotary_factor: Whole = 1.0
+    partial_rotary_factor: Share | None = None
+    attention_factor: Amount | None = None
+    beta_fast: Amount | None = None
+    beta_slow: Amount | None = None
+    mscale: Amount | None = None
+    mscale_all_dim: Amount | None = None
+    truncate: bool | None = None
+    short_factor: Factors | None = None
+    long_factor: Factors | None = None
 
     @model_validator(mode="after")
     def _complete(self) -> Rope:
-        numbers = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        missing = [key for key in numbers if getattr(self, key) is None]
-        if self.kind == "llama3" and missing:
-            raise _refusal("a llama3 scaling lacks " + ", ".join(missing), f'add "{missing[0]}"')
+        missing = [key for key in _NEEDS.get(self.kind, ()) if getattr(self, key) is None]
+        if missing:
+            raise _refusal(f"a {self.kind} scaling lacks " + ", ".join(missing), f'add "{missing[0]}"')
         return self
 
     @property
     def kind(self) -> str:
         """How positions are scaled."""
-        return self.rope_type or self.type or "default"
+        kind = self.rope_type or self.type or "default"
+        return "longrope" if kind == "su" else kind
 
-    def scaling(self) -> RopeScaling | None:
-        """The scaling of a ModelSpec."""
-        if self.kind == "default":
-            return None
-        assert self.factor and self.low_freq_factor and self.high_freq_factor and self.original_max_position_embeddings
-        return RopeScaling(
-            factor=self.factor,
-            low_freq_factor=self.low_freq_factor,
-            high_freq_factor=self.high_freq_factor,
-            original_max_position=self.original_max_position_embeddings,
+    def scaling(self, max_positions: int, original: int | None) -> RopeScaling | None:
+        """The scaling of a ModelSpec. `original`: the first context, where the config says it outside of this record.
+        Defaults are those of `transformers`."""
+        first = original or self.original_max_position_embeddings or max_positions
+        factor = self.factor or max_positions / first
+        match self.kind:
+            case "linear":
+                return LinearScaling(factor=factor)
+            case "dynamic":
+                return DynamicScaling(factor=factor, original_max_position=max_positions)
+            case "llama3":
+                low, high = self.low_freq_factor or 0.0, self.high_freq_factor or 0.0
+                return Llama3Scaling(
+                    factor=factor, low_freq_factor=low, high_freq_factor=high, original_max_position=first
+                )
+            case "yarn":
+                return self._yarn(factor, first)
+            case "longrope":
+                loud = math.sqrt(1 + math.log(factor) / math.log(first)) if factor > 1 else 1.0
+                return LongRopeScaling(
+                    short_factor=tuple(self.short_factor or ()),
+                    long_factor=tuple(self.long_factor or ()),
+                    original_max_position=first,
+                    attention_factor=self.attention_factor or loud,
+                )
+        return None
+
+    def _yarn(self, factor: float, first: int) -> YarnScaling:
+        def loud(scale: float) -> float:
+            return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+        both = self.mscale and self.mscale_all_dim
+        default = loud(self.mscale) / loud(self.mscale_all_dim) if both else loud(1.0)  # type: ignore[arg-type]
+        return YarnScaling(
+            factor=factor,
+            original_max_position=first,
+            attention_factor=self.attention_factor or default,
+            beta_fast=self.beta_fast or 32.0,
+            beta_slow=self.beta_slow or 1.0,
+            truncate=self.truncate is not False,
         )
 
 
 class Decoder(_Closed):
     """What the families have in common: rotary positions, RMSNorm, a gated MLP, a vocabulary head.
 
-    RUNS: the runtime computes it; else it can be planned only. ARCHITECTURE names it in an exported config.
+    RUNS: the runtime computes it; else it can be planned only. PARTIAL: a part of each head may be rotated.
+    ARCHITECTURE names it in an exported config.
     """
 
     RUNS: ClassVar[bool] = True
+    PARTIAL: ClassVar[bool] = False
     ARCHITECTURE: ClassVar[str]
 
     model_type: str
@@ -134,6 +192,7 @@ class Decoder(_Closed):
     rope_parameters: Rope | None = None
     attention_dropout: NoDropout = 0.0
     partial_rotary_factor: Whole = 1.0
+    original_max_position_embeddings: Size | None = None
     rope_interleaved: Off = False
     use_mrope: Off = False
     is_encoder_decoder: Off = False
@@ -149,11 +208,15 @@ class Decoder(_Closed):
             words = f"it must divide hidden_size {self.hidden_size}"
             legal = math.gcd(heads, self.hidden_size)
             raise _refusal(words, f'"num_attention_heads": {legal}', "num_attention_heads")
+        share = self.rope.partial_rotary_factor
+        if share not in (None, 1.0) and not self.PARTIAL:
+            words = f"its partial_rotary_factor {share} changes the numbers and is not applied"
+            raise _refusal(words, "1.0 alone", "rope_parameters")
         return self
 
     def spec(self, name: str) -> ModelSpec:
         """The architecture; raises SpecError where values do not go together."""
-        rope = self.rope_parameters or self.rope_scaling or Rope()
+        rope = self.rope
         return ModelSpec(
             name=name,
             layers=self.num_hidden_layers,
@@ -168,9 +231,21 @@ class Decoder(_Closed):
             max_context=self.max_position_embeddings,
             window=self.window(),
             rope_theta=rope.rope_theta or self.rope_theta,
-            rope_scaling=rope.scaling(),
+            rope_scaling=rope.scaling(self.max_position_embeddings, self.original_max_position_embeddings),
+            rotary_dim=self.rotary_dim(),
             **self.more(),
         )
+
+    @property
+    def rope(self) -> Rope:
+        """Rotary positions, wherever the config has them."""
+        return self.rope_parameters or self.rope_scaling or Rope()
+
+    def rotary_dim(self) -> int:
+        """Rotated dimensions of a head; 0: all."""
+        share = self.rope.partial_rotary_factor or self.partial_rotary_factor
+        dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        return 0 if share == 1.0 else int(dim * share)
 
     def window(self) -> int:
         """Tokens that attention sees; 0: all."""

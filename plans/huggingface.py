@@ -5,6 +5,7 @@ Which keys are obeyed is said in `plans/families.py`; a config is applied whole 
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -111,16 +112,7 @@ def _strange(key: str, family: type[Decoder], config: dict[str, Any]) -> Problem
 def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
     """A `config.json` for a model that was not read from one."""
     family = _family_of(spec)
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": spec.rope_theta}
-    if spec.rope_scaling:
-        scaling = spec.rope_scaling
-        rope |= {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_position,
-        }
+    rope = _rope_keys(spec)
     return {
         "architectures": [FAMILIES[family].ARCHITECTURE],
         "model_type": family,
@@ -140,6 +132,20 @@ def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
         **({"sliding_window": spec.window} if family == "mistral" else {}),
         **_expert_keys(spec, family),
     }
+
+
+def _rope_keys(spec: ModelSpec) -> dict[str, Any]:
+    """`rope_parameters` of an architecture."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": spec.rope_theta}
+    if spec.rotary_dim:
+        rope["partial_rotary_factor"] = spec.rotary_dim / spec.head_dim
+    if spec.rope_scaling is None:
+        return rope
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(spec.rope_scaling).items()}
+    original = values.pop("original_max_position", None)
+    if original and spec.rope_scaling.kind != "dynamic":
+        values["original_max_position_embeddings"] = original
+    return rope | {"rope_type": spec.rope_scaling.kind} | values
 
 
 def _family_of(spec: ModelSpec) -> str:

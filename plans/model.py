@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from plans.errors import SpecError
+from plans.rope import LongRopeScaling, RopeScaling
 
 MOST_EXPERTS = 200_000
 
@@ -38,22 +39,13 @@ class Head(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RopeScaling:
-    """Llama-3 rotary scaling (`rope_type: llama3` of the Hugging Face config)."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """Architecture of one model.
 
     `ffn` is the inner width of one MLP (of one expert where `experts` > 0); `head_dim` may differ from
     hidden / heads (Gemma, Qwen3). `linear_bias` means biases on every linear of the block (GPT-2, GPT-3, BLOOM).
     `window`: tokens that attention sees, 0 for all; no longer sequence is computed rightly without it.
+    `rotary_dim`: the first dimensions of a head, which rotary positions turn, 0 for all.
     `norms_per_layer` counts the norms over the hidden width in one block (Gemma 2 and 3 have four).
     A token goes to `experts_per_token` of `experts`, weighted by their gates: a softmax over all experts, of which the
     chosen ones are scaled to a sum of 1 (`normalize_gates`; Mixtral, Qwen3) or kept as they are (Qwen1.5 and Qwen2).
@@ -79,6 +71,7 @@ class ModelSpec:
     window: int = 0
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
+    rotary_dim: int = 0
     qkv_bias: bool = False
     qk_norm: bool = False
     linear_bias: bool = False
@@ -98,6 +91,13 @@ class ModelSpec:
                 f"model `{self.name}`: heads {self.heads} must be a multiple of kv_heads {self.kv_heads}",
                 f"kv_heads {math.gcd(self.heads, self.kv_heads)}, for example",
             )
+        if self.rotary_dim % 2 or not 0 <= self.rotary_dim <= self.head_dim:
+            raise SpecError(
+                f"model `{self.name}`: rotary_dim is {self.rotary_dim}; it must be even, and {self.head_dim} at most",
+                f"rotary_dim {min(self.rotary_dim, self.head_dim) // 2 * 2}, for example",
+            )
+        if isinstance(self.rope_scaling, LongRopeScaling):
+            self._check_pairs(self.rope_scaling)
         if self.layers * self.experts > MOST_EXPERTS:
             raise SpecError(
                 f"model `{self.name}`: {self.layers} x {self.experts} experts; {MOST_EXPERTS:,} at most",
@@ -107,6 +107,19 @@ class ModelSpec:
             raise SpecError(
                 f"model `{self.name}`: experts_per_token {self.experts_per_token} exceeds experts {self.experts}"
             )
+
+    def _check_pairs(self, scaling: LongRopeScaling) -> None:
+        for name in ("short_factor", "long_factor"):
+            if len(getattr(scaling, name)) != self.rotated // 2:
+                raise SpecError(
+                    f"model `{self.name}`: {len(getattr(scaling, name))} numbers in {name}"
+                    f" for {self.rotated // 2} pairs of rotated dimensions"
+                )
+
+    @property
+    def rotated(self) -> int:
+        """Dimensions of a head that rotary positions turn."""
+        return self.rotary_dim or self.head_dim
 
     @property
     def padded_vocab(self) -> int:

@@ -32,12 +32,19 @@ class _Closed(BaseModel):
 
 
 class RopeScalingFile(_Closed):
-    """Llama-3 rotary scaling."""
+    """Scaling of rotary positions; each kind has some of the keys (`plans.rope`)."""
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position: int
+    kind: Literal["linear", "dynamic", "llama3", "yarn", "longrope"] = "llama3"
+    factor: Amount | None = None
+    original_max_position: Size | None = None
+    low_freq_factor: Amount | None = None
+    high_freq_factor: Amount | None = None
+    attention_factor: Amount | None = None
+    beta_fast: Amount | None = None
+    beta_slow: Amount | None = None
+    truncate: bool | None = None
+    short_factor: Annotated[list[Amount], Field(max_length=4096)] | None = None
+    long_factor: Annotated[list[Amount], Field(max_length=4096)] | None = None
 
 
 class ModelFile(_Closed):
@@ -62,6 +69,7 @@ class ModelFile(_Closed):
     window: Annotated[int, Field(ge=0, le=10**8, description="tokens that attention sees; 0: all")] = 0
     rope_theta: float = 10000.0
     rope_scaling: RopeScalingFile | None = None
+    rotary_dim: Annotated[int, Field(ge=0, le=10**8, description="rotated dimensions of a head; 0: all")] = 0
     qkv_bias: bool = False
     qk_norm: bool = False
     linear_bias: bool = False

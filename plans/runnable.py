@@ -16,6 +16,7 @@ from plans.layout import Layout
 from plans.model import Head, ModelSpec, Position
 from plans.plan import ExecutionPlan
 from plans.problems import Problem
+from plans.rope import DynamicScaling, LongRopeScaling
 from plans.workload import Workload
 
 RUN_ACTIVATIONS = ("silu", "gelu", "relu")
@@ -53,7 +54,7 @@ def workload_problems(workload: Workload) -> list[Problem]:
     if workload.dtype not in RUN_DTYPES:
         message = f"dtype {workload.dtype} needs loss scaling, which this runtime does not have"
         problems.append(Problem("dtype", message, f"dtype {' or '.join(RUN_DTYPES)}", ("workload", "dtype")))
-    return [*problems, *_windows(workload)]
+    return [*problems, *_windows(workload), *_scalings(workload)]
 
 
 def _windows(workload: Workload) -> Iterator[Problem]:
@@ -64,6 +65,16 @@ def _windows(workload: Workload) -> Iterator[Problem]:
             what = f"a window of {spec.window} tokens, which this runtime does not apply, for samples of {sizes}"
             hint = f"at most {spec.window} tokens in all, for which the window changes nothing"
             yield replace(_of_model(spec, what, hint), path=("workload", "models", role))
+
+
+def _scalings(workload: Workload) -> Iterator[Problem]:
+    """Scalings that depend on the longest sample of a batch would make a sample's numbers depend on its neighbours."""
+    for role, spec in workload.models.items():
+        scaling = spec.rope_scaling
+        if isinstance(scaling, DynamicScaling | LongRopeScaling) and scaling.original_max_position < workload.tokens:
+            least, sizes = scaling.original_max_position, f"{workload.prompt_tokens} + {workload.response_tokens}"
+            what = f"{scaling.kind} scaling, which runs up to {least} tokens, for samples of {sizes}"
+            yield replace(_of_model(spec, what, f"at most {least} tokens in all"), path=("workload", "models", role))
 
 
 def _groups(record: Algorithm, workload: Workload) -> Iterator[Problem]:

@@ -11,7 +11,8 @@ from typing import Any
 from plans.cluster import ClusterSpec, GpuSpec
 from plans.errors import SpecError, nearest
 from plans.huggingface import spec_from_folder
-from plans.model import ModelSpec, RopeScaling
+from plans.model import ModelSpec
+from plans.rope import scaling_of
 
 
 @cache
@@ -33,7 +34,7 @@ def load_model(name: str) -> ModelSpec:
     if key in data["models"]:
         fields = {k: v for k, v in data["models"][key].items() if k not in ("params_b", "source")}
         scaling = fields.pop("rope_scaling", None)
-        return ModelSpec(name=key, rope_scaling=RopeScaling(**scaling) if scaling else None, **fields)
+        return ModelSpec(name=key, rope_scaling=scaling_of(scaling) if scaling else None, **fields)
     path = Path(name)
     if path.exists():
         return spec_from_folder(path)

@@ -47,6 +47,7 @@ class LeanStage:
         self.model, spec, tp = model, model.spec, model.layout.tp
         self._group = model.groups.tp if tp > 1 else None
         self.kv_heads, self.share, self.dim = spec.kv_heads // tp, spec.heads // spec.kv_heads, spec.head_dim
+        self.rotated = spec.rotated
         self._chunk: Any = model.chunks[0]
         self.blocks = [self._block(layer) for layer in self._chunk.decoder.layers]
 
@@ -110,15 +111,15 @@ class LeanStage:
         return hidden
 
     def rotation(self, positions: int) -> Tensor:
-        """Cosines and signed sines of positions [0, positions): [positions, 2, 1, 1, dim], for `layers`."""
+        """Cosines and signed sines of positions [0, positions): [positions, 2, 1, 1, rotated], for `layers`."""
         angles = self._chunk.rotary_pos_emb(positions)[:, 0]
         sign = torch.ones_like(angles)
         sign[..., : angles.shape[-1] // 2] = -1
-        table = torch.stack([angles.cos(), angles.sin() * sign], 1)
-        return table[:, :, None].to(self.model.config.params_dtype)
+        table = torch.stack([angles.cos(), angles.sin() * sign], 1) * self._chunk.rotary_pos_emb.amplitude
+        return torch.as_tensor(table[:, :, None].to(self.model.config.params_dtype))
 
     def layers(self, hidden: Tensor, rotation: Tensor, attend: Attend) -> Tensor:
-        """Hidden states [n, hidden] behind the blocks; `rotation` [n, 2, 1, 1, dim] of the tokens' positions."""
+        """Hidden states [n, hidden] behind the blocks; `rotation` [n, 2, 1, 1, rotated] of the tokens' positions."""
         cos, sin = rotation[:, 0], rotation[:, 1]
         shape = (len(hidden), self.kv_heads, self.share + 2, self.dim)
         for index, block in enumerate(self.blocks):
@@ -128,7 +129,8 @@ class LeanStage:
                 queries, keys = turned[:, :, : self.share], turned[:, :, self.share :]
                 queries.copy_(block.query_norm(queries))
                 keys.copy_(block.key_norm(keys))
-            swapped = turned.roll(self.dim // 2, -1)
+            turned = turned[..., : self.rotated]
+            swapped = turned.roll(self.rotated // 2, -1)
             turned.mul_(cos).addcmul_(swapped, sin)
             hidden = self._join(hidden, attend(index, qkv), block.out, block.out_bias)
             hidden = block.mlp(hidden, block.mlp_norm(hidden))

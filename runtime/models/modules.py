@@ -21,6 +21,7 @@ from runtime.models.mcore import (
     get_transformer_layer_offset,
 )
 from runtime.models.packed_attention import packed_attention
+from runtime.models.rope import amplitude, frequencies
 
 
 class NumberedLayer(TransformerLayer):  # type: ignore[misc]
@@ -82,37 +83,29 @@ def _mark(parameter: nn.Parameter, sequence_parallel: bool) -> None:
 
 
 class Rotary(RotaryEmbedding):  # type: ignore[misc]
-    """Rotary embedding with the constants of a `ModelSpec`, Llama-3 scaling included.
+    """Rotary embedding with the constants of a `ModelSpec`.
 
     Megatron's own caches its tables for all models at once and so hands tables made under inference mode to training.
     """
 
     def __init__(self, spec: ModelSpec, config: Any, groups: Any) -> None:
-        super().__init__(
-            kv_channels=config.kv_channels, rotary_percent=1.0, rotary_base=spec.rope_theta, cp_group=groups.cp
-        )
-        if spec.rope_scaling is not None:
-            scaling = spec.rope_scaling
-            self.inv_freq: Tensor = self._apply_scaling(
-                self.inv_freq,
-                factor=scaling.factor,
-                low_freq_factor=scaling.low_freq_factor,
-                high_freq_factor=scaling.high_freq_factor,
-                original_max_position_embeddings=scaling.original_max_position,
-            )
+        super().__init__(kv_channels=spec.rotated, rotary_percent=1.0, rotary_base=spec.rope_theta, cp_group=groups.cp)
+        self.inv_freq: Tensor = frequencies(spec, self.inv_freq.device)
+        self.amplitude = amplitude(spec)
         self._table: Tensor | None = None
 
     def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: Any = None) -> Tensor:
-        """Angles [max_seq_len, 1, 1, head_dim], float32."""
+        """Angles [max_seq_len, 1, 1, rotated dimensions], float32."""
         if self._table is None or self._table.shape[0] < max_seq_len + offset:
             with torch.inference_mode(False):
                 self._table = self.get_emb(max_seq_len + offset)
         return self._table[offset : offset + max_seq_len]
 
     def rotation(self, positions: Tensor, longest: int, dtype: torch.dtype) -> Tensor:
-        """Cosine and sine of half the dimensions at positions [tokens] below `longest`: [2, tokens, 1, 1, dim / 2]."""
+        """Cosine and sine of half the rotated dimensions at positions [tokens] below `longest`:
+        [2, tokens, 1, 1, rotated / 2]."""
         angles = self(max(longest, 1))[..., : self.inv_freq.shape[0]][positions]
-        return torch.stack([angles.cos(), angles.sin()]).to(dtype)
+        return (torch.stack([angles.cos(), angles.sin()]) * self.amplitude).to(dtype)
 
 
 class Attention(nn.Module):
@@ -183,8 +176,8 @@ class PackedSelfAttention(SelfAttention):  # type: ignore[misc]
 
 
 class _Rotate(torch.autograd.Function):
-    """Rotate pairs (x[i], x[i + dim / 2]) of [..., dim] by angles given as `Rotary.rotation`. Keeps no activation; the
-    gradient is the rotation back."""
+    """Rotate pairs (x[i], x[i + rotated / 2]) of the first `rotated` of [..., dim] by angles given as
+    `Rotary.rotation`. Keeps no activation; the gradient is the rotation back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rotation: Tensor) -> Tensor:
@@ -198,9 +191,10 @@ class _Rotate(torch.autograd.Function):
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    out = torch.empty_like(x)
-    first, second = x.chunk(2, -1)
-    left, right = out.chunk(2, -1)
+    out, width = torch.empty_like(x), 2 * cos.shape[-1]
+    first, second = x[..., :width].chunk(2, -1)
+    left, right = out[..., :width].chunk(2, -1)
+    out[..., width:] = x[..., width:]
     torch.mul(first, cos, out=left).addcmul_(second, sin, value=-1)
     torch.mul(second, cos, out=right).addcmul_(first, sin)
     return out

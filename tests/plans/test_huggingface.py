@@ -89,11 +89,11 @@ def test_an_exported_config_reads_back(name: str) -> None:
 
 
 @pytest.mark.parametrize(("key", "value", "words", "hint"), [
-    ("rope_scaling", {"type": "linear", "factor": 4.0}, 'type is "linear": it changes the numbers', "llama3"),
-    ("rope_scaling", {"type": "yarn", "factor": 4.0, "beta_fast": 32}, 'type is "yarn"', "or llama3"),
-    ("rope_scaling", {"rope_type": "dynamic", "factor": 2.0}, 'rope_type is "dynamic"', "or llama3"),
+    ("rope_scaling", {"type": "mrope", "factor": 4.0}, 'type is "mrope": it changes the numbers', "or longrope"),
+    ("rope_scaling", {"type": "linear"}, "a linear scaling lacks factor", 'add "factor"'),
+    ("rope_scaling", {"rope_type": "dynamic", "factor": -2.0}, "factor is -2.0", "factor"),
     ("rope_scaling", {**LLAMA3_ROPE, "factor": None}, "a llama3 scaling lacks factor", 'add "factor"'),
-    ("rope_parameters", {"rope_type": "longrope"}, 'rope_parameters.rope_type is "longrope"', "default"),
+    ("rope_parameters", {"rope_type": "longrope"}, "a longrope scaling lacks short_factor", "short_factor"),
     ("attention_bias", True, "attention_bias is true: it changes the numbers and is not applied", "false alone"),
     ("mlp_bias", True, "mlp_bias is true", "false alone"),
     ("hidden_act", "gelu", 'hidden_act is "gelu"', "silu"),
