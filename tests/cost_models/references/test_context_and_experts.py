@@ -6,7 +6,19 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from textbook import DENSE, EXPERTS, FAR, NANO, TextbookKernels, layout, machine, memory, nanoseconds, network
+from textbook import (
+    DENSE,
+    EXPERTS,
+    FAR,
+    NANO,
+    TextbookKernels,
+    compute,
+    layout,
+    machine,
+    memory,
+    nanoseconds,
+    network,
+)
 
 from cost_models.time.inference import ForwardPass, inference_time
 from cost_models.time.operations import layer_gemms
@@ -117,3 +129,16 @@ def test_a_token_alone_wakes_only_its_own_experts() -> None:
         awake = 16 * (1 - 0.75**tokens)
         assert float(first.count[0]) == pytest.approx(awake)
         assert float(first.m[0] * first.count[0]) == pytest.approx(4 * tokens)
+
+
+@pytest.mark.parametrize(("tp", "ep"), [(1, 8), (2, 4), (4, 4)])
+def test_every_token_passes_through_its_experts_and_no_others(tp: int, ep: int) -> None:
+    """Balanced, a rank does the FLOPs of k experts for its share of the tokens; three times that in training."""
+    tokens = 64 * 2048 * tp / (8 * 4)
+    attention = 2 * tokens * (1536 * 20 * 128 + 12 * 128 * 1536) / tp
+    products = attention + 2 * tokens / tp * 4 * 3 * 1536 * 640
+    candidates = layout(dp=8 // tp, tp=tp, ep=ep, micro_batches=4)
+    trained = training_time(compute(), ROUTED, candidates)
+    scored = inference_time(compute(), ForwardPass(EXPERTS, 64, 2048, head_tokens=2048), candidates)
+    assert nanoseconds(scored["linears"]) == pytest.approx(LAYERS * 4 * products)
+    assert nanoseconds(trained["linears"]) == pytest.approx(LAYERS * 4 * 3 * products)
