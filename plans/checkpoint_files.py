@@ -14,7 +14,6 @@ since. Light: `realplan check` reads it without torch.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -233,6 +232,8 @@ def takeover_problems(checkpoint: Checkpoint, plan: ExecutionPlan) -> list[str]:
 
 def _read_index(folder: Path) -> CheckpointIndex:
     hint = f"a folder {_PREFIX}N that a run has written"
+    if not (folder / INDEX).is_file():
+        raise _refused(folder, f"`{INDEX}` is missing")
     try:
         text = read_text(folder / INDEX, CheckpointError, "checkpoint", hint, MOST_INDEX_BYTES)
         index = CheckpointIndex.model_validate(parse_json(text))
@@ -255,8 +256,3 @@ def _refused(folder: Path, why: str) -> CheckpointError:
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in sorted(names)) or "nothing"
-
-
-def metrics_lines(text: str) -> list[dict[str, float]]:
-    """The lines of a `metrics.jsonl`."""
-    return [json.loads(line) for line in text.splitlines()]

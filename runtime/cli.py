@@ -25,6 +25,9 @@ def realrun(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="say what would run on which rank and whether it can, and stop")
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on from the newest checkpoint of the run file's output")
+    ] = False,
     allow_stale: Annotated[bool, typer.Option("--allow-stale", help="run although the estimate is stale")] = False,
     allow_long: Annotated[
         bool, typer.Option("--allow-long", help="let samples be longer than a model's context")
@@ -39,7 +42,7 @@ def realrun(
     from plans.errors import RealplanError
 
     try:
-        _run(plan, overrides or [], run, dry_run, allow_stale, allow_long)
+        _run(plan, overrides or [], run, dry_run, allow_stale, allow_long, resume)
     except RealplanError as error:
         if debug:
             _say(getattr(error, "details", ""))
@@ -49,8 +52,15 @@ def realrun(
 
 
 def _run(
-    path: Path, overrides: list[str], run_path: Path | None, dry_run: bool, allow_stale: bool, allow_long: bool
+    path: Path,
+    overrides: list[str],
+    run_path: Path | None,
+    dry_run: bool,
+    allow_stale: bool,
+    allow_long: bool,
+    resume: bool,
 ) -> None:
+    from runtime.checkpoints.resume import Start, choose_start
     from runtime.launching.describe import batch_words, program_words
     from runtime.launching.entry import prepare_ranks
     from runtime.launching.member import outside_member
@@ -74,6 +84,8 @@ def _run(
         check_estimate(plan, path)
     plan = check_context(plan, path, allow_long)
     run = read_run(plan, path, run_path, overrides)
+    if resume:
+        run = run.model_copy(update={"resume_from": run.resume_from or str(run.checkpoint_folder)})
     first = member is None or member.rank == 0
     if dry_run or first:
         for line in batch_words(plan):
@@ -87,6 +99,7 @@ def _run(
     check_devices(plan, None if member is None else member.world)
     if first:
         check_output(plan, run)
+    start = choose_start(plan, run) if first else Start()
     if dry_run:
         check_job(plan, run)
         return
@@ -95,7 +108,7 @@ def _run(
     from runtime.launching.launch import launch
     from runtime.reports.monitor import summary
 
-    lines = launch(plan, run, member)
+    lines = launch(plan, run, member, start)
     if first:
         for line in [*summary(plan, lines), f"output: {run.output}"]:
             _say(line)

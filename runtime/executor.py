@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import resource
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,11 +71,21 @@ class Executor:
         if self._job.reward is not None and self._hosts:
             self._job.reward.ready()
 
-    def run(self, iterations: int, first: int = 0) -> None:
-        """Run iterations [first, iterations). Raises StepError with rank, iteration and step."""
+    def run(self, iterations: int, first: int = 0, stops: Callable[[int], bool] | None = None) -> int:
+        """Run iterations [first, iterations); how many are done then. Raises StepError with rank, iteration and step.
+
+        stops: asked at the start of every iteration, on every rank, whether all stop before it.
+        """
         self._store.begin(first)
         left = Counter(dict.fromkeys(range(first, iterations), len(self.program.projection(self._rank))))
+        begun = first - 1
         for step, iteration in self.program.unrolled(iterations, first):
+            if stops is not None and begun < iteration + step.lag < iterations:
+                begun = iteration + step.lag
+                if self._agreed(stops, begun):
+                    iterations = begun
+            if iteration >= iterations:
+                continue
             for function in self._due(step, iteration):
                 self._take_scores(function, iteration)
             if self._rank not in step.ranks:
@@ -90,6 +100,14 @@ class Executor:
                 raise self._explain(error, step.name, step.ranks, iteration) from error
         for iteration in range(first, iterations):
             self._store.settle(iteration)
+        return iterations
+
+    def _agreed(self, stops: Callable[[int], bool], iteration: int) -> bool:
+        try:
+            return stops(iteration)
+        except RuntimeError as error:
+            everyone = tuple(range(dist.get_world_size()))
+            raise self._explain(error, "agreement to stop", everyone, iteration) from error
 
     def export(self, role: str, folder: Path) -> None:
         """Write a trained role as a Hugging Face folder. Collective over the ranks of its home."""

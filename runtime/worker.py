@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +15,8 @@ import torch.distributed as dist
 from plans.errors import RealplanError
 from plans.plan import ExecutionPlan
 from plans.runfile import RunFile, patience_s
+from runtime.checkpoints.course import run_iterations, take_up
+from runtime.checkpoints.stopping import StopAgreement
 from runtime.executor import Executor
 from runtime.groups import GroupCache
 from runtime.job import prepare_job
@@ -26,6 +30,7 @@ from runtime.reports.records import Recorder
 GRACE_S = 1.0
 FOREVER = timedelta(days=365)
 ORIGIN = "realplan/origin"
+START = "realplan/start"
 
 
 def guarded(plan: ExecutionPlan, run: RunFile, member: Member, scratch: Path) -> Failure | None:
@@ -60,11 +65,16 @@ def work(plan: ExecutionPlan, run: RunFile, member: Member, scratch: Path) -> No
         print(f"data: {job.note}", file=sys.stderr, flush=True)
     try:
         executor = Executor(job, GroupCache(device, timeout), device, recorder)
-        executor.run(run.iterations)
+        take_up(executor, _agreed_start(store, run, rank))
+        stop = StopAgreement(scratch)
+        if run.checkpoint.every:  # the keyboard speaks to the launcher, which asks its ranks
+            alone = isinstance(member.meeting, Path)
+            stop.listen(signal.SIGTERM, *(() if alone else (signal.SIGINT,)))
+        done = run_iterations(executor, run, recorder, stop)
     finally:
         if job.reward is not None:
             job.reward.close()
-    if run.export:
+    if run.export and done == run.iterations:
         recorder.say("export", run.iterations)
         role = next(iter(executor.program.homes))
         executor.export(role, Path(run.output) / role)
@@ -73,6 +83,13 @@ def work(plan: ExecutionPlan, run: RunFile, member: Member, scratch: Path) -> No
     if rank == 0:  # it may hold the store, which the others still need
         store.wait([f"realplan/done/{other}" for other in range(world)], FOREVER)
     dist.destroy_process_group()
+
+
+def _agreed_start(store: Any, run: RunFile, rank: int) -> str:
+    """The checkpoint that every rank takes up, empty for none: rank 0's process has chosen it."""
+    if rank == 0:
+        store.set(START, f"from {run.resume_from}")
+    return str(store.get(START).decode().removeprefix("from "))
 
 
 def _device(plan: ExecutionPlan, member: Member) -> torch.device:

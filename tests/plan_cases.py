@@ -78,6 +78,7 @@ def tiny_run(output: Path, **keys: Any) -> RunFile:
         "iterations": 3,
         "timeout_s": 60,
         "output": str(output),
+        "checkpoint": {"every": 0},
     }
     return RunFile.model_validate(data | keys)
 

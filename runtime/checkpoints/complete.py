@@ -70,7 +70,7 @@ class Completer:
             metrics = self._metrics(iteration)
             if metrics is not None and all(word.is_file() for word in words):
                 complete(self._folder, self._output, iteration, words, metrics)
-                self._prune()
+                self._prune(iteration)
 
     def _metrics(self, iteration: int) -> str | None:
         """The lines of the iterations that are in a checkpoint; None while the last of them is not written."""
@@ -80,8 +80,10 @@ class Completer:
             return None
         return "".join(lines[:iteration]) if len(lines) >= iteration else None
 
-    def _prune(self) -> None:
-        for old in steps_in(self._folder)[self._keep :]:
+    def _prune(self, iteration: int) -> None:
+        """Remove all but the newest checkpoints up to this one. Later ones are such as were refused at the start."""
+        number = steps_in(self._folder).index(step_folder(self._folder, iteration))
+        for old in steps_in(self._folder)[number + self._keep :]:
             _remove(old)
 
 

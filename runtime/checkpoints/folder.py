@@ -23,6 +23,11 @@ def rank_word(rank: int) -> str:
     return f".rank-{rank:05d}.json"
 
 
+def stop_request(scratch: Path) -> Path:
+    """The file by which a launcher asks its ranks to stop."""
+    return scratch / "stop"
+
+
 def state_bytes(plan: ExecutionPlan) -> int:
     """Bytes of one checkpoint of a plan."""
     models = [plan.workload.models[role] for role in plan.workload.graph.trainers]

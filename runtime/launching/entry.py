@@ -65,7 +65,9 @@ def rank_defaults(cpu: bool) -> dict[str, str]:
 
 def launched_worker(plan: ExecutionPlan, run: RunFile, member: Member, scratch: Path, launcher: int) -> None:
     """Run one rank; an error, which is in `scratch` by then, ends the process at once and without a traceback."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback when the keyboard interrupts launcher and ranks
+    # The keyboard interrupts launcher and ranks alike. With checkpoints the launcher asks the ranks to stop; without,
+    # they end at once and show no traceback.
+    signal.signal(signal.SIGINT, signal.SIG_IGN if run.checkpoint.every else signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     die_with(launcher, lambda: _die_with_traces(member, scratch))
     faulthandler.enable(crash_path(scratch, member.rank).open("w"))

@@ -19,6 +19,9 @@ from typing import Any
 
 from plans.plan import ExecutionPlan
 from plans.runfile import RunFile
+from runtime.checkpoints.complete import Completer
+from runtime.checkpoints.folder import prepare_folder, stop_request
+from runtime.checkpoints.resume import Start
 from runtime.launching.entry import launched_worker, prepare_joining, prepare_ranks, start_method
 from runtime.launching.failures import RunFailed, find_cause, knows_cause
 from runtime.launching.lifetime import die_with
@@ -33,19 +36,46 @@ GRACE_S = 3.0  # longer than a rank that lost a peer waits before it ends itself
 LEAVE_S = 10.0  # for ranks that are done to end
 
 
-def launch(plan: ExecutionPlan, run: RunFile, member: Member | None = None) -> Sequence[Metrics]:
+def launch(
+    plan: ExecutionPlan, run: RunFile, member: Member | None = None, start: Start | None = None
+) -> Sequence[Metrics]:
     """Run a plan; the metrics of its iterations. Raises RunFailed with the cause, RealplanError for wrong input.
 
-    member: the rank that another launcher (torchrun, srun) has made of this process; rank 0 keeps the files.
+    member: the rank that another launcher (torchrun, srun) has made of this process; rank 0 keeps the files. start:
+    where the run begins, None for its first iteration.
     """
+    start = start or Start()
     if member is not None:
-        return _join(plan, run, member)
-    output = Path(run.output)
-    with _stopped_by_signals(), held_output(plan, run) as earlier, _scratch(output / ".ranks") as scratch:
-        _say_earlier(earlier)
-        with Monitor(plan, run.iterations, scratch, output) as monitor:
-            attempt(plan, run, scratch)
+        return _join(plan, run, member, start)
+    scratch = Path(run.output) / ".ranks"
+    with _stopped_by_signals(run, scratch) as asked, _kept_files(plan, run, start, scratch) as monitor:
+        attempt(plan, start.of(run), scratch)
+    _check_done(run, monitor.lines, asked)
     return monitor.lines
+
+
+@contextmanager
+def _kept_files(plan: ExecutionPlan, run: RunFile, start: Start, scratch: Path) -> Iterator[Monitor]:
+    """The files of a run, kept while its ranks run: the output, what ranks say, metrics and checkpoints."""
+    output = Path(run.output)
+    with held_output(plan, run, goes_on=start.own) as earlier, _scratch(scratch):
+        if earlier is not None:
+            print(f"the output of an earlier run is now in {earlier}", file=sys.stderr)
+        prepare_folder(plan, run)
+        # The monitor leaves first: the last checkpoint waits for the last line of metrics.
+        with (
+            Completer(run, plan.cluster.size),
+            Monitor(plan, run.iterations, scratch, output, start.lines) as monitor,
+        ):
+            yield monitor
+
+
+def _check_done(run: RunFile, lines: Sequence[Metrics], asked: Sequence[str]) -> None:
+    """Raise RunFailed for a run that was asked to stop and did, with a checkpoint."""
+    if len(lines) < run.iterations:
+        by = asked[0] if asked else "a signal"
+        done = f"{len(lines)} of {run.iterations} iterations are done, and in the checkpoint"
+        raise RunFailed(f"stopped by {by}: {done}", "the same command with --resume goes on from there")
 
 
 def attempt(plan: ExecutionPlan, run: RunFile, scratch: Path) -> None:
@@ -110,47 +140,48 @@ def _scratch(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _stopped_by_signals() -> Iterator[None]:
-    """Requests to stop become RunFailed, so that ranks and files are cleared away."""
+def _stopped_by_signals(run: RunFile, scratch: Path) -> Iterator[Sequence[str]]:
+    """The first SIGINT or SIGTERM asks the ranks for a checkpoint, where they write any, and is kept by name; others
+    become RunFailed at once, so that ranks and files are cleared away."""
+    asked: list[str] = []
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield asked
         return
 
     def stop(number: int, _: object) -> None:
-        raise RunFailed(f"stopped by {signal.Signals(number).name}")
+        name = signal.Signals(number).name
+        if asked or number == signal.SIGHUP or not run.checkpoint.every or not scratch.is_dir():
+            raise RunFailed(f"stopped by {name}")
+        asked.append(name)
+        stop_request(scratch).touch()
+        print(f"{name}: stopping with a checkpoint when this iteration is done; once more: at once", file=sys.stderr)
 
     old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
-        yield
+        yield asked
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
 
 
-def _say_earlier(earlier: Path | None) -> None:
-    if earlier is not None:
-        print(f"the output of an earlier run is now in {earlier}", file=sys.stderr)
-
-
-def _join(plan: ExecutionPlan, run: RunFile, member: Member) -> Sequence[Metrics]:
+def _join(plan: ExecutionPlan, run: RunFile, member: Member, start: Start) -> Sequence[Metrics]:
     """One rank under torchrun or srun; all machines see one file system."""
     from runtime.worker import guarded
 
     assert isinstance(member.meeting, Address)
     die_with(os.getppid())
     prepare_joining(plan, member.meeting)
-    output = Path(run.output)
-    scratch = output / f".ranks-{re.sub('[^A-Za-z0-9]', '-', member.meeting.job)[:40]}"
+    scratch = Path(run.output) / f".ranks-{re.sub('[^A-Za-z0-9]', '-', member.meeting.job)[:40]}"
     lines: Sequence[Metrics] = ()
     if member.rank != 0:
         failure = guarded(plan, run, member, scratch)
     else:  # makes the folders before it joins the others, who write only after that
-        with held_output(plan, run) as earlier, _scratch(scratch):
-            _say_earlier(earlier)
-            with Monitor(plan, run.iterations, scratch, output) as monitor:
-                failure = guarded(plan, run, member, scratch)
-            lines = monitor.lines
+        with _kept_files(plan, run, start, scratch) as monitor:
+            failure = guarded(plan, start.of(run), member, scratch)
+        lines = monitor.lines
     if failure is not None:
         shutil.rmtree(scratch, ignore_errors=True)
         raise RunFailed(failure.message, failure.hint, failure.details)
+    if member.rank == 0:
+        _check_done(run, lines, ())
     return lines

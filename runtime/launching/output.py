@@ -14,7 +14,7 @@ import yaml
 from plans.codec import dump_plan, save_plan
 from plans.files import OutputError, check_target, free_name, write_atomically
 from plans.plan import ExecutionPlan
-from plans.runfile import RANDOM, RunFile
+from plans.runfile import CHECKPOINTS, RANDOM, RunFile
 
 PLAN, RUN, METRICS, TIMELINE = "plan.json", "run.yaml", "metrics.jsonl", "timeline.json"
 
@@ -48,10 +48,11 @@ def check_output(plan: ExecutionPlan, run: RunFile) -> None:
 
 
 @contextmanager
-def held_output(plan: ExecutionPlan, run: RunFile) -> Iterator[Path | None]:
+def held_output(plan: ExecutionPlan, run: RunFile, *, goes_on: bool = False) -> Iterator[Path | None]:
     """Hold the output folder, with the plan and the run file as they are run in it.
 
-    Gives where the output of an earlier run has gone (`NAME.1`, or the next number that is free), None without one.
+    Gives where the output of an earlier run has gone (`NAME.1`, or the next number that is free), None without one, or
+    where that run goes on.
     """
     check_output(plan, run)
     output = Path(run.output)
@@ -62,10 +63,12 @@ def held_output(plan: ExecutionPlan, run: RunFile) -> Iterator[Path | None]:
         raise OutputError(f"cannot write to output `{output}`: {error.strerror}", "output=FOLDER") from None
     try:
         _lock(descriptor, output)
-        moved = _set_aside(plan, output)
+        moved = None if goes_on else _set_aside(plan, output)
         if not _holds(output / PLAN, plan):
             save_plan(plan, output / PLAN)
-        write_atomically(output / RUN, yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
+        write_atomically(
+            output / RUN, yaml.safe_dump(run.model_dump(mode="json", exclude={"resume_from"}), sort_keys=False)
+        )
         yield moved
     finally:
         with suppress(OSError):
@@ -96,7 +99,7 @@ def _set_aside(plan: ExecutionPlan, output: Path) -> Path | None:
     role = exported_role(plan)
     if _is_of_a_run(output) and not (output / METRICS).stat().st_size and not os.path.lexists(output / role):
         return None  # it failed before its first iteration
-    moving = [METRICS, TIMELINE, *([role] if _is_of_a_run(output) else [])]
+    moving = [METRICS, TIMELINE, *([role, CHECKPOINTS] if _is_of_a_run(output) else [])]
     moving = [name for name in moving if os.path.lexists(output / name)]
     copied = [name for name in (PLAN, RUN) if (output / name).is_file()]
     if not moving and (not copied or _holds(output / PLAN, plan)) and RUN not in copied:

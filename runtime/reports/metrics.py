@@ -124,12 +124,14 @@ def _predicted(plan: ExecutionPlan, seconds: dict[str, float]) -> Metrics:
 class MetricsLog:
     """Collects iterations: a line each in `metrics.jsonl`, and at the end the measured timeline."""
 
-    def __init__(self, program: Program, path: Path) -> None:
+    def __init__(self, program: Program, path: Path, earlier: Sequence[Metrics] = ()) -> None:
         self._program = program
         self._file = path.open("w", encoding="utf-8")
+        self._file.writelines(map(json_line, earlier))
+        self._file.flush()
         self._spans: list[Span] = []
         self._ends: list[float] = []
-        self.lines: list[Metrics] = []
+        self.lines: list[Metrics] = list(earlier)
 
     def add(self, records: Sequence[Record]) -> Metrics:
         """Take in the records of one iteration; its metrics."""
@@ -148,6 +150,6 @@ class MetricsLog:
         if len(self._ends) > 1:
             period_s = median(after - before for before, after in pairwise(self._ends))
         else:
-            period_s = self.lines[0]["timing_s/step"] if self.lines else 0.0
+            period_s = self.lines[-1]["timing_s/step"] if self.lines else 0.0
         spans = sorted(self._spans, key=lambda span: (span.start_s, span.ranks))
         return Timeline(source="measured", period_s=period_s, spans=tuple(spans))

@@ -21,13 +21,15 @@ POLL_S = 0.2
 
 class Monitor:
     """Follows the records of all ranks in a thread: writes `metrics.jsonl`, and on leaving `timeline.json`; shows
-    progress on stderr, with a bar on a terminal."""
+    progress on stderr, with a bar on a terminal. earlier: metrics of the iterations that are done already."""
 
-    def __init__(self, plan: ExecutionPlan, iterations: int, scratch: Path, output: Path) -> None:
+    def __init__(
+        self, plan: ExecutionPlan, iterations: int, scratch: Path, output: Path, earlier: Sequence[Metrics] = ()
+    ) -> None:
         program = compile_program(plan)
         ranks = tuple(rank for rank in range(plan.cluster.size) if program.projection(rank))
-        self._reader = RecordReader(scratch, ranks)
-        self._log = MetricsLog(program, output / "metrics.jsonl")
+        self._reader = RecordReader(scratch, ranks, len(earlier))
+        self._log = MetricsLog(program, output / "metrics.jsonl", earlier)
         self._timeline = output / "timeline.json"
         self._ranks = plan.cluster.size
         self._iterations = iterations
@@ -36,7 +38,7 @@ class Monitor:
         self._console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
         columns = (TextColumn("iterations"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._bar = Progress(*columns, console=self._console, disable=not sys.stderr.isatty(), transient=True)
-        self._task = self._bar.add_task("", total=iterations)
+        self._task = self._bar.add_task("", total=iterations, completed=len(earlier))
 
     def __enter__(self) -> Monitor:
         self._console.print(f"starting {self._ranks} rank{'s' if self._ranks > 1 else ''}")

@@ -115,13 +115,13 @@ class Recorder:
 
 
 class RecordReader:
-    """Reads the records of some ranks as they appear."""
+    """Reads the records of some ranks as they appear, from iteration `first` on."""
 
-    def __init__(self, folder: Path, ranks: tuple[int, ...]) -> None:
+    def __init__(self, folder: Path, ranks: tuple[int, ...], first: int = 0) -> None:
         self._folder = folder
         self._offsets = dict.fromkeys(ranks, 0)
         self._waiting: dict[int, dict[int, Record]] = {}
-        self._next = 0
+        self._next = first
 
     def poll(self) -> Iterator[tuple[Record, ...]]:
         """The records of each iteration that all ranks have finished by now, in order, once."""

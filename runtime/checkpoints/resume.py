@@ -1,0 +1,113 @@
+"""Where a run begins: at its first iteration, or after the newest checkpoint that its plan can take up. No torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from plans.checkpoint_files import (
+    INDEX,
+    METRICS,
+    RUN,
+    Checkpoint,
+    CheckpointError,
+    newest_usable,
+    step_folder,
+    steps_in,
+    usable,
+)
+from plans.plan import ExecutionPlan
+from plans.runfile import CHECKPOINTS, RunFile
+
+_FREE = ("output", "export", "timeout_s", "iterations", "checkpoint", "resume_from", "workload")
+
+
+@dataclass(frozen=True)
+class Start:
+    """The beginning of a run: iterations done, the checkpoint that has their state, their lines of metrics. `own`: the
+    checkpoint is one of the run's own, so that its output goes on."""
+
+    iteration: int = 0
+    checkpoint: Path | None = None
+    metrics: str = ""
+    own: bool = False
+
+    @property
+    def lines(self) -> list[dict[str, float]]:
+        """Metrics of the iterations done."""
+        nan = float("nan")
+        lines = [json.loads(line) for line in self.metrics.splitlines()]
+        return [{name: nan if value is None else value for name, value in line.items()} for line in lines]
+
+    def of(self, run: RunFile) -> RunFile:
+        """The run file as ranks get it: `resume_from` is the checkpoint itself."""
+        return run.model_copy(update={"resume_from": str(self.checkpoint or "")})
+
+
+def choose_start(plan: ExecutionPlan, run: RunFile) -> Start:
+    """The start that `resume_from` asks for; says which checkpoints were refused, and what the run file has changed.
+
+    Raises CheckpointError where none can be used, or the run is over before it.
+    """
+    if not run.resume_from:
+        return Start()
+    checkpoint = _choose(plan, run)
+    if checkpoint is None:
+        return Start(own=True)
+    done = checkpoint.index.iteration
+    if done > run.iterations:
+        raise CheckpointError(
+            f"checkpoint `{checkpoint.folder}` has {done} iterations, the run {run.iterations}",
+            f"iterations={done + 10}",
+        )
+    _say(f"going on from {checkpoint.folder}: {done} of {run.iterations} iterations are done")
+    for change in _changes(checkpoint, run):
+        _say(f"  other than in the checkpoint: {change}")
+    metrics = (checkpoint.folder / METRICS).read_text(encoding="utf-8")
+    own = checkpoint.folder.resolve().parent == run.checkpoint_folder.resolve()
+    return Start(done, checkpoint.folder.resolve(), metrics, own)
+
+
+def _choose(plan: ExecutionPlan, run: RunFile) -> Checkpoint | None:
+    place = Path(run.resume_from)
+    if (place / INDEX).is_file() or place.name.startswith(step_folder(place, 0).name[:-1]):
+        return usable(place, plan)
+    folder = place if steps_in(place) or place == run.checkpoint_folder else place / CHECKPOINTS
+    found, refusals = newest_usable(folder, plan)
+    if found is None and refusals:
+        raise CheckpointError("\n".join(refusals), "start anew without --resume, in another output=FOLDER")
+    for refusal in refusals:
+        _say(f"{refusal}; the one before is used")
+    if found is None:
+        if folder != run.checkpoint_folder:
+            raise CheckpointError(
+                f"no checkpoint in `{place}`", "resume_from=FOLDER, a checkpoint or the output of a run"
+            )
+        _say(f"no checkpoint in {folder} yet: starting at the first iteration")
+    return found
+
+
+def _changes(checkpoint: Checkpoint, run: RunFile) -> Iterator[str]:
+    """Keys of the run file that have another value than when the checkpoint was written."""
+    then = dict(_flat(yaml.safe_load((checkpoint.folder / RUN).read_text(encoding="utf-8"))))
+    for key, value in _flat(run.model_dump(mode="json")):
+        if key.split(".")[0] not in _FREE and key in then and then[key] != value:
+            yield f"{key} was {then[key]}, is {value}"
+
+
+def _flat(data: Any, at: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(data, dict):
+        for key, value in data.items():
+            yield from _flat(value, f"{at}.{key}" if at else str(key))
+    else:
+        yield at, data
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)

@@ -1,0 +1,59 @@
+"""A request to stop becomes one decision of all ranks: the iteration before which they stop."""
+
+from __future__ import annotations
+
+import signal
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from runtime.checkpoints.folder import stop_request
+
+_FOREVER = timedelta(days=365)  # whoever hangs is found by the collectives of the calls
+
+
+class StopAgreement:
+    """Whether to stop before an iteration, the same on every rank. Making it is collective over all ranks.
+
+    Ranks reach an iteration at different times, so none may decide by itself. At the start of iteration i each sends
+    whether it was asked to stop, and goes on; at the start of i + 1 it takes the sum. No rank waits for one that is
+    less than an iteration behind.
+    """
+
+    def __init__(self, scratch: Path) -> None:
+        self._request = stop_request(scratch)
+        self._asked = False
+        self._group = dist.new_group(timeout=_FOREVER, backend="gloo")
+        self._sent: dict[int, tuple[Tensor, Any]] = {}
+
+    def listen(self, *signals: signal.Signals) -> None:
+        """Take signals to this process as requests. Main thread only."""
+        for number in signals:
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, _: object) -> None:
+        self._asked = True
+        if number == signal.SIGINT:  # the second one ends the process
+            signal.signal(number, signal.SIG_DFL)
+
+    def before(self, iteration: int) -> bool:
+        """Whether all ranks stop before this iteration. Every rank calls it for every iteration that it reaches."""
+        asked = torch.tensor([int(self._asked or self._request.exists())])
+        self._sent[iteration] = asked, dist.all_reduce(asked, group=self._group, async_op=True)
+        return self._answer(iteration - 1)
+
+    def close(self) -> None:
+        """Take the answers that are still on their way."""
+        for iteration in sorted(self._sent):
+            self._answer(iteration)
+
+    def _answer(self, iteration: int) -> bool:
+        if iteration not in self._sent:
+            return False
+        total, work = self._sent.pop(iteration)
+        work.wait()
+        return bool(total.item())

@@ -1,0 +1,217 @@
+"""Runs that stop and go on, to the same bits or under another plan; checkpoints that are refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+from plan_cases import tiny_plan, tiny_run
+from ranks import run_ranks
+from run_cases import PATIENCE_S, PLAN, ROOT, arguments, running
+
+from plans.checkpoint_files import CheckpointError, newest_usable, open_checkpoint, steps_in, takeover_problems, usable
+from plans.codec import save_plan
+from plans.plan import ExecutionPlan
+from plans.runfile import RunFile
+from runtime.checkpoints.complete import Completer
+from runtime.checkpoints.course import run_iterations, take_up
+from runtime.checkpoints.folder import prepare_folder
+from runtime.checkpoints.resume import Start, choose_start
+from runtime.checkpoints.stopping import StopAgreement
+from runtime.executor import Executor
+from runtime.groups import GroupCache
+from runtime.job import prepare_job
+from runtime.models.installation import install
+from runtime.reports.metrics import Metrics
+from runtime.reports.monitor import Monitor
+from runtime.reports.records import Recorder
+
+CPU = torch.device("cpu")
+DAMAGES = int(os.environ.get("REALPLAN_DAMAGES", "30"))
+LAGGED = {
+    "actor_generate": ("node 0 gpu 0", "d1 t1 p1"),
+    "ref_infer": ("node 0 gpu 0", "d1 t1 p1"),
+    "critic_infer": ("node 0 gpu 1", "d1 t1 p1"),
+    "actor_train": ("node 0 gpu 0", "d1 t1 p1"),
+    "critic_train": ("node 0 gpu 1", "d1 t1 p1", {"lag": 1, "offload": True}),
+}
+LAGGED_PLAN = tiny_plan(2, LAGGED, order=("actor_generate", "critic_train", "ref_infer", "critic_infer", "actor_train"))
+
+
+def leg(plan: ExecutionPlan, run: RunFile) -> list[Metrics]:
+    """A run, or the rest of one, on forked ranks: the metrics of all its iterations; checkpoints and files as kept by
+    a launcher."""
+    start, output = choose_start(plan, run), Path(run.output)
+    scratch = output / ".ranks"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    prepare_folder(plan, run)
+    ranks_run = start.of(run)
+
+    def rank() -> None:
+        install(CPU)
+        recorder = Recorder(scratch, dist.get_rank(), time.time())
+        job = prepare_job(plan, ranks_run)
+        executor = Executor(job, GroupCache(CPU), CPU, recorder)
+        take_up(executor, ranks_run.resume_from)
+        run_iterations(executor, ranks_run, recorder, StopAgreement(scratch))
+        if job.reward is not None:
+            job.reward.close()
+
+    run_ranks(plan.cluster.size, rank, timeout=PATIENCE_S)
+    save_plan(plan, output / "plan.json")
+    (output / "run.yaml").write_text(yaml.safe_dump(run.model_dump(mode="json")))
+    with Monitor(plan, run.iterations, scratch, output, start.lines) as monitor:
+        pass
+    Completer(run, plan.cluster.size).poll()
+    return list(monitor.lines)
+
+
+def learnt(lines: Any) -> list[dict[str, float]]:
+    """Metrics without those of time and memory."""
+    return [{k: v for k, v in line.items() if not k.startswith(("timing_s", "perf", "plan/"))} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a run of two iterations on two ranks with a checkpoint after each."""
+    output: Path = tmp_path_factory.mktemp("two") / "out"
+    leg(tiny_plan(2, "d2 t1 p1"), tiny_run(output, iterations=2, checkpoint={"every": 1}))
+    return output
+
+
+def test_a_run_goes_on_under_other_plans(two_steps: Path, tmp_path: Path):
+    alone = leg(tiny_plan(1, "d1 t1 p1"), tiny_run(tmp_path / "alone", iterations=4))
+    keys: dict[str, Any] = {"checkpoint": {"every": 5}}
+    four = tiny_run(tmp_path / "four", iterations=3, resume_from=str(two_steps), **keys)
+    assert len(leg(tiny_plan(4, "d1 t2 p2"), four)) == 3
+    one = tiny_run(tmp_path / "one", iterations=4, resume_from=str(tmp_path / "four"), **keys)
+    found = leg(tiny_plan(1, "d1 t1 p1"), one)
+    assert len(found) == len(alone) == 4
+    for got, want in zip(learnt(found), learnt(alone), strict=True):
+        assert got == pytest.approx(want, rel=1e-4, abs=1e-4)
+    saved = (tmp_path / "one" / "checkpoints" / "global_step_4" / "metrics.jsonl").read_text()
+    assert learnt(map(json.loads, saved.splitlines())) == learnt(found)
+
+
+def test_lag_and_checkpoints_change_nothing(tmp_path: Path):
+    plain = leg(LAGGED_PLAN, tiny_run(tmp_path / "plain", iterations=3))
+    every = leg(LAGGED_PLAN, tiny_run(tmp_path / "every", iterations=2, checkpoint={"every": 1, "keep": 5}))
+    first = tmp_path / "every" / "checkpoints" / "global_step_1"
+    rest = leg(LAGGED_PLAN, tiny_run(tmp_path / "rest", iterations=3, resume_from=str(first)))
+    assert learnt(plain[:2]) == learnt(every)
+    assert learnt(plain) == learnt(rest)
+
+
+def test_a_request_to_stop_loses_nothing(tmp_path: Path):
+    keys: dict[str, Any] = {"iterations": 30, "checkpoint": {"every": 2}, "export": False}
+    command = arguments(tmp_path, **keys)
+    with running(command, tmp_path / "out" / ".ranks", iteration=3) as (process, _):
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 1 and "Traceback" not in said
+    assert "stopped by SIGTERM" in said and "--resume" in said
+    done = len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
+    assert steps_in(tmp_path / "out" / "checkpoints")[0].name == f"global_step_{done}"
+    resumed = [*command, "--resume", f"iterations={done + 2}"]
+    result = subprocess.run(resumed, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert result.returncode == 0, result.stderr
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    undisturbed = leg(PLAN, tiny_run(tmp_path / "whole", iterations=done + 2))
+    assert learnt(map(json.loads, lines)) == learnt(undisturbed)
+    names = sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir())
+    kept = sorted({done + 2, done + 1 if done % 2 else done})
+    assert names == sorted([*(f"global_step_{n}" for n in kept), "latest_checkpointed_iteration.txt"])
+
+
+def damage(rng: random.Random, folder: Path) -> str:
+    """One fault in a checkpoint, as disks, copies and people make them."""
+    files = sorted(path for path in folder.iterdir())
+    path = rng.choice(files)
+    data = bytearray(path.read_bytes())
+    match rng.choice(["missing", "truncated", "flipped", "longer", "swapped", "shape"]):
+        case "missing":
+            path.unlink()
+            return f"{path.name} missing"
+        case "truncated":
+            path.write_bytes(data[: rng.randrange(len(data))])
+            return f"{path.name} truncated"
+        case "flipped":
+            bit = rng.randrange(8 * len(data))
+            data[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(data)
+            return f"{path.name} flipped at bit {bit}"
+        case "longer":
+            path.write_bytes(data + b"\0")
+            return f"{path.name} longer"
+        case "swapped":
+            one, two = rng.sample([p for p in files if p.suffix == ".safetensors"], 2)
+            one.rename(folder / "x"), two.rename(one), (folder / "x").rename(two)
+            return f"{one.name} and {two.name} swapped"
+    index = json.loads((folder / "index.json").read_text())
+    entry = rng.choice(index["entries"])
+    entry[rng.choice(["start", "stop", "part", "parts"])] += rng.choice([-1, 1, 2])
+    (folder / "index.json").write_text(json.dumps(index))
+    return f"entry of {entry['parameter']}"
+
+
+def test_damaged_checkpoints_are_refused(two_steps: Path, tmp_path: Path):
+    plan, good = tiny_plan(2, "d2 t1 p1"), two_steps / "checkpoints" / "global_step_2"
+    assert usable(good, plan).index.iteration == 2
+    for number in range(DAMAGES):
+        folder = tmp_path / "checkpoints" / "global_step_2"
+        shutil.copytree(good, folder)
+        what = damage(random.Random(number), folder)
+        with pytest.raises(CheckpointError) as error:
+            usable(folder, plan)
+        assert str(folder) in error.value.message and "\n" not in error.value.message, what
+        shutil.rmtree(folder)
+
+
+def test_the_one_before_a_bad_one_is_used(two_steps: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    plan = tiny_plan(2, "d2 t1 p1")
+    shutil.copytree(two_steps / "checkpoints", tmp_path / "checkpoints")
+    (tmp_path / "checkpoints" / "global_step_2" / "rank-00001.safetensors").unlink()
+    start = choose_start(plan, tiny_run(tmp_path, resume_from=str(tmp_path)))
+    assert (start.iteration, len(start.lines)) == (1, 1)
+    said = capsys.readouterr().err
+    assert "global_step_2` cannot be used: `rank-00001.safetensors` is missing; the one before is used" in said
+    (tmp_path / "checkpoints" / "global_step_1" / "index.json").unlink()
+    with pytest.raises(CheckpointError, match=r"global_step_2` cannot be used.*\n.*global_step_1` cannot be used"):
+        choose_start(plan, tiny_run(tmp_path, resume_from=str(tmp_path)))
+
+
+def test_a_plan_of_other_work_takes_nothing_over(two_steps: Path):
+    checkpoint = open_checkpoint(two_steps / "checkpoints" / "global_step_2")
+    assert not takeover_problems(checkpoint, tiny_plan(4, "d1 t2 p2", dtype="bf16"))
+    assert takeover_problems(checkpoint, tiny_plan(1, "d1 t1 p1", batch_size=16)) == [
+        "batch_size is 8 there and 16 in the plan"
+    ]
+    critic_free = tiny_plan(
+        1, "d1 t1 p1", algorithm="grpo", order=("actor_generate", "ref_infer", "actor_train"), group_size=2
+    )
+    assert takeover_problems(checkpoint, critic_free)[0] == "it was written by ppo, the plan runs grpo"
+    assert newest_usable(two_steps / "checkpoints", critic_free)[0] is None
+
+
+def test_a_new_run_does_not_mix_with_old_checkpoints(two_steps: Path, tmp_path: Path):
+    folder = str(two_steps / "checkpoints")
+    run = tiny_run(tmp_path, checkpoint={"every": 1, "folder": folder})
+    with pytest.raises(ValueError, match="holds checkpoints of another run, such as `global_step_2`"):
+        prepare_folder(PLAN, run)
+    assert choose_start(PLAN, run) == Start()
+    with pytest.raises(CheckpointError, match="no checkpoint in"):
+        choose_start(PLAN, tiny_run(tmp_path, resume_from=str(tmp_path / "nowhere")))
+    with pytest.raises(CheckpointError, match="has 2 iterations, the run 1"):
+        choose_start(PLAN, tiny_run(tmp_path, iterations=1, resume_from=folder))
