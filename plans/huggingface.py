@@ -11,9 +11,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from plans.config_keys import INERT
 from plans.documents import BadText, locate, parse_json, read_text, refuse
 from plans.errors import SpecError, nearest
-from plans.families import FAMILIES, INERT, Decoder
+from plans.families import FAMILIES, Decoder
 from plans.model import ModelSpec
 from plans.problems import Problem, shortened
 from plans.shapes import shape_problems
@@ -129,9 +130,15 @@ def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
         "max_position_embeddings": spec.max_context,
         "rope_theta": spec.rope_theta,
         "rope_parameters": rope,
-        **({"sliding_window": spec.window} if family == "mistral" else {}),
+        **({"sliding_window": spec.window or None} if family in ("mistral", "phi3") else {}),
+        **({"original_max_position_embeddings": first} if (first := _first_context(spec, family)) else {}),
         **_expert_keys(spec, family),
     }
+
+
+def _first_context(spec: ModelSpec, family: str) -> int:
+    """The context of the first training where a config has it beside its rotary positions, else 0."""
+    return getattr(spec.rope_scaling, "original_max_position", spec.max_context) if family == "phi3" else 0
 
 
 def _rope_keys(spec: ModelSpec) -> dict[str, Any]:
@@ -150,6 +157,8 @@ def _rope_keys(spec: ModelSpec) -> dict[str, Any]:
 
 def _family_of(spec: ModelSpec) -> str:
     """The family that has just what an architecture has."""
+    if spec.family:
+        return spec.family
     if spec.experts:
         return "qwen3_moe" if spec.qk_norm else "qwen2_moe" if spec.qkv_bias else "mixtral"
     return "qwen3" if spec.qk_norm else "qwen2" if spec.qkv_bias else "mistral" if spec.window else "llama"

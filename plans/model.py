@@ -45,6 +45,8 @@ class ModelSpec:
     `ffn` is the inner width of one MLP (of one expert where `experts` > 0); `head_dim` may differ from
     hidden / heads (Gemma, Qwen3). `linear_bias` means biases on every linear of the block (GPT-2, GPT-3, BLOOM).
     `window`: tokens that attention sees, 0 for all; no longer sequence is computed rightly without it.
+    `family`: the Hugging Face `model_type` where the names of the weights follow from it, empty for families that are
+    told apart by what they have (Llama, Mistral, Mixtral, Qwen).
     `rotary_dim`: the first dimensions of a head, which rotary positions turn, 0 for all.
     `norms_per_layer` counts the norms over the hidden width in one block (Gemma 2 and 3 have four).
     A token goes to `experts_per_token` of `experts`, weighted by their gates: a softmax over all experts, of which the
@@ -80,6 +82,7 @@ class ModelSpec:
     normalize_gates: bool = True
     shared_ffn: int = 0
     head: Head = Head.LM
+    family: str = ""
 
     def __post_init__(self) -> None:
         for field in ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "max_context"):

@@ -13,6 +13,8 @@ from transformers import (
     LlamaForSequenceClassification,
     MixtralConfig,
     MixtralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -39,10 +41,18 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5],
+    "long_factor": [9.0] * 6,
+}
 
 
 def tiny_model(kind: str, **overrides: Any) -> PreTrainedModel:
-    """`llama`, `llama-tied`, `five` (tied), `llama3`, `qwen2` (tied, biases), `qwen3` (query-key norms), `reward`, or a
+    """`llama`, `llama-tied`, `five` (tied), `llama3`, `qwen2` (tied, biases), `qwen3` (query-key norms), `reward`,
+    `phi3` (fused weights, longrope with an amplitude, three quarters of a head rotated), or a
     mixture of 8 experts of which a token visits 2: `mixtral`, `qwen2-moe` (shared expert), `qwen3-moe`.
 
     `reward` has a score head. Four layers (`five` has five), hidden 64, 4 heads on 2 kv heads, vocabulary 250: not a
@@ -65,6 +75,8 @@ def tiny_model(kind: str, **overrides: Any) -> PreTrainedModel:
         model = Qwen2ForCausalLM(Qwen2Config(**base))
     elif kind == "qwen3":
         model = Qwen3ForCausalLM(Qwen3Config(**base, head_dim=32))
+    elif kind == "phi3":
+        model = Phi3ForCausalLM(Phi3Config(**base, rope_parameters=LONG_ROPE, original_max_position_embeddings=64))
     elif kind == "mixtral":
         model = MixtralForCausalLM(MixtralConfig(**base, num_local_experts=8, num_experts_per_tok=2))
     elif kind == "qwen2-moe":

@@ -1,11 +1,15 @@
 """Megatron's parameters in Hugging Face's terms: which tensors of a checkpoint make up a parameter, and back.
 
 Llama, Mistral, Qwen2 and Qwen3 name their tensors alike; Mixtral has names of its own for experts. Megatron fuses
-query, key and value group by group ([q..., k, v] for each kv head), and gate above up; Hugging Face keeps them apart.
+query, key and value group by group ([q..., k, v] for each kv head), and gate above up; Hugging Face keeps them apart,
+or (`_FUSED`) stacks all queries, all keys and all values. A *part* is one of them, wherever it lies.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -29,6 +33,8 @@ _LAYER = {
     "mlp.shared_experts.linear_fc1": ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
     "mlp.shared_experts.linear_fc2": ("mlp.shared_expert.down_proj",),
 }
+_FUSED = {"phi3": {_QKV: "self_attn.qkv_proj", "mlp.linear_fc1": "mlp.gate_up_proj"}}
+"""Families whose checkpoints keep the parts of a parameter in one tensor, one above the other."""
 _EXPERT = {"linear_fc1": ("gate_proj", "up_proj"), "linear_fc2": ("down_proj",)}
 _MIXTRAL_EXPERT = {"linear_fc1": ("w1", "w3"), "linear_fc2": ("w2",)}
 _SHARED_GATE = "mlp.shared_experts.gate_weight"
@@ -60,7 +66,8 @@ def hf_names(spec: ModelSpec, name: str) -> tuple[str, ...]:
         if mixtral:
             return tuple(f"{at}.block_sparse_moe.experts.{number}.{p}.{kind}" for p in _MIXTRAL_EXPERT[part])
         return tuple(f"{at}.mlp.experts.{number}.{p}.{kind}" for p in _EXPERT[part])
-    return tuple(f"{at}.{part}.{kind}" for part in _LAYER[inner])
+    fused = _FUSED.get(spec.family, {}).get(inner)
+    return (f"{at}.{fused}.{kind}",) if fused else tuple(f"{at}.{part}.{kind}" for part in _LAYER[inner])
 
 
 def is_mixtral(spec: ModelSpec) -> bool:
@@ -73,24 +80,47 @@ def has_vocabulary(spec: ModelSpec, parameter: Parameter) -> bool:
     return parameter.name.startswith(("embedding.word", "output")) and parameter.shape[0] == spec.padded_vocab
 
 
-def hf_shape(spec: ModelSpec, parameter: Parameter, part: int) -> tuple[int, ...]:
-    """Shape of the `part`-th Hugging Face tensor of a parameter."""
+def hf_shape(spec: ModelSpec, parameter: Parameter, index: int) -> tuple[int, ...]:
+    """Shape of the `index`-th Hugging Face tensor of a parameter."""
+    shapes = _part_shapes(spec, parameter)
+    if len(hf_names(spec, parameter.name)) == len(shapes):
+        return shapes[index]
+    return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+
+def _part_shapes(spec: ModelSpec, parameter: Parameter) -> list[tuple[int, ...]]:
     rows, *rest = parameter.shape
     if _QKV in parameter.name:
-        rows = (spec.kv_heads if part else spec.heads) * spec.head_dim
-    elif parameter.blocks > 1:
-        rows //= parameter.blocks
-    elif has_vocabulary(spec, parameter):
-        rows = spec.vocab
-    return (rows, *rest)
+        heads = (spec.heads, spec.kv_heads, spec.kv_heads)
+        return [(count * spec.head_dim, *rest) for count in heads]
+    if parameter.blocks > 1:
+        return [(rows // parameter.blocks, *rest)] * parameter.blocks
+    return [(spec.vocab if has_vocabulary(spec, parameter) else rows, *rest)]
 
 
-def join(spec: ModelSpec, parameter: Parameter, parts: list[Sliceable], tp: int, rank: int) -> Tensor:
+@dataclass(frozen=True)
+class _Below:
+    """The rows of a tensor from `first` on, of which none is read before it is asked for."""
+
+    whole: Sliceable
+    first: int
+
+    def __getitem__(self, index: tuple[slice, ...] | slice) -> Tensor:
+        rows, *rest = index if isinstance(index, tuple) else (index,)
+        return self.whole[(slice(rows.start + self.first, rows.stop + self.first), *rest)]
+
+
+def join(spec: ModelSpec, parameter: Parameter, tensors: Sequence[Sliceable], tp: int, rank: int) -> Tensor:
     """This tp rank's part of a parameter, read from the Hugging Face tensors without reading more than it holds."""
+    shapes = _part_shapes(spec, parameter)
+    parts = list(tensors)
+    if len(parts) < len(shapes):
+        above = accumulate((shape[0] for shape in shapes[:-1]), initial=0)
+        parts = [_Below(parts[0], first) for first in above]
     if _QKV in parameter.name:
         groups = range(rank * spec.kv_heads // tp, (rank + 1) * spec.kv_heads // tp)
         return torch.cat([_rows(parts[i], spec, group, i == 0) for group in groups for i in range(3)])
-    slices = [_run(hf_shape(spec, parameter, i), parameter, tp, rank) for i in range(len(parts))]
+    slices = [_run(shape, parameter, tp, rank) for shape in shapes]
     tensor = torch.cat([part[cut] for part, cut in zip(parts, slices, strict=True)])
     missing = parameter.shape[0] // tp - tensor.shape[0] if parameter.axis == 0 else 0
     return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing else tensor
@@ -113,13 +143,14 @@ def _run(shape: tuple[int, ...], parameter: Parameter, tp: int, rank: int) -> tu
 
 def split(spec: ModelSpec, parameter: Parameter, whole: Tensor) -> dict[str, Tensor]:
     """The Hugging Face tensors of a whole parameter; padding of the vocabulary is dropped."""
-    names = hf_names(spec, parameter.name)
-    if len(names) == 3:
+    names, shapes = hf_names(spec, parameter.name), _part_shapes(spec, parameter)
+    if _QKV in parameter.name:
         groups = whole.view(spec.kv_heads, -1, *whole.shape[1:])
         per = spec.head_dim * (spec.heads // spec.kv_heads)
-        parts = torch.split(groups, [per, spec.head_dim, spec.head_dim], dim=1)
-        return {name: part.flatten(0, 1) for name, part in zip(names, parts, strict=True)}
-    parts = whole.chunk(len(names))
-    return {
-        name: part[: hf_shape(spec, parameter, i)[0]] for i, (name, part) in enumerate(zip(names, parts, strict=True))
-    }
+        parts = [part.flatten(0, 1) for part in torch.split(groups, [per, spec.head_dim, spec.head_dim], dim=1)]
+    else:
+        blocks = zip(whole.chunk(len(shapes)), shapes, strict=True)
+        parts = [part[: shape[0]] for part, shape in blocks]
+    if len(names) < len(parts):
+        parts = [torch.cat(parts)]
+    return dict(zip(names, parts, strict=True))

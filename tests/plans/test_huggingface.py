@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from plans.errors import SpecError
 from plans.families import FAMILIES
 from plans.huggingface import config_from_spec, spec_from_config, spec_from_folder
 from plans.library import load_model
+from plans.rope import LongRopeScaling
 
 SIZES = {
     "num_hidden_layers": 36,
@@ -86,6 +88,61 @@ def test_published_sizes() -> None:
 def test_an_exported_config_reads_back(name: str) -> None:
     spec = load_model(name)
     assert spec_from_config(config_from_spec(spec), name) == spec
+
+
+PHI3_MINI = {
+    "architectures": ["Phi3ForCausalLM"],
+    "model_type": "phi3",
+    "num_hidden_layers": 32,
+    "hidden_size": 3072,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "intermediate_size": 8192,
+    "vocab_size": 32064,
+    "embd_pdrop": 0.0,
+    "resid_pdrop": 0.0,
+    "original_max_position_embeddings": 4096,
+    "max_position_embeddings": 4096,
+    "rope_scaling": None,
+    "sliding_window": 2047,
+}
+PHI4 = PHI3_MINI | {
+    "num_hidden_layers": 40,
+    "hidden_size": 5120,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 10,
+    "intermediate_size": 17920,
+    "vocab_size": 100352,
+    "max_position_embeddings": 16384,
+    "rope_theta": 250000,
+    "sliding_window": None,
+}
+PHI4_MINI = PHI3_MINI | {
+    "num_attention_heads": 24,
+    "num_key_value_heads": 8,
+    "vocab_size": 200064,
+    "max_position_embeddings": 131072,
+    "partial_rotary_factor": 0.75,
+    "tie_word_embeddings": True,
+    "interpolate_factor": 1,
+    "full_attn_mod": 1,
+    "sliding_window": 262144,
+    "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.5] * 48},
+}
+
+
+@pytest.mark.parametrize(("config", "billions"), [(PHI3_MINI, 3.821), (PHI4, 14.66), (PHI4_MINI, 3.836)])
+def test_phi(config: dict[str, Any], billions: float) -> None:
+    """Parameter counts are those of the published weights."""
+    spec = spec_from_config(config, "phi")
+    assert spec.params == pytest.approx(billions * 1e9, rel=3e-3)
+    assert spec_from_config(config_from_spec(spec), "phi") == spec
+    assert spec.window == (config["sliding_window"] or 0) and spec.max_context == config["max_position_embeddings"]
+    if config is PHI4_MINI:
+        assert isinstance(spec.rope_scaling, LongRopeScaling) and spec.rotated == 96
+        assert spec.rope_scaling.attention_factor == pytest.approx((1 + math.log(32) / math.log(4096)) ** 0.5)
+    with pytest.raises(SpecError, match="a phi3 model has no yarn scaling"):
+        spec_from_config(config | {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "phi")
 
 
 @pytest.mark.parametrize(("key", "value", "words", "hint"), [

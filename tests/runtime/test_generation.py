@@ -194,7 +194,7 @@ def test_every_layout_gives_the_same_tokens(
 @pytest.mark.parametrize(
     ("kind", "degrees"),
     [
-        *((kind, {"tp": 2, "pp": 2}) for kind in ("llama", "llama3", "qwen2", "qwen3")),
+        *((kind, {"tp": 2, "pp": 2}) for kind in ("llama", "llama3", "qwen2", "qwen3", "phi3")),
         ("mixtral", {"tp": 2, "pp": 2, "ep": 2}),
         ("qwen2-moe", {"tp": 2, "pp": 2}),  # two tp ranks with all experts share the tokens out
         ("qwen3-moe", {"tp": 2, "dp": 2, "ep": 2}),

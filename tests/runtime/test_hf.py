@@ -36,7 +36,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mixtral", "qwen2-moe", "qwen3-moe"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "phi3", "mixtral", "qwen2-moe", "qwen3-moe"])
 def test_round_trip_is_bit_identical(kind: str, tmp_path: Path):
     source = tmp_path / "source"
     reference = save_tiny(kind, source)

@@ -144,7 +144,18 @@ def parts_of(batch: Batch, count: int) -> list[list[int]]:
 
 @pytest.mark.parametrize(
     "kind",
-    ["llama", "llama-tied", "five", "qwen3", "reward", "mixtral", "qwen2-moe", "qwen3-moe", "qwen3-moe-raw-gates"],
+    [
+        "llama",
+        "llama-tied",
+        "five",
+        "qwen3",
+        "phi3",
+        "reward",
+        "mixtral",
+        "qwen2-moe",
+        "qwen3-moe",
+        "qwen3-moe-raw-gates",
+    ],
 )
 def test_steps_equal_one_process(kind: str, tmp_path: Path):
     save_tiny(kind, tmp_path)
