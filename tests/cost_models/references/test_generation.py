@@ -163,3 +163,12 @@ def test_prompts_pass_forward_once_in_groups(settings: dict[str, int], passes: i
 def test_a_response_of_one_token_needs_no_step() -> None:
     terms = generation_time(network(), replace(WORK, responses=Lengths(1)), layout(dp=2, tp=4))
     assert np.all(terms["decode_tensor_parallel"] == 0)
+
+
+def test_a_lone_sample_takes_its_own_length_and_many_take_the_longest() -> None:
+    """A step runs while any sample is unfinished: 256 steps for one of that mean, nearly all 1,023 for ten thousand."""
+    at = machine(TextbookKernels(), decode_layer_s=1.0)
+    for samples, steps, error in ((1, 256, 0.02), (10_000, STEPS, 0.05)):
+        work = Generation(DENSE, samples, 512, Lengths(1024, 256))
+        terms = generation_time(at, work, layout(tp=8))
+        assert terms["decode_kernels"] == pytest.approx(LAYERS * steps, rel=error)
