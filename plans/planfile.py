@@ -77,7 +77,7 @@ class ModelFile(_Closed):
     experts_per_token: Annotated[int, Field(ge=0, le=10**5)] = 0
     normalize_gates: bool = True
     shared_ffn: Annotated[int, Field(ge=0, le=10**8)] = 0
-    family: Literal["", "phi3"] = ""
+    family: Literal["", "phi3", "gemma", "gemma2"] = ""
 
 
 class GraphCallFile(_Closed):

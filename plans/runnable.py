@@ -20,6 +20,8 @@ from plans.rope import DynamicScaling, LongRopeScaling
 from plans.workload import Workload
 
 RUN_ACTIVATIONS = ("silu", "gelu", "relu")
+RUN_FAMILIES = ("", "phi3")
+"""Values of `ModelSpec.family` whose every trait the runtime computes (empty: Llama, Mistral, Mixtral, Qwen)."""
 RUN_DTYPES = ("bf16", "fp32")
 
 
@@ -126,6 +128,11 @@ def spec_problems(spec: ModelSpec) -> list[Problem]:
             spec.position is Position.ROPE,
             f"position encoding `{spec.position}`",
             "only rotary positions run: a model of the Llama or Qwen family",
+        ),
+        (
+            spec.family in RUN_FAMILIES,
+            f"traits of the family `{spec.family}` that this runtime does not compute",
+            "it can be planned; models of the Llama, Mistral, Mixtral, Qwen and Phi families run",
         ),
         (spec.activation in RUN_ACTIVATIONS, f"activation `{spec.activation}`", f"one of {', '.join(RUN_ACTIVATIONS)}"),
         (spec.norms_per_layer == 2, f"{spec.norms_per_layer} norms per layer", "a model with 2 norms per layer"),

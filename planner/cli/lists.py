@@ -12,18 +12,23 @@ from planner.cli.options import AsJson
 
 
 def models(as_json: AsJson = False) -> None:
-    """List the architectures that have a name."""
+    """List the architectures that have a name, and whether `realrun` runs them or they can be planned only."""
     from plans.library import load_model, model_names
+    from plans.runnable import spec_problems
 
     specs = {name: load_model(name) for name in model_names()}
+    refused = {name: [problem.message for problem in spec_problems(spec)] for name, spec in specs.items()}
     if as_json:
-        print(json.dumps({name: {"params": spec.params, "layers": spec.layers} for name, spec in specs.items()}))
+        rows = {name: {"params": spec.params, "layers": spec.layers} for name, spec in specs.items()}
+        print(json.dumps({name: {**row, "runtime_refuses": refused[name]} for name, row in rows.items()}))
         return
-    print(f"{'name':25}{'params':>10}{'layers':>8}{'hidden':>8}{'heads':>7}{'kv':>5}{'ffn':>8}{'vocab':>9}")
+    print(f"{'name':25}{'params':>10}{'layers':>8}{'hidden':>8}{'heads':>7}{'kv':>5}{'ffn':>8}{'vocab':>9}  realrun")
     for name, s in specs.items():
         shown = f"{name} = {s.name}" if s.name != name else name
         size = f"{s.params / 1e9:.2f}B"
-        print(f"{shown:25}{size:>10}{s.layers:>8}{s.hidden:>8}{s.heads:>7}{s.kv_heads:>5}{s.ffn:>8}{s.vocab:>9}")
+        verdict = "plan only" if refused[name] else "runs"
+        row = f"{shown:25}{size:>10}{s.layers:>8}{s.hidden:>8}{s.heads:>7}{s.kv_heads:>5}{s.ffn:>8}{s.vocab:>9}"
+        print(f"{row}  {verdict}")
 
 
 def clusters(as_json: AsJson = False) -> None:

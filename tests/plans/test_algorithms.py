@@ -61,7 +61,12 @@ def test_a_micro_batch_keeps_pairs_together() -> None:
     assert problem.path == ("calls", 1, "strategy")
 
 
-@pytest.mark.parametrize(("model", "words"), [("llama-7b", ""), ("gemma2-9b", "4 norms per layer")])
+@pytest.mark.parametrize(("model", "words"), [
+    ("llama-7b", ""),
+    ("phi-4", ""),
+    ("gemma-2b", "traits of the family `gemma`"),
+    ("gemma2-9b", "4 norms per layer"),
+])  # fmt: skip
 def test_architectures_that_run(model: str, words: str) -> None:
     problems = [problem.message for problem in spec_problems(load_model(model))]
     assert (not problems) if not words else any(words in problem for problem in problems)
