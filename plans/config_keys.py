@@ -131,7 +131,7 @@ class Rope(Closed):
             case "yarn":
                 return self._yarn(factor, first)
             case "longrope":
-                loud = math.sqrt(1 + math.log(factor) / math.log(first)) if factor > 1 else 1.0
+                loud = math.sqrt(1 + math.log(factor) / math.log(first)) if factor > 1 < first else 1.0
                 return LongRopeScaling(
                     short_factor=tuple(self.short_factor or ()),
                     long_factor=tuple(self.long_factor or ()),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from plans.errors import SpecError
-from plans.rope import LongRopeScaling, RopeScaling
+from plans.rope import LongRopeScaling, RopeScaling, YarnScaling
 
 MOST_EXPERTS = 200_000
 
@@ -99,6 +99,8 @@ class ModelSpec:
                 f"model `{self.name}`: rotary_dim is {self.rotary_dim}; it must be even, and {self.head_dim} at most",
                 f"rotary_dim {min(self.rotary_dim, self.head_dim) // 2 * 2}, for example",
             )
+        if isinstance(self.rope_scaling, YarnScaling) and self.rope_theta <= 1:
+            raise SpecError(f"model `{self.name}`: rope_theta is {self.rope_theta}; a yarn scaling needs more than 1")
         if isinstance(self.rope_scaling, LongRopeScaling):
             self._check_pairs(self.rope_scaling)
         if self.layers * self.experts > MOST_EXPERTS:

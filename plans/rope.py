@@ -25,6 +25,8 @@ class _Checked:
             for value in given if isinstance(given, tuple) else (given,):
                 if not (math.isfinite(value) and (value > 0 or isinstance(value, bool))):
                     raise SpecError(f"{self.kind} scaling: {field.name} is {value}; it must be a positive number")
+        if getattr(self, "original_max_position", 2) < 2:
+            raise SpecError(f"{self.kind} scaling: original_max_position is 1; formulas divide by its logarithm")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -90,3 +90,16 @@ def test_older_scalings_have_no_kind() -> None:
 def test_partial_rotation_of_a_family_that_has_none_is_refused() -> None:
     with pytest.raises(SpecError, match=r"partial_rotary_factor 0\.5 changes the numbers"):
         spec_from_config(LLAMA | {"rope_parameters": {"partial_rotary_factor": 0.5}}, "x")
+
+
+@pytest.mark.parametrize("theta", [1.0, 10000.0])
+@pytest.mark.parametrize("kind", ["yarn", "longrope"])
+def test_contexts_and_bases_without_a_logarithm_are_refused(kind: str, theta: float) -> None:
+    rope = {"type": kind, "factor": 4.0, "original_max_position_embeddings": 64 if theta == 1.0 else 1}
+    factors = {"short_factor": [1.0] * 64, "long_factor": [1.0] * 64} if kind == "longrope" else {}
+    config = LLAMA | {"rope_theta": theta, "rope_scaling": rope | factors}
+    if theta == 1.0 and kind == "longrope":  # needs no logarithm of its base
+        assert frequencies(spec_from_config(config, "x"), torch.device("cpu")).eq(1).all()
+        return
+    with pytest.raises(SpecError, match="rope_theta is 1.0" if theta == 1.0 else "original_max_position is 1"):
+        spec_from_config(config, "x")
