@@ -27,6 +27,7 @@ from plans.codec import BadPlan, load_plan
 from plans.documents import BadText, parse_json, read_text
 from plans.errors import RealplanError
 from plans.plan import ExecutionPlan
+from plans.runfile import CHECKPOINTS
 
 INDEX, PLAN, RUN, METRICS = "index.json", "plan.json", "run.yaml", "metrics.jsonl"
 NEWEST = "latest_checkpointed_iteration.txt"  # the name that Megatron and verl use
@@ -189,6 +190,17 @@ def verify_files(checkpoint: Checkpoint) -> None:
         for (name, seal), now in zip(files.items(), found, strict=True):
             if now != seal:
                 raise _refused(checkpoint.folder, f"`{name}` was altered: its SHA-256 is not that of the index")
+
+
+def find_usable(place: Path, plan: ExecutionPlan) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint that a place means for a plan: itself, or the newest usable one of a folder of checkpoints or of a
+    run's output; why newer ones were refused. Raises CheckpointError where there are some and none can be used."""
+    if (place / INDEX).is_file() or place.name.startswith(_PREFIX):
+        return usable(place, plan), []
+    found, refusals = newest_usable(place if steps_in(place) else place / CHECKPOINTS, plan)
+    if found is None and refusals:
+        raise CheckpointError("\n".join(refusals), "start anew without --resume, in another output=FOLDER")
+    return found, refusals
 
 
 def newest_usable(folder: Path, plan: ExecutionPlan) -> tuple[Checkpoint | None, list[str]]:

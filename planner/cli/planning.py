@@ -120,6 +120,9 @@ def check(
     path: PlanPath,
     write: Annotated[bool, typer.Option("--write", help="write the new estimate into the plan")] = False,
     allow_long: AllowLong = False,
+    resume_from: Annotated[
+        Path | None, typer.Option(help="a checkpoint, or the output of a run: can the plan take it up")
+    ] = None,
     engine: EngineName = DEFAULT_ENGINE,
     table: TablePath = None,
     as_json: AsJson = False,
@@ -128,7 +131,7 @@ def check(
     from planner.cli.commands.check import check_command
 
     settings = {"write": write, "allow_long": allow_long, "as_json": as_json}
-    raise typer.Exit(check_command(path, engine=_engine(engine, table), **settings))
+    raise typer.Exit(check_command(path, engine=_engine(engine, table), resume_from=resume_from, **settings))
 
 
 def estimate(

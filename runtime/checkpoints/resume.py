@@ -11,19 +11,9 @@ from typing import Any
 
 import yaml
 
-from plans.checkpoint_files import (
-    INDEX,
-    METRICS,
-    RUN,
-    Checkpoint,
-    CheckpointError,
-    newest_usable,
-    step_folder,
-    steps_in,
-    usable,
-)
+from plans.checkpoint_files import METRICS, RUN, Checkpoint, CheckpointError, find_usable
 from plans.plan import ExecutionPlan
-from plans.runfile import CHECKPOINTS, RunFile
+from plans.runfile import RunFile
 
 _FREE = ("output", "export", "timeout_s", "iterations", "checkpoint", "resume_from", "workload")
 
@@ -76,20 +66,14 @@ def choose_start(plan: ExecutionPlan, run: RunFile) -> Start:
 
 def _choose(plan: ExecutionPlan, run: RunFile) -> Checkpoint | None:
     place = Path(run.resume_from)
-    if (place / INDEX).is_file() or place.name.startswith(step_folder(place, 0).name[:-1]):
-        return usable(place, plan)
-    folder = place if steps_in(place) or place == run.checkpoint_folder else place / CHECKPOINTS
-    found, refusals = newest_usable(folder, plan)
-    if found is None and refusals:
-        raise CheckpointError("\n".join(refusals), "start anew without --resume, in another output=FOLDER")
+    found, refusals = find_usable(place, plan)
     for refusal in refusals:
         _say(f"{refusal}; the one before is used")
     if found is None:
-        if folder != run.checkpoint_folder:
-            raise CheckpointError(
-                f"no checkpoint in `{place}`", "resume_from=FOLDER, a checkpoint or the output of a run"
-            )
-        _say(f"no checkpoint in {folder} yet: starting at the first iteration")
+        if place != run.checkpoint_folder:
+            hint = "resume_from=FOLDER, a checkpoint or the output of a run"
+            raise CheckpointError(f"no checkpoint in `{place}`", hint)
+        _say(f"no checkpoint in {place} yet: starting at the first iteration")
     return found
 
 

@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,19 @@ def test_a_plan_of_other_work_takes_nothing_over(two_steps: Path):
     )
     assert takeover_problems(checkpoint, critic_free)[0] == "it was written by ppo, the plan runs grpo"
     assert newest_usable(two_steps / "checkpoints", critic_free)[0] is None
+
+
+def test_check_says_whether_a_plan_can_go_on(two_steps: Path, tmp_path: Path):
+    for name, plan in (("other", tiny_plan(4, "d1 t2 p2")), ("larger", tiny_plan(1, "d1 t1 p1", batch_size=16))):
+        save_plan(plan, tmp_path / f"{name}.json")
+    check = [sys.executable, "-m", "planner.cli", "check", "--resume-from", str(two_steps)]
+    said = {}
+    for name in ("other", "larger"):
+        command = [*check, str(tmp_path / f"{name}.json")]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
+        said[name] = (done.returncode, " ".join(done.stderr.split()))
+    assert said["other"][0] == 0 and ": 2 iterations are done" in said["other"][1]
+    assert said["larger"][0] == 1 and "batch_size is 8 there and 16 in the plan" in said["larger"][1]
 
 
 def test_a_new_run_does_not_mix_with_old_checkpoints(two_steps: Path, tmp_path: Path):

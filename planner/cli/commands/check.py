@@ -11,15 +11,20 @@ from cost_models.engines.engine import Engine
 from cost_models.estimate import PlanCost, cost_plan
 from planner.cli.output import say
 from planner.remedies.memory import memory_problems
+from plans.checkpoint_files import CheckpointError, find_usable
 from plans.checks import check_plan, context_problems
 from plans.codec import is_stale, plan_text, read_plan, save_plan
 from plans.documents import locate
 from plans.plan import ExecutionPlan
+from plans.problems import Problem
 from plans.runnable import run_note, run_problems
 
 
-def check_command(path: Path, *, write: bool, allow_long: bool, engine: Engine, as_json: bool) -> int:
-    """Every problem of a plan, or its new estimate. `allow_long` is written into the plan with `write`."""
+def check_command(
+    path: Path, *, write: bool, allow_long: bool, engine: Engine, as_json: bool, resume_from: Path | None = None
+) -> int:
+    """Every problem of a plan, or its new estimate. `allow_long` is written into the plan with `write`.
+    `resume_from`: a checkpoint that the plan must be able to take up."""
     text = plan_text(path)
     plan, problems = read_plan(text)
     if plan is not None and allow_long:
@@ -30,6 +35,8 @@ def check_command(path: Path, *, write: bool, allow_long: bool, engine: Engine, 
         if not problems:
             cost = cost_plan(plan, engine)
             problems = locate(text, memory_problems(cost))
+            if resume_from is not None and not problems:
+                problems = _takeover(plan, resume_from)
     if as_json:
         rows = [{k: v for k, v in asdict(p).items() if k != "path"} for p in problems]
         refused = [p.message for p in run_problems(plan)] if plan is not None and not problems else []
@@ -39,6 +46,20 @@ def check_command(path: Path, *, write: bool, allow_long: bool, engine: Engine, 
     if problems or plan is None or cost is None:
         return 1
     return _checked(path, plan, cost, write, as_json)
+
+
+def _takeover(plan: ExecutionPlan, place: Path) -> list[Problem]:
+    hint = "--resume-from FOLDER, a checkpoint or the output of a run"
+    try:
+        found, refusals = find_usable(place, plan)
+    except CheckpointError as error:
+        return [Problem("checkpoint", error.message, error.hint or hint)]
+    for refusal in refusals:
+        say(refusal)
+    if found is None:
+        return [Problem("checkpoint", f"no checkpoint in `{place}`", hint)]
+    say(f"the plan can go on from {found.folder}: {found.index.iteration} iterations are done")
+    return []
 
 
 def _checked(path: Path, plan: ExecutionPlan, cost: PlanCost, write: bool, as_json: bool) -> int:
