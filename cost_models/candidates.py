@@ -43,6 +43,7 @@ class Candidates:
     own_fullest: Array
     own_last: Array
     micro_batches: Array
+    micro_batch_tokens: Array
     groups: Array
     slots: Array
     waves: Array
@@ -81,6 +82,7 @@ class Candidates:
             own_fullest=floats([max(s.layers_per_stage, default=0) for s in strategies]),
             own_last=floats([(s.layers_per_stage or (0,))[-1] for s in strategies]),
             micro_batches=floats([s.micro_batches for s in strategies]),
+            micro_batch_tokens=floats([s.micro_batch_tokens for s in strategies]),
             groups=floats([s.groups for s in strategies]),
             slots=floats([s.slots for s in strategies]),
             waves=floats([s.waves for s in strategies]),
@@ -94,11 +96,6 @@ class Candidates:
         """The candidates at `indices`, in that order."""
         chosen = np.asarray(indices, dtype=np.intp)
         return Candidates(**{f.name: getattr(self, f.name)[chosen] for f in fields(self)})
-
-    def parts(self, samples: float) -> Array:
-        """How often the slots of a dp rank are filled until all samples are generated; 1 where each has its own."""
-        filled = samples / (self.dp * np.maximum(self.slots, 1.0))
-        return np.where(self.slots > 0, np.maximum(filled, 1.0), self.waves)
 
     def ranks_per_node(self, stride: Array, size: Array) -> Array:
         """Ranks of one node that belong to the same group of `size` ranks that are `stride` apart."""

@@ -15,7 +15,7 @@ from cost_models.reallocation import reallocation_time, transfer_time
 from cost_models.simulate import Durations, latency_s, simulate
 from cost_models.terms import term
 from cost_models.time.calls import call_time
-from plans.batches import counted, rank_samples
+from plans.batches import rank_samples
 from plans.cluster import GIB
 from plans.codec import sealed
 from plans.graph import CallKind
@@ -121,7 +121,7 @@ def cost_plan(
 def call_cost(plan: ExecutionPlan, call: str, engine: Engine) -> CallCost:
     """Time and memory of one call of a plan under an engine."""
     planned, workload = plan.planned(call), plan.workload
-    candidates = Candidates.of([(planned.mesh, counted(planned.strategy, workload, call))])
+    candidates = Candidates.of([(planned.mesh, planned.strategy)])
     machine = engine.running(workload.graph.call(call).kind).on(plan.cluster, workload.dtype)
     seconds = call_time(machine, workload, call, candidates)
     memory = call_memory(machine, workload, call, candidates)

@@ -96,6 +96,10 @@ TERMS: Mapping[str, Term] = {
         ),
         *_of(Resource.BUBBLE, {"bubble": "fill and drain of 1F1B (Narayanan et al. 2021, section 2.2)"}),
         *_of(
+            Resource.IMBALANCE,
+            {"imbalance": "work of the busiest dp rank beyond the mean (`plans.batches`, Graham 1969)"},
+        ),
+        *_of(
             Resource.HOST,
             {
                 "gaps": "idle time between the kernels of a layer that no launch-ahead hides",

@@ -9,7 +9,7 @@ answer without a message.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from heapq import heapify, heapreplace
 
 from plans.algorithms import pair_size
@@ -135,15 +135,6 @@ def _of_share(strategy: ParallelStrategy, share: Samples, lengths: Sequence[int]
     limit = strategy.micro_batch_tokens
     parts = packs(tokens, limit) if limit else evenly(tokens, strategy.micro_batches)
     return [tuple(row for index in part for row in units[index]) for part in parts] or [()]
-
-
-def counted(strategy: ParallelStrategy, workload: Workload, call: str) -> ParallelStrategy:
-    """A strategy that is bounded by tokens with the count of micro-batches that samples of full length need."""
-    if not strategy.micro_batch_tokens:
-        return strategy
-    share = max(1, workload.samples_per_step(call) // strategy.dp)
-    fit = max(1, strategy.micro_batch_tokens // workload.tokens)
-    return replace(strategy, micro_batches=-(-share // fit), micro_batch_tokens=0)
 
 
 @dataclass(frozen=True, slots=True)

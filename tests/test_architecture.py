@@ -22,7 +22,7 @@ HEAVY = {"torch", "megatron", "transformers", "safetensors"}
 
 FLOORS = {
     "cost_models": (
-        *("candidates", "distinct", "stages", "tables", "engines", "terms", "time", "memory"),
+        *("candidates", "distinct", "stages", "packing", "slots", "tables", "engines", "terms", "time", "memory"),
         *("holdings", "reallocation", "simulate", "estimate", "calibration", "provenance", "validation"),
     ),
     "planner": (

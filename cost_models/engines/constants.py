@@ -44,6 +44,7 @@ class Constants:
       hidden_passes: reads and writes of a [tokens, hidden] tensor per layer and forward (norms, residuals, dropout).
       ffn_passes: the same of [tokens, ffn] (activation function, gate).
       softmax_passes: the same of the score matrix (unfused attention only).
+      response_head: head and loss run on response tokens alone, not on those of prompts.
       loss_passes: the same of fp32 logits, twice those of the forward. loss_backward_ratio: backward over forward.
 
     Host
@@ -53,6 +54,9 @@ class Constants:
         it again and backward twice. decode_layer_s: the same per layer and decode step.
       decode_step_s: sampling and bookkeeping per decode step. decode_row_s: the same per sequence.
       sampling_bytes: memory traffic of sampling per sequence and vocabulary entry of the rank.
+      burst_steps: decode steps between two looks at which sequences have ended; 0: a look at every step.
+      shares_prompts: a prompt is computed once for all samples of its group. prefill_tokens: prompts of newcomers are
+        packed into passes of as many tokens; 0: a pass per group of sequences in flight.
       micro_batch_s: schedule overhead per micro-batch. step_s: per optimizer step. call_s: per call.
 
     Communication
@@ -90,6 +94,7 @@ class Constants:
     hidden_passes: float = 12.0
     ffn_passes: float = 3.0
     softmax_passes: float = 6.0
+    response_head: bool = False
     loss_passes: float = 6.0
     loss_backward_ratio: float = 1.0
     host_forward_layer_s: float = 4e-4
@@ -100,6 +105,9 @@ class Constants:
     decode_step_s: float = 1e-3
     decode_row_s: float = 0.0
     sampling_bytes: float = 0.0
+    burst_steps: float = 0.0
+    shares_prompts: bool = False
+    prefill_tokens: float = 0.0
     micro_batch_s: float = 5e-4
     step_s: float = 0.02
     call_s: float = 0.05

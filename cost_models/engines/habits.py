@@ -17,12 +17,17 @@ class MemoryHabits:
     and keeps it (TE >= 2, `get_dummy_wgrad`); without it the largest weight gradient is alive for a moment.
     logit_bytes: bytes per token and vocabulary entry at the peak of the loss, beside the logits themselves: the fp32
     softmax (4) and what the loss makes of it. 4 is Megatron's vocab_parallel_cross_entropy (the in-place fp32 softmax,
-    which its backward pass reuses); 10 is this runtime's backward pass: fp32 probabilities, their gradient, and its
-    copy in the run's precision.
+    which its backward pass reuses); 10 is a plain one: fp32 probabilities, their gradient, and its copy in the run's
+    precision; 0 is this runtime's, which turns the logits into their gradient in place.
     forward_logit_bytes: the same in a forward pass that wants log-probs only: scaled logits and their exponentials in
     fp32. sampling_bytes: per sequence and vocabulary entry of the rank in decoding: logits (2), their fp32 copy (4),
     weights (4), hash and noise of the entry (8 + 4), scores (4). mask_bytes: per pair of tokens of a prefill with
     padded prompts: the mask, its inverse and the bias that the attention kernel makes of it.
+    head_elements: entries of logits that fp32 temporaries (two of them) are made for at a time, and that exist at a
+    time in a pass that only scores; 0: all.
+    block_tokens: tokens of a block of the KV cache, as `plans.kvcache` counts them; 0: a slot holds one sequence at its
+    longest.
+    grows: blocks of a cache are taken as responses grow (vLLM), so that it needs what sequences hold at a time.
     reserve: cached but unused share of the allocator, as a fraction of all memory that comes and goes (SimuMax B200
     rows, reserved - allocated over transient: 0.19 to 0.30). communicator_gib: NCCL buffers per group of a layout, 0.34
     to 0.4 GB on A100 and H100. context_gib: CUDA context and libraries, 0.5 to 0.8 GB there.
@@ -40,13 +45,17 @@ class MemoryHabits:
     context_gib: float = 0.8
     sampling_bytes: float = 26.0
     mask_bytes: float = 0.0
+    head_elements: int = 0
+    block_tokens: int = 0
+    grows: bool = False
     gathered_layers: int = 2
     gathers_keys: bool = True
     keeps_outputs: bool = False
 
 
 def habits_on(cluster: ClusterSpec, habits: MemoryHabits) -> MemoryHabits:
-    """The habits on that cluster: CPU devices have no NCCL, no context and an allocator that keeps little."""
+    """The habits on that cluster: CPU devices have no NCCL, no context, an allocator that keeps little, and no kernel
+    for a cache in blocks."""
     if "cpu" not in cluster.gpu.name:
         return habits
-    return replace(habits, communicator_gib=0.0, context_gib=0.0, reserve=0.05)
+    return replace(habits, communicator_gib=0.0, context_gib=0.0, reserve=0.05, block_tokens=0)

@@ -12,6 +12,7 @@ from cost_models.memory.memory_inference import generation_terms, inference_term
 from cost_models.memory.memory_terms import MemoryTerms
 from cost_models.memory.memory_training import training_terms
 from cost_models.memory.training_case import TrainingCase
+from cost_models.packing import bound_tokens, packed
 from plans.graph import CallKind
 from plans.workload import Workload
 
@@ -33,18 +34,18 @@ def call_memory(machine: Machine, workload: Workload, call: str, candidates: Can
         state = np.where(candidates.offload, terms.masters + terms.optimizer, 0.0)
         return replace(terms, state_stays=~candidates.offload, host=state)
     if kind is CallKind.GENERATE:
-        terms = generation_terms(workload, spec, candidates, habits)
+        terms = generation_terms(workload, spec, candidates, habits, machine.constants.prefill_tokens)
     else:
-        terms = inference_terms(workload, spec, candidates, habits)
+        terms = inference_terms(workload, call, candidates, habits, head_share(machine, workload))
     if role in workload.graph.trainers:
         return replace(terms, weights_stay=np.zeros_like(candidates.offload), is_copy=True)
     return replace(terms, weights_stay=~candidates.offload, host=np.where(candidates.offload, terms.weights, 0.0))
 
 
 def training_case(machine: Machine, workload: Workload, call: str, candidates: Candidates) -> TrainingCase:
-    """The training step of a workload under candidate layouts; every sample counts at its longest."""
-    c = candidates
-    sequences = np.ceil(workload.samples_per_step(call) / (c.dp * c.micro_batches))
+    """The training step of a workload under candidate layouts; micro-batches at the most tokens that they may have."""
+    c = packed(workload, call, candidates)
+    sequences = bound_tokens(workload, call, c) / workload.tokens
     return TrainingCase(
         dp=c.dp,
         tp=c.tp,
@@ -62,4 +63,13 @@ def training_case(machine: Machine, workload: Workload, call: str, candidates: C
         tokens=workload.tokens,
         element=float(workload.element_bytes),
         flash=machine.constants.flash_attention,
+        head_share=head_share(machine, workload),
     )
+
+
+def head_share(machine: Machine, workload: Workload) -> float:
+    """Largest share of a micro-batch's tokens that head and loss run on: prompts of mean length, the longest
+    responses."""
+    if not machine.constants.response_head or not workload.response_tokens:
+        return 1.0
+    return workload.response_tokens / (workload.prompts.mean + workload.response_tokens)

@@ -10,9 +10,12 @@ from cost_models.candidates import Array, Candidates
 from cost_models.engines.habits import MemoryHabits
 from cost_models.memory.activations import forward_block_bytes
 from cost_models.memory.memory_terms import MemoryTerms
-from cost_models.memory.memory_training import communicator_bytes, fullest_stage
+from cost_models.memory.memory_training import HEAD_TEMPORARIES, communicator_bytes, fullest_stage
 from cost_models.memory.training_case import StageParts, stage_parts
+from cost_models.packing import bound_tokens
+from cost_models.slots import moments, slots_of
 from cost_models.stages import stage_layers
+from plans.kvcache import cache_blocks
 from plans.model import ModelSpec
 from plans.workload import Workload
 
@@ -23,35 +26,71 @@ def weight_bytes(stage: StageParts, candidates: Candidates, element: float) -> A
     return (dense + stage.experts / candidates.ep) * element
 
 
-def kv_cache_bytes(spec: ModelSpec, candidates: Candidates, sequences: Array, tokens: int, element: float) -> Array:
-    """KV cache of a rank: key and value of every layer of the fullest stage, kv_heads / tp heads, all sequences of the
-    replica."""
+def kv_cache_bytes(
+    spec: ModelSpec, candidates: Candidates, sequences: Array, tokens: Array | float, element: float
+) -> Array:
+    """KV cache of a rank: key and value of every layer of the fullest stage, kv_heads / tp heads, `tokens` of each of
+    the replica's `sequences`."""
     layers, _ = stage_layers(spec, candidates)
     per_token = 2.0 * layers * spec.kv_heads / candidates.tp * spec.head_dim * element
     cache: Array = per_token * tokens * sequences
     return cache
 
 
-def inference_terms(workload: Workload, spec: ModelSpec, candidates: Candidates, habits: MemoryHabits) -> MemoryTerms:
-    """Memory of one forward pass over the batch in micro-batches; log-probs need the logits of every token."""
+def cached_tokens(workload: Workload, candidates: Candidates, slots: Array, habits: MemoryHabits) -> Array:
+    """Tokens that the KV cache of a replica has room for: its slots at the longest, or blocks as the runtime counts
+    them for each group in flight, with one that free slots write to. fp32 has no kernel for a cache in blocks. A cache
+    that grows has room for what the sequences hold at their fullest moment."""
+    if habits.grows and not workload.responses.full:
+        rows, prompts = workload.samples / candidates.dp, workload.prompts.mean
+        held = [
+            moment.slots * np.minimum(moment.alive, 1.0) * (prompts + moment.position)
+            for moment in moments(workload.responses, rows, slots, first=1.0, burst=1.0)
+        ]
+        fullest: Array = np.maximum.reduce(held)
+        return fullest
+    if not habits.block_tokens or workload.element_bytes == 4:
+        return slots * workload.tokens
+    size, groups = habits.block_tokens, np.minimum(candidates.groups, slots)
+    prompt, response = workload.prompt_tokens, max(workload.response_tokens, 1)
+    blocks = cache_blocks(np.ceil(slots / groups), prompt, response, workload.group_size, size)  # type: ignore[arg-type]
+    tokens: Array = groups * (blocks + 1.0) * size
+    return tokens
+
+
+def inference_terms(
+    workload: Workload, call: str, candidates: Candidates, habits: MemoryHabits, head_share: float = 1.0
+) -> MemoryTerms:
+    """Memory of one forward pass over the batch in micro-batches of real tokens; log-probs need the logits of a
+    `head_share` of them."""
     element = float(workload.element_bytes)
-    sequences = np.ceil(workload.samples / (candidates.dp * candidates.micro_batches))
-    tokens = sequences * workload.tokens / candidates.cp
-    activations = forward_block_bytes(spec, element, candidates.tp, fused_pointwise=habits.fused_pointwise) * tokens
-    logits = (element + habits.forward_logit_bytes) / candidates.tp * tokens
-    return _fullest(spec, candidates, habits, element, activations, logits)
+    tokens = bound_tokens(workload, call, candidates) / candidates.cp
+    block = forward_block_bytes(workload.spec(call), element, candidates.tp, fused_pointwise=habits.fused_pointwise)
+    activations = block * tokens
+    entries = tokens * head_share / candidates.tp
+    if habits.head_elements:
+        entries = np.minimum(entries, habits.head_elements / float(workload.spec(call).padded_vocab))
+        logits = (element + habits.forward_logit_bytes + HEAD_TEMPORARIES) * entries
+    else:
+        logits = (element + habits.forward_logit_bytes) * entries
+    return _fullest(workload.spec(call), candidates, habits, element, activations, logits)
 
 
-def generation_terms(workload: Workload, spec: ModelSpec, candidates: Candidates, habits: MemoryHabits) -> MemoryTerms:
-    """Memory of generation: KV cache at full length, prefill of one group of sequences at once with its attention mask,
-    logits of one token per sequence of a group.
+def generation_terms(
+    workload: Workload, spec: ModelSpec, candidates: Candidates, habits: MemoryHabits, prefill_tokens: float = 0.0
+) -> MemoryTerms:
+    """Memory of generation: KV cache of all slots at the longest, prefill of one group of sequences (or of one pack of
+    prompts) at once, logits of one token per sequence of a group.
     """
-    element = float(workload.element_bytes)
-    sequences = np.ceil(workload.samples / (candidates.dp * candidates.parts(workload.samples)))
-    cache = kv_cache_bytes(spec, candidates, sequences, workload.tokens, element)
-    group = np.ceil(sequences / candidates.groups)
+    element, c = float(workload.element_bytes), candidates
+    slots = np.ceil(slots_of(c, workload.samples))
+    cache = kv_cache_bytes(spec, c, np.ones_like(slots), cached_tokens(workload, c, slots, habits), element)
+    group = np.ceil(slots / c.groups)
     block = forward_block_bytes(spec, element, candidates.tp, fused_pointwise=habits.fused_pointwise)
-    activations = block * group * workload.prompt_tokens
+    prefill = group * workload.prompt_tokens
+    if prefill_tokens:
+        prefill = np.minimum(prefill, max(prefill_tokens, workload.prompt_tokens))
+    activations = block * prefill
     logits = habits.sampling_bytes / candidates.tp * group
     terms = _fullest(spec, candidates, habits, element, activations, logits)
     return replace(terms, kv_cache=cache, workspace=habits.mask_bytes * group * float(workload.prompt_tokens) ** 2)

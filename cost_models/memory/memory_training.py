@@ -26,6 +26,8 @@ from plans.model import ModelSpec
 
 FP32_BYTES = 4.0
 ADAM_BYTES = 8.0
+HEAD_TEMPORARIES = 8.0
+"""Bytes of the two fp32 temporaries of log-probs, per entry of the logits that they are made for at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,12 +132,13 @@ def _loss(stage: StageParts, widths: BlockWidths, case: TrainingCase, habits: Me
     """The loss on the stage of the head: logits cut over tp; input and output of the final norm, the gathered input of
     the projection and its gradient; the weight gradient of the projection."""
     has_head = stage.vocabulary > 0
-    rows = stage.vocabulary / case.tp
+    rows, tokens = stage.vocabulary / case.tp, case.rank_tokens * case.head_share
+    chunk = HEAD_TEMPORARIES * np.minimum(rows * tokens, float(habits.head_elements))
     stream = widths.hidden * case.element * (2.0 / np.where(case.sequence_parallel, case.tp, 1.0) + 2.0)
     return Moment(
         activations=np.zeros_like(rows),
-        logits=rows * (case.element + habits.logit_bytes) * case.rank_tokens,
-        workspace=np.where(has_head, stream * case.rank_tokens + rows * widths.hidden * case.element, 0.0),
+        logits=rows * (case.element + habits.logit_bytes) * tokens + chunk,
+        workspace=np.where(has_head, stream * tokens + rows * widths.hidden * case.element, 0.0),
     )
 
 

@@ -25,6 +25,7 @@ class TrainingCase:
     3 every other matrix product (`OPERATOR_RECOMPUTE`, torchtitan's selective mode).
     zero: 0 nothing sharded over dp, 1 masters and optimizer, 3 gradients and weights too (FSDP).
     tokens: sequence length. element: bytes of a weight. flash: fused attention. dropout: hidden and attention dropout.
+    head_share: of the tokens that head and loss run on.
     own_fullest, own_last: see `Candidates`.
     """
 
@@ -43,6 +44,7 @@ class TrainingCase:
     element: float = 2.0
     flash: bool = True
     dropout: bool = False
+    head_share: float = 1.0
     own_fullest: Array | float = 0.0
     own_last: Array | float = 0.0
 

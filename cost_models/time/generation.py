@@ -1,14 +1,15 @@
-"""Time of generation: prefill, then one decode step per token over a batch that shrinks and a KV cache that grows."""
+"""Time of generation: prefill, then decode steps over slots that refill while there is a queue, and then run dry."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from cost_models.candidates import Array, Candidates
 from cost_models.distinct import distinct
 from cost_models.engines.machine import Machine
+from cost_models.slots import moments, slots_of
 from cost_models.stages import stage_layers
 from cost_models.terms import Terms
 from cost_models.time import operations
@@ -19,62 +20,73 @@ from cost_models.time.vocabulary import head_and_choice
 from plans.lengths import Lengths
 from plans.model import ModelSpec
 
-_NODES_FORCED, _NODES_TAILED, _NODES_MEASURED = 2, 8, 16
-
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """`samples` prompts of `prompt_tokens`, and how long their responses are."""
+    """`samples` responses, and how long they are; `group_size` of them to a prompt.
+
+    prompt_tokens: mean length of the prompts. attended: the length that their attention costs as much as, E[n^2] / E[n]
+    (0: that of equal ones).
+    """
 
     spec: ModelSpec
     samples: float
     prompt_tokens: float
     responses: Lengths
-
-
-@dataclass(frozen=True, eq=False)
-class Quadrature:
-    """Decode positions at which a step is costed: `position` tokens generated, `weight` steps that it stands for,
-    `alive` share of sequences not finished. Shapes [points]."""
-
-    position: Array
-    weight: Array
-    alive: Array
+    group_size: int = 1
+    attended: float = 0.0
 
 
 def generation_time(machine: Machine, work: Generation, candidates: Candidates) -> Terms:
-    """Terms of a generate call, seconds. Prefill takes a pass per group and filling of the slots, or per micro-batch
-    where those are more; fillings decode one after the other."""
-    c, parts = candidates, candidates.parts(work.samples)
-    prompts = ForwardPass(work.spec, work.samples, work.prompt_tokens, head_tokens=1.0, scored=False)
-    prefill = Terms(forward_terms(machine, prompts, c, np.maximum(c.groups * parts, c.micro_batches)))
-    decode = {name: seconds * parts for name, seconds in decode_terms(machine, work, c).items()}
-    terms = {"prefill": prefill.total_s} | decode
-    return Terms(terms)
+    """Terms of a generate call, seconds."""
+    return Terms({"prefill": prefill_time(machine, work, candidates)} | decode_terms(machine, work, candidates))
+
+
+def prefill_time(machine: Machine, work: Generation, candidates: Candidates) -> Array:
+    """Seconds to compute the prompts: once for each group where the engine shares them.
+
+    An engine that packs computes the prompts of its first sequences in passes of at most `prefill_tokens`; those of
+    later ones join between bursts, one pass each time or less, through an empty pipeline. Others take a pass per group
+    in flight, slots after slots, or per micro-batch where those are more.
+    """
+    c, constants = candidates, machine.constants
+    rows, slots = work.samples / c.dp, slots_of(c, work.samples)
+    shared = work.group_size if constants.shares_prompts else 1
+    prompts = ForwardPass(
+        work.spec, work.samples / shared, work.prompt_tokens, head_tokens=1.0, scored=False, attended=work.attended
+    )
+    if not constants.prefill_tokens:
+        passes = np.maximum(c.groups * np.ceil(rows / slots - 1e-9), c.micro_batches)
+        return Terms(forward_terms(machine, prompts, c, passes)).total_s
+    begun = np.maximum(slots / shared, 1.0)
+    packs = np.maximum(c.groups, np.ceil(begun * work.prompt_tokens / constants.prefill_tokens))
+    first = replace(prompts, samples=begun * c.dp)
+    seconds = Terms(forward_terms(machine, first, c, np.minimum(packs, begun))).total_s
+    later = np.maximum(rows / shared - begun, 0.0)
+    if not (later > 0).any():
+        return seconds
+    bursts = np.ceil(work.responses.mean * (rows / slots) / np.maximum(constants.burst_steps, 1.0))
+    if work.responses.full:
+        bursts = np.ceil(begun * work.prompt_tokens / constants.prefill_tokens) * np.maximum(rows / slots - 1.0, 1.0)
+    joins = np.clip(bursts, 1.0, np.maximum(later, 1.0))
+    one = replace(prompts, samples=np.maximum(later / joins, 1e-3) * c.dp)
+    again = Terms(forward_terms(machine, one, c, np.ones_like(rows))).total_s
+    return seconds + np.where(later > 0, joins * again, 0.0)
 
 
 def decode_terms(machine: Machine, work: Generation, candidates: Candidates) -> dict[str, Array]:
-    """Terms of all decode steps of one filling of the slots after the first token, which prefill makes."""
-    samples = work.samples / candidates.parts(work.samples)
-    sums: dict[str, Array] = {}
-    points = response_quadrature(work.responses)
-    for position, weight, alive in zip(points.position, points.weight, points.alive, strict=True):
-        running = 1.0 if alive >= 1.0 else 1.0 - (1.0 - alive) ** samples
-        step = decode_step(machine, work.spec, candidates, samples * alive, work.prompt_tokens + position)
+    """Terms of all decode steps. Prefill makes the first token, but where newcomers join between bursts: there the last
+    token of a prompt is the first that decoding reads."""
+    c, burst = candidates, machine.constants.burst_steps
+    slots, sums = slots_of(c, work.samples), dict[str, Array]()
+    first = 0.0 if burst else 1.0
+    for moment in moments(work.responses, work.samples / c.dp, slots, first=first, burst=max(burst, 1.0)):
+        sequences = moment.slots * c.dp * moment.alive
+        step = decode_step(machine, work.spec, c, sequences, work.prompt_tokens + moment.position)
+        count = moment.weight * moment.running(c.dp)
         for name, seconds in step.items():
-            sums[name] = sums.get(name, 0.0) + seconds * (weight * running)
+            sums[name] = sums.get(name, 0.0) + seconds * count
     return sums
-
-
-def response_quadrature(responses: Lengths) -> Quadrature:
-    """Gauss-Legendre points over the decode steps of the longest response; prefill makes its first token."""
-    steps = max(responses.longest - 1.0, 0.0)
-    nodes, weights = np.polynomial.legendre.leggauss(
-        _NODES_FORCED if responses.full else _NODES_MEASURED if responses.percentiles else _NODES_TAILED
-    )
-    position = 0.5 * steps * (nodes + 1.0)
-    alive = np.array([responses.beyond(p) for p in position])
-    return Quadrature(position + 1.0, 0.5 * steps * weights, alive)
 
 
 def decode_step(

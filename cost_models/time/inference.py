@@ -8,6 +8,7 @@ import numpy as np
 
 from cost_models.candidates import Array, Candidates
 from cost_models.engines.machine import Machine
+from cost_models.packing import EQUAL, Packing
 from cost_models.stages import stage_layers
 from cost_models.terms import Terms
 from cost_models.time.data_parallel import forward_weight_gather, rank_params
@@ -19,14 +20,20 @@ from plans.model import ModelSpec
 
 @dataclass(frozen=True, slots=True)
 class ForwardPass:
-    """`samples` sequences of `tokens` tokens over all ranks. The head runs on `head_tokens` of each sequence, and
-    `scored` says whether log-probs follow it."""
+    """`samples` sequences of `tokens` tokens on the average, over all ranks. The head runs on `head_tokens` of each
+    sequence, and `scored` says whether log-probs follow it.
+
+    attended: the length that their attention costs as much as, E[n^2] / E[n] (0: that of equal ones). packing: how
+    unequal dp ranks and micro-batches are.
+    """
 
     spec: ModelSpec
     samples: Array | float
     tokens: Array | float
     head_tokens: Array | float
     scored: bool = True
+    attended: float = 0.0
+    packing: Packing = EQUAL
 
 
 def inference_time(machine: Machine, work: ForwardPass, candidates: Candidates) -> Terms:
@@ -37,9 +44,9 @@ def inference_time(machine: Machine, work: ForwardPass, candidates: Candidates) 
 def forward_terms(machine: Machine, work: ForwardPass, candidates: Candidates, passes: Array) -> dict[str, Array]:
     """Terms of `passes` forward passes per dp rank through the pipeline."""
     c, spec = candidates, work.spec
-    sequences = work.samples / (c.dp * passes)
+    sequences = work.samples / (c.dp * passes) * work.packing.width(c)
     tokens = sequences * work.tokens / c.cp
-    layer = forward_layer(machine, spec, c, tokens, work.tokens)
+    layer = forward_layer(machine, spec, c, tokens, work.attended or work.tokens)
     layers, last_layers = stage_layers(spec, c)
     parts = {
         "linears": layer.linears,
@@ -58,6 +65,7 @@ def forward_terms(machine: Machine, work: ForwardPass, candidates: Candidates, p
     inner, last = layers * one_layer, last_layers * one_layer + head
     terms = {name: seconds * layers * passes for name, seconds in parts.items()}
     terms["head_and_loss"] = np.maximum(last - inner, 0.0) * passes
+    terms["imbalance"] = (work.packing.imbalance - 1.0) * np.maximum(inner, last) * passes
     terms["bubble"] = fill_and_drain(np.ones_like(c.pp), spec.layers * one_layer + head, np.maximum(inner, last))
     terms["pipeline_p2p"] = forward_sends(machine, spec, c, tokens, passes)
     terms["overhead"] = passes * machine.constants.micro_batch_s

@@ -8,6 +8,7 @@ import numpy as np
 
 from cost_models.candidates import FULL_RECOMPUTE, SELECTIVE_RECOMPUTE, Array, Candidates
 from cost_models.engines.machine import Machine
+from cost_models.packing import EQUAL, Packing
 from cost_models.stages import stage_layers
 from cost_models.terms import Terms
 from cost_models.time.data_parallel import (
@@ -26,11 +27,24 @@ from plans.model import ModelSpec
 
 @dataclass(frozen=True, slots=True)
 class TrainingStep:
-    """One optimizer step on `samples` sequences of `tokens` tokens, over all ranks."""
+    """One optimizer step on `samples` sequences of `tokens` tokens on the average, over all ranks; the head and the
+    loss run on `head_tokens` of each (0: all).
+
+    attended: the length that their attention costs as much as, E[n^2] / E[n] (0: that of equal ones). packing: how
+    unequal dp ranks and micro-batches are.
+    """
 
     spec: ModelSpec
     samples: Array | float
     tokens: Array | float
+    head_tokens: float = 0.0
+    attended: float = 0.0
+    packing: Packing = EQUAL
+
+    @property
+    def head_share(self) -> Array | float:
+        """Share of the tokens that the head and the loss run on."""
+        return self.head_tokens / self.tokens if self.head_tokens else 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +78,7 @@ def training_time(machine: Machine, step: TrainingStep, candidates: Candidates) 
     inner, last = slot.inner, slot.last
     terms = {name: seconds * c.micro_batches for name, seconds in slot.terms.items()}
     terms["head_and_loss"] = np.maximum(last - inner, 0.0) * c.micro_batches
+    terms["imbalance"] = (step.packing.imbalance - 1.0) * np.maximum(inner, last) * c.micro_batches
     terms["bubble"] = fill_and_drain(
         c.vpp, inner * (step.spec.layers / slot.layers) + slot.head, np.maximum(inner, last)
     )
@@ -77,15 +92,15 @@ def training_time(machine: Machine, step: TrainingStep, candidates: Candidates) 
 
 
 def micro_batch_tokens(step: TrainingStep, candidates: Candidates) -> Array:
-    """Tokens of one rank in one micro-batch."""
+    """Tokens of one rank in one micro-batch: the mean, or the width of all of them in a pipeline."""
     c = candidates
-    return step.samples * step.tokens / (c.dp * c.micro_batches * c.cp)
+    return step.samples * step.tokens / (c.dp * c.micro_batches * c.cp) * step.packing.width(c)
 
 
 def _slot(machine: Machine, step: TrainingStep, candidates: Candidates) -> _Slot:
     c, spec = candidates, step.spec
     tokens = micro_batch_tokens(step, c)
-    layer = forward_layer(machine, spec, c, tokens, step.tokens)
+    layer = forward_layer(machine, spec, c, tokens, step.attended or step.tokens)
     recompute = recomputation(machine, layer, c)
     backward = backward_time(machine, layer)
     layers, last_layers = stage_layers(spec, c)
@@ -104,7 +119,7 @@ def _slot(machine: Machine, step: TrainingStep, candidates: Candidates) -> _Slot
     return _Slot(
         terms={name: seconds * layers for name, seconds in terms.items()},
         backward=(backward + recompute) * layers,
-        head=head_and_loss(machine, spec, tokens, c),
+        head=head_and_loss(machine, spec, tokens, tokens * step.head_share, c),
         layers=layers,
         last_layers=last_layers,
     )

@@ -16,17 +16,19 @@ CHOICE_BYTES = 32.0
 """Bytes per sequence and tp rank that sampling gathers: score, token, logit and normaliser of its best entry."""
 
 
-def head_and_loss(machine: Machine, spec: ModelSpec, tokens: Array, candidates: Candidates) -> Array:
-    """Seconds of the head's three GEMMs, the loss and their collectives on one micro-batch of a training step: the
-    gradient of the head's input is summed over tp, as is, without a pipeline, the output of the embedding."""
+def head_and_loss(
+    machine: Machine, spec: ModelSpec, tokens: Array, head_tokens: Array, candidates: Candidates
+) -> Array:
+    """Seconds of the head's three GEMMs, the loss and their collectives on `head_tokens` of the `tokens` of one
+    micro-batch of a training step: the gradient of the head's input is summed over tp, as is, without a pipeline, the
+    output of the embedding."""
     c = candidates
-    forward, backward = operations.head_both_ways(machine, spec, tokens, c.tp)
-    loss = operations.loss(machine, spec, tokens, c.tp) * (1.0 + machine.constants.loss_backward_ratio)
+    forward, backward = operations.head_both_ways(machine, spec, head_tokens, c.tp)
+    loss = operations.loss(machine, spec, head_tokens, c.tp) * (1.0 + machine.constants.loss_backward_ratio)
     hidden = hidden_reduce(machine, spec, c, tokens)
     reduced = hidden if spec.head is Head.LM else np.zeros_like(hidden)
-    return (
-        forward + backward + loss + loss_reduces(machine, spec, tokens, c) + reduced + np.where(c.pp == 1, hidden, 0.0)
-    )
+    loss = loss + loss_reduces(machine, spec, head_tokens, c)
+    return forward + backward + loss + reduced + np.where(c.pp == 1, hidden, 0.0)
 
 
 def head_and_log_probs(

@@ -9,7 +9,8 @@ From Sheng et al. 2025, "HybridFlow" (sections 5 and 8) and its Megatron example
 - frozen models and optimizer states may wait in host memory (`param_offload`, `optimizer_offload`).
 
 Old log-probs are recomputed where the workload's graph has that call (`--recompute-logprobs`; verl's default).
-Not modelled: padding removal, dynamic batch sizes, and vLLM's preallocated cache beyond what the batch needs.
+Passes compute real tokens, packed and balanced over dp (verl's `use_remove_padding` and `use_dynamic_bsz`); vLLM's
+cache grows with the responses. Not modelled: preemption where it is full.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from plans.workload import Workload
 
 NAME = "verl"
 GENERATION_ENGINE = NamedEngine("cuda-graphs")
-CAVEATS = ("every sample costs its full length: no padding removal",)
+CAVEATS = ("sequences are never preempted, however full vLLM's cache is",)
 OFFLOADS = ((False, False), (True, False), (True, True))  # frozen models, optimizer states
 TRIED = 6
 
@@ -43,13 +44,13 @@ def verl(workload: Workload, cluster: ClusterSpec, engine: Engine) -> Contender 
     def price(plan: ExecutionPlan) -> PlanCost:
         return cost_plan(plan, both)
 
+    costs = []
     for frozen, state in OFFLOADS:
         ranked = sorted(_layouts(workload, cluster, both, frozen, state), key=_fastest_s)
         if not ranked:
             return Infeasible(f"no layout of all models on {cluster.size} GPUs", "another number of GPUs")
-        cost = best((settle(workload, cluster, ladders, price) for ladders in ranked), most=TRIED)
-        if cost and (cost.fits or (frozen, state) == OFFLOADS[-1]):
-            break
+        costs.append(best((settle(workload, cluster, ladders, price) for ladders in ranked), most=TRIED))
+    cost = best(found for found in reversed(costs) if found)
     assert cost
     engines = f"{both.first.name} for training and scoring, {GENERATION_ENGINE.name} for generation"
     return Contender(name=NAME, cost=cost, engines=engines, caveats=CAVEATS)

@@ -112,8 +112,8 @@ def _scaled(plan: ExecutionPlan, gpus: int) -> ExecutionPlan:
 
 
 def _grown(plan: ExecutionPlan, planned: PlannedCall, factor: Fraction, old: ClusterSpec) -> PlannedCall:
-    """The call on a mesh and with a dp of `factor` times the size. Micro-batches and waves keep their number of
-    samples, so that a rank holds as many at a time as before."""
+    """The call on a mesh and with a dp of `factor` times the size. Slots stay as they are, micro-batches and waves
+    keep their number of samples, so that a rank holds as many at a time as before."""
     s, cluster = planned.strategy, plan.cluster
     where = f"--what-if gpus={cluster.size} is {factor} of the {old.size} GPUs: `{planned.call}`"
     hint = f"search anew: `realplan search --gpus {cluster.size} ...`"
@@ -129,7 +129,8 @@ def _grown(plan: ExecutionPlan, planned: PlannedCall, factor: Fraction, old: Clu
     share = plan.workload.samples_per_step(planned.call) // int(dp) // s.groups
     parts = _parts(getattr(s, key) / factor, share, s.pp if s.vpp > 1 else 1)
     try:
-        strategy = replace(s, **{"dp": int(dp), key: parts})  # type: ignore[arg-type]
+        slots = min(s.slots, share * s.groups)
+        strategy = replace(s, **{"dp": int(dp), "slots": slots, key: parts})  # type: ignore[arg-type]
     except RealplanError as error:
         raise SpecError(f"{where}: {error.message}", hint) from None
     return replace(planned, mesh=mesh, strategy=strategy)

@@ -21,7 +21,8 @@ from plans.workload import Workload
 MICRO_BATCH_SAMPLES = (1, 2, 4, 8, 16, 32, 64)
 INTERLEAVINGS = (1, 2, 4)
 CONTEXT_DEGREES = (1, 2, 4, 8)
-WAVES = (1, 2, 4, 8, 16, 32)
+SLOT_PARTS = (1, 2, 4, 8, 16, 32)
+"""Slots of a dp rank that are tried: its samples, and these parts of them."""
 EVERY_LENGTH_UP_TO = 16
 
 
@@ -140,11 +141,13 @@ def _settings(
     workload: Workload, call: str, kind: CallKind, base: ParallelStrategy, share: int, pruned: Pruned
 ) -> Iterator[ParallelStrategy]:
     if kind is CallKind.GENERATE:
-        for groups, waves in product(sorted({1, base.pp}), WAVES):
-            if share % (groups * waves) == 0:
-                yield replace(base, groups=groups, waves=waves)
-            else:
-                pruned.note("groups in flight and waves must divide the samples of a dp rank")
+        for groups in sorted({1, base.pp}):
+            if share % groups:
+                pruned.note("groups in flight must divide the samples of a dp rank")
+                continue
+            found = {-(-share // (part * groups)) * groups for part in SLOT_PARTS}
+            for slots in sorted(found, reverse=True):
+                yield replace(base, groups=groups, slots=slots if slots < share else 0)
         return
     pair = pair_size(workload.graph) if kind is CallKind.TRAIN_STEP else 1
     pruned.note("pairs stay in one micro-batch", len([size for size in MICRO_BATCH_SAMPLES if size % pair]))

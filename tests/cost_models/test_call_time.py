@@ -12,11 +12,12 @@ from cost_models.candidates import Candidates
 from cost_models.engines.constants import Constants, engine_names, load_constants
 from cost_models.engines.engine import MEGATRON, NamedEngine
 from cost_models.engines.machine import Machine, machine_of
+from cost_models.slots import quadrature
 from cost_models.stages import default_layers, stage_layers
 from cost_models.terms import Terms
 from cost_models.time.calls import call_time
 from cost_models.time.data_parallel import gradient_reduce
-from cost_models.time.generation import Generation, decode_step, decode_terms, response_quadrature
+from cost_models.time.generation import Generation, decode_step, decode_terms
 from cost_models.time.pipeline import fill_and_drain
 from cost_models.time.training import TrainingStep, training_time
 from plans.algorithms import ppo
@@ -199,10 +200,11 @@ def test_tensor_parallel_across_nodes_is_dear() -> None:
 
 @pytest.mark.parametrize("mean", [0, 100, 300, 600])
 def test_response_lengths_keep_their_mean(mean: int) -> None:
-    work = Generation(LLAMA, 64, 128, Lengths(1024, mean))
-    points = response_quadrature(work.responses)
-    assert points.weight.sum() == pytest.approx(1023)
-    assert (points.weight * points.alive).sum() == pytest.approx(mean or 1023, rel=0.02)
+    responses = Lengths(1024, mean)
+    position, weight = quadrature(responses, 1023.0)
+    assert weight.sum() == pytest.approx(1023)
+    alive = np.array([responses.beyond(at) for at in position])
+    assert (weight * alive).sum() == pytest.approx(mean or 1023, rel=0.02)
 
 
 @pytest.mark.parametrize(("mean", "groups", "pp"), [(0, 1, 1), (0, 4, 4), (300, 1, 1), (300, 2, 4)])
@@ -210,11 +212,11 @@ def test_decode_quadrature_equals_the_sum_over_every_step(mean: int, groups: int
     at, work = machine(8), Generation(LLAMA, 256, 128, Lengths(1024, mean))
     candidates = layout(8, tp=8 // pp, pp=pp, groups=groups)
     quick = Terms(decode_terms(at, work, candidates)).total_s[0]
-    points = response_quadrature(work.responses)
-    rate = -np.log(points.alive[0]) / (points.position[0] - 1)
-    slow = 0.0
-    for token in range(1, 1024):
-        alive = float(np.exp(-rate * token))
+    first = 0 if at.constants.burst_steps else 1  # tokens of a response that prefill makes
+    wait = max(at.constants.burst_steps - 1, 0) / 2 if mean else 0.0
+    rate, slow = work.responses.hazard, 0.0
+    for token in range(first, 1024):
+        alive = float(np.exp(-rate * max(token - first - wait, 0.0)))
         running = 1.0 - (1.0 - alive) ** 256
         slow += running * Terms(decode_step(at, LLAMA, candidates, 256 * alive, 128.0 + token)).total_s[0]
     assert quick == pytest.approx(slow, rel=0.02)
