@@ -36,6 +36,8 @@ class Moment:
 
     def running(self, replicas: Array) -> Array:
         """Chance that some sequence of all replicas still runs."""
+        if (self.alive >= 1.0).all():
+            return np.ones_like(self.alive)
         return 1.0 - (1.0 - np.minimum(self.alive, 1.0)) ** np.maximum(self.slots * replicas, 1.0)
 
 
@@ -46,6 +48,7 @@ def slots_of(candidates: Candidates, samples: float) -> Array:
     return np.minimum(rows, np.where(c.slots > 0, c.slots, parts))
 
 
+@lru_cache(maxsize=64)
 def quadrature(responses: Lengths, steps: float) -> tuple[Array, Array]:
     """Gauss-Legendre points on the decode steps of the longest response, and their weights."""
     nodes, weights = np.polynomial.legendre.leggauss(
