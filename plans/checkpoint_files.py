@@ -23,7 +23,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from plans.checkpoint import Entry, missing
-from plans.codec import BadPlan, load_plan
+from plans.codec import load_plan
 from plans.documents import BadText, parse_json, read_text
 from plans.errors import RealplanError
 from plans.plan import ExecutionPlan
@@ -170,9 +170,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             raise _refused(folder, f"`{name}` has {path.stat().st_size:,} bytes, not {seal.bytes:,}")
     if absent := {PLAN, RUN, METRICS, *(entry.file for entry in index.entries)} - index.files.keys():
         raise _refused(folder, f"its index lacks `{min(absent)}`")
+    if seal_of(folder / PLAN) != index.files[PLAN]:
+        raise _refused(folder, f"`{PLAN}` was altered: its SHA-256 is not that of the index")
     try:
         plan = load_plan(folder / PLAN)
-    except BadPlan as error:
+    except RealplanError as error:
         raise _refused(folder, f"its plan cannot be read: {str(error).splitlines()[0]}") from None
     for role in index.roles:
         own = [entry.entry for entry in index.entries if entry.role == role]
