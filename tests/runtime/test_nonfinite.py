@@ -11,7 +11,7 @@ import pytest
 import torch
 from plan_cases import tiny_plan
 from ranks import run_ranks
-from tiny_models import build, layout_of, padded_batch
+from tiny_models import build, layout_of, mixed_sequences
 
 from plans.errors import RealplanError
 from plans.model import ModelSpec
@@ -20,7 +20,8 @@ from runtime.executor import check_finite
 from runtime.groups import GroupCache
 from runtime.models.installation import install
 from runtime.models.model import named_shards, nonfinite_parameter
-from runtime.passes.forward import Batch, TokenOutput
+from runtime.passes.forward import TokenOutput
+from runtime.passes.packs import Batch
 from runtime.passes.training import AdamSettings, NonFinite, Trainer
 from runtime.reports.metrics import MetricsLog, json_line
 from runtime.reports.records import Record
@@ -47,8 +48,9 @@ def spoilt(kind: str) -> object:
 
 @pytest.mark.parametrize("degrees", [{"dp": 2}, {"pp": 2}], ids=str)
 def test_every_rank_stops_or_skips_alike_and_nothing_changes(degrees: dict[str, int]) -> None:
-    batch = padded_batch(4, prompt=6, response=6, vocab=130)
-    batch["spoilt"] = torch.tensor([0, 0, 0, 1])[:, None].bool()
+    sequences = mixed_sequences(4, prompt=6, response=6, vocab=130)
+    spoils = torch.repeat_interleave(torch.tensor([0, 0, 0, 1]), torch.tensor(sequences.responses)).bool()
+    batch = Batch(sequences, {"spoilt": spoils})
 
     def work() -> list[str]:
         install(CPU)
@@ -57,7 +59,7 @@ def test_every_rank_stops_or_skips_alike_and_nothing_changes(degrees: dict[str, 
         random_weights(model, 0)
         trainer = Trainer(model, AdamSettings(lr=1e-3))
         share = 4 // model.layout.dp
-        own = {key: value[model.place.dp * share :][:share] for key, value in batch.items()}
+        own = batch.take(range(model.place.dp * share, (model.place.dp + 1) * share))
         before = {p.name: held.detach().clone() for p, held in named_shards(model)}
         said = []
         for kind in ("loss", "gradient"):
