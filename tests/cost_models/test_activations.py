@@ -91,6 +91,6 @@ def test_stored_bytes_are_what_autograd_keeps_of_the_runtimes_blocks() -> None:
     cases = [(precision, recompute) for precision in TORCH_DTYPES for recompute in Recompute]
     found = run_ranks(1, lambda: [measured(*case) for case in cases])[0]
     for case, kept in zip(cases, found, strict=True):
-        # Beyond the model: fp32 row statistics of the norms, rotations per token, and what selective recomputation keeps
-        # of each sequence's attention.
+        # Beyond the model: fp32 row statistics of the norms, rotations per token, and what selective recomputation
+        # keeps of each sequence's attention.
         assert predicted(*case) == pytest.approx(kept, rel=0.02), case
