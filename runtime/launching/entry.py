@@ -7,9 +7,11 @@ import multiprocessing
 import os
 import shutil
 import signal
+import tempfile
 from multiprocessing import forkserver
 from pathlib import Path
 
+from plans.errors import RealplanError
 from plans.plan import ExecutionPlan
 from plans.runfile import RunFile
 from runtime.launching.lifetime import die_with
@@ -36,7 +38,12 @@ def prepare_ranks(plan: ExecutionPlan) -> None:
     if forks:
         preload = ["runtime.worker", "torch._dynamo"]  # torch.optim imports the second
         multiprocessing.get_context("forkserver").set_forkserver_preload(preload)
-        forkserver.ensure_running()
+        try:
+            forkserver.ensure_running()
+        except OSError as error:  # its socket lies in the folder for temporary files, and an address has 107 characters
+            raise RealplanError(
+                f"the fork server cannot listen in `{tempfile.gettempdir()}`: {error}", "set TMPDIR to a shorter folder"
+            ) from None
 
 
 def prepare_joining(plan: ExecutionPlan, address: Address) -> None:

@@ -73,7 +73,7 @@ def run_schedule(
             loss, terms = result
             return loss, torch.ones((), dtype=torch.int, device=loss.device), terms
 
-        return _through(module, pack), close
+        return hidden_states(module, pack), close
 
     stage_data = [iter(list(enumerate(packs))) for _ in modules]
     common: dict[str, Any] = {
@@ -96,7 +96,7 @@ def run_schedule(
     return list(run(data_iterator=stage_data[0], model=modules[0], **common))
 
 
-def _through(module: Any, pack: Pack) -> Tensor:
+def hidden_states(module: Any, pack: Pack) -> Tensor:
     """Hidden states [width, 1, hidden] behind one chunk of the model; its norm included where it is the last.
 
     Embedding and blocks are called apart, because Megatron's forward would apply the head to every token.

@@ -21,7 +21,7 @@ from runtime.groups import GroupCache
 from runtime.models import installation
 from runtime.models.mcore import schedules
 from runtime.models.model import TORCH_DTYPES, build_model
-from runtime.passes.forward import run_schedule
+from runtime.passes.forward import hidden_states
 from runtime.passes.packs import packs_of
 
 CPU = torch.device("cpu")
@@ -49,12 +49,9 @@ def stored_bytes(layers: int, precision: str, recompute: Recompute) -> int:
             stored[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    def finish(hidden: torch.Tensor, _: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return hidden.float().sum(), {}
-
     sequences = Sequences.of([[0]] * SEQUENCES, [[0] * (TOKENS - 1)] * SEQUENCES)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        run_schedule(model, [module], packs_of(model, [sequences]), finish, forward_only=False)
+        hidden_states(module, packs_of(model, [sequences])[0])
     return sum(stored.values())
 
 
@@ -91,6 +88,5 @@ def test_stored_bytes_are_what_autograd_keeps_of_the_runtimes_blocks() -> None:
     cases = [(precision, recompute) for precision in TORCH_DTYPES for recompute in Recompute]
     found = run_ranks(1, lambda: [measured(*case) for case in cases])[0]
     for case, kept in zip(cases, found, strict=True):
-        # Beyond the model: fp32 row statistics of the norms, rotations per token, and what selective recomputation
-        # keeps of each sequence's attention.
-        assert predicted(*case) == pytest.approx(kept, rel=0.02), case
+        # Beyond the model: fp32 row statistics of the norms, and rotations, which all blocks share.
+        assert predicted(*case) == pytest.approx(kept, rel=0.01), case

@@ -9,7 +9,9 @@ import pickle
 import socket
 import stat
 import subprocess
+import tempfile
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
@@ -58,9 +60,14 @@ def test_the_reader_of_sockets_sees_an_open_one() -> None:
         assert {ip_address("0.0.0.0"), ip_address("::")} <= listening({os.getpid()})
 
 
-def test_a_local_run_listens_on_loopback_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    private = tmp_path / "private"
-    private.mkdir()
+@pytest.fixture
+def private() -> Iterator[Path]:
+    """A folder for temporary files with a short name, as the address of a socket needs."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def test_a_local_run_listens_on_loopback_alone(private: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(private))
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")  # as users of several machines have it
     seen: set[IPv4Address | IPv6Address] = set()
