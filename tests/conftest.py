@@ -12,6 +12,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="write tests/cost_models/ledger.json anew from the present formulas; then read its diff",
     )
     parser.addoption("--fuzz", type=int, default=2000, help="broken inputs that the fuzz suite tries")
+    parser.addoption("--plans", type=int, default=6, help="random plans that the invariance suite plays")
+    parser.addoption("--first-plan", type=int, default=0, help="the number of the first of them")
 
 
 @pytest.fixture

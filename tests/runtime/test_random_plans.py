@@ -1,0 +1,160 @@
+"""Plan invariance over random plans with long-tailed lengths: the tokens, losses and gradient norms of one process.
+
+CI plays a few; `--plans 100` plays more, and `--first-plan` says from which number on.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from plan_cases import FIXTURES, tiny_run
+from random_plans import ALGORITHMS, RandomPlan, plan_alone, random_plan
+from ranks import run_ranks
+
+from plans.plan import ExecutionPlan
+from plans.program import compile_program
+from plans.runfile import RunFile
+from runtime.batches.sequences import Sequences
+from runtime.batches.transfer import BatchStore
+from runtime.executor import Executor
+from runtime.groups import GroupCache
+from runtime.job import Job, prepare_job
+from runtime.models.installation import install
+from runtime.reports.metrics import Metrics, iteration_metrics
+from runtime.reports.records import Recorder, RecordReader
+
+CPU = torch.device("cpu")
+ITERATIONS = 2
+COUNTS = ("clipfrac", "accuracies")
+"""Metrics that count where one number exceeds another: at a tie, rounding decides."""
+Tokens = dict[tuple[int, int], tuple[list[int], list[int]]]
+Outcome = tuple[list[Metrics], Tokens]
+
+
+def long_tail(seed: int, longest: int) -> int:
+    """A length of a long tail from 1 to `longest`: a median of an eighth of it, one in twenty near the end."""
+    return max(1, min(longest, round(longest / 8 * random.Random(seed).lognormvariate(0, 1.0))))
+
+
+def ended(tokens: Sequence[int], old: int) -> int | None:
+    """A response is as long as its first two tokens say."""
+    if len(tokens) < 2:
+        return None
+    end = max(2, long_tail(1_000_003 * tokens[0] + tokens[1], 40))
+    return end if end <= len(tokens) else None
+
+
+def long_tailed_data(path: Path) -> Path:
+    """Prompts and given responses of very different lengths, in words of the small model."""
+    lines = [json.loads(line)["prompt"].split() for line in (FIXTURES / "prompts.jsonl").read_text().splitlines()]
+    words = [word for line in lines for word in line]
+
+    def text(seed: int, longest: int) -> str:
+        start = seed * 37 % len(words)
+        return " ".join((words * 2)[start : start + long_tail(seed, longest)])
+
+    rows = []
+    for i in range(16):
+        texts = {"prompt": text(4 * i, 12), "response": text(4 * i + 1, 20)}
+        rows.append(json.dumps(texts | {"chosen": text(4 * i + 2, 20), "rejected": text(4 * i + 3, 20)}) + "\n")
+    path.write_text("".join(rows))
+    return path
+
+
+def play(plans: Sequence[ExecutionPlan], run: RunFile, folder: Path) -> list[Outcome]:
+    """Metrics and tokens of plans of one number of ranks, played one after the other by the same ranks."""
+
+    def rank() -> list[Tokens]:
+        install(CPU)
+        found = []
+        for number, plan in enumerate(plans):
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                monkeypatch.setattr(Job, "ended", property(lambda job: None if job.offline else ended))
+                found.append(_tokens(monkeypatch))
+                recorder = Recorder(folder / str(number), dist.get_rank(), time.time())
+                Executor(prepare_job(plan, run), GroupCache(CPU), CPU, recorder).run(ITERATIONS)
+        return found
+
+    for number in range(len(plans)):
+        (folder / str(number)).mkdir(parents=True)
+    every = run_ranks(plans[0].cluster.size, rank, timeout=600)
+    outcomes = []
+    for number, plan in enumerate(plans):
+        tokens: Tokens = {}
+        for found in every:
+            for key, value in found[number].items():
+                assert tokens.setdefault(key, value) == value
+        program = compile_program(plan)
+        reader = RecordReader(folder / str(number), tuple(r for r in range(plan.cluster.size) if program.projection(r)))
+        outcomes.append(([iteration_metrics(program, records) for records in reader.poll()], tokens))
+    return outcomes
+
+
+def _tokens(monkeypatch: pytest.MonkeyPatch) -> Tokens:
+    """What will be put into the store of a rank as sequences."""
+    put, tokens = BatchStore.put, Tokens()
+
+    def watch(store: BatchStore, iteration: int, key: str, rows: Sequence[int], values: Any) -> None:
+        put(store, iteration, key, rows, values)
+        if isinstance(values, Sequences):
+            tokens.update({(iteration, row): text for row, text in zip(rows, values.texts(), strict=True)})
+
+    monkeypatch.setattr(BatchStore, "put", watch)
+    return tokens
+
+
+def differences(found: Outcome, wanted: Outcome) -> list[str]:
+    """Where a run differs from that of one process: tokens at all, losses and norms by more than 1e-4. An iteration has
+    two optimizer steps, and Adam's first ones make a step of the learning rate out of the least rounding."""
+    if found[1] != wanted[1]:
+        return [f"tokens of {[key for key in wanted[1] if found[1].get(key) != wanted[1][key]][:3]}"]
+    wrong = []
+    assert len(found[0]) == len(wanted[0]) == ITERATIONS
+    for iteration, (ours, theirs) in enumerate(zip(found[0], wanted[0], strict=True)):
+        for key in theirs:
+            if key.startswith(("actor/", "critic/", "response_length")) and not key.endswith(COUNTS):
+                limit = 1e-4 * max(1.0, abs(theirs[key]))
+                if not abs(ours[key] - theirs[key]) <= limit:
+                    wrong.append(f"iteration {iteration}: {key} {ours[key]:.7g}, alone {theirs[key]:.7g}")
+    return wrong
+
+
+def runs(folder: Path) -> RunFile:
+    """The run of every random plan."""
+    data = {"source": str(long_tailed_data(folder / "data.jsonl"))}
+    return tiny_run(folder, iterations=ITERATIONS, data=data, timeout_s=300, sampling={"stop_at_eos": False})
+
+
+def test_random_plans_reproduce_one_process(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    count, first = pytestconfig.getoption("--plans"), pytestconfig.getoption("--first-plan")
+    cases = [random_plan(seed) for seed in range(first, first + count)]
+    run = runs(tmp_path)
+    kinds = [name for name in ALGORITHMS if any(case.algorithm == name for case in cases)]
+    alone = dict(zip(kinds, play([plan_alone(kind) for kind in kinds], run, tmp_path / "alone"), strict=True))
+    for _, tokens in alone.values():
+        assert_long_tail([len(response) for _, response in tokens.values()])
+    wrong = {}
+    for ranks in sorted({case.plan.cluster.size for case in cases}):
+        for number, part in enumerate(_parts([case for case in cases if case.plan.cluster.size == ranks])):
+            found = play([case.plan for case in part], run, tmp_path / f"{ranks}-{number}")
+            for case, outcome in zip(part, found, strict=True):
+                if faults := differences(outcome, alone[case.algorithm]):
+                    wrong[case.seed] = faults
+    assert not wrong
+
+
+def assert_long_tail(lengths: Sequence[int]) -> None:
+    """The longest is several times the mean; given responses are not watched."""
+    assert not lengths or max(lengths) > 2.5 * sum(lengths) / len(lengths), lengths
+
+
+def _parts(cases: Sequence[RandomPlan], most: int = 25) -> list[Sequence[RandomPlan]]:
+    return [cases[at : at + most] for at in range(0, len(cases), most)]
