@@ -22,6 +22,7 @@ MOST_BYTES = 2 * 2**20
 MOST_YAML_BYTES = 2**18
 MOST_VALUES = 200_000
 DEEPEST = 60
+LONGEST_NUMBER = 4300  # digits; Python reads no longer ones
 _PIPES = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
 _POINTER = "version https://git-lfs.github.com/spec/"
 _DASHES = re.compile(rf"(?:[-?:] ){{{DEEPEST},}}")
@@ -101,13 +102,26 @@ def parse_json(text: str) -> Any:
         hint = "a comma or a quote is missing, or there is a comma too many, at or before this place"
         raise BadText(Problem("json", f"not JSON: {error.msg}", hint, (), error.lineno, error.colno)) from None
     except (ValueError, RecursionError):
-        message = "not JSON that can be read: a number is too long, or brackets stand too deep inside each other"
-        raise BadText(
-            Problem("json", message, "numbers of at most 4,300 digits, few brackets inside each other")
-        ) from None
+        raise BadText(_unreadable(text)) from None
     if twice:
         raise BadText(_repeated_key(text))
     return data
+
+
+def _unreadable(text: str) -> Problem:
+    """The number that is too long, or the bracket that stands too deep, of a JSON text that Python does not read."""
+    depth = 0
+    for match in _JSON_TOKEN.finditer(text):
+        token = match.group()
+        depth += (token in ("{", "[")) - (token in ("}", "]"))
+        if depth > DEEPEST:
+            problem = Problem("json", f"brackets stand more than {DEEPEST} deep", f"at most {DEEPEST}")
+        elif token[0] != '"' and len(token) > LONGEST_NUMBER:
+            problem = Problem("json", f"`{shortened(token)}` is no number that can be read", "a shorter number")
+        else:
+            continue
+        return _located(text, match.start(), problem)
+    return Problem("json", "not JSON that can be read", "plain numbers and texts", (), 1, 1)
 
 
 def _repeated_key(text: str) -> Problem:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from plans.documents import BadText, parse_json, read_text
 from plans.errors import SpecError
-from plans.lengths import LEVELS, Lengths, Percentiles, keys_of
+from plans.lengths import LEVELS, Lengths, keys_of
+from plans.problems import shortened
 
 KINDS = "`metrics.jsonl` of a run, or a file with one number per line"
 MOST_BYTES = 256 * 2**20
@@ -17,66 +20,84 @@ NAMES = {"prompt": "prompt_length", "response": "response_length"}
 """Part of a sample -> the statistic of a run's metrics."""
 
 
+@dataclass(frozen=True)
+class _Line:
+    """A line that is not empty: its place in the file, number from 1, and text without what follows it."""
+
+    path: Path
+    number: int
+    text: str
+
+    def refuse(self, message: str, hint: str, column: int = 1) -> SpecError:
+        """The error of this line."""
+        return SpecError(f"{self.path}:{self.number}:{column}: {message}", hint)
+
+
 def lengths_file(path: Path, *, prompt_tokens: int, response_tokens: int) -> dict[str, Any]:
     """Workload keys for the lengths in a file: of the responses, and of the prompts where metrics hold them.
 
-    Metrics of several iterations count alike. Raises SpecError for an empty file, for lines that are neither metrics
-    nor numbers, and for lengths beyond the maximum.
+    Metrics of several iterations count alike. Raises SpecError, located, for an empty file, for lines that are neither
+    metrics nor numbers, and for lengths beyond the maximum.
     """
-    try:
-        if path.stat().st_size > MOST_BYTES:
-            raise SpecError(f"--lengths `{path}` has more than {MOST_BYTES:,} bytes", KINDS)
-        lines = [line for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise SpecError(f"cannot read --lengths `{path}`: {reason}", KINDS) from None
+    text = read_text(path, SpecError, "--lengths", KINDS, MOST_BYTES)
+    lines = [_Line(path, i, line.rstrip()) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise SpecError(f"--lengths `{path}` is empty", KINDS)
-    longest = {"prompt": prompt_tokens, "response": response_tokens}
-    try:
-        if lines[0].lstrip().startswith("{"):
-            return _of_metrics([_object(number, line) for number, line in enumerate(lines, 1)], longest)
-        values = [_whole(number, line) for number, line in enumerate(lines, 1)]
+    if not lines[0].text.lstrip().startswith("{"):
+        values = [_length(line, response_tokens) for line in lines]
         return {"response_lengths": keys_of(Lengths.measured(values, response_tokens).percentiles)}
-    except SpecError as error:
-        raise SpecError(f"--lengths `{path}`: {error.message}", error.hint) from None
+    longest = {"prompt": prompt_tokens, "response": response_tokens}
+    return _of_metrics([(line, _object(line)) for line in lines], longest)
 
 
-def _object(number: int, line: str) -> dict[str, Any]:
+def _length(line: _Line, longest: int) -> int:
+    if not re.fullmatch(r"\s*[+-]?[0-9]{1,15}", line.text):
+        raise line.refuse(f"`{shortened(line.text.strip())}` is not a whole number", KINDS)
+    value = int(line.text)
+    if not 0 <= value <= longest:
+        rule = f"lengths must be from 0 to the maximum, {longest}"
+        raise line.refuse(f"a length of {value} tokens; {rule}", f"a maximum of {max(value, 1)} tokens")
+    return value
+
+
+def _object(line: _Line) -> dict[str, Any]:
     try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
-        found = None
+        found = parse_json(line.text)
+    except BadText as error:
+        raise line.refuse(error.problem.message, KINDS, error.problem.column or 1) from None
     if not isinstance(found, dict):
-        raise SpecError(f"line {number} is not a line of metrics", KINDS)
+        raise line.refuse("not a line of metrics", KINDS)
     return found
 
 
-def _whole(number: int, line: str) -> int:
-    try:
-        return int(line)
-    except ValueError:
-        raise SpecError(f"line {number}, `{line.strip()[:40]}`, is not a whole number", KINDS) from None
-
-
-def _of_metrics(lines: Sequence[Mapping[str, Any]], longest: Mapping[str, int]) -> dict[str, Any]:
+def _of_metrics(lines: Iterable[tuple[_Line, Mapping[str, Any]]], longest: Mapping[str, int]) -> dict[str, Any]:
     found: dict[str, Any] = {}
+    rows = list(lines)
     for part, name in NAMES.items():
-        percentiles = _percentiles(lines, name)
-        if percentiles:
-            found[f"{part}_lengths"] = keys_of(Lengths(longest[part], percentiles=percentiles).percentiles)
-        elif means := _numbers(lines, f"{name}/mean"):
-            found[f"mean_{part}_tokens"] = round(Lengths(longest[part], fmean(means)).mean)
+        keys = {float(level): _numbers(rows, f"{name}/p{level:g}", longest[part]) for level in LEVELS}
+        percentiles = tuple((level, round(fmean(values))) for level, values in keys.items() if values)
+        try:
+            if percentiles:
+                found[f"{part}_lengths"] = keys_of(Lengths(longest[part], percentiles=percentiles).percentiles)
+            elif means := _numbers(rows, f"{name}/mean", longest[part]):
+                found[f"mean_{part}_tokens"] = round(Lengths(longest[part], fmean(means)).mean)
+        except SpecError as error:
+            raise rows[0][0].refuse(error.message, error.hint) from None
     if not found:
-        raise SpecError("no line has `response_length/mean` or `response_length/p50`", KINDS)
+        raise rows[0][0].refuse("no line has `response_length/mean` or `response_length/p50`", KINDS)
     return found
 
 
-def _percentiles(lines: Sequence[Mapping[str, Any]], name: str) -> Percentiles:
-    """Means over the iterations of the percentiles that the metrics hold."""
-    keys = {float(level): _numbers(lines, f"{name}/p{level:g}") for level in LEVELS}
-    return tuple((level, round(fmean(values))) for level, values in keys.items() if values)
-
-
-def _numbers(lines: Sequence[Mapping[str, Any]], key: str) -> list[float]:
-    return [float(line[key]) for line in lines if isinstance(line.get(key), int | float)]
+def _numbers(rows: Iterable[tuple[_Line, Mapping[str, Any]]], key: str, longest: int) -> list[float]:
+    """The values of a key; null, which metrics have for what is not finite, is left out."""
+    values = []
+    for line, row in rows:
+        value = row.get(key)
+        if value is None:
+            continue
+        at = max(line.text.find(f'"{key}"'), 0) + 1
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= longest:  # NaN fails
+            rule = f"it must be a number of tokens from 0 to the maximum, {longest}"
+            raise line.refuse(f"{key} is {shortened(value)}; {rule}", f'"{key}": {longest}, or a higher maximum', at)
+        values.append(float(value))
+    return values

@@ -46,7 +46,7 @@ def measure_collectives(
         start_processes(  # type: ignore[no-untyped-call]
             _rank, (ranks, device.type, sizes, folder), nprocs=ranks, start_method="spawn"
         )
-        rows = json.loads((Path(folder) / "rows").read_text())
+        rows = json.loads((Path(folder) / "rows").read_text("utf-8"))
     found: dict[str, dict[Coordinates, Timing]] = {}
     for name in OPERATIONS:
         mine = [(size, seconds, spread) for operation, size, seconds, spread in rows if operation == name]
@@ -69,7 +69,7 @@ def _rank(rank: int, ranks: int, kind: str, sizes: tuple[int, ...], folder: str)
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timedelta(minutes=2))
     rows = [(name, size, *_time(name, size, ranks, device)) for name in OPERATIONS for size in sizes]
     if rank == 0:
-        (Path(folder) / "rows").write_text(json.dumps(rows))
+        (Path(folder) / "rows").write_text(json.dumps(rows), "utf-8")
     dist.barrier()
     dist.destroy_process_group()
 

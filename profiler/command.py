@@ -10,7 +10,8 @@ from pathlib import Path
 from cost_models.calibration.fit import calibrate
 from cost_models.engines.constants import DEFAULT_ENGINE, load_constants
 from cost_models.tables.shards import legal_degrees
-from cost_models.tables.tables import CostTable, load_table
+from cost_models.tables.table_file import load_table
+from cost_models.tables.tables import CostTable
 from plans.errors import RealplanError
 from plans.files import check_target
 from plans.library import load_model

@@ -104,6 +104,6 @@ def versions(device: torch.device) -> dict[str, str]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text("utf-8")
     except OSError:
         return ""

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from cost_models.tables.table_file import load_table, parse_table
 from cost_models.tables.table_schema import OPERATIONS
-from cost_models.tables.tables import CostTable, Entry, load_table, parse_table, table_text
+from cost_models.tables.tables import CostTable, Entry, table_text
 from plans.files import write_atomically
 from profiler.timers import Timing
 

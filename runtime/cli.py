@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from plans.terminal import plain_streams
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -89,10 +90,10 @@ def _run(
     first = member is None or member.rank == 0
     if dry_run or first:
         for line in batch_words(plan):
-            print(printable(line)) if dry_run else _say(line)
+            print(line) if dry_run else _say(line)
     if dry_run:
         for line in program_words(plan):
-            print(printable(line))
+            print(line)
     check_supported(plan)
     check_weights(plan, run)
     check_packages()
@@ -115,17 +116,10 @@ def _run(
 
 
 def _say(text: str) -> None:
-    print(printable(text), file=sys.stderr)
-
-
-def printable(text: str) -> str:
-    """Text without what a terminal would obey: names come from files, and files from elsewhere."""
-    return "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    print(text, file=sys.stderr)
 
 
 def main() -> None:
     """Console script."""
-    for stream in (sys.stdout, sys.stderr):  # a terminal without UTF-8 shows an escape and no traceback
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    app()
+    with plain_streams():
+        app()

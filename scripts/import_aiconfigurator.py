@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cost_models.tables.table_file import save_table
 from cost_models.tables.table_schema import OPERATIONS
-from cost_models.tables.tables import CostTable, Entry, save_table
+from cost_models.tables.tables import CostTable, Entry
 from plans.cluster import GpuSpec
 from plans.library import load_gpu
 

@@ -159,3 +159,18 @@ def test_no_path_of_a_machine_and_no_todo() -> None:
         if name != "tests/test_architecture.py":
             assert "/work/" not in text and "/tmp/" not in text, name
             assert "TODO" not in text and "FIXME" not in text, name
+
+
+def test_every_text_file_is_utf_8_whatever_the_locale() -> None:
+    """`read_text` here is a method of a path: the function of plans.documents takes bytes."""
+    for package in ALLOWED:
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+                if not isinstance(node, ast.Call):
+                    continue
+                function, said = node.func, ast.unparse(node)
+                name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+                method = isinstance(function, ast.Attribute) and not said.startswith(("os.", "socket."))
+                reads = name in ("read_text", "write_text", "open") and (method or name == "open")
+                if reads and not said.startswith(("os.", "webbrowser.")):
+                    assert "utf-8" in said or "'rb'" in said or "'wb'" in said, f"{path}:{node.lineno}: {said}"

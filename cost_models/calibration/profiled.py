@@ -13,10 +13,12 @@ from cost_models.calibration.predictions import PREDICTORS
 from cost_models.engines.constants import Constants, load_constants
 from cost_models.engines.engine import MEGATRON, Abilities, Engine, memory_habits
 from cost_models.engines.machine import Machine, machine_of
+from cost_models.tables.table_file import load_table, located_fault, table_source
 from cost_models.tables.table_schema import TableError
-from cost_models.tables.tables import CostTable, load_table
+from cost_models.tables.tables import CostTable
 from plans.cluster import ClusterSpec
 from plans.graph import CallKind
+from plans.problems import Path_
 
 LEAST_BACKWARD = 0.5
 CONTRADICTION = 30.0
@@ -84,11 +86,13 @@ def _constants(engine: ProfiledEngine) -> Constants:
 def _check_complete(table: CostTable, path: str) -> None:
     """A table of one model with all its operations: what was not measured would be a guess."""
     if not table.model:
-        raise TableError(f"{path}: model: empty, as in a table of kernels", "give a table of `realplan profile`")
+        raise _fault(path, ("model",), "empty, as in a table of kernels", "give a table of `realplan profile`")
     missing = [name for name in PREDICTORS if name not in table.entries]
     if missing:
-        raise TableError(
-            f"{path}: entries: {', '.join(missing)} missing: the profile was not finished",
+        raise _fault(
+            path,
+            ("entries",),
+            f"{', '.join(missing)} missing: the profile was not finished",
             "run the same `realplan profile` again; it goes on where it stopped",
         )
 
@@ -100,10 +104,11 @@ def _check_backward(table: CostTable, path: str) -> None:
         return
     ratio = backward.values / forward.values
     if ratio.min() < LEAST_BACKWARD:
-        at = "".join(f"[{i}]" for i in np.unravel_index(int(ratio.argmin()), ratio.shape))
-        raise TableError(
-            f"{path}: entries.block_backward.values{at}: {ratio.min():.2g} of block_forward's; at least"
-            f" {LEAST_BACKWARD} is possible",
+        at = (int(i) for i in np.unravel_index(int(ratio.argmin()), ratio.shape))
+        raise _fault(
+            path,
+            ("entries", "block_backward", "values", *at),
+            f"{ratio.min():.2g} of block_forward's; at least {LEAST_BACKWARD} is possible",
             "measure it again: take both entries out and run `realplan profile`",
         )
 
@@ -116,8 +121,16 @@ def _check_followed(engine: ProfiledEngine, constants: Constants) -> None:
         ratio = np.exp(np.abs(np.log(predicted / measured)))
         if ratio.max() > CONTRADICTION:
             at = np.unravel_index(int(ratio.argmax()), ratio.shape)
-            raise TableError(
-                f"{path}: entries.{name}.values{''.join(f'[{i}]' for i in at)}: {measured[at]:.3g} s contradicts the"
-                f" other entries, which make it {predicted[at]:.3g} s; at most {CONTRADICTION:.0f} times is allowed",
+            raise _fault(
+                path,
+                ("entries", name, "values", *(int(i) for i in at)),
+                f"{measured[at]:.3g} s contradicts the other entries, which make it {predicted[at]:.3g} s; at most"
+                f" {CONTRADICTION:.0f} times is allowed",
                 "measure it again: take the entry out and run `realplan profile`",
             )
+
+
+def _fault(file: str, path: Path_, message: str, hint: str) -> TableError:
+    """The error of a value of the table in a file, located where the file is still there."""
+    text = table_source(Path(file)) if Path(file).is_file() else ""
+    return located_fault(path, message, hint, file, text)

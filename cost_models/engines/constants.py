@@ -163,7 +163,7 @@ def load_constants(name: str, gpu: str, dtype: str = "bf16") -> Constants:
 def _library() -> dict[str, Any]:
     path = files("cost_models") / "library" / "engines.json"
     known = {f.name for f in fields(Constants)}
-    library: dict[str, Any] = json.loads(path.read_text())
+    library: dict[str, Any] = json.loads(path.read_text("utf-8"))
     for entry in library["entries"]:
         for key in entry["constants"]:
             if key not in known:

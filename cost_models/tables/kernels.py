@@ -22,7 +22,8 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-from cost_models.tables.tables import CostTable, load_table
+from cost_models.tables.table_file import load_table
+from cost_models.tables.tables import CostTable
 
 _TABLES = {
     "a100-40gb": "a100",

@@ -64,7 +64,7 @@ class ErrorBand:
 @lru_cache(maxsize=1)
 def residuals() -> tuple[Residuals, ...]:
     """The shipped residuals."""
-    return tuple(Residuals(**entry) for entry in json.loads(RESIDUALS.read_text())["entries"])
+    return tuple(Residuals(**entry) for entry in json.loads(RESIDUALS.read_text("utf-8"))["entries"])
 
 
 def residuals_of(engine: str, kind: str) -> Residuals:

@@ -7,7 +7,6 @@ A row that lacks what a prediction needs, or runs on hardware or in a precision 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -19,9 +18,11 @@ from cost_models.engines.engine import Engine
 from cost_models.engines.machine import Machine
 from cost_models.validation.row_schema import is_number
 from plans.cluster import ClusterSpec
+from plans.documents import BadText, locate, parse_json, read_text, refuse
 from plans.errors import SpecError
 from plans.library import load_cluster, load_model, model_names
 from plans.model import ModelSpec, Norm, Position
+from plans.problems import Path_, Problem, shortened
 from plans.workload import DTYPE_BYTES
 
 Row = Mapping[str, Any]
@@ -66,41 +67,37 @@ def library_files() -> list[Path]:
 
 def read_rows(path: Path) -> list[Row]:
     """Rows of a measurements file: `{"rows": [{"id", "measured", ...}]}` or a bare list of rows (`row_schema`)."""
+    text = read_text(path, SpecError, "measurements", FORM, MOST_BYTES)
     try:
-        document = json.loads(path.read_text())
-    except OSError as error:
-        raise SpecError(
-            f"{path}: cannot be read: {error.strerror}", "a file of measurements, or none: the shipped"
-        ) from None
-    except UnicodeDecodeError:
-        raise SpecError(f"{path}: not a text file", FORM) from None
-    except json.JSONDecodeError as error:
-        raise SpecError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}", FORM) from None
-    except (ValueError, RecursionError):
-        raise SpecError(f"{path}: a number or a nesting is too large to be read", FORM) from None
+        document = parse_json(text)
+    except BadText as error:
+        refuse(SpecError, path, [error.problem])
     rows = document.get("rows") if isinstance(document, dict) else document
     if not isinstance(rows, list):
-        raise SpecError(f"{path}: rows: there is no list of rows", FORM)
-    for index, row in enumerate(rows):
-        _check_row(row, f"{path}: rows[{index}]")
-    return rows
+        refuse(SpecError, path, locate(text, [Problem("rows", "there is no list of rows", FORM, ("rows",))]))
+    at: Path_ = ("rows",) if isinstance(document, dict) else ()
+    problems = [found for i, row in enumerate(rows) if (found := _row_fault(row, (*at, i)))]
+    return refuse(SpecError, path, locate(text, problems)) if problems else rows
 
 
+MOST_BYTES = 64 * 2**20
 FORM = 'the form is {"rows": [{"id": ..., "measured": {...}, ...}, ...]}'
 
 
-def _check_row(row: Any, where: str) -> None:
-    """What makes a row one at all; the rest makes it unpredictable at worst."""
+def _row_fault(row: Any, path: Path_) -> Problem | None:
+    """What keeps a row from being one at all; the rest makes it unpredictable at worst."""
     if not isinstance(row, dict):
-        raise SpecError(f"{where}: {type(row).__name__} where an object must stand", FORM)
+        return Problem("row", f"{type(row).__name__} where an object must stand", FORM, path)
     for key in ("id", "measured"):
         if key not in row:
-            raise SpecError(f"{where}: there is no `{key}`", FORM)
+            return Problem("row", f"there is no `{key}`", FORM, path)
     if not isinstance(row["id"], str) or not row["id"]:
-        raise SpecError(f"{where}: id: {row['id']!r} must be a text that is not empty")
+        rule = f"id: {shortened(row['id'])} must be a text that is not empty"
+        return Problem("row", rule, '"id": "a-name"', (*path, "id"))
     if not isinstance(row["measured"], dict):
-        kind = type(row["measured"]).__name__
-        raise SpecError(f"{where} ({row['id']}): measured: {kind} where an object must stand", '{"step_time_s": 1.5}')
+        rule = f"{shortened(row['id'])}: measured: {type(row['measured']).__name__} where an object must stand"
+        return Problem("row", rule, '{"step_time_s": 1.5}', (*path, "measured"))
+    return None
 
 
 def number(row: Row, key: str) -> float:

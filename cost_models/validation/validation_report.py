@@ -14,6 +14,7 @@ from rich.table import Table
 
 from cost_models.validation.row_results import RowResult
 from cost_models.validation.validation import Grouping, GroupResult, Report, validate
+from plans.terminal import printable
 
 NAMED_ROWS = 3
 """Rows that are named under a reason why they have no prediction."""
@@ -72,7 +73,7 @@ def render(report: Report, console: Console) -> None:
 
 def _shown(text: str) -> str:
     """A text of a file that any terminal can take: line breaks and other unprintable characters are spelled out."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def _percent(value: float | None, digits: int = 1) -> str:

@@ -12,6 +12,7 @@ import typer
 
 from planner.cli import lists, pictures, planning
 from plans.errors import RealplanError
+from plans.terminal import plain_streams
 
 app = typer.Typer(
     name="realplan",
@@ -27,12 +28,13 @@ for command in (*planning.COMMANDS, *lists.COMMANDS, *pictures.COMMANDS):
 
 def main() -> None:
     """Entry point: errors become one message; exit code 1 for a plan with problems, 2 for wrong use."""
-    try:
-        app()
-    except RealplanError as error:
-        fail(str(error), 1 if hasattr(error, "problems") else 2)
-    except BrokenPipeError:
-        sys.exit(0)
+    with plain_streams():
+        try:
+            app()
+        except RealplanError as error:
+            fail(str(error), 1 if hasattr(error, "problems") else 2)
+        except BrokenPipeError:
+            sys.exit(0)
 
 
 def fail(message: str, code: int) -> NoReturn:

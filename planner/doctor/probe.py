@@ -57,7 +57,7 @@ class ThisMachine:
     def read(self, path: str) -> str:
         """Text of a file."""
         try:
-            return Path(path).read_text(errors="replace")
+            return Path(path).read_text("utf-8", errors="replace")
         except OSError:
             return ""
 

@@ -126,7 +126,7 @@ def problem_of(table: Mapping[str, Any]) -> Problem:
 def load(path: Path) -> Problem:
     """Read a table file."""
     try:
-        table = json.loads(path.read_text())
+        table = json.loads(path.read_text("utf-8"))
         return problem_of(table)
     except (OSError, json.JSONDecodeError) as error:
         raise SpecError(f"{path}: not a readable cost table ({error})") from error

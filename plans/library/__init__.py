@@ -17,7 +17,7 @@ from plans.rope import scaling_of
 
 @cache
 def _read(name: str) -> dict[str, Any]:
-    data: dict[str, Any] = json.loads(files("plans.library").joinpath(name).read_text())
+    data: dict[str, Any] = json.loads(files("plans.library").joinpath(name).read_text("utf-8"))
     return data
 
 

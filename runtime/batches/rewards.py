@@ -164,8 +164,8 @@ class _Worker:
         self._replies, child_writes = os.pipe()
         arguments = child_reads, child_writes, os.getpid(), int(self._limits.memory_gib * 2**30), self._name
         code = (
-            f"import sys; sys.path[:] = {sys.path!r}; from runtime.batches.reward_worker import main; "
-            f"main(*{arguments!r}, {tuple(self._columns)!r})"
+            f"import sys; sys.path[:] = {sys.path!a}; from runtime.batches.reward_worker import main; "
+            f"main(*{arguments!a}, {tuple(self._columns)!a})"
         )
         self._buffer = b""
         self._ready = False

@@ -77,7 +77,7 @@ def prepare_folder(plan: ExecutionPlan, run: RunFile) -> None:
 def _available_memory() -> int | None:
     """Bytes of host memory that can still be used; None where the system does not say."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
     except OSError:
         return None
     kib = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.split()[1].isdigit()}

@@ -77,7 +77,7 @@ def launched_worker(plan: ExecutionPlan, run: RunFile, member: Member, scratch: 
     signal.signal(signal.SIGINT, signal.SIG_IGN if run.checkpoint.every else signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     die_with(launcher, lambda: _die_with_traces(member, scratch))
-    faulthandler.enable(crash_path(scratch, member.rank).open("w"))
+    faulthandler.enable(crash_path(scratch, member.rank).open("w", encoding="utf-8"))
     from runtime.worker import guarded
 
     if guarded(plan, run, member, scratch) is not None:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from plans.plan import ExecutionPlan
 from plans.program import compile_program
+from plans.terminal import printable
 from runtime.reports.metrics import TIMING_NAMES, Metrics, MetricsLog
 from runtime.reports.records import RecordReader
 
@@ -65,7 +66,7 @@ class Monitor:
 
     def _poll(self) -> None:
         for records in self._reader.poll():
-            self._console.print(progress_line(self._log.add(records), self._iterations))
+            self._console.print(printable(progress_line(self._log.add(records), self._iterations)))
             self._bar.advance(self._task)
 
 

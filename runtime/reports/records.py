@@ -61,7 +61,7 @@ def crash_path(folder: Path, rank: int) -> Path:
 def read_status(folder: Path, rank: int) -> Status | None:
     """What a rank last said; None before it has started."""
     try:
-        text = status_path(folder, rank).read_text()
+        text = status_path(folder, rank).read_text("utf-8")
         return Status(**json.loads(text)) if text else None
     except (OSError, ValueError, TypeError):
         return None
@@ -73,7 +73,7 @@ class Recorder:
     def __init__(self, folder: Path, rank: int, origin_s: float) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._status = os.open(status_path(folder, rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        self._records = records_path(folder, rank).open("w")
+        self._records = records_path(folder, rank).open("w", encoding="utf-8")
         self._shift_s = time.time() - time.perf_counter() - origin_s
         self._spans: dict[int, list[tuple[str, str, float, float]]] = {}
         self._stats: dict[int, dict[str, list[Stat]]] = {}

@@ -16,13 +16,14 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
+from plans.documents import parse_json, read_text
 from plans.files import free_name
 from plans.huggingface import config_from_spec
 from plans.layout import EMBEDDING, Layout, Parameter, expert_of, model_units
 from plans.model import Head, ModelSpec
 from runtime.models.model import Model, named_shards
 from runtime.models.shards import unshard
-from runtime.weights.hf_files import INDEX, SINGLE
+from runtime.weights.hf_files import INDEX, SINGLE, WeightsError
 from runtime.weights.hf_names import hf_names, hf_shape, split
 
 SHARD_BYTES = 5 * 10**9
@@ -163,20 +164,19 @@ def _write_index(model: Model, folder: Path, files: dict[str, list[Parameter]]) 
                 places[name] = file
                 elements += prod(hf_shape(spec, parameter, i))
     index = {"metadata": {"total_size": elements * model.config.params_dtype.itemsize}, "weight_map": places}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 
 def _write_config(model: Model, folder: Path, source: Path | None) -> None:
     config = config_from_spec(model.spec)
     if source is not None:
         if (source / "config.json").is_file():
-            config = json.loads((source / "config.json").read_text())
+            config = parse_json(read_text(source / "config.json", WeightsError, "config"))
         for pattern in _BESIDE_WEIGHTS:
             for path in source.glob(pattern):
                 shutil.copy2(path, folder)
-    (folder / "config.json").write_text(
-        json.dumps(_adapt(config, model.spec, model.config.params_dtype), indent=2) + "\n"
-    )
+    text = json.dumps(_adapt(config, model.spec, model.config.params_dtype), indent=2) + "\n"
+    (folder / "config.json").write_text(text, "utf-8")
 
 
 def _adapt(config: dict[str, Any], spec: ModelSpec, dtype: torch.dtype) -> dict[str, Any]:

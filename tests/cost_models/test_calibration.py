@@ -16,8 +16,9 @@ from cost_models.engines.constants import Constants, load_constants
 from cost_models.engines.machine import machine_of
 from cost_models.estimate import cost_plan
 from cost_models.provenance.sources import plan_sources
+from cost_models.tables.table_file import save_table
 from cost_models.tables.table_schema import OPERATIONS, TableError
-from cost_models.tables.tables import CostTable, Entry, save_table
+from cost_models.tables.tables import CostTable, Entry
 from plans.algorithms import algorithm_graph
 from plans.library import load_cluster, load_model
 from plans.plan import ExecutionPlan, PlannedCall

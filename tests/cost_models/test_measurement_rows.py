@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def test_odd_rows_never_break_a_report(path: Path, tmp_path: Path) -> None:
         try:
             document = as_document(validate([tmp_path / "rows.json"]))
         except RealplanError as error:
-            assert "rows.json: rows[0]" in error.message
+            assert re.search(r"rows.json:1:\d+: ", error.message)
             continue
         json.dumps(document, allow_nan=False)
         for found in document["rows"]:
@@ -62,17 +63,17 @@ def test_odd_rows_never_break_a_report(path: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (None, "cannot be read: No such file"),
-        (b"\xff\xfe\x00", "not a text file"),
+        (None, "cannot read measurements"),
+        (b"\xff\xfe\x00", "rows.json:1:1: byte 0xff is not UTF-8"),
         (b"{", "rows.json:1:2: not JSON"),
-        (b"1" * 5000, "rows.json: a number or a nesting is too large"),
-        (b"[" * 100_000, "rows.json: a number or a nesting is too large"),
-        (b"3", "rows: there is no list of rows"),
-        (b'{"rows": {}}', "rows: there is no list of rows"),
-        (b"[3]", r"rows\[0\]: int where an object must stand"),
-        (b'[{"measured": {}}]', r"rows\[0\]: there is no `id`"),
-        (b'[{"id": 3, "measured": {}}]', r"rows\[0\]: id: 3 must be a text"),
-        (b'[{"id": "a", "measured": 3}]', r"rows\[0\] \(a\): measured: int where an object must stand"),
+        (b"1" * 5000, "rows.json:1:1: .* is no number that can be read"),
+        (b"[" * 100_000, "rows.json:1:61: brackets stand more than 60 deep"),
+        (b"3", "rows.json:1:1: there is no list of rows"),
+        (b'{"rows": {}}', "rows.json:1:10: there is no list of rows"),
+        (b"[3]", r"rows.json:1:2: int where an object must stand"),
+        (b'[{"measured": {}}]', "rows.json:1:2: there is no `id`"),
+        (b'[{"id": 3, "measured": {}}]', "rows.json:1:9: id: 3 must be a text"),
+        (b'[{"id": "a", "measured": 3}]', "rows.json:1:25: a: measured: int where an object must stand"),
     ],
 )
 def test_files_that_are_none_are_named(tmp_path: Path, content: bytes | None, words: str) -> None:
@@ -85,7 +86,7 @@ def test_files_that_are_none_are_named(tmp_path: Path, content: bytes | None, wo
 
 
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match="cannot be read: Is a directory"):
+    with pytest.raises(SpecError, match=r"cannot read measurements .*: it is a folder"):
         validate([tmp_path])
 
 

@@ -13,8 +13,9 @@ from scipy.interpolate import RegularGridInterpolator
 
 from cost_models.tables.interpolation import Grid, Source
 from cost_models.tables.kernels import kernel_table
+from cost_models.tables.table_file import load_table, parse_table, save_table
 from cost_models.tables.table_schema import OPERATIONS, TableError
-from cost_models.tables.tables import load_table, parse_table, save_table, table_text
+from cost_models.tables.tables import table_text
 
 
 def answer(gpu: str, operation: str, **points: float) -> float:

@@ -227,7 +227,7 @@ def test_no_family_is_taken_for_another() -> None:
     (b'{"model_type": "llama",\n "hidden_size": 2 "x"}', ":2:19: not JSON"),
     (b'{"hidden_size": 2,\n "hidden_size": 4}', ":2:2: key `hidden_size` is given twice"),
     (b'{"a": "\xe9"}', ":1:8: byte 0xe9 is not UTF-8"),
-    (b"[" * 100_000, "brackets stand too deep"),
+    (b"[" * 100_000, ":1:61: brackets stand more than 60 deep"),
     (b"[]", "a config holds one object"),
     (b" " * (2**21 + 1), "more than 2,097,152 bytes"),
 ])  # fmt: skip

@@ -149,12 +149,19 @@ def test_lengths_from_numbers_and_from_metrics(tmp_path: Path) -> None:
     [
         ("", "is empty"),
         ("\n \n", "is empty"),
-        ("12\n9000\n", "a length of 9000 tokens; lengths must be from 0 to the maximum, 8192"),
-        ("12\n-1\n", "a length of -1 tokens"),
-        ("12\nmany\n", "line 2, `many`, is not a whole number"),
-        ('{"a": 1}\n', "no line has `response_length/mean`"),
-        ('{"response_length/mean": 5}\n12', "line 2 is not a line of metrics"),
-        ('{"response_length/mean": 9000}\n', "mean length of 9000 tokens is above the longest"),
+        ("12\n9000\n", ":2:1: a length of 9000 tokens; lengths must be from 0 to the maximum, 8192"),
+        ("12\n-1\n", ":2:1: a length of -1 tokens"),
+        ("12\nmany\n", ":2:1: `many` is not a whole number"),
+        ("1_0\n", ":1:1: `1_0` is not a whole number"),
+        ('{"a": 1}\n', ":1:1: no line has `response_length/mean`"),
+        ('{"response_length/mean": 5}\n12', ":2:1: not a line of metrics"),
+        (
+            '{"response_length/mean": 9000}\n',
+            ":1:2: response_length/mean is 9000; it must be a number of tokens from 0",
+        ),
+        ('{"response_length/mean": NaN}\n', ":1:2: response_length/mean is nan; it must be a number"),
+        ('{"response_length/p50": 9, "response_length/p50": 9}\n', ":1:28: key `response_length/p50` is given twice"),
+        ('{"response_length/p50": 9, "response_length/p25": 10}\n', ":1:1: percentiles of lengths must ascend"),
     ],
 )
 def test_wrong_files_of_lengths(tmp_path: Path, text: str, message: str) -> None:

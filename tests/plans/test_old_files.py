@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cost_models.tables.tables import load_table
+from cost_models.tables.table_file import load_table
 from plans.checks import check_plan
 from plans.codec import digest, dump_plan, load_plan, read_plan
 from plans.lengths import Lengths

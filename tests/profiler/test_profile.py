@@ -11,7 +11,7 @@ import torch
 from ranks import run_ranks
 
 from cost_models.tables.shards import shard_spec
-from cost_models.tables.tables import load_table, save_table
+from cost_models.tables.table_file import load_table, save_table
 from plans.errors import RealplanError, SpecError
 from plans.library import load_model
 from profiler import profile as profiling

@@ -71,7 +71,7 @@ def trace_command(path: Path, *, measured: Path | None, output: Path | None) -> 
 
 def _is_timeline(path: Path) -> bool:
     try:
-        with path.open() as file:
+        with path.open(encoding="utf-8") as file:
             return FORMAT in file.read(200)
     except (OSError, UnicodeDecodeError):
         return False
