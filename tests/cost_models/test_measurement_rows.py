@@ -73,7 +73,7 @@ def test_odd_rows_never_break_a_report(path: Path, tmp_path: Path) -> None:
         (b"[3]", r"rows.json:1:2: int where an object must stand"),
         (b'[{"measured": {}}]', "rows.json:1:2: there is no `id`"),
         (b'[{"id": 3, "measured": {}}]', "rows.json:1:9: id: 3 must be a text"),
-        (b'[{"id": "a", "measured": 3}]', "rows.json:1:25: a: measured: int where an object must stand"),
+        (b'[{"id": "a", "measured": 3}]', "rows.json:1:26: a: measured: int where an object must stand"),
     ],
 )
 def test_files_that_are_none_are_named(tmp_path: Path, content: bytes | None, words: str) -> None:
