@@ -148,7 +148,6 @@ def spec_problems(spec: ModelSpec) -> list[Problem]:
 def _degree_problems(layout: Layout) -> list[Problem]:
     spec, stages = layout.spec, layout.pp * layout.vpp
     rules = (
-        (layout.cp == 1, f"context parallel degree {layout.cp}", "leave out `c`: only degree 1 runs"),
         (
             spec.kv_heads % layout.tp == 0,
             f"kv_heads {spec.kv_heads}, not a multiple of tp {layout.tp}",

@@ -36,7 +36,7 @@ def train_call(
             steps.append(trainer.step(part, loss, cuts, job.temperature, skip_nonfinite=skip))
     place = trainer.model.place
     stats: dict[str, Stat] = {}
-    if place.tp == 0 and place.pp == 0:
+    if place.tp == place.pp == place.cp == 0:
         if place.dp == 0:
             stats |= _step_stats(call.model, steps)
         if call.model != "critic":

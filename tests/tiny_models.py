@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,7 @@ def mixed_sequences(samples: int, prompt: int, response: int, vocab: int = 250, 
 
 def layout_of(spec: ModelSpec, **degrees: Any) -> Layout:
     """A layout on the first ranks."""
-    size = degrees.get("dp", 1) * degrees.get("tp", 1) * degrees.get("pp", 1)
+    size = math.prod(degrees.get(axis, 1) for axis in ("dp", "tp", "pp", "cp"))
     return Layout(spec, tuple(range(size)), **degrees)
 
 

@@ -29,6 +29,7 @@ with importing_megatron():
     from megatron.core.tensor_parallel.mappings import (
         copy_to_tensor_model_parallel_region,
         gather_from_sequence_parallel_region,
+        reduce_from_tensor_model_parallel_region,
     )
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
     from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -85,5 +86,6 @@ __all__ = [
     "get_cuda_rng_tracker",
     "get_transformer_layer_offset",
     "model_parallel_cuda_manual_seed",
+    "reduce_from_tensor_model_parallel_region",
     "schedules",
 ]

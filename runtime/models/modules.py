@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plans.model import ModelSpec
+from runtime.models.context_parallel import CutRuns
 from runtime.models.mcore import (
     AttnMaskType,
     RotaryEmbedding,
@@ -110,7 +111,7 @@ class Rotary(RotaryEmbedding):  # type: ignore[misc]
 
 class Attention(nn.Module):
     """The attention core on torch's fused kernels: [s, b, heads, dim] queries on [t, b, kv_heads, dim] keys, or packed
-    [tokens, heads, dim] with `Runs`.
+    [tokens, heads, dim] with `Runs`, or with `CutRuns` where the tokens of a pack are cut over ranks.
 
     `attention_mask` follows Megatron: True is masked out, broadcastable to [b, 1, s, t]. None means causal, or no mask
     where the call says `no_mask` (decoding one token).
@@ -123,11 +124,13 @@ class Attention(nn.Module):
         attn_mask_type: Any,
         attention_type: str,
         softmax_scale: float | None = None,
+        pg_collection: Any = None,
         **_: Any,
     ) -> None:
         super().__init__()
         self.attn_mask_type = attn_mask_type
         self.softmax_scale = softmax_scale
+        self.groups = pg_collection
 
     def forward(
         self,
@@ -140,6 +143,10 @@ class Attention(nn.Module):
         packed_seq_params: Any = None,
     ) -> Tensor:
         assert attention_bias is None
+        if isinstance(packed_seq_params, CutRuns):
+            cut, group = packed_seq_params, self.groups.cp
+            key, value = cut.gathered(key, group), cut.gathered(value, group)
+            return packed_attention(query, key, value, cut.of_queries, cut.of_keys, self.softmax_scale)
         if packed_seq_params is not None:
             return packed_attention(query, key, value, packed_seq_params, packed_seq_params, self.softmax_scale)
         tokens, batch, heads, dim = query.shape

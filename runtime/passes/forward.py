@@ -17,6 +17,7 @@ from runtime.models.mcore import (
     P2PCommunicator,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
     schedules,
 )
 from runtime.models.model import Model
@@ -79,7 +80,7 @@ def run_schedule(
     common: dict[str, Any] = {
         "forward_step_func": forward_step,
         "num_microbatches": len(packs),
-        "seq_length": len(packs[0].tokens),
+        "seq_length": len(packs[0].tokens) * model.layout.cp,
         "micro_batch_size": 1,
         "forward_only": forward_only,
         "collect_non_loss_data": forward_only,
@@ -97,35 +98,55 @@ def run_schedule(
 
 
 def hidden_states(module: Any, pack: Pack) -> Tensor:
-    """Hidden states [width, 1, hidden] behind one chunk of the model; its norm included where it is the last.
+    """Hidden states [width / cp, 1, hidden] behind one chunk of the model; its norm included where it is the last.
 
     Embedding and blocks are called apart, because Megatron's forward would apply the head to every token.
     """
     chunk = module.module if isinstance(module, DistributedDataParallel) else module
     hidden = chunk.embedding(input_ids=pack.tokens[None], position_ids=None) if chunk.pre_process else None
-    longest = max(pack.runs.lengths)
+    longest = max(pack.sequences.lengths, default=1)
     rotation = chunk.rotary_pos_emb.rotation(pack.positions, longest, chunk.config.params_dtype)
     out = chunk.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotation, packed_seq_params=pack.runs)
     return torch.as_tensor(out)
 
 
 def token_output(model: Model, hidden: Tensor, pack: Pack, temperature: float = 1.0) -> TokenOutput:
-    """What the head says of a pack, from the hidden states behind the last chunk."""
+    """What the head says of a pack, from the hidden states behind the last chunk.
+
+    Under context parallelism a rank applies the head to the tokens that it has, and all ranks get the numbers of all.
+    Each then computes the whole loss, of which its own numbers carry the gradient: the sum over cp is the gradient.
+    """
     nothing = hidden.new_empty(0, dtype=torch.float32)
-    head, tp = model.chunks[-1], model.groups.tp
+    head, tp, cp = model.chunks[-1], model.groups.tp, model.groups.cp
     if model.spec.head is Head.VALUE:
         values = head.output_layer(hidden)[0].flatten()
-        return TokenOutput(nothing, nothing, values[pack.before], values[pack.sequences.last])
+        before, last = (_from_all(values, pack, places, cp) for places in (pack.before, pack.sequences.last))
+        return TokenOutput(nothing, nothing, before, last)
     if model.config.sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=tp)
-    rows = hidden.squeeze(1)[pack.before]
+    numbers, places = pack.held(pack.before)
+    rows = hidden.squeeze(1)[places]
     if model.layout.tp > 1 and not model.config.sequence_parallel:
         rows = copy_to_tensor_model_parallel_region(rows, group=tp)
     tied = model.spec.tied_embeddings
     weight = head.shared_embedding_or_output_weight() if tied else head.output_layer.weight
-    targets = pack.sequences.tokens[pack.sequences.of_response]
-    logprobs, entropy = token_logprobs_of(rows, weight, targets, tp, model.spec.vocab, temperature)
+    targets = pack.sequences.tokens[pack.sequences.of_response][numbers]
+    found = token_logprobs_of(rows, weight, targets, tp, model.spec.vocab, temperature)
+    logprobs, entropy = (_spread(part, numbers, len(pack.before), cp) for part in found)
     return TokenOutput(logprobs, entropy, nothing, nothing)
+
+
+def _from_all(values: Tensor, pack: Pack, places: Tensor, cp: Any) -> Tensor:
+    """Numbers at places of a pack, from those of this rank's tokens."""
+    numbers, here = pack.held(places)
+    return _spread(values[here], numbers, len(places), cp)
+
+
+def _spread(own: Tensor, numbers: Tensor, count: int, cp: Any) -> Tensor:
+    """`count` numbers on every rank of a cp group, each from the rank that has it: `own` are those of `numbers`."""
+    if cp.size() == 1:
+        return own
+    return reduce_from_tensor_model_parallel_region(own.new_zeros(count).index_copy(0, numbers, own), group=cp)
 
 
 def _scored(

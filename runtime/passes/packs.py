@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from runtime.batches.sequences import Sequences, take_runs
+from runtime.models.context_parallel import CutRuns, own_places
 from runtime.models.model import Model
 from runtime.models.packed_attention import Runs
 
@@ -33,16 +35,19 @@ class Batch:
 
 @dataclass(frozen=True)
 class Pack:
-    """Sequences of a micro-batch, filled up to a width by tokens that nothing reads.
+    """Sequences of a micro-batch, filled up to a width by tokens that nothing reads; this rank's part of it.
 
-    tokens: int64 [width]. runs: lengths of the sequences, the filling a last one. positions: number of each token in
-    its own sequence. sequences: what the pack holds; their places are those of the pack.
+    sequences: what the whole pack holds; their places are those of the pack. runs: lengths of the sequences, the
+    filling a last one; segments of them under context parallelism. tokens: int64 [width / cp]. positions: number of
+    each token in its own sequence. number: which of this rank's tokens stands at each place of the whole pack, -1 for
+    those of other ranks; None without context parallelism.
     """
 
     sequences: Sequences
     tokens: Tensor
     positions: Tensor
-    runs: Runs
+    runs: Runs | CutRuns
+    number: Tensor | None = None
 
     @property
     def before(self) -> Tensor:
@@ -50,24 +55,35 @@ class Pack:
         return self.sequences.of_response - 1
 
 
-def pack(sequences: Sequences, width: int) -> Pack:
-    """Lay sequences end to end; `width` is at least their tokens."""
-    empty = width - len(sequences.tokens)
+    def held(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Of places of the whole pack, the numbers of those that this rank has, and where they are in `tokens`."""
+        if self.number is None:
+            return torch.arange(len(places), device=places.device), places
+        found = self.number[places]
+        numbers = (found >= 0).nonzero().flatten()
+        return numbers, found[numbers]
+
+
+def pack(sequences: Sequences, width: int, cp: int = 1, rank: int = 0) -> Pack:
+    """Lay sequences end to end; `width` is at least their tokens. The part of a `rank` of `cp`."""
+    empty, device = width - len(sequences.tokens), sequences.tokens.device
     assert empty >= 0, f"{len(sequences.tokens)} tokens in a pack of {width}"
     lengths = (*sequences.lengths, empty) if empty else sequences.lengths
-    return Pack(
-        sequences,
-        F.pad(sequences.tokens, (0, empty)),
-        F.pad(sequences.positions, (0, empty)),
-        Runs.of(lengths, sequences.tokens.device),
-    )
+    tokens, positions = F.pad(sequences.tokens, (0, empty)), F.pad(sequences.positions, (0, empty))
+    if cp == 1:
+        return Pack(sequences, tokens, positions, Runs.of(lengths, device))
+    own = own_places(width, cp, rank, device)
+    number = own.new_full((width,), -1).index_copy(0, own, torch.arange(len(own), device=device))
+    return Pack(sequences, tokens[own], positions[own], CutRuns.of(lengths, cp, rank, device), number)
 
 
 def packs_of(model: Model, parts: Sequence[Sequences]) -> list[Pack]:
-    """A pack for every micro-batch. Tokens are cut over tp under sequence parallelism, so widths are multiples of it;
-    a pipeline, whose messages have a fixed shape, gives all packs the width of the fullest."""
-    multiple = model.layout.tp if model.config.sequence_parallel else 1
+    """A pack for every micro-batch. Tokens are cut over tp under sequence parallelism, and into 2 cp chunks under
+    context parallelism, so widths are multiples of both; a pipeline, whose messages have a fixed shape, gives all packs
+    the width of the fullest."""
+    cp = model.layout.cp
+    multiple = (model.layout.tp if model.config.sequence_parallel else 1) * (2 * cp if cp > 1 else 1)
     widths = [max(1, -(-len(part.tokens) // multiple)) * multiple for part in parts]
     if model.layout.pp > 1:
         widths = [max(widths)] * len(widths)
-    return [pack(part.to(model.device), width) for part, width in zip(parts, widths, strict=True)]
+    return [pack(part.to(model.device), width, cp, model.place.cp) for part, width in zip(parts, widths, strict=True)]

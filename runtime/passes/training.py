@@ -72,15 +72,16 @@ class Trainer:
         self.settings = settings
         self.sharded = shard_optimizer
         self.steps = 0
+        replicas = model.layout.dp * model.layout.cp
         ddp = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, overlap_grad_reduce=model.layout.dp > 1, use_distributed_optimizer=shard_optimizer
+            grad_reduce_in_fp32=True, overlap_grad_reduce=replicas > 1, use_distributed_optimizer=shard_optimizer
         )
         self._chunks = [
             DistributedDataParallel(model.config, ddp, chunk, pg_collection=model.groups, disable_bucketing=i > 0)
             for i, chunk in enumerate(model.chunks)
         ]
         model.config.finalize_model_grads_func = _finalize
-        if model.layout.dp > 1:  # gradients are reduced during the backward pass of the last micro-batch
+        if replicas > 1:  # gradients are reduced during the backward pass of the last micro-batch
             no_sync = [chunk.no_sync for chunk in self._chunks]
             model.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         self._optimizer = make_optimizer(model, self._chunks, settings, sharded=shard_optimizer)

@@ -1,8 +1,8 @@
 """The weights on this rank: one set per copy of the program, and the models that compute with them.
 
 A home copy lives for the whole run. Another copy has storage only between its reallocation and its release. Calls that
-share a copy but not their settings (training with sequence parallelism, generation without) see it through models of
-their own whose parameters alias the copy's.
+share a copy but not how they cut tokens (training with sequence or context parallelism, generation without) see it
+through models of their own whose parameters alias the copy's.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Copies:
     def _view(self, copy: Copy, call: str) -> Model:
         base = self._base[copy.name]
         first, ours = (self._job.plan.planned(name).strategy for name in (copy.calls[0], call))
-        if first.sequence_parallel == ours.sequence_parallel:
+        if (first.sequence_parallel, first.cp) == (ours.sequence_parallel, ours.cp):
             return base
         view = self._build(call)
         alias_parameters(base, view)

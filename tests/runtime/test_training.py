@@ -40,6 +40,14 @@ CASES: tuple[dict[str, Any], ...] = (
     {"pp": 2, "vpp": 2},
     {"dp": 2, "pp": 2, "vpp": 2},
 )
+CONTEXT_CASES: tuple[dict[str, Any], ...] = (
+    {"cp": 2, "tp": 2, "sequence_parallel": True, "shard_optimizer": False},
+    {"cp": 2, "pp": 2, "recompute": Recompute.FULL},
+    {"cp": 2, "pp": 2, "vpp": 2},
+    {"cp": 2, "dp": 2},
+    {"cp": 2, "tp": 2},
+    {"cp": 4, "recompute": Recompute.SELECTIVE},
+)
 # Stages of a model with five layers, which no degree but 1 and 5 divides.
 UNEVEN: tuple[dict[str, Any], ...] = ({"pp": 2}, {"pp": 3})
 EXPERT_CASES: tuple[dict[str, Any], ...] = (
@@ -50,12 +58,14 @@ EXPERT_CASES: tuple[dict[str, Any], ...] = (
     {"dp": 2, "tp": 2, "sequence_parallel": True, "ep": 4},
     {"tp": 2, "pp": 2, "sequence_parallel": True, "ep": 2, "recompute": Recompute.FULL},
     {"dp": 2, "pp": 2, "vpp": 2, "ep": 2, "shard_optimizer": False},
+    {"cp": 2, "tp": 2, "sequence_parallel": True, "ep": 4},
+    {"cp": 2, "dp": 2, "ep": 2},
 )
 SETTINGS = AdamSettings(lr=1e-3, clip_norm=0.1, warmup_steps=2, weight_decay=0.1)
 
 
 def split_case(case: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], bool]:
-    degrees = {k: v for k, v in case.items() if k in ("dp", "tp", "pp", "vpp", "ep", "layers_per_stage")}
+    degrees = {k: v for k, v in case.items() if k in ("dp", "tp", "pp", "cp", "vpp", "ep", "layers_per_stage")}
     settings = {k: v for k, v in case.items() if k in ("sequence_parallel", "recompute")}
     return degrees, settings, case.get("shard_optimizer", True)
 
@@ -167,12 +177,17 @@ def test_steps_equal_one_process(kind: str, tmp_path: Path):
     )
     spec = spec_from_folder(tmp_path)
     spec = spec.with_value_head() if kind == "reward" else spec
+    cases = EXPERT_CASES if spec.experts else UNEVEN if kind == "five" else CASES
+    if kind == "llama-tied":
+        cases = CONTEXT_CASES
+    if kind == "reward":
+        cases = (*cases, *CONTEXT_CASES[:2])
 
     def errors() -> dict[str, dict[str, float]]:
         installation.install(CPU)
         groups = GroupCache(CPU)
         found = {}
-        for case in EXPERT_CASES if spec.experts else UNEVEN if kind == "five" else CASES:
+        for case in cases:
             degrees, settings, sharded = split_case(case)
             model = build(groups, layout_of(spec, **degrees), **settings)
             if model is not None:
@@ -186,7 +201,7 @@ def test_steps_equal_one_process(kind: str, tmp_path: Path):
         worst = {"loss": 0.0, "norm": 0.0, "grad": 0.0, "update": 0.0}
         loss_of = LOSSES.get(kind, weighted_loss)
         trainer.accumulate(batch, loss_of, parts_of(batch, 2))
-        if not sharded or model.groups.expt_dp.size() == model.layout.dp == 1:
+        if not sharded or model.groups.expt_dp.size() == model.groups.dp_cp.size() == 1:
             for parameter, tensor in named_shards(model):
                 want = part(model, parameter, grads)
                 error = (tensor.main_grad - want).abs().max() / want.abs().max().clamp_min(1e-3)
