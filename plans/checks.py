@@ -207,12 +207,8 @@ def token_bound(plan: ExecutionPlan, planned: PlannedCall, spec: ModelSpec) -> I
 
 
 def sequence(plan: ExecutionPlan, planned: PlannedCall, spec: ModelSpec) -> Iterator[Problem]:
-    """Sequence and context parallelism cut the tokens of a sample evenly, inside the model's context."""
-    s, tokens = planned.strategy, plan.workload.tokens
-    parts = (s.tp if s.sequence_parallel else 1) * (2 * s.cp if s.cp > 1 else 1)
-    if tokens % parts:
-        message = f"{planned.call}: {tokens} tokens per sample do not divide into {parts} parts"
-        yield _problem("tokens", "sequence_parallel", message, f"{tokens // parts * parts + parts} tokens")
+    """Sequence parallelism cuts tokens over tp. Packs are filled up, so that any number of tokens can be cut."""
+    s = planned.strategy
     if s.sequence_parallel and s.tp == 1:
         message = f"{planned.call}: sequence_parallel needs tp above 1, it is {s.tp}"
         yield _problem("sequence-parallel", "sequence_parallel", message, "leave it out")

@@ -65,6 +65,8 @@ class Constants:
         over that of an all-reduce (gloo's differ several times; NCCL's hardly).
       network_efficiency, network_latency_s, network_half_bytes: collectives between nodes.
       tensor_overlap: share of tensor-parallel communication hidden behind GEMMs.
+      gathers_context: the keys of all cp ranks are gathered before the attention core, and nothing hides it; otherwise
+        they go around a ring while it runs.
       data_overlap: share of gradient reduction that may hide behind the backward pass; of sharded weights' gathers too.
       gather_overlap: share of the gather after a sharded optimizer step that may hide behind the next forward pass.
       pipeline_overlap: share of pipeline send/receive that is hidden.
@@ -122,6 +124,7 @@ class Constants:
     network_latency_s: float = 2e-5
     network_half_bytes: float = 1e7
     tensor_overlap: float = 0.0
+    gathers_context: bool = False
     data_overlap: float = 0.0
     gather_overlap: float = 0.0
     pipeline_overlap: float = 0.0

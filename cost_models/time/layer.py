@@ -92,12 +92,24 @@ def hidden_bytes(machine: Machine, spec: ModelSpec, tokens: Array) -> Array:
 def context_parallel(
     machine: Machine, spec: ModelSpec, candidates: Candidates, tokens: Array, attention: Array
 ) -> Array:
-    """Exposed seconds of passing keys and values around the ring of cp ranks, hidden behind the attention core."""
+    """Exposed seconds of a layer's keys and values on their way to cp ranks, forward.
+
+    Around a ring they are hidden behind the attention core (Liu et al. 2023); gathered before it, they are not
+    (Grattafiori et al. 2024, 3.3.2).
+    """
     c = candidates
     kv_bytes = tokens * 2.0 * np.maximum(spec.kv_heads / c.tp, 1.0) * float(spec.head_dim * machine.element_bytes)
-    across = c.ranks_per_node(c.tp, c.cp) < c.cp
-    ring: Array = (c.cp - 1) * machine.kernels.send(kv_bytes, across)
+    per_node = c.ranks_per_node(c.tp, c.cp)
+    if machine.constants.gathers_context:
+        return machine.kernels.all_gather(kv_bytes * c.cp, c.cp, per_node)
+    ring: Array = (c.cp - 1) * machine.kernels.send(kv_bytes, per_node < c.cp)
     return np.maximum(ring - attention * (c.cp - 1) / c.cp, 0.0)
+
+
+def context_backward(machine: Machine) -> float:
+    """What of `context_parallel` the backward pass takes again: gathered keys are kept, and their gradients scattered
+    once; a ring passes keys and gradients."""
+    return 1.0 if machine.constants.gathers_context else 2.0
 
 
 def expert_gather(machine: Machine, spec: ModelSpec, candidates: Candidates, tokens: Array) -> Array:

@@ -19,7 +19,7 @@ from cost_models.time.data_parallel import (
     rank_params,
     weight_gather,
 )
-from cost_models.time.layer import LayerTime, forward_layer
+from cost_models.time.layer import LayerTime, context_backward, forward_layer
 from cost_models.time.pipeline import fill_and_drain, stage_send
 from cost_models.time.vocabulary import head_and_loss
 from plans.model import ModelSpec
@@ -110,7 +110,7 @@ def _slot(machine: Machine, step: TrainingStep, candidates: Candidates) -> _Slot
         "streaming": layer.streaming * 3.0,
         "recompute": recompute,
         "tensor_parallel": 2.0 * layer.tensor_parallel,
-        "context_parallel": 3.0 * layer.context_parallel,
+        "context_parallel": (1.0 + context_backward(machine)) * layer.context_parallel,
         "expert_parallel": 2.0 * layer.expert_parallel,
         "gaps": 3.0 * layer.gaps,
         "weight_gather": weight_gather(machine, spec, c, layer, backward + recompute),
@@ -133,7 +133,7 @@ def backward_time(machine: Machine, layer: LayerTime) -> Array:
         + layer.attention * machine.constants.attention_backward_ratio
         + layer.streaming * 2.0
         + layer.tensor_parallel
-        + 2.0 * layer.context_parallel
+        + context_backward(machine) * layer.context_parallel
         + layer.expert_parallel
         + 2.0 * layer.gaps
     )
@@ -143,11 +143,12 @@ def recomputation(machine: Machine, layer: LayerTime, candidates: Candidates) ->
     """Seconds of a layer's recomputed forward: the whole layer, or the attention core.
 
     The fused attention core recomputes its scores in its own backward, so that selective recomputation costs only
-    the repeated kernel (Korthikanti et al. 2022, section 5).
+    the repeated kernel (Korthikanti et al. 2022, section 5), and the keys that it gathers.
     """
     full = candidates.recompute == FULL_RECOMPUTE
     selective = candidates.recompute == SELECTIVE_RECOMPUTE
-    return np.where(full, layer.gpu, np.where(selective, layer.attention, 0.0))
+    gathered = layer.context_parallel * machine.constants.gathers_context
+    return np.where(full, layer.gpu, np.where(selective, layer.attention + gathered, 0.0))
 
 
 def host_wait(machine: Machine, forward: Array, backward: Array, recompute: Array, candidates: Candidates) -> Array:

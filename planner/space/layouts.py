@@ -107,7 +107,10 @@ def strategies(
             if (shape.size // tp) % (pp * cp):
                 pruned.note("pp x cp must divide the GPUs left by tp")
                 continue
-            if cp > 1 and not _cuts_context(workload, kind, tp, cp, context_parallel, pruned):
+            if cp > 1 and kind is CallKind.GENERATE:
+                continue
+            if cp > 1 and not context_parallel:
+                pruned.note("this engine has no context parallelism")
                 continue
             dp = shape.size // (tp * pp * cp)
             if samples % dp:
@@ -122,19 +125,6 @@ def strategies(
                     continue
                 base = ParallelStrategy(dp=dp, tp=tp, pp=pp, cp=cp, ep=ep)
                 yield from _settings(workload, call, kind, base, samples // dp, pruned)
-
-
-def _cuts_context(workload: Workload, kind: CallKind, tp: int, cp: int, allowed: bool, pruned: Pruned) -> bool:
-    """Whether samples can be cut over `cp` ranks, two chunks each (Megatron's zigzag balances causal attention)."""
-    if kind is CallKind.GENERATE:
-        return False
-    if not allowed:
-        pruned.note("this runtime has no context parallelism")
-    elif workload.tokens % (2 * cp * tp):
-        pruned.note("cp must cut the tokens of a sample evenly")
-    else:
-        return True
-    return False
 
 
 def _settings(
@@ -152,9 +142,8 @@ def _settings(
     pair = pair_size(workload.graph) if kind is CallKind.TRAIN_STEP else 1
     pruned.note("pairs stay in one micro-batch", len([size for size in MICRO_BATCH_SAMPLES if size % pair]))
     counts = [share // size for size in MICRO_BATCH_SAMPLES if share % size == 0 and size % pair == 0]
-    parallel = base.tp > 1 and workload.tokens % (base.tp * base.cp) == 0
-    pruned.note("with tp, sequence parallelism moves the same bytes and stores less", int(parallel))
-    base = replace(base, sequence_parallel=parallel)
+    pruned.note("with tp, sequence parallelism moves the same bytes and stores less", int(base.tp > 1))
+    base = replace(base, sequence_parallel=base.tp > 1)
     if kind is CallKind.INFERENCE:
         frozen = workload.graph.call(call).model not in workload.graph.trainers
         for count, offload in product(counts, (False, True) if frozen else (False,)):

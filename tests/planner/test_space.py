@@ -67,7 +67,7 @@ def test_what_is_left_out_is_counted() -> None:
     pruned = Pruned()
     list(strategies(workload("llama2-70b"), "actor_train", Shape(8, 2), pruned, context_parallel=False))
     assert pruned.counts["pp x cp must divide the GPUs left by tp"] > 0
-    assert pruned.counts["this runtime has no context parallelism"] > 0
+    assert pruned.counts["this engine has no context parallelism"] > 0
     assert ParallelStrategy().shard_optimizer
 
 

@@ -77,14 +77,6 @@ def test_what_cannot_run_is_refused(change: dict[str, Any], rule: str, hint: str
     assert rule in raised.value.message and hint in raised.value.hint
 
 
-def test_context_parallelism_is_refused() -> None:
-    plan = tiny_plan(2, {"actor_generate": "d2 t1 p1", "ref_infer": "d1 t1 p1 c2", "actor_train": "d2 t1 p1"},
-                     algorithm="rloo", order=CRITIC_FREE, batch_size=4, group_size=2)  # fmt: skip
-    with pytest.raises(RealplanError, match="ref_infer: model `tiny-llama` has context parallel degree 2") as raised:
-        check_supported(plan)
-    assert "leave out `c`" in raised.value.hint
-
-
 SRUN = {
     "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8", "SLURM_JOB_ID": "4711",
     "SLURM_STEP_ID": "2", "SLURM_JOB_NODELIST": "gpu[017-019,033]", "SLURM_STEP_NODELIST": "gpu[018-019]",

@@ -66,6 +66,13 @@ PACKED = {  # bounds that cut each share differently; chunks of stages that take
     "actor_train": ("node 0", "d2 t1 p2 v2", {"micro_batch_tokens": 17}),
     "critic_train": ("node 0", "d2 t2 p1", {"micro_batch_tokens": 21, "sequence_parallel": True}),
 }
+CONTEXT = {  # packs cut over cp; training and scoring share a copy that they cut tokens over differently
+    "actor_generate": ("node 0 gpus 0-1", "d2 t1 p1"),
+    "ref_infer": ("node 0", "d1 t1 p1 c4", {"micro_batch_tokens": 40}),
+    "critic_infer": ("node 0", "d2 t2 p1", {"sequence_parallel": True}),
+    "actor_train": ("node 0", "d1 t1 p2 c2", {"micro_batches": 2}),
+    "critic_train": ("node 0", "d1 t2 p1 c2", {"sequence_parallel": True, "micro_batch_tokens": 21}),
+}
 LAGGED_ORDER = ("actor_generate", "critic_train", "ref_infer", "critic_infer", "actor_train")
 REWARDED = {
     "actor_generate": ("node 0", "d4 t1 p1"),
@@ -86,6 +93,7 @@ PLANS: dict[str, ExecutionPlan] = {
     "shared": tiny_plan(2, SHARED),
     "lagged": tiny_plan(2, LAGGED, order=LAGGED_ORDER),
     "packed": tiny_plan(4, PACKED),
+    "context": tiny_plan(4, CONTEXT),
 }
 APART = {  # no rank of the training holds a whole group
     "actor_generate": ("node 0", "d4 t1 p1"),

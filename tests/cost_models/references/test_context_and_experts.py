@@ -67,6 +67,17 @@ def test_what_the_attention_of_the_other_blocks_takes_hides_the_ring() -> None:
         assert nanoseconds(terms["context_parallel"]) == pytest.approx(LAYERS * 2 * left * ring, abs=1.0)
 
 
+def test_gathered_keys_are_gathered_forward_and_their_gradients_scattered_backward() -> None:
+    """Every rank receives the blocks of the cp - 1 others before its attention, which hides nothing."""
+    gathers = machine(TextbookKernels(byte=NANO), gathers_context=True)
+    modes = ("none", "selective", "full")
+    none, selective, full = (training_time(gathers, STEP, layout(**RING, recompute=mode)) for mode in modes)
+    assert nanoseconds(none["context_parallel"]) == pytest.approx(LAYERS * 2 * 2 * 3 * KEYS_AND_VALUES)
+    assert nanoseconds(selective["recompute"]) == pytest.approx(LAYERS * 2 * 3 * KEYS_AND_VALUES)
+    tensor_parallel = none["tensor_parallel"] / 2
+    assert nanoseconds(full["recompute"] - tensor_parallel) == pytest.approx(LAYERS * 2 * 3 * KEYS_AND_VALUES)
+
+
 # 64 samples of 2,048 tokens over dp 8 in 4 micro-batches: 4,096 tokens a rank, each sent to 4 of 16 experts.
 ROUTED = TrainingStep(EXPERTS, 64, 2048)
 COPIES = 4096 * 4 * 1536 * 2
