@@ -84,7 +84,7 @@ TERMS: Mapping[str, Term] = {
             Resource.NETWORK,
             {
                 "tensor_parallel": f"two all-reduces of hidden states each way (Megatron-LM 2019, figure 4); {_RING}",
-                "context_parallel": "keys and values to cp ranks, around a ring (Liu et al. 2023) or gathered (Llama 3, 3.3.2)",
+                "context_parallel": "keys and values to cp ranks: a ring (Liu et al. 2023), or gathered (Llama 3)",
                 "expert_parallel": "two all-to-alls each way (Lepikhin et al. 2020, GShard)",
                 "weight_gather": "weights gathered twice, gradients scattered once (Rajbhandari et al. 2020, ZeRO)",
                 "gradient_reduce": f"all-reduce, or reduce-scatter with a sharded optimizer, over dp x cp; {_RING}",

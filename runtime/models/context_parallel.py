@@ -1,15 +1,15 @@
 """Context parallelism: the tokens of a pack cut over cp ranks, which gather each other's keys.
 
-A pack, not a sequence, is cut into 2 cp equal chunks, and rank i takes chunks i and 2 cp - 1 - i: causal attention costs
-each rank about the same (the zigzag of Megatron-core and of Llama 3's training, Grattafiori et al. 2024, 3.3.2). The
-queries of a chunk read the keys of its own and of earlier chunks, back to where their sequence begins, so that every
+A pack, not a sequence, is cut into 2 cp equal chunks, and rank i takes chunks i and 2 cp - 1 - i: causal attention
+costs each rank about the same (the zigzag of Megatron-core and of Llama 3's training, Grattafiori et al. 2024,
+3.3.2). The queries of a chunk read the keys of its own and of earlier chunks, back to where their sequence begins, so that every
 sequence that a chunk touches is one segment whose last query sees its last key.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -35,9 +35,11 @@ class CutRuns:
     def of(cls, lengths: tuple[int, ...], cp: int, rank: int, device: torch.device) -> CutRuns:
         """From the lengths of the sequences of a pack, whose sum 2 cp divides."""
         starts = (0, *accumulate(lengths))
-        queries, keys, spans = [], [], []
+        queries: list[int] = []
+        keys: list[int] = []
+        spans: list[tuple[int, int]] = []
         for first, end in _chunks(starts[-1], cp, rank):
-            touched = [(a, b) for a, b in zip(starts, starts[1:], strict=False) if a < end and b > first]
+            touched = [(a, b) for a, b in pairwise(starts) if a < end and b > first]
             queries += [min(b, end) - max(a, first) for a, b in touched]
             keys += [min(b, end) - a for a, b in touched]
             spans.append((touched[0][0], end))

@@ -146,7 +146,8 @@ def _spread(own: Tensor, numbers: Tensor, count: int, cp: Any) -> Tensor:
     """`count` numbers on every rank of a cp group, each from the rank that has it: `own` are those of `numbers`."""
     if cp.size() == 1:
         return own
-    return reduce_from_tensor_model_parallel_region(own.new_zeros(count).index_copy(0, numbers, own), group=cp)
+    some = own.new_zeros(count).index_copy(0, numbers, own)
+    return torch.as_tensor(reduce_from_tensor_model_parallel_region(some, group=cp))
 
 
 def _scored(

@@ -54,7 +54,6 @@ class Pack:
         """Places where the response tokens are predicted."""
         return self.sequences.of_response - 1
 
-
     def held(self, places: Tensor) -> tuple[Tensor, Tensor]:
         """Of places of the whole pack, the numbers of those that this rank has, and where they are in `tokens`."""
         if self.number is None:
