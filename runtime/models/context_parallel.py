@@ -2,8 +2,8 @@
 
 A pack, not a sequence, is cut into 2 cp equal chunks, and rank i takes chunks i and 2 cp - 1 - i: causal attention
 costs each rank about the same (the zigzag of Megatron-core and of Llama 3's training, Grattafiori et al. 2024,
-3.3.2). The queries of a chunk read the keys of its own and of earlier chunks, back to where their sequence begins, so that every
-sequence that a chunk touches is one segment whose last query sees its last key.
+3.3.2). The queries of a chunk read the keys of its own and of earlier chunks, back to where their sequence begins, so
+that every sequence that a chunk touches is one segment whose last query sees its last key.
 """
 
 from __future__ import annotations
