@@ -58,6 +58,8 @@ def read_text(path: Path, error: type[RealplanError], what: str, hint: str = "",
             data = file.read(most + 1)
     except OSError as reason:
         raise error(f"cannot read {what} `{path}`: {reason.strerror}", hint) from None
+    except RealplanError:  # which is a ValueError
+        raise
     except ValueError:
         raise error(f"cannot read {what} {str(path)!r}: no file can have this name", hint) from None
     if len(data) > most:
