@@ -46,14 +46,15 @@ class Generated:
 class Limits:
     """Sizes of a generation. slots: samples in flight on the replica, 0 for all; groups: parts of the slots that go
     through a pipeline in turn; burst: steps between two looks at what has ended; prefill: most prompt tokens of one
-    pass; block: tokens of a KV block, 0 for what suits the device; allow_long: samples may outgrow the model's
-    context."""
+    pass; block: tokens of a KV block, 0 for what suits the device; capture: record steps as CUDA graphs where there is
+    CUDA; allow_long: samples may outgrow the model's context."""
 
     slots: int = 0
     groups: int = 1
     burst: int = BURST_STEPS
     prefill: int = PREFILL_TOKENS
     block: int = 0
+    capture: bool = True
     allow_long: bool = False
 
     def __post_init__(self) -> None:
@@ -132,7 +133,8 @@ class _Run:
             count = blocks.spare + 1 if isinstance(blocks, PagedBlocks) else len(blocks.tables)
             pool = Pool(stage, count, blocks.block_tokens)
             self._flights.append(Flight(stage, blocks, pool, rotation, chooser))
-        self._pipeline = Pipeline(stage, CapturedSteps(cuda_recorder() if self._device.type == "cuda" else None))
+        captures = limits.capture and self._device.type == "cuda"
+        self._pipeline = Pipeline(stage, CapturedSteps(cuda_recorder() if captures else None))
 
     def _blocks(self, stage: LeanStage, lives: Sequence[Live], slots: int, longest: int) -> Blocks:
         half = stage.model.config.params_dtype in (torch.bfloat16, torch.float16)

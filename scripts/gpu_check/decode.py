@@ -11,6 +11,7 @@ from gpu_check.gaps import outside_kernels
 from gpu_check.rows import Case, Row, Skip, judged
 from gpu_check.setting import FIXTURE, Setting
 from gpu_check.shapes import SHAPES, fitting_layers, layers_of, model_alone, precision
+from plans.kvcache import BURST_STEPS
 from plans.model import ModelSpec
 
 LAYERS, STEPS = 8, 32
@@ -30,15 +31,15 @@ def step_bytes(spec: ModelSpec, rows: int, context: int, element: int) -> float:
     return float(element * (weights + rows * cache))
 
 
-def generation(model: Any, rows: int, context: int, steps: int) -> Any:
+def generation(model: Any, rows: int, context: int, steps: int, *, capture: bool = True) -> Any:
     """A generation of `steps` tokens after random prompts, to be called."""
     import torch
 
-    from runtime.generation.generate import generate
+    from runtime.generation.generate import Limits, generate
     from runtime.generation.sampling import Sampling
 
     prompts = torch.randint(model.spec.vocab, (rows, context)).tolist()
-    words = {"sampling": Sampling(), "seed": 0, "iteration": 0}
+    words = {"sampling": Sampling(), "seed": 0, "iteration": 0, "limits": Limits(capture=capture)}
     return lambda: generate(model, prompts, range(rows), response_tokens=steps, **words)
 
 
@@ -63,20 +64,23 @@ def _shape(shape: str, tp: int) -> Case:
             generation(model, 1, 16, 4)()  # compiles and loads kernels
             for context in setting.pick(CONTEXTS, (16,)):
                 for rows in setting.pick(BATCHES, (1, 4)):
-                    yield from _point(
-                        setting, model, f"{shape} tp {tp}, batch {rows}, context {context}", rows, context, ceiling
-                    )
+                    case = f"{shape} tp {tp}, batch {rows}, context {context}"
+                    try:
+                        yield from _point(setting, model, case, rows, context, ceiling)
+                    except Skip as reason:
+                        yield Row(case=case, verdict="skipped", note=str(reason))
 
     return Case(f"{shape} tp {tp}", run, needs_s=5.0 if tp > 1 else 0.0)
 
 
 def _point(setting: Setting, model: Any, case: str, rows: int, context: int, ceiling: float) -> Iterator[Row]:
-    """Prefill out of a generation of one token; a step out of the difference to a longer one."""
+    """Prefill out of a generation of one token; a step out of the difference between two longer ones, because the first
+    burst of a generation runs uncaptured and the second one records."""
     import torch
 
-    steps = setting.pick(STEPS, 4)
+    steps, first = setting.pick(STEPS, 4), setting.pick(2 * BURST_STEPS, 2)
     element = precision(setting).itemsize
-    cache = step_bytes(model.spec, rows, context + steps + 1, element)
+    cache = step_bytes(model.spec, rows, context + first + steps, element)
     if setting.kind == "cuda" and cache > 0.8 * torch.cuda.mem_get_info()[0]:
         yield Row(case=case, verdict="skipped", note=f"its cache of {cache / 2**30:.0f} GiB does not fit")
         return
@@ -84,8 +88,7 @@ def _point(setting: Setting, model: Any, case: str, rows: int, context: int, cei
         yield Row(case=case, verdict="skipped", note="no time is left")
         return
     prefill = _seconds(setting, generation(model, rows, context, 1))
-    whole = _seconds(setting, generation(model, rows, context, 1 + steps))
-    step = max(whole - prefill, 1e-9) / steps
+    step = _step_seconds(setting, model, rows, context, first, steps)
     rate = step_bytes(model.spec, rows, context, element) / step
     note = f"{step * 1e3:.3f} ms a step; prefill {rows * context / prefill:,.0f} tokens/s"
     goal = LEAST_SHARE if setting.kind == "cuda" and rows in (1, 64) else None
@@ -97,6 +100,19 @@ def _point(setting: Setting, model: Any, case: str, rows: int, context: int, cei
     if rows == 1 and context == setting.pick(CONTEXTS, (16,))[0]:
         idle = outside_kernels(generation(model, rows, context, 8), setting.device)
         yield Row(case=f"{case}: idle in a generation of 8 tokens", value=idle)
+        eager = _step_seconds(setting, model, rows, context, first, steps, capture=False)
+        yield Row(case=f"{case}: uncaptured step over captured step", value=eager / step)
+
+
+def _step_seconds(
+    setting: Setting, model: Any, rows: int, context: int, first: int, steps: int, *, capture: bool = True
+) -> float:
+    short, long = (
+        _seconds(setting, generation(model, rows, context, count, capture=capture)) for count in (first, first + steps)
+    )
+    if long <= short:
+        raise Skip(f"{first + steps} tokens took no longer than {first}: other work on the machine")
+    return (long - short) / steps
 
 
 def _against_transformers(setting: Setting) -> Iterator[Row]:

@@ -159,10 +159,11 @@ def _watch(executor: Any, tokens: dict[tuple[int, int], list[int]]) -> None:
     store = executor._store
     put = store.put
 
-    def watch(iteration: int, key: str, rows: Sequence[int], values: Mapping[str, Any]) -> None:
+    def watch(iteration: int, key: str, rows: Sequence[int], values: Any) -> None:
         put(iteration, key, rows, values)
         if key == "sequences":
-            tokens.update(zip(((iteration, row) for row in rows), values["tokens"].tolist(), strict=True))
+            held = store.get(iteration, key, rows).texts()
+            tokens.update({(iteration, row): prompt + made for row, (prompt, made) in zip(rows, held, strict=True)})
 
     store.put = watch
 

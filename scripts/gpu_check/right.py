@@ -6,13 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from gpu_check.captured import captured_decode
 from gpu_check.moves import moved_weights, offloaded_state
 from gpu_check.plays import Places, Play, Played, fixture_plan, fixture_run, play
 from gpu_check.rows import Case, Row, Skip, judged
-from gpu_check.setting import Setting
+from gpu_check.setting import FIXTURE, Setting
 from gpu_check.worlds import RankFailed, reference_world, run_world, run_worlds, world_of
 from plans.errors import RealplanError
 from plans.library import load_model
+from plans.model import ModelSpec
 
 ALGORITHMS = ("ppo", "grpo", "dpo", "sft")
 LOSS_LIMIT = 1e-4
@@ -117,28 +119,25 @@ def _experts_and_context(setting: Setting) -> Iterator[Row]:
     ):
         try:
             yield from _variant(setting, case, spec_of(), places)
-        except (RealplanError, TypeError, Skip) as reason:
+        except (RealplanError, Skip) as reason:
             yield Row(case=case, verdict="skipped", note=f"this runtime does not run it: {str(reason).splitlines()[0]}")
 
 
-def _experts() -> object:
-    from dataclasses import fields
-
-    spec = load_model("qwen3-30b-a3b")
-    small = {"layers": 2, "hidden": 64, "heads": 4, "kv_heads": 2, "head_dim": 16, "ffn": 96, "vocab": 250}
-    sizes = {"expert_ffn": 32, "experts": 4, "experts_per_token": 2}
-    known = {f.name for f in fields(spec)}
-    return replace(spec, name="experts", **small, **{key: value for key, value in sizes.items() if key in known})
+def _experts() -> ModelSpec:
+    """A small mixture of experts with the fixture's vocabulary."""
+    sizes = {"layers": 2, "hidden": 64, "heads": 4, "kv_heads": 2, "head_dim": 16, "ffn": 32}
+    experts = {"experts": 4, "experts_per_token": 2, "vocab": load_model(str(FIXTURE)).vocab}
+    return replace(load_model("qwen3-30b-a3b"), name="experts", **sizes, **experts)
 
 
-def _variant(setting: Setting, case: str, spec: object, places: Places | None) -> Iterator[Row]:
+def _variant(setting: Setting, case: str, spec: ModelSpec | None, places: Places | None) -> Iterator[Row]:
     from runtime.models.support import check_supported
 
     folder = setting.output / "right"
     ranks = 2 if places else 1
-    plan = fixture_plan("sft", ranks, places, spec=spec)  # type: ignore[arg-type]
+    plan = fixture_plan("sft", ranks, places, spec=spec)
     check_supported(plan)
-    alone = fixture_plan("sft", 1, spec=spec)  # type: ignore[arg-type]
+    alone = fixture_plan("sft", 1, spec=spec)
     run = fixture_run(folder, "sft", random=spec is not None)
     wanted, found = run_worlds(
         (reference_world(setting), play, [Play(name=case, plan=alone, run=run)], folder / "variant-cpu"),
@@ -153,6 +152,15 @@ def _moves(setting: Setting) -> Iterator[Row]:
         yield judged(f"reallocation {name}: elements that differ", wrong, "", most=0)
     for name, wrong in run_world(world_of(setting, 1), offloaded_state)[0].items():
         yield judged(f"offload of {name}: elements that differ", wrong, "", most=0)
+
+
+def _captured(setting: Setting) -> Iterator[Row]:
+    """Decoding steps recorded as graphs and replayed, against the same steps run one by one."""
+    for dtype in ("float32", "bfloat16"):
+        found = run_world(world_of(setting, 1), captured_decode, dtype)[0]
+        case = f"captured decode, {dtype}"
+        yield judged(f"{case}: samples with the same tokens", found["same"], "", least=1.0)
+        yield judged(f"{case}: largest error of a log-probability", found["error"], "", most=LOSS_LIMIT)
 
 
 def _failures(setting: Setting) -> Iterator[Row]:
@@ -177,6 +185,7 @@ def _message(case: str, text: str, words: Sequence[str]) -> Row:
 
 CASES = (
     Case("against the CPU", _against_the_cpu),
+    Case("captured decode", _captured),
     Case("moved weights", _moves),
     Case("failures", _failures),
     Case("experts and context", _experts_and_context),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gpu_check.ceilings import product_flops
@@ -19,12 +19,16 @@ STATE_BYTES = 18
 LEAST_MFU, MOST_IDLE = 0.45, 0.03
 
 
-def step_flops(spec: ModelSpec, sequences: int, tokens: int) -> float:
+Packs = Sequence[Sequence[int]]
+"""Lengths of the sequences of each micro-batch."""
+
+
+def step_flops(spec: ModelSpec, packs: Packs) -> float:
     """FLOPs of forward and backward: 6 per parameter and token of matrices, and causal attention's
-    6 x layers x tokens x sequence x heads x head_dim (Narayanan et al. 2021, without recomputation)."""
+    6 x layers x sequence^2 x heads x head_dim (Narayanan et al. 2021, without recomputation)."""
     matrices = spec.params - spec.padded_vocab * spec.hidden  # the embedding is looked up
-    attention = spec.layers * tokens * spec.heads * spec.head_dim
-    return 6.0 * sequences * tokens * (matrices + attention)
+    attention = spec.layers * spec.heads * spec.head_dim
+    return 6.0 * sum(length * matrices + length**2 * attention for pack in packs for length in pack)
 
 
 def _shape(shape: str, tp: int) -> Case:
@@ -33,24 +37,32 @@ def _shape(shape: str, tp: int) -> Case:
             raise Skip("a rehearsal measures one shape")
         wanted = layers_of(setting, shape, tp, LAYERS, small_vocabulary=True)
         spec = fitting_layers(wanted, STATE_BYTES, setting)
-        sequences, tokens = setting.pick((4, TOKENS), (2, 32))
+        tokens = setting.pick(TOKENS, 32)
+        full = [[tokens]] * setting.pick(4, 2)
+        # Halves, quarters ...: what a response distribution with a long tail leaves in a pack.
+        mixed = [[tokens // 2, *(tokens // 2**i for i in range(2, 5)), tokens // 16]] * len(full)
         with model_alone(setting, spec) as model:
-            seconds, idle = _measured(setting, model, sequences, tokens)
-        rate = step_flops(spec, sequences, tokens) / seconds
-        note = f"{spec.layers} layers, {sequences} x {tokens} tokens, {seconds * 1e3:.1f} ms"
-        if setting.kind == "cuda":
-            yield judged(f"{shape} tp {tp}: MFU", rate / peak_flops(setting), "", least=LEAST_MFU, note=note)
-            yield judged(f"{shape} tp {tp}: outside kernels", idle, "", most=MOST_IDLE)
-        else:
-            share = rate / product_flops(setting)
-            yield Row(case=f"{shape} tp {tp}: share of a large product's rate", value=share, note=note)
-            yield Row(case=f"{shape} tp {tp}: outside operators", value=idle)
+            for name, packs in (("", full), (", mixed lengths", mixed)):
+                seconds, idle = _measured(setting, model, packs)
+                yield from _rows(setting, f"{shape} tp {tp}{name}", spec, packs, seconds, idle)
 
     return Case(f"{shape} tp {tp}", run)
 
 
-def _measured(setting: Setting, model: Any, sequences: int, tokens: int) -> tuple[float, float]:
-    """Seconds of an optimizer step in micro-batches of one full sequence, and its share outside kernels."""
+def _rows(setting: Setting, case: str, spec: ModelSpec, packs: Packs, seconds: float, idle: float) -> Iterator[Row]:
+    rate = step_flops(spec, packs) / seconds
+    note = f"{spec.layers} layers, {len(packs)} x {sum(packs[0])} tokens, {seconds * 1e3:.1f} ms"
+    if setting.kind == "cuda":
+        yield judged(f"{case}: MFU", rate / peak_flops(setting), "", least=LEAST_MFU, note=note)
+        yield judged(f"{case}: outside kernels", idle, "", most=MOST_IDLE)
+    else:
+        share = rate / product_flops(setting)
+        yield Row(case=f"{case}: share of a large product's rate", value=share, note=note)
+        yield Row(case=f"{case}: outside operators", value=idle)
+
+
+def _measured(setting: Setting, model: Any, packs: Packs) -> tuple[float, float]:
+    """Seconds of an optimizer step over packs, and its share outside kernels."""
     import torch
 
     from profiler.timers import Timed, measure
@@ -61,15 +73,18 @@ def _measured(setting: Setting, model: Any, sequences: int, tokens: int) -> tupl
     from runtime.passes.training import Trainer
 
     trainer = Trainer(model, AdamSettings())
-    ids = torch.randint(model.spec.vocab, (sequences * tokens,), device=setting.device)
-    batch = Batch(Sequences(ids, (1,) * sequences, (tokens - 1,) * sequences), {})
+    lengths = [length for pack in packs for length in pack]
+    ids = torch.randint(model.spec.vocab, (sum(lengths),), device=setting.device)
+    batch = Batch(Sequences(ids, (1,) * len(lengths), tuple(length - 1 for length in lengths)), {})
+    numbers = iter(range(len(lengths)))
+    parts = [[next(numbers) for _ in pack] for pack in packs]
 
     def loss(output: TokenOutput, _: object) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         value = output.logprobs.mean()
         return value, {"loss": value}
 
     def step(_: object = None) -> object:
-        return trainer.step(batch, loss, [[i] for i in range(sequences)])
+        return trainer.step(batch, loss, parts)
 
     seconds = measure(Timed(step), setting.device, setting.pick(2.0, 0.02)).seconds
     return seconds, outside_kernels(step, setting.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -136,6 +137,8 @@ def _rank(
     from runtime.models.installation import install
 
     die_with(parent)
+    # A fork must not destroy what it inherits: a process group's destructor waits for threads that stayed behind.
+    gc.freeze()
     try:
         torch.set_num_threads(1)
         torch.set_float32_matmul_precision("highest")
