@@ -77,7 +77,7 @@ class Lengths:
                 f"a length of {wrong} tokens; lengths must be from 0 to the maximum, {longest}",
                 f"a maximum of {max(ordered[-1], 1)} tokens",
             )
-        percentiles = tuple((float(level), round(_interpolated(ordered, level / 100))) for level in LEVELS)
+        percentiles = tuple((float(level), round(interpolated(ordered, level / 100))) for level in LEVELS)
         return cls(longest, percentiles=percentiles)
 
     @property
@@ -177,7 +177,8 @@ def keys_of(percentiles: Percentiles) -> dict[str, int]:
     return {f"p{percent:g}": tokens for percent, tokens in percentiles}
 
 
-def _interpolated(ordered: Sequence[int], share: float) -> float:
+def interpolated(ordered: Sequence[int], share: float) -> float:
+    """What a `share` (0 to 1) of ascending numbers does not exceed, linear between two of them."""
     place = share * (len(ordered) - 1)
     below = min(int(place), len(ordered) - 2) if len(ordered) > 1 else 0
     above = min(below + 1, len(ordered) - 1)

@@ -1,9 +1,9 @@
-"""Lengths from a file: the metrics of a run, or one number per line."""
+"""Lengths that a run leaves in its metrics, and lengths from a file: such metrics, or one number per line."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -11,13 +11,25 @@ from typing import Any
 
 from plans.documents import BadText, parse_json, read_text
 from plans.errors import SpecError
-from plans.lengths import LEVELS, Lengths, keys_of
+from plans.lengths import LEVELS, Lengths, interpolated, keys_of
 from plans.problems import shortened
 
-KINDS = "`metrics.jsonl` of a run, or a file with one number per line"
+KINDS = "the output folder of a run, its `metrics.jsonl`, or a file with one number per line"
+METRICS = "metrics.jsonl"
 MOST_BYTES = 256 * 2**20
 NAMES = {"prompt": "prompt_length", "response": "response_length"}
 """Part of a sample -> the statistic of a run's metrics."""
+RECORDED = (0, *range(5, 91, 10), 90, 95, 98, 99, 99.5, 100)
+"""Percentiles that a run records, out of `LEVELS`."""
+
+
+def recorded(lengths: Sequence[tuple[int, int]]) -> dict[str, float]:
+    """What a run records of the prompt and response tokens of an iteration's samples: `response_length/p50`, ..."""
+    found: dict[str, float] = {}
+    for name, values in zip(NAMES.values(), zip(*lengths, strict=True), strict=True):
+        ordered = sorted(values)
+        found |= {f"{name}/p{level:g}": interpolated(ordered, level / 100) for level in RECORDED}
+    return found
 
 
 @dataclass(frozen=True)
@@ -36,9 +48,10 @@ class _Line:
 def lengths_file(path: Path, *, prompt_tokens: int, response_tokens: int) -> dict[str, Any]:
     """Workload keys for the lengths in a file: of the responses, and of the prompts where metrics hold them.
 
-    Metrics of several iterations count alike. Raises SpecError, located, for an empty file, for lines that are neither
-    metrics nor numbers, and for lengths beyond the maximum.
+    A folder means the metrics in it. Metrics of several iterations count alike. Raises SpecError, located, for an empty
+    file, for lines that are neither metrics nor numbers, and for lengths beyond the maximum.
     """
+    path = path / METRICS if path.is_dir() else path
     text = read_text(path, SpecError, "--lengths", KINDS, MOST_BYTES)
     lines = [_Line(path, i, line.rstrip()) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:

@@ -7,12 +7,24 @@ and is relayed inside the node (round 1); senders are the least loaded holders, 
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from math import lcm
+from typing import Any
 
 from plans.layout import Layout, Unit, fraction, model_units
+
+WAVE_BYTES = 64 * 2**20
+"""Most that a rank sends in a wave, and receives in one, to and from all its peers together."""
+WAVES_IN_FLIGHT = 2
+
+
+def buffer_bytes(moved: Any, wave_bytes: int = WAVE_BYTES) -> Any:
+    """Most bytes of buffers on a rank that sends and receives at most `moved` bytes each way: a number, or an array."""
+    most = WAVES_IN_FLIGHT * wave_bytes
+    return 2.0 * (moved - (moved - most) * (moved > most))
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -49,6 +61,22 @@ class Reallocation:
     def elements(self) -> int:
         """Elements that cross between ranks."""
         return sum(t.elements for t in self.moves)
+
+    def streams(self, turn: int) -> dict[tuple[int, int], tuple[Piece, ...]]:
+        """(source, target) -> what goes from one to the other in a round, in an order that both know."""
+        found: dict[tuple[int, int], list[Piece]] = defaultdict(list)
+        for move in self.moves:
+            if move.round == turn:
+                found[move.source, move.target].append(move.piece)
+        return {pair: tuple(pieces) for pair, pieces in found.items()}
+
+
+def busiest(pairs: Iterable[tuple[int, int]]) -> dict[tuple[int, int], int]:
+    """(source, target) -> how many streams the source sends or the target receives, whichever are more: into so many
+    parts the two cut what a wave may hold, so that neither holds more."""
+    listed = list(pairs)
+    sends, receives = Counter(source for source, _ in listed), Counter(target for _, target in listed)
+    return {(source, target): max(sends[source], receives[target]) for source, target in listed}
 
 
 def _elements(unit: Unit, piece: Piece, grid: int) -> int:

@@ -16,6 +16,7 @@ from plans.batches import Share, share_of
 from plans.errors import RealplanError
 from plans.graph import Call, CallKind
 from plans.layout import Place
+from plans.lengthsfile import recorded
 from plans.program import Step, StepKind, compile_program
 from plans.runfile import RANDOM, patience_s
 from runtime.batches.transfer import BatchStore, LateError
@@ -220,9 +221,11 @@ class Executor:
         if call.kind is CallKind.FUNCTION:
             self._scores[iteration, call.name] = begin_reward(job, call, model, inputs, share.samples)
             return {}
-        responses = [response for _, response in self._store.lengths(iteration, call.name)]
+        lengths = self._store.lengths(iteration, call.name)
+        responses = [response for _, response in lengths]
         if model.place == Place(dp=0, tp=0, pp=0):
-            self._recorder.add(iteration, {f"plan/{call.name}/imbalance": Stat.one(share.imbalance)})
+            figures = recorded(lengths) | {f"plan/{call.name}/imbalance": share.imbalance}
+            self._recorder.add(iteration, {name: Stat.one(value) for name, value in figures.items()})
         with self._copies.training(call.model, offload=planned.strategy.offload) as trainer:
             self._recorder.add(iteration, train_call(job, call, share, trainer, inputs, responses, iteration))
         check_finite(model, f"the weights of `{call.model}` after this training")

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cost_models.candidates import Array
+from plans.reallocation import buffer_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +53,22 @@ class MemoryTerms:
 
     @property
     def transient_bytes(self) -> Array:
-        """Alive while the call runs, beside the resident bytes; includes `copy_bytes`."""
+        """Alive while the call runs, or while its copy is made where that takes more, beside the resident bytes;
+        includes `copy_bytes`."""
         loaded = np.where(self.weights_stay, 0.0, self.weights)
-        loaded = loaded + np.where(self.state_stays, 0.0, self._state)
-        return loaded + self.activations + self.logits + self.kv_cache + self.workspace + self.reserve
+        return loaded + np.where(self.state_stays, 0.0, self._state) + self._used + self._buffers_beyond
+
+    @property
+    def _used(self) -> Array:
+        return self.activations + self.logits + self.kv_cache + self.workspace + self.reserve
+
+    @property
+    def _buffers_beyond(self) -> Array:
+        """What the buffers of a reallocation exceed the memory by that the call itself needs later."""
+        if not self.is_copy:
+            return np.zeros_like(self.weights)
+        beyond: Array = np.maximum(buffer_bytes(self.weights) - self._used, 0.0)
+        return beyond
 
     @property
     def _state(self) -> Array:
@@ -64,7 +77,7 @@ class MemoryTerms:
     @property
     def copy_bytes(self) -> Array:
         """The part of `transient_bytes` that vanishes when mesh and layout equal the training call's."""
-        return self.weights if self.is_copy else np.zeros_like(self.weights)
+        return self.weights + self._buffers_beyond if self.is_copy else np.zeros_like(self.weights)
 
     @property
     def host_bytes(self) -> Array:

@@ -1,7 +1,8 @@
 """Memory by GPU and moment: what lies on every rank while each step of an iteration runs.
 
 A moment is one step of the program. On a rank lie its CUDA context, the resident bytes of every copy and call
-placed on it, the other copies that are alive at that moment, and what the step itself needs.
+placed on it, the other copies that are alive at that moment, and what the step itself needs: a call its temporaries, a
+reallocation its buffers.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from plans.cluster import GIB
 from plans.program import Program, Step, StepKind
+from plans.reallocation import buffer_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +143,15 @@ def _at(
             now[list(copy.layout.ranks)] += calls[copy.calls[0]].terms["weights"]
     if step.kind is StepKind.CALL:
         now[program.plan.ranks(step.subject)] += calls[step.subject].transient_bytes
+    else:
+        now[list(step.ranks)] += _buffers(program, calls, step)
     return now
+
+
+def _buffers(program: Program, calls: Mapping[str, CallMemory], step: Step) -> float:
+    """Bytes of buffers on every rank that takes part in a reallocation."""
+    copy = next(copy for copy in program.copies if copy.name == step.copy)
+    return float(buffer_bytes(calls[copy.calls[0]].terms["weights"]))
 
 
 def _alive(program: Program, copy: str, step: Step) -> bool:
@@ -161,6 +171,8 @@ def _terms_at(
         here = (copy.home and not copy.offload) or step.copy == copy.name or _alive(program, copy.name, step)
         if here and rank in copy.layout.ranks:
             terms[f"weights {copy.name}"] = calls[copy.calls[0]].terms["weights"]
+    if step.kind is StepKind.REALLOCATE and rank in step.ranks:
+        terms[f"buffers {step.copy}"] = _buffers(program, calls, step)
     for planned in program.plan.calls:
         if rank in program.plan.ranks(planned.call):
             names = list(calls[planned.call].resident)

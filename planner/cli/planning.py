@@ -44,7 +44,10 @@ def search(
         int | None, typer.Option(help="mean of the long-tailed response lengths [all reach the longest]")
     ] = None,
     lengths: Annotated[
-        Path | None, typer.Option(help="file of lengths: a run's metrics.jsonl, or one response length per line")
+        Path | None,
+        typer.Option(
+            help="lengths of a run (its folder or metrics.jsonl), or a file with one response length per line"
+        ),
     ] = None,
     minibatches: Annotated[int | None, typer.Option(help="optimizer steps per iteration [4]")] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32 [bf16]")] = None,

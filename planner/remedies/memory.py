@@ -12,6 +12,7 @@ from planner.text import WIDTH
 from plans.checks import check_plan
 from plans.cluster import GIB
 from plans.graph import CallKind
+from plans.kvcache import slots_per_replica
 from plans.plan import ExecutionPlan, PlannedCall
 from plans.problems import Problem
 from plans.strategy import ParallelStrategy, Recompute
@@ -77,15 +78,20 @@ def memory_hint(plan: ExecutionPlan, step: str) -> str:
 def _remedies(plan: ExecutionPlan, planned: PlannedCall) -> Iterator[tuple[str, ParallelStrategy]]:
     """Settings that save memory in a call of this kind, as the plan file writes them."""
     s, kind = planned.strategy, plan.workload.graph.call(planned.call).kind
+    held = slots_per_replica(plan.workload.samples // s.dp, s.slots, s.waves)
+    cuts = {"micro_batches": 2 * s.micro_batches}
+    if s.micro_batch_tokens:
+        cuts = {"micro_batch_tokens": s.micro_batch_tokens // 2}
     settings: dict[CallKind, dict[str, Any]] = {
-        CallKind.GENERATE: {"slots": max(1, s.slots // 2)} if s.slots else {"waves": 2 * s.waves},
-        CallKind.INFERENCE: {"micro_batches": 2 * s.micro_batches, "offload": True},
-        CallKind.TRAIN_STEP: {"micro_batches": 2 * s.micro_batches, "recompute": Recompute.FULL, "offload": True},
+        CallKind.GENERATE: {"slots": max(1, held // 2)},
+        CallKind.INFERENCE: {**cuts, "offload": True},
+        CallKind.TRAIN_STEP: {**cuts, "recompute": Recompute.FULL, "offload": True},
     }
     for key, value in settings[kind].items():
         shown = "true" if value is True else value if isinstance(value, int) else f'"{value}"'
         if getattr(s, key) != value:
-            yield f'"{key}": {shown}', replace(s, **{key: value})
+            changed: ParallelStrategy = replace(s, **{key: value})
+            yield f'"{key}": {shown}', replace(changed, waves=1) if key == "slots" else changed
     for key in ("tp", "pp") if kind is not CallKind.GENERATE else ("tp",):
         if s.dp % 2 == 0 and (s.dp * s.cp // 2) % s.ep == 0:
             deeper: ParallelStrategy = replace(s, **{"dp": s.dp // 2, key: 2 * getattr(s, key)})

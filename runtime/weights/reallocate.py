@@ -1,8 +1,10 @@
-"""Reallocation executed: the transfers of `plans.reallocation` as fused messages between ranks.
+"""Reallocation executed: the transfers of `plans.reallocation` as messages between ranks.
 
 Both sides compute the same messages from the two layouts, so nothing is negotiated. What travels from one rank to
 another in a round is one stream of slices, cut into chunks; the chunks of all streams advance in waves of which two
-are in flight, which bounds the buffers and cannot deadlock.
+are in flight, which cannot deadlock. The streams of a rank share what a wave may hold, so that buffers are bounded
+however many peers there are. Large slices go from and to their places in the weights without a buffer where they lie
+in one piece; small ones are fused.
 """
 
 from __future__ import annotations
@@ -18,9 +20,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from plans.layout import Layout, Parameter, fraction, model_units
-from plans.reallocation import Piece, Reallocation, reallocation
+from plans.reallocation import WAVE_BYTES, Piece, Reallocation, busiest, reallocation
 
-CHUNK_BYTES = 32 * 2**20
+DIRECT_BYTES = 2**20
+"""Slices from here on are messages of their own."""
 Shards = Mapping[str, Tensor]
 Chunk = list[Tensor]
 
@@ -33,20 +36,12 @@ class Moved:
     received: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Messages:
-    """This rank's part of one round: peer -> pieces, in an order both sides share."""
-
-    sends: Mapping[int, tuple[Piece, ...]]
-    receives: Mapping[int, tuple[Piece, ...]]
-
-
 class Reallocator:
     """Moves weights between layouts; plans every pair of layouts once."""
 
-    def __init__(self, gpus_per_node: int, chunk_bytes: int = CHUNK_BYTES) -> None:
+    def __init__(self, gpus_per_node: int, wave_bytes: int = WAVE_BYTES) -> None:
         self._gpus_per_node = gpus_per_node
-        self._chunk_bytes = chunk_bytes
+        self._wave_bytes = wave_bytes
         self._plans: dict[tuple[Layout, Layout], Reallocation] = {}
 
     def plan(self, source: Layout, target: Layout) -> Reallocation:
@@ -72,17 +67,21 @@ class Reallocator:
                     new.copy_(old)
         sent = received = 0
         for turn in (0, 1):
-            messages = _messages(plan, rank, turn)
-            origin = theirs if turn else mine
-            out = {peer: self._chunks(origin, pieces) for peer, pieces in messages.sends.items()}
-            into = {peer: self._chunks(theirs, pieces) for peer, pieces in messages.receives.items()}
+            origin, streams = theirs if turn else mine, plan.streams(turn)
+            parts = busiest(streams)
+            out, into = {}, {}
+            for pair, pieces in streams.items():
+                if pair[0] == rank:
+                    out[pair[1]] = self._chunks(origin, pieces, parts[pair])
+                elif pair[1] == rank:
+                    into[pair[0]] = self._chunks(theirs, pieces, parts[pair])
             moved = _exchange(out, into)
             sent, received = sent + moved.sent, received + moved.received
         return Moved(sent, received)
 
-    def _chunks(self, side: _Side, pieces: tuple[Piece, ...]) -> Iterator[Chunk]:
-        """The slices of a stream, grouped into chunks of at most `chunk_bytes`."""
-        limit = self._chunk_bytes // side.element_size
+    def _chunks(self, side: _Side, pieces: tuple[Piece, ...], parts: int) -> Iterator[Chunk]:
+        """The slices of a stream, grouped into chunks of at most one of `parts` equal parts of a wave."""
+        limit = max(1, self._wave_bytes // (side.element_size * parts))
         chunk: Chunk = []
         size = 0
         for view in (part for piece in pieces for whole in side.views(piece) for part in _cut(whole, limit)):
@@ -126,22 +125,6 @@ class _Side:
         return blocks.narrow(axis + 1, (piece.start - self._first) * step, (piece.stop - piece.start) * step)
 
 
-def _messages(plan: Reallocation, rank: int, turn: int) -> _Messages:
-    sends: dict[int, list[Piece]] = {}
-    receives: dict[int, list[Piece]] = {}
-    for transfer in plan.moves:
-        if transfer.round != turn:
-            continue
-        if transfer.source == rank:
-            sends.setdefault(transfer.target, []).append(transfer.piece)
-        if transfer.target == rank:
-            receives.setdefault(transfer.source, []).append(transfer.piece)
-    return _Messages(
-        {peer: tuple(pieces) for peer, pieces in sends.items()},
-        {peer: tuple(pieces) for peer, pieces in receives.items()},
-    )
-
-
 def _cut(view: Tensor, limit: int) -> Iterator[Tensor]:
     """Parts of at most `limit` elements, cut along the outer dimensions."""
     if view.numel() <= limit or view.dim() == 0:
@@ -178,19 +161,29 @@ class _Wave:
     """One chunk of every stream, on its way."""
 
     def __init__(self, sends: Mapping[int, Chunk], receives: Mapping[int, Chunk]) -> None:
-        self._incoming = [(chunk, _buffer(chunk), peer) for peer, chunk in sorted(receives.items())]
-        self._outgoing = [(_pack(chunk), peer) for peer, chunk in sorted(sends.items())]
+        self._incoming = [
+            (part, _room(part), peer) for peer, chunk in sorted(receives.items()) for part in _fused(chunk)
+        ]
+        self._outgoing = [(_packed(part), peer) for peer, chunk in sorted(sends.items()) for part in _fused(chunk)]
         self.sent = sum(buffer.nbytes for buffer, _ in self._outgoing)
         self.received = sum(buffer.nbytes for _, buffer, _ in self._incoming)
         self._works = _post(self._outgoing, [(buffer, peer) for _, buffer, peer in self._incoming])
 
     def finish(self) -> None:
-        """Wait and unpack."""
+        """Wait, and unpack what did not come to its place."""
         for work in self._works:
             work.wait()
-        for chunk, buffer, _ in self._incoming:
-            for view, part in zip(chunk, torch.split(buffer, [view.numel() for view in chunk]), strict=True):
-                view.copy_(part.view(view.shape))
+        for part, buffer, _ in self._incoming:
+            if buffer is not part[0]:
+                for view, values in zip(part, torch.split(buffer, [view.numel() for view in part]), strict=True):
+                    view.copy_(values.view(view.shape))
+
+
+def _fused(chunk: Chunk) -> Iterator[Chunk]:
+    """The slices of a chunk by messages: large ones alone, then all others together."""
+    yield from ([view] for view in chunk if view.nbytes >= DIRECT_BYTES)
+    if small := [view for view in chunk if view.nbytes < DIRECT_BYTES]:
+        yield small
 
 
 def _post(sends: Iterable[tuple[Tensor, int]], receives: Iterable[tuple[Tensor, int]]) -> list[Any]:
@@ -205,9 +198,15 @@ def _post(sends: Iterable[tuple[Tensor, int]], receives: Iterable[tuple[Tensor, 
     return [operation.op(operation.tensor, operation.peer) for operation in operations]
 
 
-def _pack(chunk: Chunk) -> Tensor:
-    return torch.cat([view.reshape(-1) for view in chunk])
+def _packed(part: Chunk) -> Tensor:
+    """The slices of a message as one; the only one itself where it lies in one piece."""
+    if len(part) == 1 and part[0].is_contiguous():
+        return part[0]
+    return torch.cat([view.reshape(-1) for view in part])
 
 
-def _buffer(chunk: Chunk) -> Tensor:
-    return chunk[0].new_empty(sum(view.numel() for view in chunk))
+def _room(part: Chunk) -> Tensor:
+    """Where a message is received: its place in the weights, or a buffer."""
+    if len(part) == 1 and part[0].is_contiguous():
+        return part[0]
+    return part[0].new_empty(sum(view.numel() for view in part))

@@ -25,7 +25,7 @@ def moved_weights(device: Any, groups: Any) -> dict[str, int]:
     from runtime.weights.reallocate import Reallocator
 
     spec, found = load_model(str(FIXTURE)), {}
-    mover = Reallocator(gpus_per_node=2, chunk_bytes=2**14)
+    mover = Reallocator(gpus_per_node=2, wave_bytes=2**14)
 
     def loaded(degrees: dict[str, int]) -> tuple[Layout, dict[str, Any]]:
         layout = Layout(spec, (0, 1), **degrees)

@@ -26,6 +26,7 @@ from plans.errors import SpecError
 from plans.layout import Layout, model_units
 from plans.library import load_cluster, load_model
 from plans.model import ModelSpec, Norm, Position
+from plans.reallocation import buffer_bytes
 from plans.strategy import ParallelStrategy, Recompute
 from plans.workload import Workload
 
@@ -252,6 +253,16 @@ class TestCalls:
         assert terms.kv_cache.tolist() == [320 * 1024 / tp * (64 // dp * 2048 + spare) for dp, tp in ((1, 8), (2, 4))]
         assert terms.copy_bytes[0] == terms.weights[0]
         assert terms.resident_bytes[0] == terms.communicators[0]
+
+    def test_a_copy_needs_room_for_what_is_on_its_way(self) -> None:
+        """Two waves each way of 64 MiB, and never more than what moves; the call itself comes later."""
+        assert [buffer_bytes(moved) / 2**20 for moved in (0, 3 * 2**20, 2**40)] == [0, 6, 256]
+        workload = ppo_workload("smollm2-135m", batch_size=2, prompt_tokens=8, response_tokens=8, minibatches=1)
+        terms = memory_of("actor_generate", workload, ParallelStrategy())
+        used = (terms.activations + terms.logits + terms.kv_cache + terms.workspace + terms.reserve)[0]
+        assert used < 256 * 2**20 < terms.weights[0]
+        assert terms.transient_bytes[0] == pytest.approx(terms.weights[0] + 256 * 2**20)
+        assert terms.copy_bytes[0] == pytest.approx(terms.weights[0] + 256 * 2**20 - used)
 
     def test_home_copy_stays_and_offloaded_optimizer_does_not(self) -> None:
         home = ParallelStrategy(tp=8, micro_batches=128, sequence_parallel=True, recompute=Recompute.FULL)

@@ -191,7 +191,7 @@ def test_estimate_of_a_plan_that_fits(realplan: Run, halves: Path) -> None:
 def test_hints_for_memory_are_legal_for_the_call(realplan: Run, halves: Path) -> None:
     plan = load_plan(halves)
     for call, named, foreign in (
-        ("actor_generate", '"waves": 2', ("micro_batches", "recompute", "offload")),
+        ("actor_generate", '"slots": ', ("micro_batches", "recompute", "offload")),
         ("ref_infer", '"offload": true', ("waves", "recompute")),
         ("critic_infer", '"micro_batches": 64', ("offload", "recompute")),
         ("actor_train", '"recompute": "full"', ("waves",)),

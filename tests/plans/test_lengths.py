@@ -15,7 +15,7 @@ from planner.request import build_request
 from plans.codec import digest, dump_plan, read_plan
 from plans.errors import SpecError
 from plans.lengths import MOST_PERCENTILES, Lengths, keys_of, percentiles_of
-from plans.lengthsfile import lengths_file
+from plans.lengthsfile import lengths_file, recorded
 from plans.plan import ExecutionPlan
 
 LONGEST = 8192
@@ -142,6 +142,16 @@ def test_lengths_from_numbers_and_from_metrics(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = lengths_file(path, prompt_tokens=512, response_tokens=LONGEST)
     assert found == {"mean_prompt_tokens": 150, "response_lengths": {"p50": 150, "p100": 1000}}
+
+
+def test_a_run_records_its_lengths_for_the_next_search(tmp_path: Path) -> None:
+    values = lognormal(400)
+    kept = recorded([(i % 50, value) for i, value in enumerate(values)])
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"iteration": 0} | kept) + "\n")
+    found = lengths_file(tmp_path, prompt_tokens=512, response_tokens=LONGEST)
+    lengths = Lengths(LONGEST, percentiles=percentiles_of(found["response_lengths"]))
+    assert lengths.mean == pytest.approx(sum(values) / len(values), rel=0.02)
+    assert lengths.quantile(1) == max(values) and found["prompt_lengths"]["p100"] == 49
 
 
 @pytest.mark.parametrize(

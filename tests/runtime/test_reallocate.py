@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from plans.layout import Layout, Parameter, model_units
 from plans.model import ModelSpec
-from runtime.weights.reallocate import Moved, Reallocator
+from runtime.weights import reallocate
+from runtime.weights.reallocate import Moved, Reallocator, _Wave
 
 SPEC = ModelSpec(
     name="tiny", layers=4, hidden=8, heads=4, kv_heads=4, head_dim=2, ffn=12, vocab=120, qkv_bias=True, qk_norm=True
@@ -106,24 +107,45 @@ def owned(target: Layout, rank: int) -> set[tuple[str, int]]:
     return found
 
 
-def move_all(chunk_bytes: int, gpus_per_node: int) -> dict[str, Moved]:
+@dataclass(frozen=True)
+class Played:
+    """What a rank moved, by pair, and the most that one wave of its held."""
+
+    moved: dict[str, Moved]
+    fullest: int
+
+
+def move_all(wave_bytes: int, gpus_per_node: int, direct_bytes: int) -> Played:
     """Run every pair on this rank and check the result bit by bit."""
-    rank, mover, moved = dist.get_rank(), Reallocator(gpus_per_node, chunk_bytes), {}
-    for name, (source, target) in PAIRS.items():
-        want = {key: torch.full_like(value, torch.nan) for key, value in shards(target, rank).items()}
-        if rank in {*source.ranks, *target.ranks}:
-            moved[name] = mover.run(source, target, shards(source, rank), want)
-        for key, value in shards(target, rank).items():
-            assert torch.equal(want[key], value), f"{name}: {key} on rank {rank}"
-    return moved
+    rank, mover, moved, waves = dist.get_rank(), Reallocator(gpus_per_node, wave_bytes), {}, [0]
+    begin = _Wave.__init__
+
+    def watched(wave: _Wave, *streams: Any) -> None:
+        begin(wave, *streams)
+        waves.extend((wave.sent, wave.received))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Wave, "__init__", watched)
+        patch.setattr(reallocate, "DIRECT_BYTES", direct_bytes)
+        for name, (source, target) in PAIRS.items():
+            want = {key: torch.full_like(value, torch.nan) for key, value in shards(target, rank).items()}
+            if rank in {*source.ranks, *target.ranks}:
+                moved[name] = mover.run(source, target, shards(source, rank), want)
+            for key, value in shards(target, rank).items():
+                assert torch.equal(want[key], value), f"{name}: {key} on rank {rank}"
+    return Played(moved, max(waves))
 
 
-@pytest.mark.parametrize(("chunk_bytes", "gpus_per_node"), [(2**25, 4), (2**25, 2), (1000, 1)])
-def test_bit_exact_and_minimal(chunk_bytes: int, gpus_per_node: int) -> None:
-    results = run_ranks(4, move_all, chunk_bytes, gpus_per_node)
+CASES = [(2**25, 4, 2**20), (2**25, 2, 64), (1000, 1, 100)]
+
+
+@pytest.mark.parametrize(("wave_bytes", "gpus_per_node", "direct_bytes"), CASES)
+def test_bit_exact_and_minimal(wave_bytes: int, gpus_per_node: int, direct_bytes: int) -> None:
+    results = run_ranks(4, move_all, wave_bytes, gpus_per_node, direct_bytes)
     for name, (source, target) in PAIRS.items():
-        sent = sum(result[name].sent for result in results if name in result)
-        received = sum(result[name].received for result in results if name in result)
+        sent = sum(result.moved[name].sent for result in results if name in result.moved)
+        received = sum(result.moved[name].received for result in results if name in result.moved)
         minimum = sum(len(owned(target, rank) - owned(source, rank)) for rank in range(4))
         assert sent == received == 4 * minimum, name
         assert Reallocator(gpus_per_node).plan(source, target).elements == minimum, name
+    assert 0 < max(result.fullest for result in results) <= wave_bytes, "all peers share what a wave may hold"
