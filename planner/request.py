@@ -11,7 +11,7 @@ from plans.algorithms import ALGORITHMS, algorithm_graph
 from plans.checks import context_problems
 from plans.cluster import MOST_GPUS, ClusterSpec
 from plans.errors import SpecError
-from plans.graph import DataflowGraph
+from plans.graph import MOST_STALENESS, DataflowGraph
 from plans.lengths import percentiles_of
 from plans.lengthsfile import lengths_file
 from plans.library import load_cluster, load_model
@@ -20,7 +20,6 @@ from plans.runfile import RunFile, RunWorkload, load_run
 from plans.workload import Workload, role_spec
 
 PYTHON_REWARD_SECONDS = 1e-3
-MOST_STALENESS = 1000
 MOST_SECONDS = 1e6
 MOST_SEED = 2**63 - 1
 

@@ -195,6 +195,6 @@ def algorithm_graph(
     recompute_logprobs: bool = False,
     staleness: int = 0,
 ) -> DataflowGraph:
-    """The graph of a named algorithm in a variant; generation may run `staleness` iterations ahead."""
+    """The graph of a named algorithm in a variant; generation runs `staleness` iterations ahead."""
     variant = Variant(reward_seconds_per_sample=reward_seconds_per_sample, recompute_logprobs=recompute_logprobs)
     return replace(algorithm_named(name).graph(variant), staleness=staleness)

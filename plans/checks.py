@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 
 from plans.batches import unit_of
-from plans.graph import CallKind
+from plans.graph import CallKind, Edge
 from plans.layout import default_split
 from plans.model import ModelSpec
 from plans.plan import ExecutionPlan, PlannedCall
@@ -260,19 +260,36 @@ def _kind(plan: ExecutionPlan, planned: PlannedCall) -> CallKind:
 
 
 def _order(plan: ExecutionPlan) -> Iterator[Problem]:
-    """A call stands after what it waits for in the same period; lag shifts a call's iteration to a later period."""
+    """A call stands after what it waits for in the same period, and before the training that makes newer weights than
+    it reads; lag shifts a call's iteration to a later period."""
     position = {planned.call: i for i, planned in enumerate(plan.calls)}
     lag = {planned.call: planned.lag for planned in plan.calls}
-    for edge in plan.workload.graph.model_edges:
+    graph = plan.workload.graph
+    for edge in (*graph.model_edges, *graph.version_ends):
         source, target, distance = edge.source, edge.target, edge.distance
         if source == target:
             continue
         if (lag[source] - distance, position[source]) < (lag[target], position[target]):
             continue
         path: Path_ = ("calls", position[target])
-        waits = f"`{target}` waits for `{source}`" + (" of the iteration before" if distance else "")
+        ends = edge in graph.version_ends
+        waits = _waits(edge, ends=ends)
         if lag[source] - distance == lag[target]:
             yield Problem("order", f"{waits} but stands before it", f"move `{source}` above `{target}`", path)
-        else:
-            message = f"{waits}, which lag {lag[source]} runs only in a later period (lag of `{target}`: {lag[target]})"
-            yield Problem("lag", message, f"lag {lag[source] - distance} for `{target}`, or lag 0 for `{source}`", path)
+            continue
+        first = position[source] < position[target]
+        least = lag[source] - distance + (not first)
+        message = f"{waits}, which lag {lag[source]} runs only in a later period (lag of `{target}`: {lag[target]})"
+        other = "" if ends else f", or lag 0 for `{source}`"
+        yield Problem("lag", message, f"lag {least} for `{target}`{other}", path)
+
+
+def _waits(edge: Edge, *, ends: bool) -> str:
+    """What an edge asks for, in words."""
+    which = {0: "", 1: " of the iteration before"}.get(
+        abs(edge.distance), f" of {abs(edge.distance)} iterations before"
+    )
+    if not ends:
+        return f"`{edge.target}` waits for `{edge.source}`{which}"
+    later = which.replace("before", "after")
+    return f"`{edge.target}` makes newer weights than `{edge.source}`{later} must read"

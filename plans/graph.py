@@ -6,16 +6,21 @@ t + 1 reads the weights that its training call of iteration t wrote. Nothing her
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from plans.errors import SpecError, nearest
 
 if TYPE_CHECKING:
     import networkx as nx
+
+
+MOST_STALENESS = 64
+"""Iterations that generation may run ahead."""
+_Name = TypeVar("_Name", int, str)
 
 
 class CallKind(StrEnum):
@@ -49,7 +54,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """`target` of iteration t waits for `source` of iteration t - `distance`."""
+    """`target` of iteration t comes after `source` of iteration t - `distance`, a later one where that is below 0."""
 
     source: str
     target: str
@@ -96,11 +101,28 @@ def graph_faults(calls: Sequence[Call], sources: Sequence[str]) -> Iterator[Grap
         trained |= {call.model} if call.kind is CallKind.TRAIN_STEP else set()
 
 
+def least_lags(order: Sequence[_Name], edges: Iterable[tuple[_Name, _Name, int]]) -> dict[_Name, int]:
+    """The least lag of every call, from 0, under which calls in this order keep edges (source, target, distance).
+
+    Longest paths (Bellman and Ford). Raises SpecError where edges contradict each other in a cycle.
+    """
+    place = {call: i for i, call in enumerate(order)}
+    waits = [(u, v, (place[u] > place[v]) - distance) for u, v, distance in edges if u != v]
+    lags = dict.fromkeys(order, 0)
+    for _ in range(len(order) + 1):
+        if all(lags[u] + more <= lags[v] for u, v, more in waits):
+            return lags
+        for u, v, more in waits:
+            lags[v] = max(lags[v], lags[u] + more)
+    raise SpecError("calls wait for each other in a circle, whatever their lags", "let one of them read less")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataflowGraph:
     """Calls of one iteration in a topological order; `sources` are the tensors that the data set provides.
 
-    `staleness`: iterations that generation may run ahead of the weights it should have (0: on-policy).
+    `staleness`: iterations that generation runs ahead, exactly: in iteration t it reads the weights that t - staleness
+    trainings have made (0: on-policy), in the first ones those that the run began with.
     """
 
     name: str
@@ -154,6 +176,22 @@ class DataflowGraph:
             if call.model in self.trainers
         ]
         return (*data, *versions)
+
+    @cached_property
+    def version_ends(self) -> tuple[Edge, ...]:
+        """Edges that order calls and let none wait: a call takes the weights that it should read before the training
+        that makes newer ones, which is that of its own iteration, or one `staleness` iterations before."""
+        return tuple(
+            Edge(call.name, self.trainers[call.model], -self.staleness * (call.kind is CallKind.GENERATE))
+            for call in self.calls
+            if call.model in self.trainers and call.kind is not CallKind.TRAIN_STEP
+        )
+
+    @cached_property
+    def first_lags(self) -> Mapping[str, int]:
+        """The least lags under which the calls can stand in the order of the graph."""
+        edges = ((e.source, e.target, e.distance) for e in (*self.model_edges, *self.version_ends))
+        return least_lags([call.name for call in self.model_calls], edges)
 
     def host(self, name: str) -> str:
         """The model call on whose ranks a call runs: itself, or for a function the producer of its first input."""

@@ -15,7 +15,7 @@ from plans.workload import Workload
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedCall:
-    """Where and how one call runs. `lag` 1 runs it one period later than the rest of its iteration."""
+    """Where and how one call runs. `lag` 1 runs it one period later (2: two) than the rest of its iteration."""
 
     call: str
     mesh: DeviceMesh

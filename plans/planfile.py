@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from plans.cluster import FASTEST, MOST_GPUS
+from plans.graph import MOST_STALENESS
 from plans.strategy import KEYS, SETTINGS, Setting
 from plans.workload import MOST_SAMPLES, MOST_TOKENS
 
@@ -102,11 +103,11 @@ class GraphFile(_Closed):
 
 class WorkloadFile(_Closed):
     """What an iteration does: batch_size prompts, group_size samples each, in tokens. `graph` describes an algorithm
-    that has no name in the library; staleness: iterations that generation may run ahead."""
+    that has no name in the library; staleness: iterations that generation runs ahead, exactly."""
 
     algorithm: str
     graph: GraphFile | None = None
-    staleness: Annotated[int, Field(ge=0)] = 0
+    staleness: Annotated[int, Field(ge=0, le=MOST_STALENESS)] = 0
     batch_size: Samples
     group_size: Samples = 1
     prompt_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)]
@@ -174,7 +175,7 @@ _SettingsFile: Any = create_model(
 class CallFile(_SettingsFile):  # type: ignore[misc]
     """One call: its mesh (`nodes 0-3`, `node 8 gpus 0-3`) and strategy (`d4 t8 p4`), then what its kind allows."""
 
-    lag: Annotated[int, Field(ge=0, le=1, description="run this many periods later than the rest")] = 0
+    lag: Annotated[int, Field(ge=0, le=MOST_STALENESS + 1, description="run this many periods later than the rest")] = 0
 
 
 class EstimateFile(_Closed):

@@ -1,8 +1,8 @@
 """The program: a plan as the ordered steps of one period. `simulate`, memory by moment and the runtime all read it.
 
 Every rank runs its projection of one total order, so no controller is needed and no two ranks can wait for each other.
-A call with lag 1 runs iteration p - 1 in period p; the first period skips it (prologue), and after the last
-iteration one more period finishes it (epilogue).
+A call with lag k runs iteration p - k in period p; the first k periods skip it (prologue), and after the last
+iteration k more periods finish it (epilogue).
 
 Order of events for each call, in plan order: reallocate the weights it needs -> load offloaded weights -> the
 call -> function calls on its outputs -> transfers of everything made -> offload -> release of its copy.
@@ -16,6 +16,7 @@ from enum import StrEnum
 from functools import cached_property
 
 from plans.batches import Message, batch_transfers, can_move
+from plans.errors import PlanError
 from plans.graph import CallKind
 from plans.layout import Layout
 from plans.plan import ExecutionPlan, PlannedCall
@@ -136,7 +137,34 @@ def compile_program(plan: ExecutionPlan) -> Program:
         steps += _after(copy, planned.call, planned.lag, last=users[-1] == planned.call)
     for _, transfers in held_back:
         steps += transfers
-    return Program(plan, copies, tuple(steps), messages)
+    program = Program(plan, copies, tuple(steps), messages)
+    _check_versions(program)
+    return program
+
+
+def _check_versions(program: Program) -> None:
+    """Raise PlanError unless every call reads the weights that its graph says: those that as many trainings have made
+    as there were iterations before, in generation `staleness` fewer."""
+    graph, copies = program.plan.workload.graph, {copy.name: copy for copy in program.copies}
+    trainings: dict[str, int] = dict.fromkeys(graph.trainers, 0)
+    held: dict[str, int | None] = {}
+    for step, iteration in program.unrolled(2 + graph.staleness + program.max_lag):
+        copy = copies.get(step.copy)
+        if copy is None or copy.role not in trainings:
+            continue
+        if step.kind is StepKind.REALLOCATE:
+            held[copy.name] = trainings[copy.role]
+        elif step.kind is StepKind.RELEASE:
+            held[copy.name] = None
+        elif step.kind is StepKind.CALL and graph.call(step.subject).kind is CallKind.TRAIN_STEP:
+            trainings[copy.role] += 1
+        elif step.kind is StepKind.CALL:
+            behind = graph.staleness * (graph.call(step.subject).kind is CallKind.GENERATE)
+            wanted, found = max(0, iteration - behind), trainings[copy.role] if copy.home else held.get(copy.name)
+            if found != wanted:
+                what = "weights that are not there" if found is None else f"the weights after {found} trainings"
+                message = f"{step.subject} of iteration {iteration} would read {what}; its graph says after {wanted}"
+                raise PlanError(message, "another order or lag: `realplan check` names the rule")
 
 
 def _send_due(

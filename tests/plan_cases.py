@@ -37,17 +37,22 @@ def tiny_plan(
     algorithm: str = "ppo",
     order: Sequence[str] = CALLS,
     reward_model: bool = False,
+    staleness: int = 0,
     **sizes: Any,
 ) -> ExecutionPlan:
     """A plan of the small model on a CPU node of `gpus` ranks.
 
     places: one strategy for every call on the whole node, or call -> strategy | (mesh, strategy) | with settings, of
-    which `lag` is the call's. With `reward_model` the graph has no function and recomputes log-probabilities.
+    which `lag` is the call's (else the least). With `reward_model` the graph has no function and recomputes
+    log-probabilities.
     """
     cluster = load_cluster("local-cpu", gpus=gpus, gpus_per_node=gpus)
     spec = load_model(str(TINY))
     graph = algorithm_graph(
-        algorithm, reward_seconds_per_sample=None if reward_model else 1e-4, recompute_logprobs=reward_model
+        algorithm,
+        reward_seconds_per_sample=None if reward_model else 1e-4,
+        recompute_logprobs=reward_model,
+        staleness=staleness,
     )
     workload = Workload(
         graph=graph,
@@ -58,7 +63,7 @@ def tiny_plan(
     for name in order:
         place = places if isinstance(places, str) else places[name]
         mesh, degrees, settings = (("node 0", place, {}) if isinstance(place, str) else (*place, {}))[:3]
-        lag = settings.get("lag", 0)
+        lag = settings.get("lag", graph.first_lags[name])
         strategy = ParallelStrategy(**parse_degrees(degrees), **{k: v for k, v in settings.items() if k != "lag"})
         calls.append(PlannedCall(call=name, mesh=parse_mesh(mesh, cluster), strategy=strategy, lag=lag))
     plan = ExecutionPlan(workload=workload, cluster=cluster, calls=tuple(calls))

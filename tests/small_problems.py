@@ -114,7 +114,7 @@ def latency_s(problem: Problem, decision: Decision) -> float:
 def fits(problem: Problem, choice: tuple[int, ...]) -> bool:
     """Memory of every GPU: all resident bytes, and the most transient ones, less what a shared copy saves; and one mesh
     where there must be one."""
-    decision = Decision.plain(choice)
+    decision = problem.plain(choice)
     if any(len({gpus_of(problem, decision, c) for c in group}) > 1 for group in problem.same_mesh):
         return False
     for gpu in range(problem.gpus):
@@ -141,7 +141,8 @@ def is_legal(problem: Problem, decision: Decision) -> bool:
     def at(call: int, back: int) -> tuple[int, int]:
         return decision.lag[call] - back, decision.order.index(call)
 
-    return all(at(e.source, e.distance) < at(e.target, 0) for e in problem.edges if e.source != e.target)
+    edges = [*problem.edges, *problem.turns]
+    return all(at(e.source, e.distance) < at(e.target, 0) for e in edges if e.source != e.target)
 
 
 def decisions(problem: Problem) -> Iterator[Decision]:
@@ -150,7 +151,7 @@ def decisions(problem: Problem) -> Iterator[Decision]:
     sequences = [
         (order, lag)
         for order in itertools.permutations(range(n))
-        for lag in itertools.product((0, 1), repeat=n)
+        for lag in itertools.product(range(problem.most_lag + 1), repeat=n)
         if is_legal(problem, Decision((0,) * n, order, lag))
     ]
     for choice in itertools.product(*(range(len(o)) for o in problem.options)):
@@ -192,8 +193,8 @@ def moves_between(draw: st.DrawFn, a: Options, b: Options) -> np.ndarray:
 
 @st.composite
 def problems(draw: st.DrawFn, calls: int = 3, most_options: int = 3, together: bool = True) -> Problem:
-    """A random graph: forward data edges, the last call may train a model that earlier calls read. With `together`, the
-    first and the last call may have to share a mesh."""
+    """A random graph: forward data edges, the last call may train a model that earlier calls read, exactly so many
+    iterations old. With `together`, the first and the last call may have to share a mesh."""
     n = draw(st.integers(1, calls))
     candidates = tuple(draw(options(most_options)) for _ in range(n))
     edges = [
@@ -202,10 +203,11 @@ def problems(draw: st.DrawFn, calls: int = 3, most_options: int = 3, together: b
         for v in range(u + 1, n)
         if draw(st.booleans())
     ]
-    moves = {}
+    moves, turns = {}, []
     for v in range(n - 1):
         if draw(st.booleans()):
             edges.append(Dependency(n - 1, v, draw(st.sampled_from((1, 1, 2)))))
+            turns += [Dependency(v, n - 1, 1 - edges[-1].distance)] if draw(st.booleans()) else []
             moves[n - 1, v] = by_layout(draw(moves_between(candidates[n - 1], candidates[v])))
     if draw(st.booleans()):
         edges.append(Dependency(n - 1, n - 1, 1))
@@ -216,6 +218,7 @@ def problems(draw: st.DrawFn, calls: int = 3, most_options: int = 3, together: b
         options=candidates,
         edges=tuple(edges),
         moves=moves,
+        turns=tuple(turns),
         same_mesh=((0, n - 1),) if together and n > 1 and draw(st.integers(0, 3)) == 0 else (),
     )
 

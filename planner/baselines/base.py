@@ -83,8 +83,10 @@ def settle(workload: Workload, cluster: ClusterSpec, ladders: Iterable[Ladder], 
     by_call = {ladder.call: ladder.rungs for ladder in ladders}
     at = dict.fromkeys(by_call, 0)
     while True:
+        entries = {call: by_call[call][i] for call, i in at.items()}
         calls = tuple(
-            PlannedCall(call=call, mesh=by_call[call][i][0], strategy=by_call[call][i][1]) for call, i in at.items()
+            PlannedCall(call=call, mesh=mesh, strategy=strategy, lag=workload.graph.first_lags[call])
+            for call, (mesh, strategy) in entries.items()
         )
         cost = price(ExecutionPlan(workload=workload, cluster=cluster, calls=calls))
         left = {call: len(by_call[call]) - 1 - i for call, i in at.items()}

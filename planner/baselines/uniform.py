@@ -45,9 +45,11 @@ def symmetric(
     priced = {call: price_call(workload, call, cluster, engine, Pruned(), [shape]) for call in calls}
     rows = {call: _rows(call, table, cluster, limits) for call, table in priced.items()}
     capacity = usable_bytes(engine.on(cluster, workload.dtype), limits)
+    lags = workload.graph.first_lags
     for _, picks in sorted(_settings(workload, priced, rows, capacity), key=lambda item: item[0])[:TRIED]:
         planned = (
-            PlannedCall(call=call, mesh=cluster.whole, strategy=priced[call].strategies[i]) for call, i in picks.items()
+            PlannedCall(call=call, mesh=cluster.whole, strategy=priced[call].strategies[i], lag=lags[call])
+            for call, i in picks.items()
         )
         plan = ExecutionPlan(workload=workload, cluster=cluster, calls=tuple(planned))
         if _within(cost_plan(plan, engine), limits):
@@ -136,5 +138,6 @@ def _heuristic_plan(
             strategy = replace(strategy, micro_batches=parts, offload=call.model not in workload.graph.trainers)
         if trains:
             strategy = replace(strategy, recompute=Recompute.FULL)
-        calls.append(PlannedCall(call=call.name, mesh=cluster.whole, strategy=strategy))
+        lag = workload.graph.first_lags[call.name]
+        calls.append(PlannedCall(call=call.name, mesh=cluster.whole, strategy=strategy, lag=lag))
     return ExecutionPlan(workload=workload, cluster=cluster, calls=tuple(calls))

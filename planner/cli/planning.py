@@ -35,7 +35,7 @@ def search(
     run: Annotated[Path | None, typer.Option(help="run file to take the workload from")] = None,
     algorithm: Annotated[str | None, typer.Option(help=f"{', '.join(ALGORITHMS)} [ppo]")] = None,
     graph: Annotated[Path | None, typer.Option(help="YAML file with a graph of your own")] = None,
-    staleness: Annotated[int, typer.Option("--async", help="iterations that generation may run ahead")] = 0,
+    staleness: Annotated[int, typer.Option("--async", help="iterations that generation runs ahead, exactly")] = 0,
     batch_size: Annotated[int | None, typer.Option(help="prompts per iteration [512]")] = None,
     group_size: Annotated[int | None, typer.Option(help="samples per prompt [1]")] = None,
     prompt_tokens: Annotated[int | None, typer.Option(help="longest prompt [1024]")] = None,

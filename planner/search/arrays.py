@@ -20,6 +20,7 @@ class Tables(NamedTuple):
     call: IntArray
     edge: IntArray
     delay: FloatArray
+    turn: IntArray  # columns as in edge
     moves: FloatArray  # [layouts of trainer u, layouts of consumer v] flattened, for all v one after another
     move_row: IntArray  # [n_options(u)] where the row of each option of u begins in `moves`, at ROW_OFFSET of v
     ranked: IntArray

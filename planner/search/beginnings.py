@@ -40,7 +40,7 @@ def fastest(problem: Problem) -> Decision | None:
                     choice[c] = i
         if best == np.inf:
             return None
-    return Decision.plain(tuple(choice))
+    return problem.plain(tuple(choice))
 
 
 def anywhere(problem: Problem, draw: Callable[[int], int]) -> list[int]:

@@ -10,7 +10,7 @@ Relaxations; each can only let in more plans, so an infeasible model is a proof:
 * times are rounded down to `unit_s`;
 * a move holds the mesh of its call, not that of the trainer, and its time is the least over the places of two shapes
   (on different meshes, or on the same one where copies are shared);
-* the order of a plan and lags in {0, 1} are not asked for; |k_c| is bounded by what any plan can be brought to;
+* the order of a plan and its bounded lags are not asked for; |k_c| is bounded by what any plan can be brought to;
 * bytes are rounded down to 2^-16 of the capacity.
 """
 
@@ -107,7 +107,7 @@ def _add_calls(m: Model) -> None:
     """Shape, start and turn of every call."""
     problem = m.frame.problem
     longest = max((m.ticks(e.delay_s) for e in problem.edges), default=0)
-    turns = problem.n_calls * (3 + longest // m.period)
+    turns = problem.n_calls * (2 + problem.most_lag + longest // m.period)
     for call, shapes in enumerate(m.frame.shapes):
         picks = [m.cp.new_bool_var(f"shape{call}.{s}") for s in range(len(shapes))]
         m.cp.add_exactly_one(picks)
@@ -179,7 +179,8 @@ def _add_move_times(m: Model, u: int, v: int, seconds: FloatArray, enforced: lis
 
 
 def _add_dependencies(m: Model) -> None:
-    """Edges between starts and ends, and what every cycle of edges needs in a period."""
+    """Edges between starts and ends, weights taken before they are newer, and what every cycle of edges needs in a
+    period. Where nothing moves, a copy may have been taken before, or the weights are read where the training is."""
     for e in m.frame.problem.edges:
         if e.source == e.target:
             continue
@@ -187,6 +188,11 @@ def _add_dependencies(m: Model) -> None:
         if (e.source, e.target) not in m.frame.moves or e.distance == 0 or e.delay_s > 0:
             begin = begin + m.move[e.target]
         m.cp.add(begin >= m.end[e.source] + m.ticks(e.delay_s))
+    for e in m.frame.problem.turns:
+        moves = m.cp.new_bool_var("")
+        m.cp.add(m.move[e.source] == 0).only_enforce_if(moves.negated())
+        after = m.start[e.target] + (m.turn[e.target] + e.distance - m.turn[e.source]) * m.period
+        m.cp.add(after >= m.start[e.source] + m.move[e.source]).only_enforce_if(moves)
     for cycle in m.frame.cycles:
         distance = [m.frame.distance(u, v) for u, v in cycle]
         moves = [m.move[v] for (u, v), d in zip(cycle, distance, strict=True) if d > 0 and (u, v) in m.frame.moves]

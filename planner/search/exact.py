@@ -113,13 +113,13 @@ def decode(solver: cp_model.CpSolver, m: cyclic.Model) -> list[Decision]:
         members = m.frame.shapes[call].members[shape[call]]
         choice.append(int(members[options.first[members] == first][0]))
     start = [solver.value(m.start[c]) + solver.value(m.turn[c]) * m.period for c in range(n)]
-    decisions = [Decision.plain(tuple(choice))]
+    decisions = [problem.plain(tuple(choice))]
     for cut in {s % m.period for s in start}:
         turn = [(s - cut) // m.period for s in start]
         order = sorted(range(n), key=lambda c: ((start[c] - cut) % m.period, c))
         lag = [t - min(turn) for t in turn]
         decision = Decision(tuple(choice), tuple(order), tuple(lag))
-        if max(lag) <= 1 and schedule.is_legal(problem, decision):
+        if max(lag) <= problem.most_lag and schedule.is_legal(problem, decision):
             decisions.append(decision)
     return decisions
 

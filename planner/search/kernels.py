@@ -53,6 +53,11 @@ def is_legal(t: Tables, x: IntArray, s: Scratch) -> bool:
         ahead = x[LAG, v] + t.edge[e, DISTANCE] - x[LAG, u]
         if u != v and (ahead < 0 or (ahead == 0 and s.node[POSITION, u] >= s.node[POSITION, v])):
             return False
+    for e in range(t.turn.shape[0]):
+        u, v = t.turn[e, SOURCE], t.turn[e, TARGET]
+        ahead = x[LAG, v] + t.turn[e, DISTANCE] - x[LAG, u]
+        if ahead < 0 or (ahead == 0 and s.node[POSITION, u] >= s.node[POSITION, v]):
+            return False
     return True
 
 
@@ -214,12 +219,21 @@ def steady_period(s: Scratch, count: int, deepest: int) -> float:
 
 
 @compiled
+def most_lag(t: Tables) -> int:
+    """The largest lag of a decision, as `Problem.most_lag`."""
+    most = 1
+    for e in range(t.turn.shape[0]):
+        most = max(most, 1 - t.turn[e, DISTANCE])
+    return most
+
+
+@compiled
 def lone_latency(t: Tables, x: IntArray, s: Scratch, count: int) -> float:
     """Seconds of one iteration with nothing before it and nothing beside it; uses the first row of `ends`."""
     n, latency = x.shape[1], 0.0
     for k in range(count):
         s.ends[0, s.node[SEQUENCE, k]] = 0.0
-    for turn in range(2):
+    for turn in range(1 + most_lag(t)):
         for k in range(count):
             node = s.node[SEQUENCE, k]
             if x[LAG, node % n] != turn:
@@ -333,8 +347,8 @@ def pick_option(t: Tables, random: IntArray, x: IntArray, c: int, like: int) -> 
 
 
 @compiled
-def reorder(random: IntArray, x: IntArray, c: int) -> None:
-    """Put call c at a random place of the order and, half the time, flip its lag."""
+def reorder(random: IntArray, x: IntArray, c: int, most: int) -> None:
+    """Put call c at a random place of the order and, half the time, give it another lag of up to `most`."""
     n, k = x.shape[1], 0
     while x[ORDER, k] != c:
         k += 1
@@ -345,7 +359,7 @@ def reorder(random: IntArray, x: IntArray, c: int) -> None:
         k += step
     x[ORDER, place] = c
     if draw(random, 2) == 1:
-        x[LAG, c] = 1 - x[LAG, c]
+        x[LAG, c] = (x[LAG, c] + 1 + (draw(random, most) if most > 1 else 0)) % (most + 1)
 
 
 @compiled
@@ -354,7 +368,7 @@ def propose(t: Tables, random: IntArray, x: IntArray, rule: int) -> None:
     c, other = draw(random, x.shape[1]), draw(random, x.shape[1])
     kind = draw(random, 100 if rule == STEADY else 75)
     if kind >= 75:
-        reorder(random, x, c)
+        reorder(random, x, c, most_lag(t))
     if kind < 80:
         trades = kind < 15
         picked = pick_option(t, random, x, c, other if trades else -1)

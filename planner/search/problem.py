@@ -14,6 +14,8 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
+from plans.graph import least_lags
+
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
 
@@ -139,7 +141,8 @@ class Problem:
 
     moves: (trainer u, consumer v) -> seconds between their options. A consumer has one trainer, and a dependency on it
     that says whose version it reads; consumers of one version that hold it in the same way share a copy.
-    same_mesh: groups of calls that must have one mesh.
+    same_mesh: groups of calls that must have one mesh. turns: orders in which nobody waits: `source` of iteration
+    t - distance (0 or less) takes its weights, and may run on, before `target` of iteration t makes newer ones.
     """
 
     gpus: int
@@ -149,6 +152,7 @@ class Problem:
     edges: tuple[Dependency, ...]
     moves: Mapping[tuple[int, int], Moves] = field(default_factory=lambda: MappingProxyType({}))
     same_mesh: tuple[tuple[int, ...], ...] = ()
+    turns: tuple[Dependency, ...] = ()
 
     def __post_init__(self) -> None:
         n = len(self.names)
@@ -158,6 +162,8 @@ class Problem:
         for edge in self.edges:
             assert 0 <= edge.source < n and 0 <= edge.target < n and edge.distance >= 0 and edge.delay_s >= 0
             assert edge.distance > 0 or edge.source < edge.target, "calls are not in graph order"
+        for turn in self.turns:
+            assert 0 <= turn.source < n and 0 <= turn.target < n and turn.distance <= 0 and not turn.delay_s
         consumers = [v for _, v in self.moves]
         assert len(set(consumers)) == len(consumers), "a call reads the weights of two trainers"
         for (u, v), moves in self.moves.items():
@@ -202,6 +208,21 @@ class Problem:
         }
 
     @cached_property
+    def most_lag(self) -> int:
+        """The largest lag that a decision may have: one more than calls must run apart."""
+        return 1 - min((turn.distance for turn in self.turns), default=0)
+
+    @cached_property
+    def first_lags(self) -> tuple[int, ...]:
+        """The least lags in graph order."""
+        edges = ((e.source, e.target, e.distance) for e in (*self.edges, *self.turns))
+        return tuple(least_lags(range(self.n_calls), edges).values())
+
+    def plain(self, choice: tuple[int, ...]) -> Decision:
+        """Options in graph order with the least lags, which is always legal."""
+        return Decision(choice, tuple(range(self.n_calls)), self.first_lags)
+
+    @cached_property
     def leader(self) -> tuple[int, ...]:
         """For each call the first one of those that must have its mesh (most often itself)."""
         group_of = {call: group for group in self.same_mesh for call in group}
@@ -225,18 +246,14 @@ class Problem:
             edges=self.edges,
             moves={(u, v): moves.take(keep[u], keep[v]) for (u, v), moves in self.moves.items()},
             same_mesh=self.same_mesh,
+            turns=self.turns,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """One plan: option index per call, the order of the calls in a period, and the lag (0 or 1) of each call."""
+    """One plan: option index per call, the order of the calls in a period, and the lag of each call."""
 
     choice: tuple[int, ...]
     order: tuple[int, ...]
     lag: tuple[int, ...]
-
-    @classmethod
-    def plain(cls, choice: tuple[int, ...]) -> Decision:
-        """Graph order and no lag, which is always legal."""
-        return cls(choice, tuple(range(len(choice))), (0,) * len(choice))

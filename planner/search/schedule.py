@@ -6,7 +6,9 @@ GPUs of the trainer's and of the call's mesh are free and the trainer's version 
 that read the same version with equal lags, meshes and layouts share a copy, which the first of them makes. A call
 starts when the GPUs of its mesh are free and every source of an edge into it has ended (edges from iterations before
 the first are met). An order and lags are legal when every edge u -> v has (lag[u] - distance, position[u]) before
-(lag[v], position[v]); edges from a call to itself always hold. Calls that must share a mesh do.
+(lag[v], position[v]); edges from a call to itself always hold. So it is with *turns*, for which nothing waits: a call
+takes the weights that it should read before a training makes newer ones, exactly as many iterations old as its edge
+says. Calls that must share a mesh do.
 
 The period is the growth of the ends per period in the long run, the latency the time of one iteration alone. A GPU's
 memory is the resident bytes of all calls on it and the largest transient bytes of one of them.
@@ -102,6 +104,7 @@ def tables(problem: Problem) -> Tables:
         call=_call_rows(problem, offset),
         edge=np.array([(e.source, e.target, e.distance) for e in edges], np.int64).reshape(-1, 3),
         delay=np.array([e.delay_s for e in edges], np.float64),
+        turn=np.array([(e.source, e.target, e.distance) for e in problem.turns], np.int64).reshape(-1, 3),
         moves=moves,
         move_row=move_row,
         ranked=np.stack([by_mesh[0], by_layout[0]]),
@@ -114,7 +117,7 @@ def scratch(t: Tables) -> Scratch:
     """Working arrays for one thread."""
     n = len(t.call)
     waits = 2 * n + len(t.edge)
-    deepest = 2 + int(t.edge[:, kernels.DISTANCE].max(initial=0))
+    deepest = 2 - int(t.turn[:, kernels.DISTANCE].min(initial=0)) + int(t.edge[:, kernels.DISTANCE].max(initial=0))
     return Scratch(
         node=np.zeros((5, 2 * n), np.int64),
         wait=np.zeros((2 * n, waits, 2), np.int64),
@@ -143,7 +146,7 @@ def compile_kernels() -> None:
         first=0 * whole, width=whole, time_s=part, resident_bytes=part, transient_bytes=part, layout=0 * whole
     )
     problem = Problem(gpus=1, capacity_bytes=2.0, names=("",), options=(options,), edges=())
-    evaluate(tables(problem), Decision.plain((0,)))
+    evaluate(tables(problem), problem.plain((0,)))
 
 
 def is_legal(problem: Problem, decision: Decision) -> bool:
@@ -152,7 +155,7 @@ def is_legal(problem: Problem, decision: Decision) -> bool:
     lag = decision.lag
     in_order = sorted(decision.order) == list(range(problem.n_calls)) and all(
         (lag[e.source] - e.distance, position[e.source]) < (lag[e.target], position[e.target])
-        for e in problem.edges
+        for e in (*problem.edges, *problem.turns)
         if e.source != e.target
     )
     return in_order and problem.keeps_meshes(decision.choice)
@@ -173,4 +176,5 @@ def cost(problem: Problem, decision: Decision) -> Cost:
 
 def readiness_makespan(t: Tables, choice: tuple[int, ...]) -> float:
     """Seconds of five iterations in which ready calls start in order of readiness."""
-    return float(_measured(t, Decision.plain(choice), kernels.READINESS)[kernels.PERIOD])
+    in_order = Decision(choice, tuple(range(len(choice))), (0,) * len(choice))
+    return float(_measured(t, in_order, kernels.READINESS)[kernels.PERIOD])

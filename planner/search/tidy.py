@@ -54,16 +54,16 @@ def _in_order(problem: Problem, tables: Tables, decision: Decision) -> Decision:
         return schedule.evaluate(tables, candidate).objective_s
 
     best = objective(decision) * (1 + TOLERANCE)
-    plain = Decision.plain(decision.choice)
+    plain = problem.plain(decision.choice)
     if objective(plain) <= best:
         return plain
     for call, lag in enumerate(decision.lag):
-        if not lag:
-            continue
-        lags = tuple(0 if i == call else other for i, other in enumerate(decision.lag))
-        candidate = replace(decision, lag=lags)
-        if schedule.is_legal(problem, candidate) and objective(candidate) <= best:
-            decision = candidate
+        for less in range(lag):
+            lags = tuple(less if i == call else other for i, other in enumerate(decision.lag))
+            candidate = replace(decision, lag=lags)
+            if schedule.is_legal(problem, candidate) and objective(candidate) <= best:
+                decision = candidate
+                break
     in_order = replace(decision, order=tuple(range(problem.n_calls)))
     if schedule.is_legal(problem, in_order) and objective(in_order) <= best:
         return in_order

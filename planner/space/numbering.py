@@ -11,6 +11,7 @@ from cost_models.engines.machine import Machine
 from cost_models.reallocation import reallocation_matrix
 from planner.search.problem import Dependency, Moves, Options, Problem
 from plans.cluster import ClusterSpec, DeviceMesh
+from plans.graph import Edge
 from plans.layout import Layout
 from plans.model import ModelSpec
 from plans.strategy import ParallelStrategy
@@ -37,7 +38,8 @@ def problem_of(
         capacity_bytes=capacity_bytes,
         names=names,
         options=tuple(options[name] for name in names),
-        edges=_dependencies(workload, names),
+        edges=_dependencies(names, workload.graph.model_edges),
+        turns=_dependencies(names, workload.graph.version_ends),
         moves=_moves(workload, machine, layouts),
         same_mesh=tuple(tuple(names.index(call) for call in group) for group in _joined(same_mesh)),
     )
@@ -79,9 +81,9 @@ def _joined(groups: Sequence[Sequence[str]]) -> list[list[str]]:
     return joined
 
 
-def _dependencies(workload: Workload, names: tuple[str, ...]) -> tuple[Dependency, ...]:
+def _dependencies(names: tuple[str, ...], edges: Sequence[Edge]) -> tuple[Dependency, ...]:
     at = {name: i for i, name in enumerate(names)}
-    return tuple(Dependency(at[e.source], at[e.target], e.distance) for e in workload.graph.model_edges)
+    return tuple(Dependency(at[e.source], at[e.target], e.distance) for e in edges)
 
 
 def _moves(

@@ -51,7 +51,7 @@ def program_words(plan: ExecutionPlan) -> Iterator[str]:
         yield f"rank{'s' if len(ranks) > 1 else ''} {ranges(ranks)}" + ("" if steps else ": idle")
         for step in steps:
             kind = f" ({plan.workload.graph.call(step.subject).kind})" if step.kind is StepKind.CALL else ""
-            lag = f"  one period later (lag {step.lag})" if step.lag else ""
+            lag = f"  {step.lag} period{'s' * (step.lag > 1)} later" if step.lag else ""
             yield f"  {step.name + kind:<44}{figures[step.name]}{lag}".rstrip()
 
 

@@ -25,11 +25,11 @@ def test_cost_equals_play_on_gpus(problem: Problem, data: st.DataObject) -> None
     n = problem.n_calls
     choice = tuple(data.draw(st.integers(0, len(o) - 1)) for o in problem.options)
     order = tuple(data.draw(st.permutations(range(n))))
-    lag = tuple(data.draw(st.integers(0, 1)) for _ in range(n))
+    lag = tuple(data.draw(st.integers(0, problem.most_lag)) for _ in range(n))
     decision = Decision(choice, order, lag)
     legal = is_legal(problem, decision)
     assert schedule.is_legal(problem, decision) == legal
-    decision = decision if legal else Decision.plain(choice)
+    decision = decision if legal else problem.plain(choice)
     cost = schedule.evaluate(schedule.tables(problem), decision)
     assert cost.period_s == pytest.approx(period_s(problem, decision), abs=1e-9)
     assert cost.latency_s == pytest.approx(latency_s(problem, decision), abs=1e-9)
@@ -53,7 +53,8 @@ def test_calls_on_disjoint_meshes_overlap_across_iterations() -> None:
     table = random_table(np.random.default_rng(0))
     table |= {"n_nodes": 1, "calls": [call("a", "m", "inference"), call("b", "n", "inference")], "edges": [["a", "b"]]}
     table["options"] = {"a": [[0, 4, 1, 4, 1, 3_000_000, 1, 0]], "b": [[4, 4, 1, 4, 1, 5_000_000, 1, 0]]}
-    cost = schedule.evaluate(schedule.tables(tables.problem_of(table)), Decision.plain((0, 0)))
+    problem = tables.problem_of(table)
+    cost = schedule.evaluate(schedule.tables(problem), problem.plain((0, 0)))
     assert (cost.period_s, cost.latency_s) == (5.0, 8.0)
 
 

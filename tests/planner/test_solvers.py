@@ -211,7 +211,7 @@ def test_a_resumed_walk_goes_on_where_it_stopped() -> None:
 
 
 def test_a_decision_in_graph_order_is_legal() -> None:
-    assert schedule.is_legal(table_problem(), Decision.plain((0,) * 5))
+    assert schedule.is_legal(table_problem(), table_problem().plain((0,) * 5))
 
 
 @pytest.mark.skipif(not hasattr(kernels.metropolis, "py_func"), reason="numba is not there or not enabled")

@@ -207,7 +207,7 @@ def test_a_cluster_has_a_largest_size(plan: ExecutionPlan) -> None:
     [
         ({"micro_batches": 0}, "micro_batches is 0; it must be at least 1", '"micro_batches": 1'),
         ({"lag": -1}, "lag is -1; it must be at least 0", '"lag": 0'),
-        ({"lag": 2}, "lag is 2; it must be at most 1", '"lag": 1'),
+        ({"lag": 66}, "lag is 66; it must be at most 65", '"lag": 65'),
         ({"waves": 10**400}, "waves is a number of some 400 digits; it must be at most 1,000,000", '"waves": 1000000'),
         ({"groups": 0.5}, "groups is 0.5; it must be a whole number", '"groups": 1'),
         ({"offload": "x" * 300}, 'offload is "xxxxxxxxxxxxxxxxxxxxxxx...xxxxxxx"; it must be true or false', "true"),

@@ -13,7 +13,7 @@ from plans.algorithms import ALGORITHMS, Variant, algorithm_graph
 from plans.checks import check_plan
 from plans.cluster import parse_mesh
 from plans.codec import dump_plan, read_plan
-from plans.errors import SpecError
+from plans.errors import PlanError, SpecError
 from plans.graph import Call, CallKind, DataflowGraph, Edge
 from plans.graphfile import load_graph
 from plans.library import load_cluster, load_model
@@ -157,3 +157,21 @@ def test_staleness_lets_training_lag(plan: ExecutionPlan) -> None:
     assert check_plan(again) == []
     read, problems = read_plan(dump_plan(again))
     assert problems == [] and read == again
+
+
+def test_stale_weights_are_exactly_as_old_as_the_graph_says(plan: ExecutionPlan) -> None:
+    """Lags by which generation would read newer weights, or older ones, are refused by the rule and by the program."""
+    graph = replace(plan.workload.graph, staleness=1)
+    stale = replace(plan, workload=replace(plan.workload, graph=graph))
+
+    def lagging(lag: int) -> ExecutionPlan:
+        return replace(stale, calls=tuple(replace(c, lag=lag * (c.call == "actor_train")) for c in stale.calls))
+
+    (early,) = check_plan(lagging(0))
+    assert early.rule == "lag" and "newer weights than `actor_generate` of the iteration after" in early.message
+    assert early.hint == "lag 1 for `actor_train`"
+    assert check_plan(lagging(1)) == [] and graph.first_lags["actor_train"] == 1
+    said = {0: "after 1 trainings; its graph says after 0", 3: "after 0 trainings; its graph says after 1"}
+    for lag, words in said.items():
+        with pytest.raises(PlanError, match=words):
+            compile_program(lagging(lag))

@@ -240,6 +240,35 @@ def test_reward_model_groups_and_recomputed_logprobs(tmp_path: Path) -> None:
     assert outcomes[0][0][0]["critic/score/max"] > outcomes[0][0][0]["critic/score/min"]
 
 
+AHEAD = {  # the actor trains two periods late, before the generation that it must not feed
+    "actor_generate": ("node 0 gpu 0", "d1 t1 p1"),
+    "ref_infer": ("node 0 gpu 1", "d1 t1 p1"),
+    "critic_infer": ("node 0 gpu 1", "d1 t1 p1", {"lag": 1}),
+    "actor_train": ("node 0 gpu 1", "d1 t1 p1", {"lag": 2}),
+    "critic_train": ("node 0", "d2 t1 p1", {"lag": 1}),
+}
+
+
+def test_generation_runs_ahead_by_exactly_what_the_graph_says(tmp_path: Path) -> None:
+    """Whatever the layouts, the first two iterations come from the weights that the run began with."""
+
+    def outcome(name: str, plan: ExecutionPlan, lr: float = 3e-4) -> Outcome:
+        return execute(plan, tiny_run(tmp_path / name, actor={"lr": lr}), tmp_path / name)
+
+    alone = tiny_plan(1, "d1 t1 p1", staleness=1)
+    wanted = outcome("alone", alone)
+    order = ("actor_train", "actor_generate", "ref_infer", "critic_infer", "critic_train")
+    for number, plan in enumerate(
+        [tiny_plan(2, AHEAD, order=order, staleness=1), tiny_plan(2, "d1 t2 p1", staleness=1)]
+    ):
+        compare(outcome(str(number), plan), wanted, samples=3 * 8)
+    still, fresh = outcome("still", alone, lr=0.0)[1], outcome("fresh", tiny_plan(1, "d1 t1 p1"))[1]
+    for iteration, (as_still, as_fresh) in enumerate([(True, True), (True, False), (False, False)]):
+        rows = [(iteration, row) for row in range(8)]
+        assert all(wanted[1][key] == still[key] for key in rows) == as_still, iteration
+        assert all(wanted[1][key] == fresh[key] for key in rows) == as_fresh, iteration
+
+
 def test_the_reference_run_moves(alone: Outcome) -> None:
     first, last = alone[0][0], alone[0][-1]
     assert first["actor/grad_norm"] > 0 and first["critic/vf_loss"] > 0
