@@ -1,78 +1,102 @@
 """Which wrong formulas the tests let pass: a seeded sample of mutants of some folders, each against the tests that
-cover its line, in a copy of the tree.
+run its line, in a copy of the tree.
 
-    scripts/mutate.sh cost_models/time --mutants 150 --seed 0
+    scripts/mutate.sh cost_models/time cost_models/memory plans planner/search --mutants 150 --seed 0
 
-Cosmic Ray makes the mutants: another number, operator or comparison at one place. One that dies without the ledger
-(`--ledger`) dies with it too; the others meet it next. Nothing decides which survivors are equivalent: they are
-printed.
+Cosmic Ray makes the mutants: another number, operator or comparison at one place. The tests run once under coverage;
+a mutant then meets the tests of its line, the quickest first, in a forked child, until one fails: those beside the
+ledger first, the ledger next. Survivors that are held to be equivalent stand with their reasons in
+`scripts/mutation/equivalent.yaml`; `--report` writes what was found beside them.
 Needs `pip install -e ".[mutation]"`; not a part of the CI.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
-import random
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import cosmic_ray.plugins
-from cosmic_ray.ast import ast_nodes, get_ast_from_path
-from cosmic_ray.mutating import mutate_and_test
-from cosmic_ray.work_item import MutationSpec, TestOutcome
-from coverage import CoverageData
+import yaml
+from mutation import forks
+from mutation.mutants import Mutant, sample
 
 ROOT = Path(__file__).resolve().parent.parent
+EQUIVALENT = Path(__file__).resolve().parent / "mutation" / "equivalent.yaml"
 LEDGER = "tests/cost_models/test_ledger.py"
-ARITHMETIC = ("Add", "Sub", "Mul", "Div", "FloorDiv", "Mod", "Pow")
-BATCH = 200
-"""Test names in one call of pytest: more would not fit a command line."""
+TIERS_S = (0.3, 3.0)
+"""Seconds of the tests that a child collects first, and next: most mutants die by the first."""
 
 
 @dataclass(frozen=True)
-class Mutant:
-    """A change at one place, and the source line that it changes."""
+class Verdict:
+    """A mutant and the test that fails on it, "" where none does; `tests`: how many ran or would have run."""
 
-    spec: MutationSpec
-    line: str
+    mutant: Mutant
+    killer: str
+    tests: int
 
     @property
-    def words(self) -> str:
-        """Where, what and on which line."""
-        row, column = self.spec.start_pos
-        kind = self.spec.operator_name.removeprefix("core/").removeprefix("Replace")
-        return f"{self.spec.module_path}:{row}:{column} {kind} #{self.spec.occurrence}: {self.line.strip()}"
+    def by_ledger(self) -> bool:
+        """Whether only the ledger sees it."""
+        return self.killer.startswith(LEDGER)
 
 
-def wanted(operator: str) -> bool:
-    """Operators that make another formula: no bitwise arithmetic (it fails by type), no decorators and exceptions."""
-    name = operator.removeprefix("core/")
-    if name.startswith("ReplaceBinaryOperator_"):
-        return all(part in ARITHMETIC for part in name.split("_")[1:])
-    return name.startswith(
-        ("ReplaceComparisonOperator", "NumberReplacer", "AddNot", "ReplaceAndWithOr", "ReplaceOrWithAnd")
-    )
+@dataclass(frozen=True)
+class Judge:
+    """What decides on a mutant: the tests measured, those that killed it the last time, and the bounds of one try."""
 
+    measured: forks.Measured
+    last: dict[str, str]
+    budget_s: float
+    limit_s: float
 
-def mutants_of(file: Path) -> Iterator[Mutant]:
-    """Every mutant of a file, in a fixed order."""
-    tree, lines = get_ast_from_path(file), file.read_text().splitlines()
-    for name in sorted(filter(wanted, cosmic_ray.plugins.operator_names())):
-        kind = cosmic_ray.plugins.get_operator(name)
-        if kind.arguments():
-            continue
-        operator = kind()
-        places = [place for node in ast_nodes(tree) for place in operator.mutation_positions(node)]
-        for occurrence, (start, end) in enumerate(places):
-            yield Mutant(MutationSpec(file, name, occurrence, start, end), lines[start[0] - 1])
+    def covering(self, mutant: Mutant) -> list[str]:
+        """Tests that run the mutant's line, the quickest first; of a line that runs at import, those of its file."""
+        place = mutant.place
+        lines = self.measured.lines.get(place.file, {})
+        here = {name for row in range(place.first_line, place.last_line + 1) for name in lines.get(str(row), ())}
+        if "" in here:
+            here |= {name for names in lines.values() for name in names}
+            here = here if here != {""} else set(self.measured.seconds)
+        usable = here & set(self.measured.seconds) - set(self.measured.failing)
+        return sorted(usable, key=lambda name: (self.measured.seconds[name], name))
+
+    def batches(self, mutant: Mutant, tests: list[str]) -> list[list[str]]:
+        """The last killer alone, some quick tests, and more up to the budget."""
+        last = self.last.get(mutant.name, "")
+        spent = 0.0
+        batches: list[list[str]] = [[name for name in tests if name == last], *([] for _ in TIERS_S), []]
+        for name in tests:
+            spent += self.measured.seconds[name]
+            if spent > self.budget_s and any(batches):
+                break
+            if name != last:
+                batches[1 + sum(spent > limit for limit in TIERS_S)].append(name)
+        return batches
+
+    def judge(self, mutant: Mutant) -> Verdict:
+        """Try the tests beside the ledger, then the ledger."""
+        tests = self.covering(mutant)
+        ledger = [name for name in tests if name.startswith(LEDGER)]
+        text, killer = mutant.place.source(), ""
+        # Compiled code is kept on disk by the file's date, which a mutant does not change.
+        interpreted = "planner.search.compiled" in text
+        for group in ([name for name in tests if name not in ledger], ledger):
+            if group and not killer:
+                killer = forks.first_failure(
+                    mutant.place.file, text, self.batches(mutant, group), limit_s=self.limit_s,
+                    processor_s=int(2 * self.budget_s + 30), interpreted=interpreted,
+                )  # fmt: skip
+                if killer == "hang or crash" and group is ledger:
+                    killer = f"{LEDGER} ({killer})"
+        return Verdict(mutant, killer, len(tests))
 
 
 def copied_tree() -> Path:
@@ -86,92 +110,109 @@ def copied_tree() -> Path:
     return target
 
 
-def measured(packages: list[str], tests: list[str]) -> tuple[CoverageData, frozenset[str]]:
-    """Which test runs which line, and the tests that fail without a mutant (measuring makes a test of speed slow)."""
-    options = [*(f"--cov={name.replace('/', '.')}" for name in packages), "--cov-context=test", "--cov-report="]
-    command = [sys.executable, "-m", "pytest", *tests, *options, "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider"]
-    said = subprocess.run(command, capture_output=True, text=True)
-    if said.returncode not in (0, 1):
-        raise SystemExit(f"error: the tests did not run\n{said.stdout}{said.stderr}")
-    data = CoverageData(".coverage")
-    data.read()
-    return data, frozenset(re.findall(r"^(?:FAILED|ERROR) (\S+)", said.stdout, re.MULTILINE))
+def equivalents() -> dict[str, str]:
+    """Mutants that no test can kill, and why."""
+    listed = yaml.safe_load(EQUIVALENT.read_text()) if EQUIVALENT.exists() else []
+    return {name: entry["why"] for entry in listed or [] for name in entry["mutants"]}
 
 
-def covering(data: CoverageData, mutant: Mutant) -> list[str]:
-    """Tests that run the mutant's line; of a line that runs at import, the tests that run any line of the file."""
-    by_line = data.contexts_by_lineno(str(mutant.spec.module_path.resolve()))
-    rows = range(mutant.spec.start_pos[0], mutant.spec.end_pos[0] + 1)
-    here = {context for row in rows for context in by_line.get(row, ())}
-    if "" in here:
-        here |= {context for contexts in by_line.values() for context in contexts}
-    return sorted({context.rpartition("|")[0] for context in here if context})
+def summary(folder: str, total: int, verdicts: Sequence[Verdict], reasons: dict[str, str]) -> str:
+    """A row of the report's table."""
+    same = [v for v in verdicts if not v.killer and v.mutant.name in reasons]
+    rest = len(verdicts) - len(same)
+    killed = sum(bool(v.killer) for v in verdicts)
+    alone = sum(bool(v.killer) and not v.by_ledger for v in verdicts)
+    shares = " | ".join(f"{n} ({n / max(rest, 1):.1%})" for n in (alone, killed))
+    return f"| `{folder}` | {total} | {len(verdicts)} | {len(same)} | {shares} | {rest - killed} |"
 
 
-def dies(mutant: Mutant, tests: list[str], limit_s: float) -> bool:
-    """Whether one of the tests fails on the mutant. The hand calculations go first, they are quick."""
-    ordered = sorted(tests, key=lambda name: ("references" not in name, name))
-    for first in range(0, len(ordered), BATCH):
-        names = " ".join(f'"{name}"' for name in ordered[first : first + BATCH])
-        command = f"{sys.executable} -m pytest -x -q -p no:cacheprovider {names}"
-        if mutate_and_test([mutant.spec], command, limit_s).test_outcome is not TestOutcome.SURVIVED:
-            return True
-    return False
+def report(rows: Sequence[str], survivors: Sequence[Verdict], reasons: dict[str, str], seed: int) -> str:
+    """The page about the last run."""
+    head = ("| folder | mutants | sampled | equivalent | killed without the ledger | with it | survivors |",
+            "| --- | --- | --- | --- | --- | --- | --- |")  # fmt: skip
+    lines = ["# Mutants", "", f"Written by `scripts/mutate.sh --seed {seed} --report`. Shares are of those that are",
+             "not equivalent; `equivalent.yaml` gives the reasons.", "", *head, *rows]  # fmt: skip
+    for title, wanted in (("Survivors", False), ("Held to be equivalent", True)):
+        chosen = [v.mutant.name for v in survivors if (v.mutant.name in reasons) is wanted]
+        lines += ["", f"## {title}", ""]
+        lines += [f"* `{name}`" + (f"\n  {reasons[name]}" if wanted else "") for name in chosen] or ["None."]
+    return "\n".join(lines) + "\n"
 
 
-def run(options: argparse.Namespace) -> None:
-    """Sample, judge and print."""
-    files = [f for name in options.packages for f in sorted(Path(name).rglob("*.py"))]
-    every = [mutant for file in files for mutant in mutants_of(file)]
-    sample = random.Random(options.seed).sample(every, min(options.mutants, len(every)))
-    data, failing = measured(options.packages, options.tests)
-    for name in sorted(failing):
-        print(f"left out, it fails without a mutant: {name}")
-    began = time.monotonic()
-    killed, by_ledger, survivors = 0, 0, []
-    for done, mutant in enumerate(sample):
-        if time.monotonic() - began > 60 * options.minutes:
-            print(f"out of time after {done} of {len(sample)} mutants")
-            sample = sample[:done]
+def doubted(judge: Judge, verdicts: Sequence[Verdict]) -> list[str]:
+    """Tests that killed and fail without a mutant as well, each tried once."""
+    killers = sorted({v.killer for v in verdicts} & set(judge.measured.seconds))
+    found = []
+    while killers:
+        name = forks.first_failure("unchanged.py", "", [killers], processor_s=3600, limit_s=3600, interpreted=False)
+        if not name:
             break
-        tests = [name for name in covering(data, mutant) if name not in failing]
-        ledger = [name for name in tests if name.startswith(options.ledger)]
-        if dies(mutant, [name for name in tests if name not in ledger], options.limit):
-            killed += 1
-            verdict = "killed"
-        elif dies(mutant, ledger, options.limit):
-            by_ledger += 1
-            verdict = "killed by the ledger alone"
-        else:
-            verdict = "survived" if tests else "survived: no test runs the line"
-        if verdict != "killed":
-            survivors.append(f"{verdict}: {mutant.words}")
-        print(f"{done + 1:4} {verdict}: {mutant.words}", flush=True)
-    print(f"\n{len(sample)} of {len(every)} mutants of {', '.join(options.packages)}, seed {options.seed}")
-    print(f"killed without the ledger: {killed} ({killed / max(len(sample), 1):.0%})")
-    print(f"killed with the ledger: {killed + by_ledger} ({(killed + by_ledger) / max(len(sample), 1):.0%})")
-    print("\n".join(survivors))
+        found.append(name)
+        killers = [other for other in killers if other != name] if name in killers else []
+    return found
+
+
+def run(options: argparse.Namespace) -> str:
+    """Sample, judge and say what was found."""
+    if options.measured and options.measured.exists():
+        seen = forks.Measured(**json.loads(options.measured.read_text()))
+    else:
+        seen = forks.measured(options.tests, options.folders, 7200)
+        if options.measured:
+            options.measured.write_text(json.dumps(vars(seen)))
+    print(f"{len(seen.seconds)} tests, {sum(seen.seconds.values()):.0f} s; left out, they fail: {seen.failing}")
+    forks.preload(seen.modules)
+    last = json.loads(options.results.read_text()) if options.results and options.results.exists() else {}
+    judge = Judge(seen, last, options.budget, options.limit)
+    reasons, rows, verdicts = equivalents(), [], []
+    for folder in options.folders:
+        drawn, total = sample(sorted(map(str, Path(folder).rglob("*.py"))), options.mutants, options.seed)
+        here = []
+        for mutant in drawn:
+            here.append(judge.judge(mutant))
+            last[mutant.name] = here[-1].killer
+            if options.results:
+                options.results.write_text(json.dumps(last, indent=0))
+            said = here[-1].killer or f"SURVIVED {here[-1].tests} tests"
+            print(f"{len(here):4} {said} <- {mutant.name}", flush=True)
+        rows.append(summary(folder, total, here, reasons))
+        verdicts += here
+        print(rows[-1], flush=True)
+    for name in doubted(judge, verdicts):
+        print(f"doubtful, it fails without a mutant: {name}")
+    return report(rows, [v for v in verdicts if not v.killer], reasons, options.seed)
+
+
+def parsed() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", help="folders to mutate, such as cost_models/time")
+    parser.add_argument("--mutants", type=int, default=150, help="size of the sample of each folder")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tests", nargs="+", default=["tests/plans", "tests/cost_models", "tests/planner"])
+    parser.add_argument("--budget", type=float, default=20.0, help="seconds of tests that one mutant meets at most")
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds until a mutant counts as a hang, a kill")
+    parser.add_argument("--measured", type=Path, help="file that keeps which test runs which line, for the next run")
+    parser.add_argument("--results", type=Path, help="file that keeps which test killed which mutant, to try it first")
+    parser.add_argument("--report", type=Path, help="file to write what was found to")
+    options = parser.parse_args()
+    for name in ("measured", "results", "report"):
+        if getattr(options, name):
+            setattr(options, name, getattr(options, name).resolve())
+    return options
 
 
 def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("packages", nargs="+", help="folders to mutate, such as cost_models/time")
-    parser.add_argument("--mutants", type=int, default=150, help="size of the sample")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tests", nargs="+", default=["tests/cost_models"], help="tests that may cover the lines")
-    parser.add_argument("--ledger", default=LEDGER, help="the test that is left out first")
-    parser.add_argument(
-        "--limit", type=float, default=300.0, help="seconds of one run of tests; a longer one is a kill"
-    )
-    parser.add_argument("--minutes", type=float, default=120.0, help="of judging, after which the sample ends")
-    options = parser.parse_args()
-    os.environ["PYTHONPATH"], os.environ["PYTHONDONTWRITEBYTECODE"] = "", "1"
-    tree = copied_tree()
+    """Work in a copy of the tree."""
+    options, tree = parsed(), copied_tree()
+    os.environ["PYTHONPATH"] = str(tree)
+    sys.path.insert(0, str(tree))
     try:
         os.chdir(tree)
-        os.environ["PYTHONPATH"] = str(tree)
-        run(options)
+        said = run(options)
+        print(said)
+        if options.report:
+            options.report.write_text(said)
     finally:
         os.chdir(ROOT)
         shutil.rmtree(tree)

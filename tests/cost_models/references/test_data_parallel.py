@@ -112,6 +112,18 @@ def test_adam_updates_a_rank_s_shard() -> None:
     assert term(sharded, "optimizer", dp=8, shard_optimizer=False) == close(30 * PARAMS / 8)
 
 
+def test_shards_need_not_be_whole() -> None:
+    """A model so small that a part of a parameter counts: 40 ranks have the same."""
+    tiny = replace(DENSE, layers=2, hidden=3, heads=1, kv_heads=1, head_dim=5, ffn=7, vocab=11)
+    block = 3 * 3 * 5 + 5 * 3 + 3 * 3 * 7 + 2 * 3
+    params = 2 * block + 2 * tiny.padded_vocab * 3
+    at = memory(optimizer_bytes=30)
+    assert params % 40 and params % (2 * 40)
+    assert term(at, "optimizer", tiny, dp=40) == pytest.approx(30 * params / 40)
+    assert term(at, "optimizer", tiny, dp=20, pp=2) == pytest.approx(30 * (params - tiny.padded_vocab * 3 - block) / 20)
+    assert term(network(), "parameter_gather", tiny, dp=40) == pytest.approx(FAR * 39 / 40 * 2 * params)
+
+
 def test_zero_3_gathers_a_layer_twice_and_scatters_its_gradient_in_every_micro_batch() -> None:
     at = network(shards_weights=True, gradient_bytes=2)
     found = term(at, "weight_gather", dp=4, tp=2, micro_batches=4)

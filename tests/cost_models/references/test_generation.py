@@ -160,6 +160,33 @@ def test_prompts_pass_forward_once_in_groups(settings: dict[str, int], passes: i
     assert seconds == pytest.approx(passes * 1.0 + (LAYERS * layer + head) * 1e-9)
 
 
+@pytest.mark.parametrize(
+    ("responses", "burst", "passes"),
+    [
+        (Lengths(1024, 256), 64, 2 + 32),  # 8 waves of 256 steps in bursts of 64: some newcomers in each
+        (Lengths(1024, 256), 16, 2 + 56),  # more bursts than newcomers: one pass for each
+        (Lengths(1024, 256), 5000, 2 + 1),  # they come together
+        (Lengths(1024), 64, 2 + 2 * 7),  # all end at once: seven more waves of two passes
+    ],
+)
+def test_newcomers_join_between_bursts(responses: Lengths, burst: float, passes: int) -> None:
+    """64 prompts of 512 tokens, eight in flight: two passes of 2,048 tokens begin, 56 prompts come later."""
+    constants = {"prefill_tokens": 2048.0, "burst_steps": float(burst), "micro_batch_s": 1.0}
+    work = replace(WORK, responses=responses)
+    terms = generation_time(machine(TextbookKernels(), **constants), work, layout(dp=1, slots=8))
+    assert terms["prefill"] == pytest.approx(passes)
+    flops = generation_time(compute(**constants), work, layout(dp=1, slots=8))["prefill"] - passes
+    layer = 2 * 64 * 512 * BLOCK + 2 * 64 * 512 * 512 * 12 * 128
+    assert nanoseconds(flops) == pytest.approx(LAYERS * layer + 2 * 64 * 1536 * 32_000, rel=1e-6)
+
+
+def test_a_second_wave_of_equal_responses_is_one_more_round_of_passes() -> None:
+    """Twelve prompts, eight in flight, one pass: half a wave more is one pass, not none."""
+    at = machine(TextbookKernels(), prefill_tokens=4096.0, burst_steps=64.0, micro_batch_s=1.0)
+    work = replace(WORK, samples=12)
+    assert generation_time(at, work, layout(dp=1, slots=8))["prefill"] == pytest.approx(2.0)
+
+
 def test_a_response_of_one_token_needs_no_step() -> None:
     terms = generation_time(network(), replace(WORK, responses=Lengths(1)), layout(dp=2, tp=4))
     assert np.all(terms["decode_tensor_parallel"] == 0)
