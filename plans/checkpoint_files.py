@@ -14,6 +14,7 @@ since. Light: `realplan check` reads it without torch.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -120,9 +121,9 @@ def step_folder(folder: Path, iteration: int) -> Path:
 
 def steps_in(folder: Path) -> list[Path]:
     """The checkpoints of a folder by name, the newest first."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return []
-    numbers = (path.name.removeprefix(_PREFIX) for path in folder.glob(f"{_PREFIX}*") if path.is_dir())
+    numbers = (path.name.removeprefix(_PREFIX) for path in folder.glob(f"{_PREFIX}*") if os.path.isdir(path))
     return [
         step_folder(folder, n) for n in sorted((int(n) for n in numbers if n.isascii() and n.isdigit()), reverse=True)
     ]
@@ -164,7 +165,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     index = _read_index(folder)
     for name, seal in index.files.items():
         path = folder / name
-        if Path(name).name != name or not path.is_file() or path.is_symlink():
+        if Path(name).name != name or not os.path.isfile(path) or path.is_symlink():
             raise _refused(folder, f"`{name}` is missing")
         if path.stat().st_size != seal.bytes:
             raise _refused(folder, f"`{name}` has {path.stat().st_size:,} bytes, not {seal.bytes:,}")
@@ -197,7 +198,7 @@ def verify_files(checkpoint: Checkpoint) -> None:
 def find_usable(place: Path, plan: ExecutionPlan) -> tuple[Checkpoint | None, list[str]]:
     """The checkpoint that a place means for a plan: itself, or the newest usable one of a folder of checkpoints or of a
     run's output; why newer ones were refused. Raises CheckpointError where there are some and none can be used."""
-    if (place / INDEX).is_file() or place.name.startswith(_PREFIX):
+    if os.path.isfile(place / INDEX) or place.name.startswith(_PREFIX):
         return usable(place, plan), []
     found, refusals = newest_usable(place if steps_in(place) else place / CHECKPOINTS, plan)
     if found is None and refusals:
@@ -246,7 +247,7 @@ def takeover_problems(checkpoint: Checkpoint, plan: ExecutionPlan) -> list[str]:
 
 def _read_index(folder: Path) -> CheckpointIndex:
     hint = f"a folder {_PREFIX}N that a run has written"
-    if not (folder / INDEX).is_file():
+    if not os.path.isfile(folder / INDEX):
         raise _refused(folder, f"`{INDEX}` is missing")
     try:
         text = read_text(folder / INDEX, CheckpointError, "checkpoint", hint, MOST_INDEX_BYTES)
@@ -265,7 +266,9 @@ def _read_index(folder: Path) -> CheckpointIndex:
 
 
 def _refused(folder: Path, why: str) -> CheckpointError:
-    return CheckpointError(f"checkpoint `{folder}` cannot be used: {why}")
+    return CheckpointError(
+        f"checkpoint `{folder}` cannot be used: {why}", "another checkpoint, or a copy that is whole"
+    )
 
 
 def _listed(names: Iterable[str]) -> str:

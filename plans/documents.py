@@ -215,8 +215,10 @@ class Yaml:
 def parse_yaml(text: str) -> Yaml:
     """The data of a YAML text. Raises BadText, located, for bad syntax, tags, keys that are not texts or are given
     twice, numbers without end, and aliases that unfold to more than `MOST_VALUES` values."""
-    if _depth(text) > DEEPEST:
-        raise BadText(Problem("yaml", f"brackets stand more than {DEEPEST} deep", f"at most {DEEPEST}"))
+    deep = _too_deep(text)
+    if deep is not None:
+        problem = Problem("yaml", f"brackets stand more than {DEEPEST} deep", f"at most {DEEPEST}")
+        raise BadText(_located(text, deep, problem))
     try:
         root = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
@@ -232,18 +234,19 @@ def parse_yaml(text: str) -> Yaml:
         raise BadText(_located(text, min(at, len(text)), problem)) from None
     except (RecursionError, ValueError):
         reason = "not YAML that can be read: it is nested too deep, or holds half of a surrogate pair"
-        raise BadText(Problem("yaml", reason, "fewer levels, plain text")) from None
+        raise BadText(Problem("yaml", reason, "fewer levels, plain text", (), 1, 1)) from None
     return Yaml(_Builder().value(root, ()) if root is not None else None, root)
 
 
-def _depth(text: str) -> int:
-    """An upper bound of how deep flow brackets and dashes on one line nest."""
-    deep = most = 0
+def _too_deep(text: str) -> int | None:
+    """Where flow brackets, or dashes on one line, nest too deep, by an upper bound; None where they do not."""
+    deep = 0
     for found in re.finditer(r"[\[{\]}]", text):
         deep = max(0, deep + (1 if found.group() in "[{" else -1))
-        most = max(most, deep)
-    dashes = max((len(run.group()) // 2 for run in _DASHES.finditer(text)), default=0)
-    return max(most, dashes)
+        if deep > DEEPEST:
+            return found.start()
+    dashes = _DASHES.search(text)
+    return dashes.start() if dashes else None
 
 
 class _Builder:

@@ -5,6 +5,7 @@ Which keys are obeyed is said in `plans/families.py`; a config is applied whole 
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,9 @@ def spec_from_folder(folder: Path) -> ModelSpec:
 
     Raises SpecError with every located problem: a family or a key that is not obeyed, a value out of its range.
     """
-    path = folder if folder.is_file() else folder / CONFIG
+    path = folder if os.path.isfile(folder) else folder / CONFIG
     hint = "name a folder that holds a Hugging Face model"
-    if not path.exists():
+    if not os.path.exists(path):
         raise SpecError(f"no {CONFIG} in `{folder}`", hint)
     text = read_text(path, SpecError, "config", hint)
     try:

@@ -63,13 +63,13 @@ class Problem:
         return f"{where}{self.message} [{self.rule}]{hint}"
 
 
-def shortened(value: object) -> str:
-    """A value as a message shows it: cut in the middle when long."""
+def shortened(value: object, longest: int = LONGEST_VALUE) -> str:
+    """A value as a message shows it: cut in the middle when longer than `longest` characters."""
     if isinstance(value, int) and abs(value) >= 10**LONGEST_VALUE:
         # Python refuses to write out whole numbers of thousands of digits.
         return f"a number of some {round(value.bit_length() * math.log10(2))} digits"
     shown = str(value)
-    return shown if len(shown) <= LONGEST_VALUE else f"{shown[:24]}...{shown[-8:]}"
+    return shown if len(shown) <= longest else f"{shown[: longest - 16]}...{shown[-8:]}"
 
 
 def value_problem(where: str, detail: ErrorDetails, path: Path_) -> Problem:

@@ -6,6 +6,7 @@ reads it and accepts dotted overrides (`ppo.kl_coefficient=0.05`).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -241,7 +242,7 @@ def _apply(data: dict[str, Any], override: str) -> tuple[Path_, str]:
 def _absolute(run: RunFile, base: Path) -> RunFile:
     def place(value: str) -> str:
         try:
-            return str(base / value) if value and value != RANDOM and (base / value).exists() else value
+            return str(base / value) if value and value != RANDOM and os.path.exists(base / value) else value
         except (OSError, ValueError):  # too long, or no name of a file: whoever opens it says so
             return value
 

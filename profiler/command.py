@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from dataclasses import replace
@@ -26,7 +27,7 @@ def profile_command(model: str, device: str, degrees: str, dtype: str, output: P
     """Profile, write the table, and say how well the analytic model follows it."""
     began = time.perf_counter()
     spec, target = load_model(model), parse_device(device)
-    if Path(model).exists():
+    if os.path.exists(model):
         spec = replace(spec, name=str(Path(model).resolve()))  # so that the table finds its architecture again
     precision = dtype or ("bf16" if target.type == "cuda" else "fp32")
     if precision not in RUN_DTYPES:
@@ -37,7 +38,7 @@ def profile_command(model: str, device: str, degrees: str, dtype: str, output: P
     try:
         table = profile(Request(spec=spec, device=target, dtype=precision, degrees=chosen), output)
     except KeyboardInterrupt:
-        kept = _points(load_table(output)) if output.exists() else 0
+        kept = _points(load_table(output)) if os.path.exists(output) else 0
         raise RealplanError(f"stopped; {kept} points are in {output}", "the same command goes on from there") from None
     _say(table, time.perf_counter() - began, output)
     return 0
@@ -45,9 +46,9 @@ def profile_command(model: str, device: str, degrees: str, dtype: str, output: P
 
 def _check_output(output: Path, model: str, hardware: str, precision: str) -> None:
     """Nothing of another kind is overwritten."""
-    if output.is_dir():
+    if os.path.isdir(output):
         raise RealplanError(f"-o {output}: a folder", f"a file in it, for example {output / 'table.json'}")
-    if not output.exists():
+    if not os.path.exists(output):
         return
     table = load_table(output)
     for key, have, want in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -61,7 +62,7 @@ class ProfiledEngine:
 
 def profiled_engine(path: Path) -> ProfiledEngine:
     """The engine of the cost table at a path. The same file is read and fitted once."""
-    return _profiled(str(path), path.resolve(), path.stat().st_mtime_ns if path.exists() else 0)
+    return _profiled(str(path), path.resolve(), path.stat().st_mtime_ns if os.path.exists(path) else 0)
 
 
 @lru_cache(maxsize=8)
@@ -132,5 +133,5 @@ def _check_followed(engine: ProfiledEngine, constants: Constants) -> None:
 
 def _fault(file: str, path: Path_, message: str, hint: str) -> TableError:
     """The error of a value of the table in a file, located where the file is still there."""
-    text = table_source(Path(file)) if Path(file).is_file() else ""
+    text = table_source(Path(file)) if os.path.isfile(file) else ""
     return located_fault(path, message, hint, file, text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def load_table(path: Path) -> CostTable:
 
 def table_source(path: Path) -> str:
     """The text of a cost table; raises TableError when it cannot be read."""
-    if not path.exists():
+    if not os.path.exists(path):
         raise TableError(f"{path}: no such cost table", _WRITER)
     return read_text(path, TableError, "cost table", _WRITER, MOST_TABLE_BYTES)
 

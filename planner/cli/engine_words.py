@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from cost_models.engines.constants import DEFAULT_ENGINE, TABLE_SUFFIX
@@ -13,7 +14,7 @@ from plans.plan import ExecutionPlan
 def engine_of(words: str, table: Path | None = None) -> Engine:
     """The engine of `--engine` and `--table`. `first+second`: one for training and scoring, one for generation; a table
     calibrates the default engine wherever it stands."""
-    names = [words] if words.endswith(TABLE_SUFFIX) and Path(words).exists() else words.split("+")
+    names = [words] if words.endswith(TABLE_SUFFIX) and os.path.exists(words) else words.split("+")
     if table is not None:
         _check_table(words, names, table)
     if len(names) > 2:
@@ -43,8 +44,9 @@ def _check_table(words: str, names: list[str], table: Path) -> None:
             f"--engine {words} and --table {table}: a cost table calibrates the engine `{DEFAULT_ENGINE}`",
             "leave one of the two out",
         )
-    if not table.is_file() or table.suffix != TABLE_SUFFIX:
-        wrong = "no such file" if not table.exists() else "a folder" if table.is_dir() else "its name must end in .json"
+    if not os.path.isfile(table) or table.suffix != TABLE_SUFFIX:
+        wrong = "a folder" if os.path.isdir(table) else "its name must end in .json"
+        wrong = wrong if os.path.exists(table) else "no such file"
         raise RealplanError(f"--table {table}: {wrong}", "`realplan profile -o table.json` writes a cost table")
 
 

@@ -70,9 +70,9 @@ def parse_rule(text: str, calls: Sequence[str]) -> Rule:
         )
     call, field, comparison, value = match.groups()
     if call != "*" and call not in calls:
-        raise SpecError(f"rule `{text}`: no call `{call}`", nearest(call, list(calls)))
+        raise SpecError(f"rule `{shortened(text)}`: no call `{shortened(call)}`", nearest(call, list(calls)))
     if field not in FIELDS:
-        raise SpecError(f"rule `{text}`: unknown field `{field}`", nearest(field, list(FIELDS)))
+        raise SpecError(f"rule `{shortened(text)}`: unknown field `{shortened(field)}`", nearest(field, list(FIELDS)))
     return Rule(call, field, comparison, _value(text, field, comparison, value.strip("\"'")), text)
 
 
@@ -92,7 +92,9 @@ def _value(text: str, field: str, comparison: str, value: str) -> int | bool | s
         rule = f"rule `{shortened(text)}`: {field} can only be compared with = and !="
         raise SpecError(rule, f"`{text.partition('.')[0]}.{field}={shortened(value)}`, for example")
     if kind is not str and value not in list(kind):  # type: ignore[call-overload]
-        raise SpecError(f"rule `{text}`: {field} cannot be `{value}`", nearest(value, [str(v) for v in kind]))  # type: ignore[attr-defined]
+        legal = [str(v) for v in kind]  # type: ignore[attr-defined]
+        rule = f"rule `{shortened(text)}`: {field} cannot be `{shortened(value)}`"
+        raise SpecError(rule, nearest(value, legal))
     return value
 
 
@@ -125,7 +127,7 @@ def parse_limits(
     for group in groups:
         for name in group:
             if name not in calls:
-                raise SpecError(f"--same-mesh: no call `{name}`", nearest(name, list(calls)))
+                raise SpecError(f"--same-mesh: no call `{shortened(name)}`", nearest(name, list(calls)))
         if len(group) < 2:
             raise SpecError(f"--same-mesh `{group[0]}` names one call", "two or more names, joined by commas")
     return Limits(
@@ -141,5 +143,5 @@ def _gib(text: str) -> float:
         return 0.0
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GiB|GB)?", text, re.IGNORECASE)
     if not match or float(match[1]) <= 0:
-        raise SpecError(f"--max-memory `{text}` is not a size", "for example 72GiB")
+        raise SpecError(f"--max-memory `{shortened(text)}` is not a size", "for example 72GiB")
     return float(match[1]) * (1e9 / GIB if (match[2] or "").lower() == "gb" else 1.0)

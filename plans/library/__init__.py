@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -36,7 +37,7 @@ def load_model(name: str) -> ModelSpec:
         scaling = fields.pop("rope_scaling", None)
         return ModelSpec(name=key, rope_scaling=scaling_of(scaling) if scaling else None, **fields)
     path = Path(name)
-    if path.exists():
+    if os.path.exists(path):
         return spec_from_folder(path)
     raise SpecError(
         f"unknown model `{name}`",

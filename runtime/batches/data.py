@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import os
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -116,7 +117,7 @@ def read_rows(source: str | Path, columns: Sequence[str]) -> list[tuple[str, ...
         known = [*([MOVIE_REVIEWS] if list(columns) == ["prompt"] else []), "FILE.jsonl", "FILE.csv"]
         words = ", ".join(columns)
         raise DataError(f"data `{source}` is of no known kind, or has no {words}", nearest(str(source), known))
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise DataError(f"data `{source}`: no such file", f"a path seen from {Path.cwd()}")
     rows = list(readers[path.suffix](path, columns))
     if not rows:

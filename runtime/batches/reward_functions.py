@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import inspect
 import math
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -53,7 +54,7 @@ def load_function(name: str) -> RewardFunction:
 def _load_file(name: str, path: Path) -> ModuleType:
     """The module of a file, under a name by which pools of processes find it again, with its folder on the path so that
     it finds the files beside it; at the end of the path, since a folder may hold a `string.py`."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise RewardError(f"reward `{name}`: no such file", f"a path seen from {Path.cwd()}")
     sys.path.append(str(path.resolve().parent))
     free = path.stem not in sys.modules and path.stem not in sys.stdlib_module_names

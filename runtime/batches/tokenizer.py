@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from plans.documents import BadText, parse_json, read_text, refuse
+from plans.documents import BadText, locate, parse_json, read_text, refuse
 from plans.errors import RealplanError
-from plans.problems import shortened
+from plans.problems import Problem, shortened
 
 MOST_TOKENIZER_BYTES = 2**28
+LARGEST_ID = 2**31
+_AT = re.compile(r" at line (\d+) column (\d+)")  # how the library's JSON reader ends its messages
 
 
 class TokenizerError(RealplanError):
@@ -33,7 +38,7 @@ class Tokenizer:
     def of_folder(cls, folder: str | Path) -> Tokenizer:
         """Read `tokenizer.json`; stop ids from generation_config.json, else config.json, else tokenizer_config.json."""
         path = Path(folder) / "tokenizer.json"
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise TokenizerError(
                 f"{path}: no such file", "a Hugging Face folder with a fast tokenizer (tokenizer.json)"
             )
@@ -42,8 +47,8 @@ class Tokenizer:
         backend.no_truncation()
         configs = [_read_json(path.with_name(name)) for name in ("generation_config.json", "config.json")]
         tokens = _read_json(path.with_name("tokenizer_config.json"))
-        eos = _first_ids(configs, "eos_token_id") or _token_ids(backend, tokens.get("eos_token"))
-        pad = _token_ids(backend, tokens.get("pad_token")) or _first_ids(configs, "pad_token_id") or eos or (0,)
+        eos = _first_ids(configs, "eos_token_id") or _token_ids(backend, tokens.keys.get("eos_token"))
+        pad = _token_ids(backend, tokens.keys.get("pad_token")) or _first_ids(configs, "pad_token_id") or eos or (0,)
         return cls(backend, eos, pad[0])
 
     @property
@@ -89,32 +94,52 @@ class Tokenizer:
 
 
 def _backend(path: Path) -> tokenizers.Tokenizer:
-    """The tokenizer of a file; raises TokenizerError for one that is none."""
-    text = read_text(path, TokenizerError, "tokenizer", "a tokenizer.json", MOST_TOKENIZER_BYTES)
+    """The tokenizer of a file; raises TokenizerError, located, for one that is none."""
+    hint = "a tokenizer.json as `tokenizers` saves it"
+    config = _read_json(path)
     try:
-        return tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises no type of its own
-        raise TokenizerError(f"{path}: no tokenizer: {error}", "a tokenizer.json as `tokenizers` saves it") from None
+        return tokenizers.Tokenizer.from_str(config.text)
+    except BaseException as error:  # the library raises no type of its own, and panics are no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        found = _AT.search(str(error))
+        line, column = (int(found[1]), int(found[2]) or 1) if found else (1, 1)
+        reason = shortened(_AT.sub("", str(error)), 200)
+        raise TokenizerError(f"{path}:{line}:{column}: no tokenizer: {reason}", hint) from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
+@dataclass(frozen=True)
+class _Config:
+    """A JSON file of the folder: its text, empty where there is none, and its keys."""
+
+    path: Path
+    text: str = ""
+    keys: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _read_json(path: Path) -> _Config:
+    if not os.path.isfile(path):
+        return _Config(path)
+    text = read_text(path, TokenizerError, "file", "a JSON file", MOST_TOKENIZER_BYTES)
     try:
-        content = parse_json(read_text(path, TokenizerError, "file", "a JSON file", MOST_TOKENIZER_BYTES))
+        content = parse_json(text)
     except BadText as error:
         refuse(TokenizerError, path, [error.problem])
-    return content if isinstance(content, dict) else {}
+    if not isinstance(content, dict):
+        refuse(TokenizerError, path, [Problem("value", "the file holds one object", "{...}", (), 1, 1)])
+    return _Config(path, text, content)
 
 
-def _first_ids(configs: Sequence[dict[str, Any]], key: str) -> tuple[int, ...]:
+def _first_ids(configs: Sequence[_Config], key: str) -> tuple[int, ...]:
     """The first value of `key` among the configs that names ids: one, or a list; -1 means none."""
     for config in configs:
-        value = config.get(key)
+        value = config.keys.get(key)
         found = value if isinstance(value, list) else [value]
         ids = tuple(i for i in found if i is not None and i != -1)
-        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
-            raise TokenizerError(f"{key} is {shortened(value)}; it must be an id, or a list of ids", f'"{key}": 2')
+        if any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < LARGEST_ID for i in ids):
+            message = f"{key} is {shortened(value)}; it must be an id, or a list of ids"
+            problem = Problem("value", message, f'"{key}": 2', (key,))
+            refuse(TokenizerError, config.path, locate(config.text, [problem]))
         if ids:
             return ids
     return ()

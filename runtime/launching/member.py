@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plans.errors import RealplanError
+from plans.problems import shortened
 
 OUTSIDE = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _HINT = "torchrun and srun set RANK and WORLD_SIZE; unset both and realrun starts the ranks of one machine itself"
@@ -43,7 +44,7 @@ def outside_member(environment: Mapping[str, str]) -> Member | None:
         return None
     for name in OUTSIDE:
         if not environment.get(name):
-            given = ", ".join(f"{other}={environment[other]}" for other in OUTSIDE if environment.get(other))
+            given = ", ".join(f"{other}={shortened(environment[other])}" for other in OUTSIDE if environment.get(other))
             raise RealplanError(f"the environment has {given}, but no {name}", _HINT)
     world = _number(environment, "WORLD_SIZE", 1, 2**20)
     rank = _number(environment, "RANK", 0, world - 1)
@@ -85,5 +86,7 @@ def _address(environment: Mapping[str, str], world: int) -> Address:
 def _number(environment: Mapping[str, str], name: str, low: int, high: int) -> int:
     text = environment[name]
     if not text.isascii() or not text.isdigit() or len(text) > 9 or not low <= int(text) <= high:
-        raise RealplanError(f"the environment has {name}={text!r}, not a number from {low} to {high}", _HINT)
+        raise RealplanError(
+            f"the environment has {name}={shortened(repr(text))}, not a number from {low} to {high}", _HINT
+        )
     return int(text)

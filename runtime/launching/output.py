@@ -131,5 +131,5 @@ def _inputs(plan: ExecutionPlan, run: RunFile) -> Iterator[tuple[str, str]]:
             yield f"weights of `{role}`", run.weights_of(role)
     places = {"tokenizer": run.tokenizer, "data.source": run.data.source, "reward": run.reward.rpartition(":")[0]}
     for key, place in places.items():
-        if place and Path(place).exists():
+        if place and os.path.exists(place):
             yield key, place

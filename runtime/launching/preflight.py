@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -80,7 +81,7 @@ def check_weights(plan: ExecutionPlan, run: RunFile) -> None:
             )
         if weights == RANDOM:
             continue
-        if not Path(weights).is_dir():
+        if not os.path.isdir(weights):
             raise RealplanError(f"weights `{weights}` of `{role}`: no such folder", "weights=FOLDER or weights=random")
         found, planned = spec_from_folder(Path(weights)), plan.workload.models[role]
         check_runs(Path(weights))

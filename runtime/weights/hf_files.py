@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from plans.documents import BadText, parse_json, read_text, refuse
+from plans.documents import BadText, locate, parse_json, read_text, refuse
 from plans.errors import RealplanError, nearest
 from plans.layout import model_units
 from plans.model import Head, ModelSpec
-from plans.problems import Problem
+from plans.problems import Problem, shortened
 from runtime.weights.hf_names import SCORE, hf_names, hf_shape
 from runtime.weights.hf_quantised import Format, Scaled, quantisation
 
@@ -40,10 +41,10 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._open_files: dict[str, Any] = {}
-        if (folder / INDEX).is_file():
+        if os.path.isfile(folder / INDEX):
             self.files = _index(folder / INDEX)
             self._check_index()
-        elif (folder / SINGLE).is_file():
+        elif os.path.isfile(folder / SINGLE):
             self.files = dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
         else:
             found = [p.name for kind in ("*.bin", "*.pt", "*.gguf", "*.safetensors") for p in sorted(folder.glob(kind))]
@@ -76,16 +77,23 @@ class Checkpoint:
         said: dict[str, set[str]] = {}
         for name, file in self.files.items():
             said.setdefault(file, set()).add(name)
-        held_by = {file: set(self._open(file).keys()) for file in said}  # a file that is missing is said first
+        for name, file in self.files.items():  # a file that is missing is said first
+            if not os.path.isfile(self.folder / file):
+                raise self._index_fault(name, f"`{shortened(name)}` is in `{shortened(file)}`, which is not there")
         for file, names in said.items():
-            held = held_by[file]
+            held = set(self._open(file).keys())
             for name in sorted(names - held)[:1]:
-                hint = "index and files are of different downloads: fetch the folder again"
-                raise WeightsError(f"`{self.folder / INDEX}` says that {file} has `{name}`; it has not", hint)
+                raise self._index_fault(name, f"the index says that {file} has `{shortened(name)}`; it has not")
             for name in sorted(held - names)[:1]:
-                where = f"in {self.files[name]}" if name in self.files else "nowhere"
-                hint = "index and files are of different downloads: fetch the folder again"
-                raise WeightsError(f"{file} has `{name}`, which `{self.folder / INDEX}` places {where}", hint)
+                where = f"places it in {shortened(self.files[name])}" if name in self.files else "does not have it"
+                raise self._index_fault(name, f"{file} has `{shortened(name)}`, and the index {where}")
+
+    def _index_fault(self, name: str, message: str) -> WeightsError:
+        """The error of a tensor's line of the index."""
+        path, hint = self.folder / INDEX, "index and files are of different downloads: fetch the folder again"
+        text = read_text(path, WeightsError, "index", most=MOST_INDEX_BYTES)
+        (found,) = locate(text, [Problem("index", message, hint, ("weight_map", name))])
+        return WeightsError(f"{path}:{found.line}:{found.column}: {message}", hint)
 
     def find(self, name: str) -> str | None:
         """The name under which the checkpoint holds a tensor; a bare body has no `model.` prefix."""
@@ -148,16 +156,20 @@ class Checkpoint:
 
 def _index(path: Path) -> dict[str, str]:
     """Tensor -> file of an index; raises WeightsError unless it has such a map."""
+    text = read_text(path, WeightsError, "index", most=MOST_INDEX_BYTES)
     try:
-        data = parse_json(read_text(path, WeightsError, "index", most=MOST_INDEX_BYTES))
+        data = parse_json(text)
     except BadText as error:
         refuse(WeightsError, path, [error.problem])
     found = data.get("weight_map") if isinstance(data, dict) else None
     hint = '"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors", ...}'
     if not isinstance(found, dict) or not found:
-        refuse(WeightsError, path, [Problem("index", "the index has no `weight_map`", hint, (), 1, 1)])
+        problem = Problem("index", "the index has no `weight_map`", hint, ("weight_map",))
+        refuse(WeightsError, path, locate(text, [problem]))
     for name, file in found.items():
-        if not isinstance(file, str) or Path(file).name != file:
-            message = f"`{name}` is at {file!r}, which is no name of a file beside the index"
-            refuse(WeightsError, path, [Problem("index", message, hint, (), 1, 1)])
+        if not isinstance(file, str) or Path(file).name != file or "\0" in file:
+            shown = f"`{shortened(name)}` is at {shortened(repr(file))}"
+            problem = Problem("index", f"{shown}, which is no name of a file beside the index", hint,
+                              ("weight_map", name))  # fmt: skip
+            refuse(WeightsError, path, locate(text, [problem]))
     return found

@@ -6,15 +6,17 @@ A scale belongs to a block of a matrix: `fp8` of DeepSeek and Qwen has blocks of
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
 import torch
 from torch import Tensor
 
-from plans.documents import BadText, parse_json, read_text
+from plans.documents import BadText, locate, parse_json, read_text, refuse
 from plans.errors import RealplanError
+from plans.problems import Problem, shortened
 from runtime.weights.hf_names import Sliceable
 
 SCALES = (".weight_scale_inv", ".weight_scale")
@@ -42,12 +44,17 @@ class Format:
 def quantisation(folder: Path, error: type[RealplanError]) -> Format:
     """The format that the folder's config.json announces; raises `error` for one that is not plain."""
     path = folder / "config.json"
-    if not path.is_file():
+    if not os.path.isfile(path):
         return Format()
+    text = read_text(path, error, "config")
     try:
-        config = parse_json(read_text(path, error, "config"))
+        config = parse_json(text)
     except BadText as bad:
-        raise error(f"{path}: {bad.message}", bad.hint) from None
+        refuse(error, path, [bad.problem])
+
+    def fault(message: str, hint: str, *key: str) -> Never:
+        refuse(error, path, locate(text, [Problem("quantised", message, hint, ("quantization_config", *key))]))
+
     found = config.get("quantization_config") if isinstance(config, dict) else None
     if found is None:
         return Format()
@@ -55,11 +62,13 @@ def quantisation(folder: Path, error: type[RealplanError]) -> Format:
     kind = found.get("format") if isinstance(found, dict) and method == "compressed-tensors" else None
     hint = f"a folder in bf16, or one quantised by {', '.join(_METHODS)} (float-quantized, int-quantized)"
     if not isinstance(method, str) or kind not in _METHODS.get(method, ()):
-        name = f"{method}, {kind}" if kind else str(method)
-        raise error(f"`{folder}` is quantised by `{name}`, which this runtime does not read", hint)
+        name = shortened(f"{method}, {kind}" if kind else method)
+        fault(f"the folder is quantised by `{name}`, which this runtime does not read", hint)
     block = found.get("weight_block_size") or list(_BLOCK)
-    if not (isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)):
-        raise error(f"{path}: weight_block_size is {block!r}; it must be two whole numbers", "[128, 128]")
+    whole = isinstance(block, list) and len(block) == 2 and all(type(n) is int and 0 < n <= 10**6 for n in block)
+    if not whole:
+        rule = f"weight_block_size is {shortened(block)}; it must be two whole numbers"
+        fault(rule, '"weight_block_size": [128, 128]', "weight_block_size")
     return Format((block[0], block[1]))
 
 

@@ -302,7 +302,7 @@ def broken_folder(folder: Path, what: str) -> None:
     ("pointer", "is a git-LFS pointer", "git lfs pull"),
     ("cut off", "cannot read", "download it again"),
     ("another format", "(it has pytorch_model.bin)", "converted first"),
-    ("index without a file", "model-2.safetensors`: No such file", "download"),
+    ("index without a file", "is in `model-2.safetensors`, which is not there", "download"),
     ("index says more", "says that model.safetensors has `model.layers.9.weight`; it has not", "different downloads"),
     ("index says less", "has `model.layers.1.mlp.up_proj.weight`, which", "different downloads"),
     ("index outside", "'../model.safetensors', which is no name of a file beside the index", "weight_map"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from cost_models.estimate import PlanCost, cost_plan
@@ -60,7 +61,7 @@ def trace_command(path: Path, *, measured: Path | None, output: Path | None) -> 
     """Write the predicted timeline of a plan, or a measured one, as a trace."""
     if _is_timeline(path):
         path, measured = path.parent / "plan.json", measured or path
-        if not path.exists():
+        if not os.path.exists(path):
             raise PlanError(f"no plan beside `{measured}`", f"realplan trace PLAN --timeline {measured}")
     plan = legal_plan(path)
     timeline = _measured(plan, measured) if measured else cost_plan(plan, plan_engine(plan)).timeline
