@@ -304,7 +304,7 @@ def broken_folder(folder: Path, what: str) -> None:
     ("another format", "(it has pytorch_model.bin)", "converted first"),
     ("index without a file", "is in `model-2.safetensors`, which is not there", "download"),
     ("index says more", "says that model.safetensors has `model.layers.9.weight`; it has not", "different downloads"),
-    ("index says less", "has `model.layers.1.mlp.up_proj.weight`, which", "different downloads"),
+    ("index says less", "up_proj.weight`, and the index does not have it", "different downloads"),
     ("index outside", "'../model.safetensors', which is no name of a file beside the index", "weight_map"),
     ("index without map", "index.json:1:1: the index has no `weight_map`", "weight_map"),
     ("index cut off", "not JSON", "comma"),
