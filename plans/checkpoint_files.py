@@ -206,6 +206,21 @@ def find_usable(place: Path, plan: ExecutionPlan) -> tuple[Checkpoint | None, li
     return found, refusals
 
 
+def find_whole(place: Path) -> Checkpoint:
+    """The checkpoint that a place means: itself, or the newest whole one of a folder of checkpoints or of a run's
+    output. Raises CheckpointError where there is none."""
+    if (place / INDEX).is_file() or place.name.startswith(_PREFIX):
+        return open_checkpoint(place)
+    refusals = []
+    for path in steps_in(place) or steps_in(place / CHECKPOINTS):
+        try:
+            return open_checkpoint(path)
+        except CheckpointError as error:
+            refusals.append(error.message)
+    hint = "a folder global_step_N, or the output of a run that wrote checkpoints"
+    raise CheckpointError("\n".join(refusals) or f"no checkpoint in `{place}`", "" if refusals else hint)
+
+
 def newest_usable(folder: Path, plan: ExecutionPlan) -> tuple[Checkpoint | None, list[str]]:
     """The newest whole checkpoint of a folder that a plan can take up, and why each newer one was refused."""
     refusals: list[str] = []

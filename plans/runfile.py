@@ -155,6 +155,7 @@ class RunFile(_Closed):
     graph's reward is a model. actor: the optimizer of every trained role but the critic. timeout_s bounds every
     collective; 0: as long as the plan's estimate asks for (`patience_s`). on_nonfinite: what happens to an optimizer
     step whose loss or gradient norm is no finite number.
+    restarts: how often a run that fails is started again from its newest checkpoint.
     resume_from: a checkpoint, a folder of them, or the output of a run, whose newest usable one is taken up.
     """
 
@@ -175,6 +176,7 @@ class RunFile(_Closed):
     timeout_s: Annotated[float, Field(ge=0, le=1e7)] = 0.0
     on_nonfinite: Literal["stop", "skip"] = "stop"
     checkpoint: Checkpoints = Checkpoints()
+    restarts: Annotated[int, Field(ge=0, le=10**6)] = 0
     resume_from: str = ""
     workload: RunWorkload = RunWorkload()
 

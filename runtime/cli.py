@@ -12,6 +12,7 @@ import typer
 from plans.terminal import plain_streams
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+export_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 @app.command()
@@ -35,7 +36,10 @@ def realrun(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")] = False,
 ) -> None:
-    """Run a plan: train the models of its workload with the run file's data, weights and reward."""
+    """Run a plan: train the models of its workload with the run file's data, weights and reward.
+
+    `realrun export CHECKPOINT FOLDER` makes a Hugging Face folder of a checkpoint.
+    """
     for override in overrides or []:
         if "=" not in override:
             raise typer.BadParameter(f"`{override}` is not of the form key=value", param_hint="overrides")
@@ -64,7 +68,7 @@ def _run(
     from runtime.checkpoints.resume import Start, choose_start
     from runtime.launching.describe import batch_words, program_words
     from runtime.launching.entry import prepare_ranks
-    from runtime.launching.member import outside_member
+    from runtime.launching.member import began_again, outside_member
     from runtime.launching.output import check_output
     from runtime.launching.preflight import (
         check_context,
@@ -85,7 +89,7 @@ def _run(
         check_estimate(plan, path)
     plan = check_context(plan, path, allow_long)
     run = read_run(plan, path, run_path, overrides)
-    if resume:
+    if resume or began_again(member):
         run = run.model_copy(update={"resume_from": run.resume_from or str(run.checkpoint_folder)})
     first = member is None or member.rank == 0
     if dry_run or first:
@@ -119,7 +123,31 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
+@export_app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="a checkpoint, or the output of a run: its newest one")],
+    folder: Annotated[Path, typer.Argument(help="where the Hugging Face folder goes")],
+    role: Annotated[str, typer.Option(help="the trained role (default: the first one)")] = "",
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32 (default: the plan's)")] = "",
+) -> None:
+    """Make a Hugging Face folder of a checkpoint. Needs neither a plan nor a GPU."""
+    from plans.errors import RealplanError
+
+    if dtype not in ("", "bf16", "fp16", "fp32"):
+        raise typer.BadParameter(f"`{dtype}` is none of bf16, fp16, fp32", param_hint="--dtype")
+    try:
+        from runtime.checkpoints.export import export_checkpoint
+
+        found = export_checkpoint(checkpoint, folder, role, dtype)
+    except RealplanError as error:
+        _say(f"error: {error}")
+        raise typer.Exit(1) from None
+    _say(f"{folder}: {found.index.iteration} iterations, of {found.folder}")
+
+
 def main() -> None:
-    """Console script."""
+    """Console script: `realrun PLAN ...`, and `realrun export CHECKPOINT FOLDER`."""
     with plain_streams():
+        if sys.argv[1:2] == ["export"]:
+            export_app(sys.argv[2:], prog_name="realrun export")
         app()

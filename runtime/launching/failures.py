@@ -50,6 +50,10 @@ class RunFailed(RealplanError):
         self.details = details
 
 
+class Stopped(RunFailed):
+    """A run that somebody stopped; nothing is wrong with it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Failure:
     """One rank's error. `secondary`: it only noticed that another rank went away; `late`: it waited too long."""

@@ -23,10 +23,11 @@ from runtime.checkpoints.complete import Completer
 from runtime.checkpoints.folder import prepare_folder, stop_request
 from runtime.checkpoints.resume import Start
 from runtime.launching.entry import launched_worker, prepare_joining, prepare_ranks, start_method
-from runtime.launching.failures import RunFailed, find_cause, knows_cause
+from runtime.launching.failures import RunFailed, Stopped, find_cause, knows_cause
 from runtime.launching.lifetime import die_with
 from runtime.launching.member import Address, Member
 from runtime.launching.output import held_output
+from runtime.launching.restarts import with_restarts
 from runtime.reports.metrics import Metrics
 from runtime.reports.monitor import Monitor
 from runtime.reports.records import read_status
@@ -48,34 +49,46 @@ def launch(
     if member is not None:
         return _join(plan, run, member, start)
     scratch = Path(run.output) / ".ranks"
-    with _stopped_by_signals(run, scratch) as asked, _kept_files(plan, run, start, scratch) as monitor:
+    with _stopped_by_signals(run, scratch) as asked, _own_output(plan, run, start):
+        lines = with_restarts(plan, run, start, lambda at: _attempt_from(plan, run, at, scratch), asked)
+    _check_done(run, lines, asked)
+    return lines
+
+
+def _attempt_from(plan: ExecutionPlan, run: RunFile, start: Start, scratch: Path) -> Sequence[Metrics]:
+    with _kept_files(plan, start.of(run), start, scratch) as monitor:
         attempt(plan, start.of(run), scratch)
-    _check_done(run, monitor.lines, asked)
     return monitor.lines
 
 
 @contextmanager
-def _kept_files(plan: ExecutionPlan, run: RunFile, start: Start, scratch: Path) -> Iterator[Monitor]:
-    """The files of a run, kept while its ranks run: the output, what ranks say, metrics and checkpoints."""
-    output = Path(run.output)
-    with held_output(plan, run, goes_on=start.own) as earlier, _scratch(scratch):
+def _own_output(plan: ExecutionPlan, run: RunFile, start: Start) -> Iterator[None]:
+    """Hold the output folder for all attempts of a run."""
+    with held_output(plan, run, goes_on=start.own) as earlier:
         if earlier is not None:
             print(f"the output of an earlier run is now in {earlier}", file=sys.stderr)
+        yield
+
+
+@contextmanager
+def _kept_files(plan: ExecutionPlan, run: RunFile, start: Start, scratch: Path) -> Iterator[Monitor]:
+    """The files of an attempt, kept while its ranks run: what ranks say, metrics and checkpoints."""
+    with _scratch(scratch):
         prepare_folder(plan, run)
         # The monitor leaves first: the last checkpoint waits for the last line of metrics.
         with (
             Completer(run, plan.cluster.size),
-            Monitor(plan, run.iterations, scratch, output, start.lines) as monitor,
+            Monitor(plan, run.iterations, scratch, Path(run.output), start.lines) as monitor,
         ):
             yield monitor
 
 
 def _check_done(run: RunFile, lines: Sequence[Metrics], asked: Sequence[str]) -> None:
-    """Raise RunFailed for a run that was asked to stop and did, with a checkpoint."""
+    """Raise Stopped for a run that was asked to stop and did, with a checkpoint."""
     if len(lines) < run.iterations:
         by = asked[0] if asked else "a signal"
         done = f"{len(lines)} of {run.iterations} iterations are done, and in the checkpoint"
-        raise RunFailed(f"stopped by {by}: {done}", "the same command with --resume goes on from there")
+        raise Stopped(f"stopped by {by}: {done}", "the same command with --resume goes on from there")
 
 
 def attempt(plan: ExecutionPlan, run: RunFile, scratch: Path) -> None:
@@ -142,7 +155,7 @@ def _scratch(folder: Path) -> Iterator[Path]:
 @contextmanager
 def _stopped_by_signals(run: RunFile, scratch: Path) -> Iterator[Sequence[str]]:
     """The first SIGINT or SIGTERM asks the ranks for a checkpoint, where they write any, and is kept by name; others
-    become RunFailed at once, so that ranks and files are cleared away."""
+    become Stopped at once, so that ranks and files are cleared away."""
     asked: list[str] = []
     if threading.current_thread() is not threading.main_thread():
         yield asked
@@ -151,7 +164,7 @@ def _stopped_by_signals(run: RunFile, scratch: Path) -> Iterator[Sequence[str]]:
     def stop(number: int, _: object) -> None:
         name = signal.Signals(number).name
         if asked or number == signal.SIGHUP or not run.checkpoint.every or not scratch.is_dir():
-            raise RunFailed(f"stopped by {name}")
+            raise Stopped(f"stopped by {name}")
         asked.append(name)
         stop_request(scratch).touch()
         print(f"{name}: stopping with a checkpoint when this iteration is done; once more: at once", file=sys.stderr)
@@ -176,7 +189,7 @@ def _join(plan: ExecutionPlan, run: RunFile, member: Member, start: Start) -> Se
     if member.rank != 0:
         failure = guarded(plan, run, member, scratch)
     else:  # makes the folders before it joins the others, who write only after that
-        with _kept_files(plan, run, start, scratch) as monitor:
+        with _own_output(plan, run, start), _kept_files(plan, run, start, scratch) as monitor:
             failure = guarded(plan, start.of(run), member, scratch)
         lines = monitor.lines
     if failure is not None:

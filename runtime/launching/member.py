@@ -52,6 +52,11 @@ def outside_member(environment: Mapping[str, str]) -> Member | None:
     return Member(rank, world, local, _address(environment, world))
 
 
+def began_again(member: Member | None) -> bool:
+    """Whether another launcher starts this rank again after a failure: the run goes on from its newest checkpoint."""
+    return member is not None and isinstance(member.meeting, Address) and member.meeting.attempt > 0
+
+
 def device_index(member: Member, count: int) -> int:
     """The device of a rank among the `count` that its process sees: a launcher may show it one alone."""
     if count == 1 or (member.local_rank is None and member.world == 1):

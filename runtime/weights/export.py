@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -53,14 +53,37 @@ def export(model: Model, folder: Path, source: Path | None = None, shard_bytes: 
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier(model.groups.mp)
-    files = weight_files(model.layout, model.config.params_dtype.itemsize, shard_bytes)
-    _write_weights(model, partial, files)
+    dtype = model.config.params_dtype
+    files = weight_files(model.layout, dtype.itemsize, shard_bytes)
+    _write_weights(model.spec, _whole_parameters(model), partial, files)
     dist.barrier(model.groups.mp)
     if root:
-        _write_index(model, partial, files)
-        _write_config(model, partial, source)
+        _write_index(model.spec, dtype, partial, files)
+        _write_config(model.spec, dtype, partial, source)
         _replace(folder, partial)
     dist.barrier(model.groups.mp)
+
+
+def write_folder(
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    parameters: Iterable[tuple[Parameter, Tensor]],
+    folder: Path,
+    source: Path | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """The same folder from whole parameters in host memory, in the order of `model_units`. Not collective."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        files = weight_files(Layout(spec, (0,)), dtype.itemsize, shard_bytes)
+        _write_weights(spec, parameters, partial, files)
+        _write_index(spec, dtype, partial, files)
+        _write_config(spec, dtype, partial, source)
+        _replace(folder, partial)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def weight_files(layout: Layout, element_bytes: int, shard_bytes: int = SHARD_BYTES) -> dict[str, list[Parameter]]:
@@ -87,17 +110,19 @@ def _is_copy(unit: str, stage: int) -> bool:
     return unit == EMBEDDING and stage > 0
 
 
-def _write_weights(model: Model, folder: Path, files: dict[str, list[Parameter]]) -> None:
+def _write_weights(
+    spec: ModelSpec, parameters: Iterable[tuple[Parameter, Tensor]], folder: Path, files: dict[str, list[Parameter]]
+) -> None:
     file_of = {parameter.name: file for file, run in files.items() for parameter in run}
     pending: dict[str, Tensor] = {}
     open_file = ""
-    for parameter, whole in _whole_parameters(model):
+    for parameter, whole in parameters:
         file = file_of[parameter.name]
         if pending and file != open_file:
             save_file(pending, folder / open_file, metadata={"format": "pt"})
             pending = {}
         open_file = file
-        pending |= {name: part.contiguous() for name, part in split(model.spec, parameter, whole).items()}
+        pending |= {name: part.contiguous() for name, part in split(spec, parameter, whole).items()}
     if pending:
         save_file(pending, folder / open_file, metadata={"format": "pt"})
 
@@ -152,10 +177,9 @@ def _gather(model: Model, part: Tensor) -> Sequence[Tensor]:
     return parts or []
 
 
-def _write_index(model: Model, folder: Path, files: dict[str, list[Parameter]]) -> None:
+def _write_index(spec: ModelSpec, dtype: torch.dtype, folder: Path, files: dict[str, list[Parameter]]) -> None:
     if SINGLE in files:
         return
-    spec = model.spec
     places: dict[str, str] = {}
     elements = 0
     for file, run in files.items():
@@ -163,19 +187,19 @@ def _write_index(model: Model, folder: Path, files: dict[str, list[Parameter]]) 
             for i, name in enumerate(hf_names(spec, parameter.name)):
                 places[name] = file
                 elements += prod(hf_shape(spec, parameter, i))
-    index = {"metadata": {"total_size": elements * model.config.params_dtype.itemsize}, "weight_map": places}
+    index = {"metadata": {"total_size": elements * dtype.itemsize}, "weight_map": places}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 
-def _write_config(model: Model, folder: Path, source: Path | None) -> None:
-    config = config_from_spec(model.spec)
+def _write_config(spec: ModelSpec, dtype: torch.dtype, folder: Path, source: Path | None) -> None:
+    config = config_from_spec(spec)
     if source is not None:
         if (source / "config.json").is_file():
             config = parse_json(read_text(source / "config.json", WeightsError, "config"))
         for pattern in _BESIDE_WEIGHTS:
             for path in source.glob(pattern):
                 shutil.copy2(path, folder)
-    text = json.dumps(_adapt(config, model.spec, model.config.params_dtype), indent=2) + "\n"
+    text = json.dumps(_adapt(config, spec, dtype), indent=2) + "\n"
     (folder / "config.json").write_text(text, "utf-8")
 
 

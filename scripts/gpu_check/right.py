@@ -114,7 +114,7 @@ def _close(case: str, found: Played, wanted: Played) -> Row:
 def _experts_and_context(setting: Setting) -> Iterator[Row]:
     """Mixtures of experts, and context parallelism, against the CPU, where this runtime runs them."""
     for case, spec_of, places in (
-        ("experts", _experts, None),
+        ("experts", small_experts, None),
         ("context parallel", lambda: None, {"*": ("node 0", "d1 t1 p1 c2", {})}),
     ):
         try:
@@ -123,7 +123,7 @@ def _experts_and_context(setting: Setting) -> Iterator[Row]:
             yield Row(case=case, verdict="skipped", note=f"this runtime does not run it: {str(reason).splitlines()[0]}")
 
 
-def _experts() -> ModelSpec:
+def small_experts() -> ModelSpec:
     """A small mixture of experts with the fixture's vocabulary."""
     sizes = {"layers": 2, "hidden": 64, "heads": 4, "kv_heads": 2, "head_dim": 16, "ffn": 32}
     experts = {"experts": 4, "experts_per_token": 2, "vocab": load_model(str(FIXTURE)).vocab}
