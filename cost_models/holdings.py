@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,10 +71,21 @@ class Contents:
     def __len__(self) -> int:
         return len(self.tp)
 
-    @property
+    @cached_property
+    def stage_units(self) -> Array:
+        """[stages, units] 1 where the stage holds the unit, as matrix products want it."""
+        return self.units.astype(np.float64)
+
+    @cached_property
     def node_units(self) -> Array:
         """[contents, units] 1 where the node holds the unit (then with all its tp parts)."""
         return np.asarray(self.units[self.stage].any(axis=1), dtype=np.float64)
+
+    def take(self, numbers: IntArray) -> Contents:
+        """Some of the contents, with the stages that occur in them; number 0 stays the first."""
+        stages, stage = np.unique(np.append(self.stage[numbers], 0), return_inverse=True)
+        shape = (len(numbers), self.stage.shape[1])
+        return Contents(stage.reshape(-1)[:-1].reshape(shape), self.tp[numbers], self.units[stages])
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +113,19 @@ class Holdings:
     def nodes(self) -> IntArray:
         """Nodes of each mesh, [layouts]."""
         return self.last - self.first + 1
+
+    def take(self, layouts: IntArray) -> Holdings:
+        """Some of the layouts, with what their nodes hold."""
+        forms, form = np.unique(self.form[layouts], return_inverse=True)
+        numbers, content = np.unique(np.append(self.content[forms], 0), return_inverse=True)
+        shape = (len(forms), self.content.shape[1])
+        return Holdings(
+            contents=self.contents.take(numbers),
+            content=content.reshape(-1)[:-1].reshape(shape),
+            form=form.reshape(-1),
+            first=self.first[layouts],
+            last=self.last[layouts],
+        )
 
 
 def _form(layout: Layout, per_node: int) -> Form:

@@ -9,9 +9,9 @@ summed over the nodes that the two meshes share; the target's other nodes receiv
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 
@@ -20,6 +20,11 @@ from cost_models.engines.machine import Machine
 from cost_models.holdings import Contents, Holdings, IntArray, UnitSizes, merged, unit_sizes
 from plans.cluster import ClusterSpec
 from plans.layout import Layout
+
+PAIRS_AT_ONCE = 2**20
+"""Pairs of layouts whose traffic is computed together."""
+RUN = 256
+"""Contents of nodes that are compared with as many others at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,10 +50,12 @@ def reallocation_matrix(machine: Machine, sources: Sequence[Layout], targets: Se
     overhead for every piece. Nothing moves where every rank already holds its slices.
     """
     element_bytes, cluster = machine.element_bytes, machine.cluster
-    moved = reallocation_traffic(cluster, sources, targets)
-    link_s = moved.rank_peak * (element_bytes / machine.link_send_bytes_per_s)
-    network_s = moved.node_peak * (element_bytes / (machine.network_bytes_per_s * cluster.gpus_per_node))
-    seconds: Array = link_s + network_s + moved.messages * machine.constants.message_s
+    link_s = element_bytes / machine.link_send_bytes_per_s
+    network_s = element_bytes / (machine.network_bytes_per_s * cluster.gpus_per_node)
+    seconds = np.empty((len(sources), len(targets)))
+    for rows, moved in _traffic_in_parts(cluster, sources, targets):
+        each = moved.rank_peak * link_s + moved.node_peak * network_s + moved.messages * machine.constants.message_s
+        seconds[rows] = each
     return seconds
 
 
@@ -63,8 +70,35 @@ def reallocation_time(machine: Machine, pairs: Sequence[tuple[Layout, Layout]]) 
 
 def reallocation_traffic(cluster: ClusterSpec, sources: Sequence[Layout], targets: Sequence[Layout]) -> Traffic:
     """What moves between every source and target layout of one model."""
+    whole = Traffic(*(np.empty((len(sources), len(targets))) for _ in fields(Traffic)))
+    for rows, moved in _traffic_in_parts(cluster, sources, targets):
+        for figure in fields(Traffic):
+            getattr(whole, figure.name)[rows] = getattr(moved, figure.name)
+    return whole
+
+
+def _traffic_in_parts(
+    cluster: ClusterSpec, sources: Sequence[Layout], targets: Sequence[Layout]
+) -> Iterator[tuple[IntArray, Traffic]]:
+    """Some of the sources, and what moves between each of them and every target.
+
+    A dozen arrays of all pairs would not fit a laptop's memory on a thousand GPUs (20 million pairs), and arrays that
+    do not fit the processor's cache are slow. Sources of one form stand in one part, because their nodes' contents are
+    the same."""
     source, target = (Holdings.of(layouts, cluster.gpus_per_node) for layouts in (sources, targets))
-    node = _node_traffic(*merged(unit_sizes(targets[0].spec), source.contents, target.contents))
+    sizes, ours, theirs = merged(unit_sizes(targets[0].spec), source.contents, target.contents)
+    source, target = replace(source, contents=ours), replace(target, contents=theirs)
+    rows = np.bincount(source.form, minlength=len(source.content))
+    different = np.array([len(np.unique(contents)) for contents in source.content])
+    pairs = rows * len(targets) + different * len(theirs)  # of layouts and of contents, of every form
+    part = (np.cumsum(pairs) // PAIRS_AT_ONCE)[source.form]
+    for number in np.unique(part):
+        here = np.flatnonzero(part == number)
+        yield here, _traffic(sizes, source.take(here), target)
+
+
+def _traffic(sizes: UnitSizes, source: Holdings, target: Holdings) -> Traffic:
+    node = _node_traffic(sizes, source.contents, target.contents)
     shared = _SharedNodes.of(source, target)
     network = shared.over_nodes(node.network, np.add)
     node_peak = np.maximum(shared.over_nodes(node.network, np.maximum), network / source.nodes[:, None])
@@ -92,15 +126,36 @@ def _node_traffic(sizes: UnitSizes, source: Contents, target: Contents) -> _Node
     2^53, so that they are exact in any order."""
     received, peak, messages = (np.zeros((len(source), len(target))) for _ in range(3))
     common = _Common.of(sizes, source, target)
-    for gpu in range(source.stage.shape[1]):
-        elements, pieces = common.rank_received(gpu)
-        received += elements
-        np.maximum(peak, elements, out=peak)
-        np.maximum(messages, pieces, out=messages)
+    for rows, own in _runs(source.tp):
+        for columns, part in _runs(target.tp):
+            block = rows, columns
+            holds, needs = source.stage[rows].T, target.stage[columns].T
+            alike = Counter(
+                (held.tobytes(), needed.tobytes(), _overlap(gpu, own, part))
+                for gpu, (held, needed) in enumerate(zip(holds, needs, strict=True))
+            )
+            for (held, needed, overlap), gpus in alike.items():
+                elements, pieces = common.missing(own, part, overlap)
+                at = np.ix_(np.frombuffer(held, dtype=np.int64), np.frombuffer(needed, dtype=np.int64))
+                moved = elements[at]
+                received[block] += gpus * moved
+                np.maximum(peak[block], moved, out=peak[block])
+                np.maximum(messages[block], pieces[at], out=messages[block])
     network, away = _from_other_nodes(sizes, source, target)
     owners, takers = (np.maximum((contents.stage > 0).sum(axis=1), 1) for contents in (source, target))
     sends = (received - away) / owners[:, None] + (away - network) / takers
     return _NodeTraffic(received, network, np.maximum(peak, sends), messages)
+
+
+def _runs(tp: IntArray) -> Iterator[tuple[slice, int]]:
+    """Short runs of contents of one tensor degree, and the degree. Short, so that arrays of two runs stay in the
+    processor's cache."""
+    for degree in np.unique(tp).tolist():
+        places = np.flatnonzero(tp == degree)
+        first, end = int(places[0]), int(places[-1]) + 1
+        assert end - first == len(places), "contents stand in the order of their tensor degree"
+        for start in range(first, end, RUN):
+            yield slice(start, min(start + RUN, end)), degree
 
 
 def _from_other_nodes(sizes: UnitSizes, source: Contents, target: Contents) -> tuple[Array, Array]:
@@ -112,7 +167,7 @@ def _from_other_nodes(sizes: UnitSizes, source: Contents, target: Contents) -> t
     tp = target.tp[:, None]
     parts = np.where(sizes.sharded > 0, tp, 1)
     once = target.node_units * (sizes.sharded + sizes.replicated * parts)
-    each = target.units[target.stage].sum(axis=1) * (sizes.sharded / tp + sizes.replicated)
+    each = target.stage_units[target.stage].sum(axis=1) * (sizes.sharded / tp + sizes.replicated)
     held = source.node_units.T
     network, away = (needed.sum(axis=1) - (needed @ held).T for needed in (once, each))
     return network, away
@@ -121,38 +176,38 @@ def _from_other_nodes(sizes: UnitSizes, source: Contents, target: Contents) -> t
 @dataclass(frozen=True, eq=False)
 class _Common:
     """What source stages and target stages have in common, [source stages, target stages]: elements that tp cuts,
-    elements held whole, and units. need: the same three of a target stage alone, [3, target stages]."""
+    elements held whole, and units. need: the same three of a target stage alone, [3, target stages]. known: answers of
+    `missing`, which few different overlaps ask for."""
 
-    source: Contents
-    target: Contents
     sharded: Array
     replicated: Array
     units: Array
     need: Array
+    known: dict[tuple[int, int, int], tuple[Array, Array]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, sizes: UnitSizes, source: Contents, target: Contents) -> _Common:
         weights = np.stack([sizes.sharded, sizes.replicated, sizes.count])
-        sharded, replicated, units = ((source.units * weight) @ target.units.T for weight in weights)
-        return cls(source, target, sharded, replicated, units, weights @ target.units.T)
+        sharded, replicated, units = ((source.stage_units * weight) @ target.stage_units.T for weight in weights)
+        return cls(sharded, replicated, units, weights @ target.stage_units.T)
 
-    def rank_received(self, gpu: int) -> tuple[Array, Array]:
-        """Elements and pieces that a GPU of a node must receive, [source contents, target contents]."""
-        holds, needs = self.source.stage[:, gpu], self.target.stage[:, gpu]
-        at = np.ix_(holds, needs)
-        own, part = self.source.tp[:, None], self.target.tp[None, :]
-        overlap = _overlap(gpu, own, part)
-        sharded, replicated, units = self.need[:, needs]
-        elements = sharded / part + replicated - overlap * self.sharded[at] / (own * part) - self.replicated[at]
-        return elements, units - overlap * self.units[at] / own
+    def missing(self, own: int, part: int, overlap: int) -> tuple[Array, Array]:
+        """Elements and pieces that a GPU must receive which holds its `own`-th of a source stage and needs its
+        `part`-th of a target stage, [source stages, target stages]; the two have `overlap` / (own x part) of each
+        parameter in common."""
+        key = own, part, overlap
+        if key not in self.known:
+            sharded, replicated, units = self.need
+            elements = sharded / part + replicated - overlap * self.sharded / (own * part) - self.replicated
+            self.known[key] = elements, units - overlap * self.units / own
+        return self.known[key]
 
 
-def _overlap(gpu: int, own: IntArray, part: IntArray) -> IntArray:
+def _overlap(gpu: int, own: int, part: int) -> int:
     """What the GPU's parts of a parameter that is cut in `own` and in `part` have in common, in 1 / (own x part)."""
-    low = np.maximum((gpu % own) * part, (gpu % part) * own)
-    high = np.minimum((gpu % own + 1) * part, (gpu % part + 1) * own)
-    common: IntArray = np.maximum(high - low, 0)
-    return common
+    low = max((gpu % own) * part, (gpu % part) * own)
+    high = min((gpu % own + 1) * part, (gpu % part + 1) * own)
+    return max(high - low, 0)
 
 
 @dataclass(frozen=True, eq=False)

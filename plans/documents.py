@@ -1,6 +1,7 @@
 """Text files from outside: read within bounds, parsed by safe loaders, every mistake with its line and column.
 
-A reader goes path -> `read_text` -> `parse_json` or `parse_yaml` -> `plans.shapes` (keys and types) -> its own rules.
+A reader goes path -> `read_text` -> `parse_json` or `plans.yaml_text.parse_yaml` -> `plans.shapes` (keys and types) ->
+its own rules.
 """
 
 from __future__ import annotations
@@ -9,23 +10,18 @@ import json
 import re
 import stat
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Never
-
-import yaml
 
 from plans.errors import RealplanError
 from plans.problems import Path_, Problem, blank_comments, counted, shortened
 
 MOST_BYTES = 2 * 2**20
-MOST_YAML_BYTES = 2**18
-MOST_VALUES = 200_000
 DEEPEST = 60
 LONGEST_NUMBER = 4300  # digits; Python reads no longer ones
 _PIPES = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
 _POINTER = "version https://git-lfs.github.com/spec/"
-_DASHES = re.compile(rf"(?:[-?:] ){{{DEEPEST},}}")
 _JSON_TOKEN = re.compile(r'"(?:\\.|[^"\\])*"|[{}\[\],:]|[^\s{}\[\],:"]+')
 
 
@@ -122,7 +118,7 @@ def _unreadable(text: str) -> Problem:
             problem = Problem("json", f"`{shortened(token)}` is no number that can be read", "a shorter number")
         else:
             continue
-        return _located(text, match.start(), problem)
+        return located(text, match.start(), problem)
     return Problem("json", "not JSON that can be read", "plain numbers and texts", (), 1, 1)
 
 
@@ -132,7 +128,7 @@ def _repeated_key(text: str) -> Problem:
     for path, _, key_at in _json_values(text):
         if path in seen:
             problem = Problem("duplicate-key", f"key `{shortened(path[-1])}` is given twice", "keep one of them", path)
-            return _located(text, key_at, problem)
+            return located(text, key_at, problem)
         seen.add(path)
     return Problem("duplicate-key", "a key is given twice", "keep one of them")
 
@@ -164,7 +160,8 @@ def _json_values(text: str) -> Iterator[tuple[Path_, int, int]]:
                 path.append("" if key_next else 0)
 
 
-def _located(text: str, offset: int, problem: Problem) -> Problem:
+def located(text: str, offset: int, problem: Problem) -> Problem:
+    """A problem with the line and column of an offset in the text."""
     line = text.count("\n", 0, offset) + 1
     return replace(problem, line=line, column=offset - text.rfind("\n", 0, offset))
 
@@ -179,138 +176,5 @@ def locate(text: str, problems: Iterable[Problem]) -> list[Problem]:
         path = problem.path
         while path and path not in places:
             path = path[:-1]
-        placed.append(problem if problem.line else _located(text, places.get(path, 0), problem))
+        placed.append(problem if problem.line else located(text, places.get(path, 0), problem))
     return sorted(placed, key=lambda p: (p.line, p.column))
-
-
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """YAML's safe loader with the numbers and truths of YAML 1.2: `010`, `1_0`, `0x1`, `1:30`, `no` and dates stay
-    text, and `1e-6` is a number."""
-
-
-_Loader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in (
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
-    ("float", r"[-+]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?", "-+0123456789."),
-    ("float", r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", "-+."),
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), list(_first))
-
-
-@dataclass(frozen=True)
-class Yaml:
-    """A YAML text: its data, and its nodes, which know their places."""
-
-    data: Any
-    root: yaml.Node | None
-
-    def locate(self, problems: Iterable[Problem]) -> list[Problem]:
-        """Give the first problems the place of their value, or of the nearest parent that exists."""
-        placed = [p if p.line else _at_node(self.root, p) for p in counted(problems)]
-        return sorted(placed, key=lambda p: (p.line, p.column))
-
-
-def parse_yaml(text: str) -> Yaml:
-    """The data of a YAML text. Raises BadText, located, for bad syntax, tags, keys that are not texts or are given
-    twice, numbers without end, and aliases that unfold to more than `MOST_VALUES` values."""
-    deep = _too_deep(text)
-    if deep is not None:
-        problem = Problem("yaml", f"brackets stand more than {DEEPEST} deep", f"at most {DEEPEST}")
-        raise BadText(_located(text, deep, problem))
-    try:
-        root = yaml.compose(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = (mark.line + 1, mark.column + 1) if mark else (0, 0)
-        message = f"not YAML: {error.problem or error.context}"
-        raise BadText(Problem("yaml", message, "indent with spaces, quote texts with `:` or `#`", (), *place)) from None
-    except yaml.YAMLError as error:
-        at = getattr(error, "position", 0)
-        problem = Problem(
-            "yaml", f"not YAML: {getattr(error, 'reason', error)}", "plain text without control characters"
-        )
-        raise BadText(_located(text, min(at, len(text)), problem)) from None
-    except (RecursionError, ValueError):
-        reason = "not YAML that can be read: it is nested too deep, or holds half of a surrogate pair"
-        raise BadText(Problem("yaml", reason, "fewer levels, plain text", (), 1, 1)) from None
-    return Yaml(_Builder().value(root, ()) if root is not None else None, root)
-
-
-def _too_deep(text: str) -> int | None:
-    """Where flow brackets, or dashes on one line, nest too deep, by an upper bound; None where they do not."""
-    deep = 0
-    for found in re.finditer(r"[\[{\]}]", text):
-        deep = max(0, deep + (1 if found.group() in "[{" else -1))
-        if deep > DEEPEST:
-            return found.start()
-    dashes = _DASHES.search(text)
-    return dashes.start() if dashes else None
-
-
-class _Builder:
-    """Plain values of YAML nodes; counts them, because aliases may unfold without end."""
-
-    def __init__(self) -> None:
-        self.values = 0
-
-    def value(self, node: yaml.Node, path: Path_) -> Any:
-        self.values += 1
-        if self.values > MOST_VALUES or len(path) > DEEPEST:
-            most = f"at most {MOST_VALUES:,} values, {DEEPEST} levels deep"
-            raise BadText(_at_mark(node, Problem("yaml", "too many values, or a list inside itself", most, path)))
-        if isinstance(node, yaml.SequenceNode):
-            return [self.value(item, (*path, i)) for i, item in enumerate(node.value)]
-        if isinstance(node, yaml.MappingNode):
-            return self.mapping(node, path)
-        return _scalar(node, path)
-
-    def mapping(self, node: yaml.MappingNode, path: Path_) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key_node, item in node.value:
-            key = key_node.value
-            if not isinstance(key, str):
-                raise BadText(_at_mark(key_node, Problem("yaml", "a key must be a text", "key: value", path)))
-            if key in found:
-                problem = Problem("duplicate-key", f"key `{shortened(key)}` is given twice", "keep one of them", path)
-                raise BadText(_at_mark(key_node, problem))
-            found[key] = self.value(item, (*path, key))
-        return found
-
-
-def _scalar(node: yaml.Node, path: Path_) -> Any:
-    kind, text = node.tag.rpartition(":")[2], node.value
-    if kind not in ("str", "int", "float", "bool", "null"):
-        problem = Problem("yaml", f"tag `{shortened(node.tag)}` is not allowed", "a plain value without a tag", path)
-        raise BadText(_at_mark(node, problem))
-    try:
-        if kind == "int":
-            return int(text)
-        if kind == "float":
-            return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
-    except ValueError:
-        problem = Problem("yaml", f"`{shortened(text)}` is no number that can be read", "a shorter number", path)
-        raise BadText(_at_mark(node, problem)) from None
-    if kind == "bool":
-        return text.lower() == "true"
-    return None if kind == "null" else text
-
-
-def _at_mark(node: yaml.Node, problem: Problem) -> Problem:
-    return replace(problem, line=node.start_mark.line + 1, column=node.start_mark.column + 1)
-
-
-def _at_node(node: yaml.Node | None, problem: Problem) -> Problem:
-    if node is None:
-        return problem
-    for step in problem.path:
-        inner = None
-        if isinstance(node, yaml.MappingNode):
-            inner = next((value for key, value in node.value if key.value == str(step)), None)
-        elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
-            inner = node.value[step]
-        if inner is None:
-            break
-        node = inner
-    return _at_mark(node, problem)

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from plans.algorithms import ALGORITHMS
-from plans.documents import MOST_YAML_BYTES, BadText, parse_yaml, read_text, refuse
+from plans.documents import BadText, read_text, refuse
 from plans.errors import SpecError
 from plans.graph import Call, CallKind, DataflowGraph, graph_faults
 from plans.planfile import GraphCallFile, GraphFile
@@ -43,6 +43,8 @@ def file_of(graph: DataflowGraph) -> GraphFile | None:
 
 def load_graph(path: Path) -> DataflowGraph:
     """Read a graph from YAML (keys as in the `graph` of a plan file); raises SpecError with every located problem."""
+    from plans.yaml_text import MOST_YAML_BYTES, parse_yaml  # plan files, which hold graphs too, do without
+
     text = read_text(path, SpecError, "graph", "keys: name, calls, sources", MOST_YAML_BYTES)
     try:
         document = parse_yaml(text)

@@ -14,11 +14,12 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
-from plans.documents import MOST_YAML_BYTES, BadText, Yaml, parse_yaml, read_text, refuse
+from plans.documents import BadText, read_text, refuse
 from plans.errors import RealplanError
 from plans.plan import ExecutionPlan
 from plans.problems import REFUSED, Path_, Problem, shortened
 from plans.shapes import shape_problems
+from plans.yaml_text import MOST_YAML_BYTES, Yaml, parse_yaml
 
 Positive = Annotated[int, Field(ge=1, le=10**9)]
 RANDOM = "random"

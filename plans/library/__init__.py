@@ -11,7 +11,6 @@ from typing import Any
 
 from plans.cluster import ClusterSpec, GpuSpec
 from plans.errors import SpecError, nearest
-from plans.huggingface import spec_from_folder
 from plans.model import ModelSpec
 from plans.rope import scaling_of
 
@@ -38,6 +37,8 @@ def load_model(name: str) -> ModelSpec:
         return ModelSpec(name=key, rope_scaling=scaling_of(scaling) if scaling else None, **fields)
     path = Path(name)
     if os.path.exists(path):
+        from plans.huggingface import spec_from_folder  # its families take a while to load
+
         return spec_from_folder(path)
     raise SpecError(
         f"unknown model `{name}`",

@@ -9,8 +9,6 @@ from cost_models.estimate import PlanCost, cost_plan
 from planner.cli.engine_words import plan_engine
 from planner.cli.loading import legal_plan
 from planner.cli.output import write
-from planner.pictures.page import Picture, render_page
-from planner.pictures.trace import trace_json
 from plans.errors import PlanError
 from plans.plan import ExecutionPlan
 from plans.render import render_plan
@@ -23,6 +21,8 @@ def show_command(path: Path, *, html: Path | None, measured: Path | None) -> int
     cost = cost_plan(plan, plan_engine(plan))
     run = _measured(plan, measured) if measured else None
     if html:
+        from planner.pictures.page import Picture, render_page
+
         pictures = [Picture(title="predicted", plan=plan, timeline=cost.timeline, memory=cost.memory)]
         pictures += [Picture(title="measured", plan=plan, timeline=run)] if run else []
         write(html, render_page(pictures, plan.notes or path.stem))
@@ -65,6 +65,8 @@ def trace_command(path: Path, *, measured: Path | None, output: Path | None) -> 
             raise PlanError(f"no plan beside `{measured}`", f"realplan trace PLAN --timeline {measured}")
     plan = legal_plan(path)
     timeline = _measured(plan, measured) if measured else cost_plan(plan, plan_engine(plan)).timeline
+    from planner.pictures.trace import trace_json
+
     source = measured or path
     write(output or source.with_suffix(".trace.json"), trace_json(timeline, plan))
     return 0
