@@ -97,7 +97,7 @@ class ModelSpec:
         if self.rotary_dim % 2 or not 0 <= self.rotary_dim <= self.head_dim:
             raise SpecError(
                 f"model `{self.name}`: rotary_dim is {self.rotary_dim}; it must be even, and {self.head_dim} at most",
-                f"rotary_dim {min(self.rotary_dim, self.head_dim) // 2 * 2}, for example",
+                f"rotary_dim {max(0, min(self.rotary_dim, self.head_dim)) // 2 * 2}, for example",
             )
         if isinstance(self.rope_scaling, YarnScaling) and self.rope_theta <= 1:
             raise SpecError(f"model `{self.name}`: rope_theta is {self.rope_theta}; a yarn scaling needs more than 1")

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 import cosmic_ray.plugins
@@ -114,4 +115,14 @@ def sample(files: list[str], count: int, seed: int) -> tuple[list[Mutant], int]:
             seen[text] += 1
             drawn.append((hashlib.sha256(f"{text} {seen[text]}".encode()).hexdigest(), place))
     drawn.sort(key=lambda pair: pair[0])
-    return [named(place) for _, place in drawn[:count]], len(drawn)
+    chosen = (named(place) for _, place in drawn if _compiles(place))
+    return list(islice(chosen, count)), len(drawn)
+
+
+def _compiles(place: Place) -> bool:
+    """Whether the change is Python at all (`*` before keyword parameters has no other operator)."""
+    try:
+        compile(place.source(), place.file, "exec")
+    except SyntaxError:
+        return False
+    return True

@@ -1,0 +1,133 @@
+"""What files may say and what they mean where they are silent: ranges and defaults, listed key by key.
+
+Files that people have written depend on them, so that none moves unseen. Defaults of a Hugging Face config are held
+against `transformers` itself.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import pytest
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from plans import planfile, runfile
+from plans.algorithms import algorithm_graph
+from plans.families import FAMILIES
+from plans.graphfile import graph_of
+from plans.library import load_model
+from plans.workload import Workload
+
+ANY, NONE = float("inf"), object()
+BILLION, MILLION, SIZE = 10**9, 10**6, 10**8
+COUNT = (1, BILLION)
+FRACTION = 1e-6
+"""How far beyond a bound of a key that takes fractions is tried, as a part of it."""
+
+RUN: dict[type[BaseModel], dict[str, tuple[float, float, Any]]] = {
+    runfile.RunWorkload: {
+        "batch_size": (*COUNT, 512), "group_size": (*COUNT, 1), "prompt_tokens": (*COUNT, 1024),
+        "response_tokens": (*COUNT, 1024), "mean_prompt_tokens": (0, BILLION, 0),
+        "mean_response_tokens": (0, BILLION, 0), "minibatches": (*COUNT, 4),
+    },
+    runfile.Data: {"max_prompts": (0, BILLION, 0)},
+    runfile.RunSampling: {"top_k": (0, BILLION, 0), "top_p": (FRACTION, 1.0, 1.0), "min_p": (0.0, 1.0, 0.0)},
+    runfile.Optimizer: {
+        "lr": (0.0, ANY, 1e-6), "warmup_steps": (0, BILLION, 0), "weight_decay": (0.0, ANY, 0.0),
+        "beta1": (0.0, 1 - FRACTION, 0.9), "beta2": (0.0, 1 - FRACTION, 0.95), "eps": (FRACTION, 1.0, 1e-8),
+        "clip": (FRACTION, ANY, 1.0),
+    },
+    runfile.Ppo: {
+        "clip": (FRACTION, ANY, 0.2), "value_clip": (FRACTION, ANY, 0.2), "kl_coefficient": (0.0, ANY, 0.05),
+        "gamma": (FRACTION, 1.0, 1.0), "gae_lambda": (0.0, 1.0, 0.95), "critic_warmup_iterations": (0, BILLION, 0),
+    },
+    runfile.RewardLimits: {"memory_gib": (0.1, 2.0**20, 8.0), "workers": (1, 256, 1)},
+    runfile.Dpo: {"beta": (FRACTION, ANY, 0.1)},
+    runfile.Checkpoints: {"every": (0, BILLION, 10), "keep": (*COUNT, 2)},
+    runfile.RunFile: {"iterations": (*COUNT, 10), "seed": (0, 2**63 - 1, 0), "timeout_s": (0.0, 1e7, 0.0)},
+}  # fmt: skip
+PLAN: dict[type[BaseModel], dict[str, tuple[float, float, Any]]] = {
+    planfile.ModelFile: {
+        "layers": (1, 10**4, NONE), "hidden": (1, SIZE, NONE), "heads": (1, SIZE, NONE), "kv_heads": (1, SIZE, NONE),
+        "head_dim": (1, SIZE, NONE), "ffn": (1, SIZE, NONE), "vocab": (1, SIZE, NONE), "max_context": (1, SIZE, 4096),
+        "window": (0, SIZE, 0), "rotary_dim": (0, SIZE, 0), "experts": (0, 10**5, 0),
+        "experts_per_token": (0, 10**5, 0), "shared_ffn": (0, SIZE, 0),
+    },
+    planfile.GraphCallFile: {"seconds_per_sample": (0.0, 1e6, 0.0)},
+    planfile.WorkloadFile: {
+        "staleness": (0, 64, 0), "batch_size": (1, MILLION, NONE), "group_size": (1, MILLION, 1),
+        "prompt_tokens": (1, 10**7, NONE), "response_tokens": (0, 10**7, NONE), "mean_prompt_tokens": (0, 10**7, 0),
+        "mean_response_tokens": (0, 10**7, 0), "minibatches": (1, MILLION, NONE),
+    },
+    planfile.GpuFile: dict.fromkeys(
+        ("memory_gib", "bf16_tflops", "fp32_tflops", "hbm_gbps", "link_gbps", "pcie_gbps"), (FRACTION, 1e6, NONE)
+    ),
+    planfile.ClusterFile: {
+        "nodes": (1, 65_536, NONE), "gpus_per_node": (1, 65_536, NONE), "inter_node_gbps": (FRACTION, 1e6, NONE),
+        "host_memory_gib": (FRACTION, 1e6, 1024.0),
+    },
+    planfile.CallFile: {
+        "micro_batches": (1, MILLION, 1), "micro_batch_tokens": (1, SIZE, 0), "groups": (1, MILLION, 1),
+        "slots": (1, MILLION, 0), "waves": (1, MILLION, 1), "lag": (0, 65, 0),
+    },
+    planfile.EstimateFile: dict.fromkeys(("iteration_s", "latency_s", "peak_gib", "host_gib"), (0.0, ANY, NONE)),
+}  # fmt: skip
+KEYS = [
+    (model, name, *range_) for table in (RUN, PLAN) for model, keys in table.items() for name, range_ in keys.items()
+]
+
+
+@pytest.mark.parametrize(("model", "name", "low", "high", "default"), KEYS)
+def test_a_key_takes_its_range_and_no_more(
+    model: type[BaseModel], name: str, low: float, high: float, default: object
+) -> None:
+    field = model.model_fields[name]
+    bounded = Annotated.__class_getitem__((field.annotation, *field.metadata))  # type: ignore[attr-defined]
+    adapter: TypeAdapter[Any] = TypeAdapter(bounded)
+    step = 1 if isinstance(low, int) else FRACTION
+    for value in (low, high):
+        assert value == ANY or adapter.validate_python(value) == value
+    for value in (low - step, high + step * max(1, abs(high) * (step < 1))):
+        if value != ANY:
+            with pytest.raises(ValidationError):
+                adapter.validate_python(value)
+    assert field.is_required() if default is NONE else field.get_default() == default
+
+
+def test_every_number_of_the_files_is_listed() -> None:
+    for table in (RUN, PLAN):
+        for model, keys in table.items():
+            bounded = {
+                name
+                for name, field in model.model_fields.items()
+                if any(hasattr(mark, bound) for mark in field.metadata for bound in ("ge", "gt"))
+            }
+            assert bounded - {"temperature", "repetition_penalty", "reward_seconds_per_sample"} <= set(keys), model
+
+
+def test_defaults_of_a_workload_and_of_a_graph() -> None:
+    """Those of the README: 512 prompts of 1,024 + 1,024 tokens in four minibatches, every iteration on new weights."""
+    graph = algorithm_graph("ppo")
+    assert graph.staleness == 0 and algorithm_graph("grpo").staleness == 0
+    workload = Workload(graph=graph, models=dict.fromkeys(graph.roles, load_model("llama-7b")))
+    sizes = (workload.batch_size, workload.prompt_tokens, workload.response_tokens, workload.minibatches)
+    assert sizes == (512, 1024, 1024, 4) and (workload.group_size, workload.dtype) == (1, "bf16")
+    call = {"name": "g", "kind": "generate", "model": "actor", "inputs": ["prompts"], "outputs": ["sequences"]}
+    assert graph_of(planfile.GraphFile.model_validate({"name": "mine", "calls": [call]})).staleness == 0
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_absent_keys_of_a_config_mean_what_transformers_takes(family: str) -> None:
+    from transformers import AutoConfig
+
+    theirs = AutoConfig.for_model(family).to_dict()
+    theirs["rope_theta"] = theirs["rope_parameters"]["rope_theta"]
+    compared = 0
+    for name, field in FAMILIES[family].model_fields.items():
+        if field.is_required() or name in ("rope_parameters", "rope_scaling", "layer_types") or name not in theirs:
+            continue
+        ours = field.get_default()
+        if ours is not None:
+            compared += 1
+            assert theirs[name] == ours or (name == "sliding_window" and not theirs[name]), name
+    assert compared >= 5
