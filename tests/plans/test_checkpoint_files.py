@@ -1,0 +1,190 @@
+"""Folders of checkpoints, made by hand: which is taken, and what is said of one that is torn or of other work."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from plan_cases import CRITIC_FREE, tiny_plan
+
+from plans.checkpoint import Entry, parameters_of, written
+from plans.checkpoint_files import (
+    CHUNK_BYTES,
+    CheckpointError,
+    RankIndex,
+    RoleState,
+    Seal,
+    StoredEntry,
+    find_usable,
+    joined,
+    open_checkpoint,
+    seal_of,
+    sealed_index,
+    steps_in,
+    takeover_problems,
+    verify_files,
+)
+from plans.codec import dump_plan
+from plans.plan import ExecutionPlan
+from plans.runfile import CHECKPOINTS
+
+SHARD = "rank-00000.safetensors"
+
+
+@pytest.fixture
+def ours() -> ExecutionPlan:
+    return tiny_plan(1, "d1 t1 p1", algorithm="grpo", order=CRITIC_FREE, group_size=2)
+
+
+def make(folder: Path, iteration: int, plan: ExecutionPlan) -> Path:
+    """A whole checkpoint; the tensors themselves are another file's business."""
+    here = folder / f"global_step_{iteration}"
+    here.mkdir(parents=True)
+    contents = {"plan.json": dump_plan(plan), "run.yaml": "", "metrics.jsonl": "{}\n", SHARD: "tensors"}
+    for name, text in contents.items():
+        (here / name).write_text(text)
+    layout = plan.layout("actor_train")
+    entries = [
+        StoredEntry(
+            role="actor", parameter=e.parameter, part=e.part, parts=e.parts, start=e.start, stop=e.stop, file=SHARD
+        )
+        for e in written(layout, 0)
+    ]
+    seals = {name: seal_of(here / name) for name in contents}
+    rank = RankIndex(
+        iteration=iteration, rank=0, roles={"actor": RoleState(steps=4, adam_steps=4)}, entries=entries, files=seals
+    )
+    (here / "index.json").write_text(sealed_index(joined([rank])))
+    return here
+
+
+def reindexed(here: Path, edit: str, into: str) -> None:
+    """Change the text of an index and sign it anew."""
+    index = json.loads((here / "index.json").read_text().replace(edit, into))
+    index.pop("digest")
+    digest = hashlib.sha256(json.dumps(index, separators=(",", ":")).encode()).hexdigest()
+    (here / "index.json").write_text(json.dumps(index | {"digest": digest}, separators=(",", ":")))
+
+
+@pytest.mark.parametrize("size", [0, 1, CHUNK_BYTES, 2 * CHUNK_BYTES + 17])
+def test_a_seal_is_the_size_and_the_sha_256(size: int, tmp_path: Path) -> None:
+    content = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
+    (tmp_path / "file").write_bytes(content)
+    assert CHUNK_BYTES == 8 * 1024 * 1024
+    assert seal_of(tmp_path / "file") == Seal(bytes=size, sha256=hashlib.sha256(content).hexdigest())
+
+
+def test_a_whole_checkpoint_is_opened(tmp_path: Path, ours: ExecutionPlan) -> None:
+    here = make(tmp_path, 20, ours)
+    text = (here / "index.json").read_text()
+    assert text.endswith("}\n") and text.count("\n") == 1
+    found = open_checkpoint(here)
+    assert found.plan == ours and found.index.iteration == 20 and found.index.roles["actor"].steps == 4
+    verify_files(found)
+    held = {entry.parameter for entry in found.index.entries}
+    assert held == set(parameters_of(ours.workload.spec("actor_train")))
+    stored = found.index.entries[0]
+    assert stored.entry == Entry(stored.parameter, stored.part, stored.parts, stored.start, stored.stop)
+    assert stored.tensor("exp_avg") == f"actor/{stored.parameter}/0of1/0-{stored.stop}/exp_avg"
+
+
+def test_the_newest_that_is_whole_is_taken(tmp_path: Path, ours: ExecutionPlan) -> None:
+    """By number, not by name; torn ones are told, older ones are not looked at."""
+    folder = tmp_path / CHECKPOINTS
+    for iteration in (5, 9, 10):
+        make(folder, iteration, ours)
+    (folder / "global_step_x").mkdir()
+    (folder / "global_step_11").write_text("a file")
+    (folder / "other").mkdir()
+    assert [path.name for path in steps_in(folder)] == ["global_step_10", "global_step_9", "global_step_5"]
+    found, refusals = find_usable(tmp_path, ours)
+    assert found is not None and found.index.iteration == 10 and refusals == []
+    (folder / "global_step_10" / SHARD).write_text("tensorz")
+    found, refusals = find_usable(folder, ours)
+    assert found is not None and found.index.iteration == 9
+    assert len(refusals) == 1 and f"`{SHARD}` was altered: its SHA-256 is not that of the index" in refusals[0]
+    alone, none = find_usable(folder / "global_step_5", ours)
+    assert alone is not None and alone.index.iteration == 5 and none == []
+    with pytest.raises(CheckpointError, match="was altered"):
+        find_usable(folder / "global_step_10", ours)
+    for name in ("global_step_9", "global_step_5"):
+        shutil.rmtree(folder / name)
+    with pytest.raises(CheckpointError, match="was altered") as raised:
+        find_usable(tmp_path, ours)
+    assert "start anew" in raised.value.hint
+    assert find_usable(tmp_path / "nowhere", ours) == (None, [])
+
+
+def test_a_torn_checkpoint_says_where(tmp_path: Path, ours: ExecutionPlan) -> None:
+    whole = make(tmp_path / "whole", 1, ours)
+
+    def torn(**changes: str | None) -> str:
+        here = tmp_path / "torn"
+        shutil.rmtree(here, ignore_errors=True)
+        shutil.copytree(whole, here)
+        for name, text in changes.items():
+            file = here / {"shard": SHARD, "index": "index.json", "plan": "plan.json", "run": "run.yaml"}[name]
+            file.unlink() if text is None else file.write_text(text)
+        with pytest.raises(CheckpointError) as raised:
+            open_checkpoint(here)
+        return raised.value.message.removeprefix(f"checkpoint `{here}` cannot be used: ")
+
+    assert torn(shard=None) == f"`{SHARD}` is missing"
+    assert torn(shard="tensor") == f"`{SHARD}` has 6 bytes, not 7"
+    assert torn(index=None) == "`index.json` is missing"
+    assert torn(index="{").startswith("`index.json` is ")
+    index = (whole / "index.json").read_text()
+    assert torn(index=index.replace('"steps":4', '"steps":5')).startswith("`index.json` was altered: its digest")
+    assert torn(index=index.replace('"iteration":1', '"iteration":-1')).startswith("`index.json`: Input should be")
+    plan = (whole / "plan.json").read_text()
+    assert torn(plan=plan.replace("grpo", "gprq")).startswith("`plan.json` was altered: its SHA-256")
+    assert torn(plan=plan[:-5]).startswith("`plan.json` has ")
+
+
+@pytest.mark.parametrize(
+    ("edit", "into", "words"),
+    [
+        ('"start":0,', '"start":1,', "state of `actor`: "),
+        ('"role":"actor"', '"role":"critic"', "state of `actor`: "),
+        ('{"actor":{"steps"', '{"judge":{"steps"', "state of `judge`: no model `judge`"),
+        (f'"file":"{SHARD}"', '"file":"elsewhere"', "its index lacks `elsewhere`"),
+        ('"part":0,', '"part":1,', "`index.json`: part 1 of 1"),
+    ],
+)
+def test_an_index_that_does_not_say_all(edit: str, into: str, words: str, tmp_path: Path, ours: ExecutionPlan) -> None:
+    here = make(tmp_path, 1, ours)
+    open_checkpoint(here)
+    reindexed(here, "", "")
+    open_checkpoint(here)
+    reindexed(here, edit, into)
+    with pytest.raises(CheckpointError) as raised:
+        open_checkpoint(here)
+    assert words in raised.value.message
+
+
+def test_what_a_plan_may_change_and_what_not(tmp_path: Path, ours: ExecutionPlan) -> None:
+    found = open_checkpoint(make(tmp_path, 1, ours))
+    assert takeover_problems(found, ours) == []
+    other_layout = tiny_plan(2, "d2 t1 p1", algorithm="grpo", order=CRITIC_FREE, group_size=2)
+    assert takeover_problems(found, other_layout) == []
+    work = ours.workload
+    sizes = {"batch_size": 16, "group_size": 4, "minibatches": 1, "prompt_tokens": 9, "response_tokens": 9}
+    for name, value in sizes.items():
+        changed = replace(ours, workload=replace(work, **{name: value}))
+        assert takeover_problems(found, changed) == [f"{name} is {getattr(work, name)} there and {value} in the plan"]
+    ppo = tiny_plan(1, "d1 t1 p1")
+    assert "it was written by grpo, the plan runs ppo" in takeover_problems(found, ppo)[0]
+    wider = replace(work.models["actor"], ffn=2 * work.models["actor"].ffn)
+    other = replace(ours, workload=replace(work, models=dict(work.models) | {"actor": wider}))
+    assert takeover_problems(found, other) == [f"`actor` is another model there ({work.models['actor'].name})"]
+    renamed = replace(work.models["actor"], name="x")
+    assert (
+        takeover_problems(found, replace(ours, workload=replace(work, models=dict(work.models) | {"actor": renamed})))
+        == []
+    )
+    lost = replace(found, index=found.index.model_copy(update={"roles": {}}))
+    assert takeover_problems(lost, ours) == ["it trains nothing, the plan `actor`"]
