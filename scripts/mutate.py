@@ -30,6 +30,14 @@ from mutation.mutants import Mutant, sample
 ROOT = Path(__file__).resolve().parent.parent
 EQUIVALENT = Path(__file__).resolve().parent / "mutation" / "equivalent.yaml"
 LEDGER = "tests/cost_models/test_ledger.py"
+TESTS = [
+    "tests/plans",
+    "tests/cost_models",
+    "tests/planner",
+    "tests/runtime/test_rope.py",
+    "tests/runtime/test_data.py",
+]
+"""Those that start no ranks; most of them need no torch."""
 TIERS_S = (0.3, 3.0)
 """Seconds of the tests that a child collects first, and next: most mutants die by the first."""
 
@@ -189,7 +197,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("folders", nargs="+", help="folders to mutate, such as cost_models/time")
     parser.add_argument("--mutants", type=int, default=150, help="size of the sample of each folder")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tests", nargs="+", default=["tests/plans", "tests/cost_models", "tests/planner"])
+    parser.add_argument("--tests", nargs="+", default=TESTS)
     parser.add_argument("--budget", type=float, default=20.0, help="seconds of tests that one mutant meets at most")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds until a mutant counts as a hang, a kill")
     parser.add_argument("--measured", type=Path, help="file that keeps which test runs which line, for the next run")

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import chain
 
 import pytest
 from plan_cases import tiny_plan
 
-from plans.batches import assign, evenly, micro_batches, packs, share_of
+from plans.batches import (
+    assign,
+    batch_transfers,
+    can_move,
+    consumers,
+    evenly,
+    lengths_from,
+    lengths_routes,
+    micro_batches,
+    packs,
+    rank_samples,
+    sample_work,
+    share_of,
+)
 from plans.checks import check_plan
+from plans.cluster import ClusterSpec, parse_mesh
 from plans.codec import dump_plan, read_plan
-from plans.plan import ExecutionPlan
+from plans.library import load_gpu, load_model
+from plans.plan import ExecutionPlan, PlannedCall
 from plans.strategy import ParallelStrategy
 
 
@@ -88,3 +104,110 @@ def test_a_bound_is_in_the_plan_file_and_checked() -> None:
     found = [problem for problem in check_plan(bad) if problem.rule == "token-bound"]
     assert len(found) == 2 and "longest sample, 16 tokens" in found[1].message
     assert found[1].hint == "micro_batch_tokens 16 or more" and found[1].path == ("calls", 1, "micro_batch_tokens")
+
+
+def test_work_of_a_sample_by_hand() -> None:
+    """Multiply-adds of Llama-2 7B: 6.476e9 weights in blocks once per token, 32 x 4096 of both products of attention
+    per pair; of Mixtral's eight experts a token visits two."""
+    llama = load_model("llama2-7b")
+    block = 4 * 4096 * 4096 + 3 * 4096 * 11008 + 2 * 4096
+    assert sample_work(llama, 1000) == 32 * (1000 * block + 1000 * 1000 * 4096)
+    mixtral = load_model("mixtral-8x7b")
+    attention = 2 * 4096 * 4096 + 2 * 4096 * 1024
+    active = attention + 2 * 3 * 4096 * 14336 + 4096 * 8 + 2 * 4096
+    assert sample_work(mixtral, 10) == 32 * (10 * active + 10 * 10 * 4096)
+    plain = replace(mixtral, gated_mlp=False)
+    assert sample_work(plain, 1) == 32 * (active - 2 * 4096 * 14336 + 4096)
+
+
+def test_the_share_of_a_rank_by_hand() -> None:
+    """Lengths 16 against 2 + 3 + 2, then 16 against 2 + 2 + 3: the imbalance is that of the work."""
+    p = plan()
+    spec = p.workload.spec("actor_train")
+    heavy = 2 * sample_work(spec, 16)
+    light = sum(sample_work(spec, n) for n in (2, 3, 2, 2, 2, 3))
+    shares = [share_of(p, "actor_train", rank, LENGTHS) for rank in range(2)]
+    assert {share.samples for share in shares} == {(0, 4), (1, 2, 3, 5, 6, 7)}
+    assert shares[0].imbalance == pytest.approx(2 * heavy / (heavy + light))
+    assert shares[1].micro_batches == (((0, 1, 2),), ((0, 1, 2),))
+
+
+def two_nodes(**places: tuple[str, str]) -> ExecutionPlan:
+    """The small PPO plan on two nodes of two GPUs."""
+    base = tiny_plan(2, "d2 t1 p1")
+    cluster = ClusterSpec(nodes=2, gpus_per_node=2, gpu=load_gpu("cpu"), inter_node_gbps=1)
+    calls = tuple(
+        PlannedCall(
+            call=planned.call,
+            mesh=parse_mesh(places.get(planned.call, ("nodes 0-1", ""))[0], cluster),
+            strategy=replace(planned.strategy, **degrees(places.get(planned.call, ("", "d4 t1 p1"))[1])),
+        )
+        for planned in base.calls
+    )
+    found = replace(base, cluster=cluster, calls=calls)
+    assert check_plan(found) == []
+    return found
+
+
+def degrees(text: str) -> dict[str, int]:
+    names = {"d": "dp", "t": "tp", "p": "pp"}
+    return {names[part[0]]: int(part[1:]) for part in text.split()}
+
+
+PLACES: tuple[dict[str, tuple[str, str]], ...] = (
+    {},
+    {"ref_infer": ("node 0", "d1 t2 p1"), "critic_infer": ("node 1", "d2 t1 p1")},
+    {"actor_generate": ("node 0", "d2 t1 p1"), "actor_train": ("nodes 0-1", "d2 t1 p2")},
+    {"actor_generate": ("nodes 0-1", "d2 t2 p1"), "critic_train": ("node 1 gpu 0", "d1 t1 p1")},
+    {"actor_generate": ("node 1", "d1 t2 p1"), "ref_infer": ("node 1 gpu 1", "d1 t1 p1")},
+)
+
+
+@pytest.mark.parametrize("places", PLACES)
+@pytest.mark.parametrize("lengths", [None, LENGTHS])
+def test_messages_bring_every_row_once_from_a_rank_that_made_it(
+    places: dict[str, tuple[str, str]], lengths: list[int] | None
+) -> None:
+    """Under any layouts: all that is read arrives, nothing twice, and from the target's own node where it can."""
+    p = two_nodes(**places)
+    graph = p.workload.graph
+    for producer in (planned.call for planned in p.calls):
+        made = rank_samples(p, producer, lengths)
+        arrived: set[tuple[int, str, int]] = {(rank, key, row) for rank, rows in made.items() for row in rows
+                                              for key in graph.call(producer).outputs}  # fmt: skip
+        found = batch_transfers(p, producer, lengths)
+        readers = {
+            call.name: [key for key in call.inputs if key in graph.call(producer).outputs] for call in graph.calls
+        }
+        expected = {name: keys for name, keys in readers.items() if keys and graph.host(name) != producer}
+        assert dict(consumers(p, producer)) == {name: tuple(keys) for name, keys in expected.items()}
+        for consumer, messages in found.items():
+            for message in messages:
+                assert set(message.rows) <= set(made[message.source]) and message.source != message.target
+                near = {rank // 2 for rank, rows in made.items() if message.rows[0] in rows}
+                assert message.source // 2 == message.target // 2 or message.target // 2 not in near
+                parts = {(message.target, key, row) for key in message.keys for row in message.rows}
+                assert not parts & arrived, "sent twice, or to a rank that made it"
+                arrived |= parts
+            for rank, rows in rank_samples(p, consumer, lengths).items():
+                assert {(rank, key, row) for key in readers[consumer] for row in rows} <= arrived
+            if messages:
+                assert can_move(p, producer, consumer)
+
+
+@pytest.mark.parametrize("places", PLACES)
+def test_lengths_reach_every_rank_that_deals_by_them(places: dict[str, tuple[str, str]]) -> None:
+    p = two_nodes(**places)
+    makers = set(p.layout("actor_generate").ranks)
+    routes = lengths_routes(p, "actor_generate")
+    assert set(routes) == {rank for planned in p.calls for rank in p.ranks(planned.call)} - makers
+    for target, source in routes.items():
+        assert source in makers
+        assert source // 2 == target // 2 or not any(rank // 2 == target // 2 for rank in makers)
+    assert {lengths_from(p, call) for call in ("actor_generate", *CALLS)} == {"actor_generate"}
+
+
+def test_given_responses_have_no_generation_behind_them() -> None:
+    places = {"ref_infer": "d2 t1 p1", "actor_train": "d2 t1 p1"}
+    p = tiny_plan(2, places, algorithm="dpo", order=tuple(places), batch_size=4, group_size=2, minibatches=1)
+    assert lengths_from(p, "ref_infer") == lengths_from(p, "actor_train") == ""

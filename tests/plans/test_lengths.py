@@ -8,13 +8,14 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from planner.explanation.whatif import what_if
 from planner.request import build_request
 from plans.codec import digest, dump_plan, read_plan
 from plans.errors import SpecError
-from plans.lengths import MOST_PERCENTILES, Lengths, keys_of, percentiles_of
+from plans.lengths import MOST_PERCENTILES, Lengths, interpolated, keys_of, percentiles_of
 from plans.lengthsfile import lengths_file, recorded
 from plans.plan import ExecutionPlan
 
@@ -69,6 +70,59 @@ def test_drawn_lengths_stand_for_the_distribution() -> None:
     assert sum(drawn) / 512 == pytest.approx(1500, rel=0.01)
     assert min(drawn) >= 1 and max(drawn) <= LONGEST
     assert Lengths(16).draw(3) == (16, 16, 16) and Lengths(0).draw(2) == (0, 0)
+
+
+def test_percentiles_are_lines_between_their_points() -> None:
+    """A tenth has at most 20 tokens, half at most 60, all at most 100: by hand, with flat ends."""
+    lengths = Lengths(100, 0.0, ((10.0, 20), (50.0, 60), (90.0, 100)))
+    assert [lengths.quantile(share) for share in (0, 0.1, 0.3, 0.5, 0.6, 0.9, 1)] == [20, 20, 40, 60, 70, 100, 100]
+    assert [lengths.beyond(t) for t in (-1, 19, 20, 40, 60, 80, 99, 100)] == pytest.approx(
+        [1, 1, 0.9, 0.7, 0.5, 0.3, 0.11, 0]
+    )
+    assert lengths.mean == pytest.approx(0.1 * 20 + 0.4 * 40 + 0.4 * 80 + 0.1 * 100)
+    short = Lengths(100, 0.0, ((50.0, 30),))
+    assert (short.beyond(29), short.beyond(30), short.beyond(31), short.mean) == (1.0, 0.0, 0.0, 30)
+    whole = Lengths(100, 0.0, ((0.0, 0), (100.0, 100)))
+    assert whole.mean == 50 and whole.quantile(0.25) == 25 and whole.beyond(75) == 0.25
+    assert not whole.full and Lengths(100, 0.0).full and Lengths(100, 100).full and not Lengths(100, 90).full
+
+
+def test_a_point_between_two_numbers_is_numpy_s() -> None:
+    for values in ([7], [3, 9], [1, 4, 4, 10], list(range(0, 1000, 7))):
+        for share in (0.0, 0.1, 1 / 3, 0.5, 0.99, 1.0):
+            assert interpolated(values, share) == pytest.approx(float(np.quantile(values, share)))
+
+
+@pytest.mark.parametrize("point", [(-1.0, 5), (101.0, 5), (50.0, -1), (50.0, 101)])
+def test_a_percentile_off_its_scale(point: tuple[float, int]) -> None:
+    with pytest.raises(SpecError, match="the longest has 100"):
+        Lengths(100, 0.0, (point,))
+    with pytest.raises(SpecError, match="must ascend"):
+        Lengths(100, 0.0, ((50.0, 5), (50.0, 6)))
+    with pytest.raises(SpecError, match="a mean length of"):
+        Lengths(100, -1)
+
+
+def test_the_same_shape_with_another_mean() -> None:
+    shape = Lengths(1000, 0.0, ((0.0, 100), (50.0, 200), (100.0, 700)))
+    for mean in (1, 50, 400, 900, 1000):
+        scaled = shape.with_mean(mean)
+        assert scaled.mean == pytest.approx(mean, rel=0.01, abs=0.5) and scaled.percentiles[-1][1] <= 1000
+    assert shape.with_mean(150).percentiles[1][1] == pytest.approx(2 * shape.with_mean(150).percentiles[0][1], abs=1)
+    for mean in (-1, 1001):
+        with pytest.raises(SpecError, match="mean length"):
+            shape.with_mean(mean)
+    assert shape.with_mean(0).full and Lengths(1000).with_mean(300) == Lengths(1000, 300)
+
+
+@pytest.mark.parametrize(("values", "wrong", "largest"), [([5, 101, 3], 101, 101), ([5, -2], -2, 5), ([0, -1], -1, 1)])
+def test_measured_lengths_beyond_the_maximum(values: list[int], wrong: int, largest: int) -> None:
+    with pytest.raises(SpecError, match=f"a length of {wrong} tokens") as raised:
+        Lengths.measured(values, 100)
+    assert raised.value.hint == f"a maximum of {largest} tokens"
+    assert Lengths.measured([0, 100], 100).mean == pytest.approx(50, abs=0.01)
+    with pytest.raises(SpecError, match="no lengths"):
+        Lengths.measured([], 100)
 
 
 def test_samples_of_one_prompt_share_its_length(plan: ExecutionPlan) -> None:

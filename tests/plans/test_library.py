@@ -49,7 +49,13 @@ def test_units_add_up_to_the_parameters(name: str) -> None:
     assert sum(unit.sharded + unit.replicated for unit in model_units(spec)) == spec.params + padding
 
 
-@pytest.mark.parametrize("name", ["llama2-7b", "llama3.1-8b", "qwen2-0.5b", "qwen3-4b", "smollm2-135m"])
+EXPORTED = (
+    "llama2-7b", "llama3.1-8b", "qwen2-0.5b", "qwen3-4b", "smollm2-135m", "mistral-7b-v0.1", "mixtral-8x7b",
+    "qwen2-57b-a14b", "qwen3-30b-a3b", "phi-4",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXPORTED)
 def test_config_json_round_trip(name: str) -> None:
     spec = load_model(name)
     assert spec_from_config(config_from_spec(spec), name) == spec
