@@ -1,0 +1,249 @@
+"""What is alive at the fullest moment, by hand: Korthikanti et al. 2022, section 4, tensor by tensor, for a gated MLP
+with flash attention and without dropout; the logits and the loss beside them; the temporaries of one block.
+
+Per token a block stores both norms' inputs and outputs, query, key and value, the attention's output and its fp32
+statistic, gate, up and their product.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from textbook import DENSE, layout, network
+
+from cost_models.engines.habits import MemoryHabits
+from cost_models.memory.latent import LATENT_MODELS, LatentSpec, latent_training_terms
+from cost_models.memory.memory import call_memory
+from cost_models.memory.memory_terms import MemoryTerms
+from cost_models.validation.memory_rows import training_case_of
+from plans.algorithms import algorithm_graph
+from plans.cluster import GIB
+from plans.model import ModelSpec
+from plans.strategy import Recompute
+from plans.workload import Workload
+
+TOKENS = 1536  # of a sample: 512 + 1,024
+STREAM, CUT, CORE = 4 * 1536, (12 + 2 * 4) * 128 + 12 * 128 + 3 * 4096, 12 * 4
+STORED = 2 * (STREAM + CUT) + CORE
+TEMPORARIES = 2 * (2 * 1536 + 3 * 4096)
+"""Gradients of the MLP's output and input and of what it stored in between, two bytes."""
+LARGEST = 2 * 2 * 4096 * 1536
+"""The gradient of gate and up, one matrix, two bytes."""
+VOCABULARY, WIDTH = 32_000, 1536
+VALUE = DENSE.with_value_head()
+
+
+def held(
+    call: str, spec: ModelSpec = DENSE, *, sizes: dict[str, Any] | None = None, habits: MemoryHabits | None = None,
+    constants: dict[str, Any] | None = None, **settings: Any,
+) -> MemoryTerms:  # fmt: skip
+    """Memory of a call of 64 samples, a minibatch of 16."""
+    graph = algorithm_graph("grpo")
+    work = {"batch_size": 64, "prompt_tokens": 512, "response_tokens": 1024, "minibatches": 4} | (sizes or {})
+    workload = Workload(graph=graph, models=dict.fromkeys(graph.roles, spec), **work)
+    at = replace(network(**(constants or {})), habits=habits or MemoryHabits())
+    return call_memory(at, workload, call, layout(**settings))
+
+
+def moment(terms: MemoryTerms) -> tuple[float, float, float]:
+    return float(terms.activations[0]), float(terms.logits[0]), float(terms.workspace[0])
+
+
+def test_the_loss_is_the_fullest_moment_of_a_whole_model() -> None:
+    """Beside 24 blocks: logits and their fp32 softmax; input and output of the last norm, input of the head and its
+    gradient, and the head's weight gradient."""
+    terms = held("actor_train", dp=8, micro_batches=2)
+    stored, logits = 24 * STORED * TOKENS, VOCABULARY * (2 + 4) * TOKENS
+    workspace = 4 * 2 * WIDTH * TOKENS + 2 * VOCABULARY * WIDTH
+    assert moment(terms) == pytest.approx((stored, logits, workspace))
+    assert terms.reserve == pytest.approx(0.25 * (stored + logits + workspace))
+    assert terms.communicators == pytest.approx(0.3 * GIB), "one group of several ranks: dp"
+
+
+def test_the_loss_of_a_rank_of_tp_with_sequence_parallel() -> None:
+    """Everything is cut over tp but the gathered input of the head and its gradient."""
+    terms = held("actor_train", dp=2, tp=4, micro_batches=8, sequence_parallel=True)
+    stored = 24 * TOKENS * STORED / 4
+    workspace = (2 / 4 + 2) * 2 * WIDTH * TOKENS + 2 * VOCABULARY * WIDTH / 4
+    assert moment(terms) == pytest.approx((stored, VOCABULARY / 4 * 6 * TOKENS, workspace))
+    assert terms.communicators == pytest.approx(0.6 * GIB)
+    whole = held("actor_train", dp=2, tp=4, micro_batches=8)
+    assert whole.activations == pytest.approx(24 * TOKENS * (2 * STREAM + (2 * CUT + CORE) / 4))
+
+
+def test_a_block_is_the_fullest_moment_of_a_value_model() -> None:
+    terms = held("actor_train", VALUE, dp=8, micro_batches=2)
+    assert moment(terms) == pytest.approx((24 * STORED * TOKENS, 0.0, TEMPORARIES * TOKENS + LARGEST))
+    cut = held("actor_train", VALUE, tp=8, micro_batches=16, sequence_parallel=True)
+    temporaries = 2 * (2 * 1536 + 3 * 4096 / 8)
+    assert moment(cut) == pytest.approx((24 * STORED / 8 * TOKENS, 0.0, temporaries * TOKENS + LARGEST / 8))
+    narrow = held("actor_train", replace(VALUE, ffn=128), tp=8, micro_batches=16)
+    assert narrow.workspace == pytest.approx(3 * 2 * 1536 * TOKENS + 2 * 2560 * 1536 / 8), "a norm: three streams"
+
+
+def test_recomputation_keeps_inputs_and_holds_one_block_again() -> None:
+    terms = held("actor_train", VALUE, dp=8, micro_batches=2, recompute=Recompute.FULL)
+    workspace = (STORED + TEMPORARIES) * TOKENS + LARGEST
+    assert moment(terms) == pytest.approx((24 * 2 * WIDTH * TOKENS, 0.0, workspace))
+    cut = held("actor_train", VALUE, tp=8, micro_batches=16, sequence_parallel=True, recompute=Recompute.FULL)
+    assert cut.activations == pytest.approx(24 * 2 * WIDTH * TOKENS / 8)
+
+
+def test_the_gradient_of_the_embedding_comes_when_a_micro_batch_is_done() -> None:
+    """Samples so short that the embedding counts for more: the activations of this micro-batch are gone."""
+    short = {"prompt_tokens": 1, "response_tokens": 1}
+    terms = held("actor_train", VALUE, sizes=short, dp=8, micro_batches=2)
+    assert moment(terms) == (0.0, 0.0, 2 * VOCABULARY * WIDTH)
+    first = held("actor_train", VALUE, sizes=short, dp=4, pp=2, micro_batches=4)
+    assert moment(first) == (12 * STORED * 2, 0.0, 2 * VOCABULARY * WIDTH), "one of two in flight is left"
+
+
+@pytest.mark.parametrize(("micro_batches", "flight"), [(1, 1), (2, 2), (16, 4)])
+def test_the_first_stage_stores_as_many_micro_batches_as_there_are_stages(micro_batches: int, flight: int) -> None:
+    terms = held("actor_train", VALUE, tp=2, pp=4, micro_batches=micro_batches)
+    per_token = 2 * STREAM + (2 * CUT + CORE) / 2
+    assert terms.activations == pytest.approx(flight * 6 * per_token * TOKENS * 16 / micro_batches)
+
+
+def test_interleaved_stages_keep_what_they_sent() -> None:
+    """pp 4 in 2 chunks: 2 x 3 + 4 + 1 chunks at once, half a stage each, and every chunk's output."""
+    settings = {"tp": 2, "pp": 4, "vpp": 2, "micro_batches": 16}
+    per_token = 3 * (2 * STREAM + (2 * CUT + CORE) / 2)
+    plain, keeping = (
+        held("actor_train", VALUE, habits=MemoryHabits(keeps_outputs=keeps), **settings) for keeps in (False, True)
+    )
+    assert plain.activations == pytest.approx(11 * per_token * TOKENS)
+    assert keeping.activations == pytest.approx(11 * (per_token + 2 * WIDTH) * TOKENS)
+
+
+def test_zero_3_holds_two_whole_layers_and_the_fp32_gradient_of_one() -> None:
+    block = 1536 * 2560 + 1536 * 1536 + 3 * 1536 * 4096 + 2 * 1536
+    sharded = held("actor_train", VALUE, constants={"shards_weights": True}, dp=8, micro_batches=2)
+    ends = (VOCABULARY * WIDTH + WIDTH + WIDTH) / 24
+    expected = TEMPORARIES * TOKENS + LARGEST + (block + ends) * (2 * 2 + 4)
+    assert sharded.workspace == pytest.approx(expected, rel=1e-3)
+
+
+def test_weight_gradients_that_stay_beside_the_others() -> None:
+    """One buffer for every shape of a block: query-key-value, output, gate and up, down."""
+    shapes = 2 * (1536 * 2560 + 1536 * 1536 + 3 * 1536 * 4096)
+    habits = MemoryHabits(wgrad_buffers=True)
+    block = held("actor_train", VALUE, habits=habits, dp=8, micro_batches=2)
+    assert block.workspace == pytest.approx(TEMPORARIES * TOKENS + shapes)
+    loss = held("actor_train", habits=habits, dp=8, micro_batches=2)
+    assert loss.workspace == pytest.approx(4 * 2 * WIDTH * TOKENS + 2 * VOCABULARY * WIDTH + shapes)
+
+
+def test_a_loss_in_parts_has_two_fp32_copies_of_a_part() -> None:
+    habits = MemoryHabits(logit_bytes=0.0, head_elements=2**20)
+    terms = held("actor_train", habits=habits, dp=8, micro_batches=2)
+    assert terms.logits == pytest.approx(2 * VOCABULARY * TOKENS + 8 * 2**20)
+    few = held("actor_train", habits=replace(habits, head_elements=2**40), dp=8, micro_batches=2)
+    assert few.logits == pytest.approx((2 + 8) * VOCABULARY * TOKENS)
+    responses = held("actor_train", constants={"response_head": True}, dp=8, micro_batches=2)
+    assert responses.logits == pytest.approx(VOCABULARY * 6 * 1024), "of 1,024 tokens of 1,536"
+
+
+FORWARD = 2 * (2 * 1536 + 3 * 4096)
+"""Residual, norm output and all steps of the MLP, which are more than attention's."""
+
+
+def test_a_forward_pass_holds_one_block() -> None:
+    terms = held("ref_infer", dp=8, micro_batches=2)
+    tokens = 4 * TOKENS
+    assert moment(terms) == pytest.approx((FORWARD * tokens, VOCABULARY * (2 + 8) * tokens, 0.0))
+    assert terms.reserve == pytest.approx(0.25 * (terms.activations + terms.logits))
+    assert terms.communicators == 0, "no rank of dp needs another"
+    cut = held("ref_infer", tp=8, micro_batches=8)
+    norm = 2 * 1536 + 3 * 2 * 1536
+    assert moment(cut) == pytest.approx((norm * 8 * TOKENS, VOCABULARY / 8 * 10 * 8 * TOKENS, 0.0))
+    slim = held("ref_infer", replace(DENSE, ffn=1024), dp=8, micro_batches=2)
+    attention = 2 * (2 * 1536 + 2 * 2560 + 1536)
+    assert slim.activations == pytest.approx(attention * tokens)
+    context = held("ref_infer", cp=8, micro_batches=64)
+    assert context.activations == pytest.approx(FORWARD * TOKENS / 8)
+    assert context.communicators == pytest.approx(0.3 * GIB)
+
+
+def test_scores_in_parts_exist_a_part_at_a_time() -> None:
+    terms = held("ref_infer", habits=MemoryHabits(head_elements=2**20), dp=8)
+    assert terms.logits == pytest.approx((2 + 8 + 8) * 2**20)
+    few = held("ref_infer", habits=MemoryHabits(head_elements=2**40), dp=8, micro_batches=8)
+    assert few.logits == pytest.approx(18 * VOCABULARY * TOKENS)
+    responses = held("ref_infer", constants={"response_head": True}, dp=8, micro_batches=8)
+    assert responses.logits == pytest.approx(10 * VOCABULARY * 1024)
+
+
+def test_generation_holds_a_prefill_and_a_row_of_logits_for_every_sequence() -> None:
+    """32 sequences of a rank in 2 groups: 16 prompts of 512 tokens at once; 26 bytes an entry of the vocabulary."""
+    terms = held("actor_generate", habits=MemoryHabits(mask_bytes=3.0), pp=2, dp=2, tp=2, groups=2)
+    block = 2 * (2 * 1536 + 3 * 4096 / 2)
+    assert moment(terms) == pytest.approx((block * 16 * 512, VOCABULARY / 2 * 26 * 16, 3 * 16 * 512**2))
+    packed = held("actor_generate", constants={"prefill_tokens": 2048.0}, pp=2, dp=2, tp=2, groups=2)
+    assert packed.activations == pytest.approx(block * 2048)
+    lone = held("actor_generate", constants={"prefill_tokens": 100.0}, pp=2, dp=2, tp=2, groups=2)
+    assert lone.activations == pytest.approx(block * 512), "a prompt is not cut"
+
+
+def test_a_cache_in_blocks_has_one_to_spare_for_every_group() -> None:
+    """1,535 tokens are kept, in six blocks of 256; a token of a stage of 12 layers has 2 x 12 x 2 x 128 numbers."""
+    terms = held("actor_generate", habits=MemoryHabits(block_tokens=256), pp=2, dp=2, tp=2, groups=2)
+    token = 2 * 12 * 2 * 128 * 2
+    assert terms.kv_cache == pytest.approx(token * 2 * (16 * 6 + 1) * 256)
+    lone = held("actor_generate", habits=MemoryHabits(block_tokens=256), pp=8, groups=64, slots=64)
+    assert lone.kv_cache == pytest.approx(2 * 3 * 4 * 128 * 2 * 64 * (6 + 1) * 256)
+
+
+def published_params(spec: LatentSpec, layers: int, dense: int) -> int:
+    """Embedding and head, dense layers, layers of experts."""
+    experts = layers - dense
+    blocks = dense * spec.dense_layer_params + experts * (spec.expert_params + spec.expert_layer_dense_params)
+    return 2 * spec.vocab * spec.hidden + blocks
+
+
+def test_deepseek_has_the_parameters_that_its_authors_published() -> None:
+    """671 billion in 61 layers, of which three are dense (2024, table 1 and section 4.2), and 236 billion in 60, of
+    which one is; norms are left out here."""
+    assert published_params(LATENT_MODELS["deepseekv3"], 61, 3) == pytest.approx(671.02e9, rel=5e-5)
+    assert published_params(LATENT_MODELS["deepseekv2"], 60, 1) == pytest.approx(235.74e9, rel=5e-5)
+
+
+SMALL = LatentSpec(
+    hidden=96, heads=4, ffn=200, vocab=1000, q_rank=24, kv_rank=16, nope_dim=12, rope_dim=8, value_dim=10, experts=6,
+    experts_per_token=2, expert_ffn=40, shared_ffn=50,
+)  # fmt: skip
+
+
+def test_stages_of_latent_attention_by_hand() -> None:
+    """Four layers on two stages: embedding, a dense layer, one of experts; two of experts, the last norm, the head."""
+    attention = 96 * 24 + 24 * 4 * 20 + 96 * (16 + 8) + 16 * 4 * (12 + 10) + 4 * 10 * 96
+    expert, rest = 6 * 3 * 96 * 40, attention + 3 * 96 * 50 + 96 * 6
+    first = 1000 * 96 + (attention + 3 * 96 * 200) + rest + 4 * 96 + expert
+    last = 1000 * 96 + 2 * rest + (4 + 1) * 96 + 2 * expert
+    case = training_case_of(dp=1, pp=2, micro_batch=1, seq_len=64, micro_batches=2)
+    habits = MemoryHabits(reserve=0.0)
+    terms = latent_training_terms(SMALL, 4, case, habits)
+    assert last > first and terms.gradients == 4 * last
+    width = 2 * (24 + 16) + 8 + 2 * 4 * 20 + 4 * (12 + 2 * 10)
+    mlp = 2 * (3 * 40 + 2 * 96) + 3 * 50
+    stored = 2 * (4 * 96 + width + mlp) + 4 * 4
+    assert terms.activations == 2 * stored * 64
+    assert terms.logits == 1000 * (2 + 4) * 64
+    assert terms.workspace == 4 * 2 * 96 * 64 + 2 * 1000 * 96
+    alone = latent_training_terms(SMALL, 2, training_case_of(dp=1, micro_batch=1, seq_len=64), habits)
+    assert alone.gradients == 4 * (first + 96 + 1000 * 96)
+    half = 2 * (4 * 96 + width + (3 * 200 + mlp) / 2) + 4 * 4
+    assert alone.activations == 2 * half * 64
+
+
+def test_backward_pass_of_latent_blocks_holds_the_wider_mlp() -> None:
+    """On a stage without a head: one dense layer alone, then one of each kind."""
+    habits, case = MemoryHabits(reserve=0.0), training_case_of(dp=1, pp=4, micro_batch=1, seq_len=64, micro_batches=1)
+    wide = replace(SMALL, vocab=1, expert_ffn=400)
+    terms = latent_training_terms(wide, 8, case, habits)
+    experts = 2 * (3 * 400 + 2 * 96) + 3 * 50
+    largest = max(4 * 10 * 96, 24 * 4 * 20, 2 * 96 * 400)
+    assert np.isclose(terms.workspace[0], 2 * (2 * 96 + experts) * 64 + 2 * largest)
