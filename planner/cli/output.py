@@ -7,11 +7,23 @@ from pathlib import Path
 
 from planner.text import wrapped
 from plans.files import write_atomically
+from plans.plan import ExecutionPlan
 
 
 def say(words: str) -> None:
     """Words beside the data, wrapped."""
     print("\n".join(wrapped(words, indent="")), file=sys.stderr)
+
+
+def limits_note(plan: ExecutionPlan) -> str:
+    """Under which rules a plan was searched, which baselines do not know; empty without rules."""
+    record = plan.provenance.get("search")
+    rules = record.get("limits") if isinstance(record, dict) else None
+    if not isinstance(rules, list) or not rules:
+        return ""
+    from planner.baselines import BASELINES
+
+    return f"searched under {', '.join(map(str, rules))}; the baselines ignore that: {', '.join(BASELINES)}"
 
 
 def write(path: Path, text: str) -> None:

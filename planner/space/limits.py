@@ -47,7 +47,11 @@ class Rule:
 
     def holds(self, mesh: DeviceMesh, strategy: ParallelStrategy, cluster: ClusterSpec) -> bool:
         """Whether a layout has the property."""
-        return _COMPARISONS[self.comparison](_field(self.field, mesh, strategy, cluster), self.value)
+        return _COMPARISONS[self.comparison](self.value_of(mesh, strategy, cluster), self.value)
+
+    def value_of(self, mesh: DeviceMesh, strategy: ParallelStrategy, cluster: ClusterSpec) -> int | bool | str:
+        """What a layout has in the field of the rule."""
+        return _field(self.field, mesh, strategy, cluster)
 
 
 def _field(name: str, mesh: DeviceMesh, strategy: ParallelStrategy, cluster: ClusterSpec) -> int | bool | str:
@@ -107,6 +111,13 @@ class Limits:
     forbids: tuple[Rule, ...] = ()
     same_mesh: tuple[tuple[str, ...], ...] = ()
     max_memory_gib: float = 0.0
+
+    @property
+    def words(self) -> list[str]:
+        """The rules as options of the command line."""
+        found = [f"--pin {rule.text}" for rule in self.pins] + [f"--forbid {rule.text}" for rule in self.forbids]
+        found += [f"--same-mesh {','.join(group)}" for group in self.same_mesh]
+        return found + ([f"--max-memory {self.max_memory_gib:g}GiB"] if self.max_memory_gib else [])
 
     def refuses(self, call: str, mesh: DeviceMesh, strategy: ParallelStrategy, cluster: ClusterSpec) -> str:
         """The rule that a layout of a call breaks, empty when none."""

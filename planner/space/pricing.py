@@ -14,14 +14,17 @@ from cost_models.engines.machine import Machine
 from cost_models.memory.memory import call_memory
 from cost_models.time.calls import call_time
 from planner.search.problem import Decision, Options, Problem
-from planner.space.layouts import Pruned, Shape, positions, shapes, strategies
+from planner.space.layouts import Pruned, Shape, strategies
 from planner.space.limits import Limits
 from planner.space.numbering import Entry, options_of, problem_of, slices_of
+from planner.space.pins import allowed, positions_for, shapes_for, why_none, with_pinned
 from plans.cluster import GIB, ClusterSpec
 from plans.errors import Infeasible
 from plans.plan import ExecutionPlan, PlannedCall
 from plans.strategy import ParallelStrategy
 from plans.workload import Workload
+
+Layouts = list[tuple[Shape, ParallelStrategy]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,22 +95,22 @@ def build_space(workload: Workload, cluster: ClusterSpec, engine: Engine, limits
     options: dict[str, tuple[Entry, ...]] = {}
     columns: dict[str, Options] = {}
     for call in workload.graph.model_calls:
-        priced = price_call(workload, call.name, cluster, engine, pruned, shapes(cluster))
-        if not len(priced.time_s):
+        found = layouts_of(workload, call.name, engine, pruned, shapes_for(call.name, cluster, limits))
+        if not found:
             return Infeasible(f"no legal layout of `{call.name}` on {cluster.size} GPUs", "another number of GPUs")
+        found = with_pinned(call.name, found, workload, cluster, limits)
+        kept_rules = allowed(call.name, found, cluster, limits, pruned)
+        if not kept_rules:
+            return why_none(call.name, found, workload, cluster, limits)
+        priced = price_layouts(workload, call.name, cluster, engine, kept_rules)
         fits = np.flatnonzero(priced.resident + priced.transient <= capacity)
         pruned.note("does not fit in memory even alone", len(priced.time_s) - len(fits))
         if not len(fits):
-            return _too_large(call.name, priced, capacity, cluster)
+            return _too_large(call.name, priced, capacity, cluster, limits)
         priced = priced.take(fits)
         kept = _undominated(priced, frozen=call.model not in workload.graph.trainers)
         pruned.note("another layout of the same shape is faster and smaller", len(priced.time_s) - len(kept))
-        entries, column = _place(call.name, priced.take(kept), cluster, limits, pruned)
-        if column is None:
-            rules = ", ".join(rule.text for rule in (*limits.pins, *limits.forbids))
-            return Infeasible(f"no layout of `{call.name}` keeps the rules {rules}", "drop a --pin or a --forbid")
-        options[call.name] = entries
-        columns[call.name] = column
+        options[call.name], columns[call.name] = _place(call.name, priced.take(kept), cluster, limits, pruned)
     problem = problem_of(workload, machine, capacity, options, columns, limits.same_mesh)
     return Space(
         workload=workload,
@@ -135,10 +138,19 @@ def price_call(
     pruned: Pruned,
     on: Sequence[Shape],
 ) -> Priced:
-    """Time and memory of every legal layout of a call on some shapes. A function that the call hosts adds its time."""
+    """Time and memory of every layout of a call that the space tries on some shapes."""
+    return price_layouts(workload, call, cluster, engine, layouts_of(workload, call, engine, pruned, on))
+
+
+def layouts_of(workload: Workload, call: str, engine: Engine, pruned: Pruned, on: Sequence[Shape]) -> Layouts:
+    """Every layout of a call that the space tries on some shapes."""
+    cp = engine.running(workload.graph.call(call).kind).abilities.context_parallel
+    return [(shape, s) for shape in on for s in strategies(workload, call, shape, pruned, context_parallel=cp)]
+
+
+def price_layouts(workload: Workload, call: str, cluster: ClusterSpec, engine: Engine, found: Layouts) -> Priced:
+    """Time and memory of layouts of a call. A function that the call hosts adds its time."""
     runs = engine.running(workload.graph.call(call).kind)
-    cp = runs.abilities.context_parallel
-    found = [(shape, s) for shape in on for s in strategies(workload, call, shape, pruned, context_parallel=cp)]
     candidates = Candidates.of([(shape.at(0), strategy) for shape, strategy in found])
     if not found:
         empty = np.zeros(0)
@@ -185,32 +197,32 @@ def _unbeaten(priced: Priced, members: NDArray[np.intp], slices: NDArray[np.intp
 
 def _place(
     call: str, priced: Priced, cluster: ClusterSpec, limits: Limits, pruned: Pruned
-) -> tuple[tuple[Entry, ...], Options | None]:
-    """Every layout at every position of its shape that the user's rules allow."""
+) -> tuple[tuple[Entry, ...], Options]:
+    """Every layout at every position of its shape that the user's rules allow: `allowed` has found one for each."""
     entries: list[Entry] = []
     source: list[int] = []
     for i, (shape, strategy) in enumerate(zip(priced.shapes, priced.strategies, strict=True)):
-        for mesh in positions(shape, cluster):
+        for mesh in positions_for(call, shape, cluster, limits):
             broken = limits.refuses(call, mesh, strategy, cluster)
             if broken:
                 pruned.note(broken)
                 continue
             entries.append((mesh, strategy))
             source.append(i)
-    if not entries:
-        return (), None
     at = np.array(source, dtype=np.intp)
     price = np.stack([priced.time_s, priced.resident, priced.transient, priced.copy], axis=1)
     column = options_of(entries, cluster, price[at])
     return tuple(entries), column
 
 
-def _too_large(call: str, priced: Priced, capacity: float, cluster: ClusterSpec) -> Infeasible:
+def _too_large(call: str, priced: Priced, capacity: float, cluster: ClusterSpec, limits: Limits) -> Infeasible:
     """Why a call has no layout that fits, and the smallest one there is."""
     need = priced.resident + priced.transient
     best = int(need.argmin())
     mesh = priced.shapes[best].at(0).text(cluster)
+    rules = ", ".join(rule.text for rule in (*limits.pins, *limits.forbids) if rule.call in ("*", call))
+    within = f" under {rules}" if rules else ""
     return Infeasible(
-        f"`{call}` needs at least {need[best] / GIB:.1f} GiB per GPU; {capacity / GIB:.1f} GiB are usable",
+        f"`{call}` needs at least {need[best] / GIB:.1f} GiB per GPU{within}; {capacity / GIB:.1f} GiB are usable",
         f"more GPUs, or GPUs with more memory (smallest layout: {priced.strategies[best].degrees} on `{mesh}`)",
     )

@@ -12,7 +12,7 @@ from cost_models.estimate import cost_plan
 from planner.baselines import Contender
 from planner.cli.engine_words import engine_of, plan_engine
 from planner.cli.loading import legal_plan
-from planner.cli.output import write
+from planner.cli.output import limits_note, say, write
 from planner.pictures.compare import baselines as all_baselines
 from planner.pictures.compare import compare, compare_page, render_rows
 from planner.pictures.diff import changes, effects, render_diff
@@ -32,6 +32,8 @@ def compare_command(paths: Sequence[Path], *, baselines: bool, html: Path | None
     missing: dict[str, Infeasible] = {}
     if baselines:
         found, missing = all_baselines(plans[0], runs)
+        if note := limits_note(plans[0]):
+            say(note)
         contenders += found
     rows = compare(contenders, runs)
     if as_json:

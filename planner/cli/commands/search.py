@@ -55,7 +55,7 @@ def search_command(
         return _infeasible(with_nearest(found, request.workload, request.cluster, engine, limits), as_json)
     if verbose:
         _print_counts(found.dropped)
-    cost, plan = found.cost, _finished(found, request, output, effort, time.perf_counter() - began)
+    cost, plan = found.cost, _finished(found, request, output, effort, limits, time.perf_counter() - began)
     save_plan(plan, output)
     if as_json:
         print(json.dumps(_summary(plan, found, output, time.perf_counter() - began)))
@@ -65,7 +65,9 @@ def search_command(
     return 0
 
 
-def _finished(found: Found, request: Request, output: Path, effort: Effort, seconds: float) -> ExecutionPlan:
+def _finished(
+    found: Found, request: Request, output: Path, effort: Effort, limits: Limits, seconds: float
+) -> ExecutionPlan:
     """The plan with its estimate, provenance and run file."""
     record: dict[str, Any] = {
         "method": effort.method.value,
@@ -76,6 +78,8 @@ def _finished(found: Found, request: Request, output: Path, effort: Effort, seco
         "seed": effort.seed,
         "engine": found.space.engine.name,
     }
+    if limits.words:
+        record["limits"] = limits.words
     run = relpath(request.run.resolve(), output.resolve().parent) if request.run else ""
     return replace(found.plan, run=run, provenance={"search": record, "costs": plan_sources(found.cost).shares})
 
@@ -120,7 +124,9 @@ def _beside_symmetric(request: Request, cost: PlanCost, limits: Limits) -> str:
         return ""
     uniform_s = cost_plan(best, cost.engine).iteration_s
     words = f"; the best symmetric plan takes {uniform_s:.4g} s ({uniform_s / cost.iteration_s:.2f}x)"
-    return words if best is within else f"{words}, but breaks your limits"
+    if best is within:
+        return f"{words}, within {', '.join(limits.words)}" if limits.words else words
+    return f"{words}, but ignores {', '.join(limits.words)}"
 
 
 def _print_space(space: Space) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from cost_models.estimate import PlanCost, cost_plan
 from planner.cli.engine_words import plan_engine
 from planner.cli.loading import legal_plan
-from planner.cli.output import write
+from planner.cli.output import limits_note, say, write
 from plans.errors import PlanError
 from plans.plan import ExecutionPlan
 from plans.render import render_plan
@@ -28,6 +28,8 @@ def show_command(path: Path, *, html: Path | None, measured: Path | None) -> int
         write(html, render_page(pictures, plan.notes or path.stem))
         return 0
     print(render_plan(plan, cost.timeline))
+    if note := limits_note(plan):
+        say(note)
     if run:
         print(_beside(cost, run))
     return 0
