@@ -86,24 +86,24 @@ class Decoder(Closed):
     def spec(self, name: str) -> ModelSpec:
         """The architecture; raises SpecError where values do not go together."""
         rope = self.rope
-        return ModelSpec(
-            name=name,
-            layers=self.num_hidden_layers,
-            hidden=self.hidden_size,
-            heads=self.num_attention_heads,
-            kv_heads=self.num_key_value_heads or self.num_attention_heads,
-            head_dim=self.head_dim or self.hidden_size // self.num_attention_heads,
-            vocab=self.vocab_size,
-            activation="silu",
-            tied_embeddings=self.tie_word_embeddings,
-            norm_eps=self.rms_norm_eps,
-            max_context=self.max_position_embeddings,
-            window=self.window(),
-            rope_theta=rope.rope_theta or self.rope_theta,
-            rope_scaling=rope.scaling(self.max_position_embeddings, self.original_max_position_embeddings),
-            rotary_dim=self.rotary_dim(),
-            **self.more(),
-        )
+        fields: dict[str, Any] = {
+            "name": name,
+            "layers": self.num_hidden_layers,
+            "hidden": self.hidden_size,
+            "heads": self.num_attention_heads,
+            "kv_heads": self.num_key_value_heads or self.num_attention_heads,
+            "head_dim": self.head_dim or self.hidden_size // self.num_attention_heads,
+            "vocab": self.vocab_size,
+            "activation": "silu",
+            "tied_embeddings": self.tie_word_embeddings,
+            "norm_eps": self.rms_norm_eps,
+            "max_context": self.max_position_embeddings,
+            "window": self.window(),
+            "rope_theta": rope.rope_theta or self.rope_theta,
+            "rope_scaling": rope.scaling(self.max_position_embeddings, self.original_max_position_embeddings),
+            "rotary_dim": self.rotary_dim(),
+        }
+        return ModelSpec(**(fields | self.more()))
 
     @property
     def rope(self) -> Rope:
@@ -133,10 +133,22 @@ class _Windowed(Decoder):
     max_window_layers: Annotated[int, Field(ge=0, le=10**4)] = 28
     layer_types: list[Literal["full_attention", "sliding_attention"]] | None = None
 
+    @model_validator(mode="after")
+    def _known_layers(self) -> _Windowed:
+        full = min(self.max_window_layers, self.num_hidden_layers)
+        slides = ["full_attention"] * full + ["sliding_attention"] * (self.num_hidden_layers - full)
+        if self.use_sliding_window and "sliding_attention" in (self.layer_types or ()) and self.layer_types != slides:
+            words = "windows in other layers than those from max_window_layers on are not applied"
+            raise refusal(words, "leave it out", "layer_types")
+        return self
+
     def window(self) -> int:
+        some = self.max_window_layers < self.num_hidden_layers
         slides = self.layer_types is None or "sliding_attention" in self.layer_types
-        some = self.layer_types is not None or self.max_window_layers < self.num_hidden_layers
-        return (self.sliding_window or 0) if self.use_sliding_window and slides and some else 0
+        return (self.sliding_window or 0) if self.use_sliding_window and some and slides else 0
+
+    def more(self) -> dict[str, Any]:
+        return super().more() | ({"full_first": self.max_window_layers} if self.window() else {})
 
 
 class Llama(Decoder):
@@ -168,7 +180,7 @@ class Qwen2(_Windowed):
     max_position_embeddings: Size = 32768
 
     def more(self) -> dict[str, Any]:
-        return {"ffn": self.intermediate_size, "qkv_bias": True}
+        return super().more() | {"qkv_bias": True}
 
 
 class Qwen3(_Windowed):
@@ -181,7 +193,7 @@ class Qwen3(_Windowed):
     attention_bias: Off = False
 
     def more(self) -> dict[str, Any]:
-        return {"ffn": self.intermediate_size, "qk_norm": True}
+        return super().more() | {"qk_norm": True}
 
 
 class Phi3(Decoder):
@@ -252,7 +264,7 @@ class _QwenExperts(_Windowed):
     mlp_only_layers: Annotated[list[int] | None, only([], None)] = None
 
     def more(self) -> dict[str, Any]:
-        return {
+        return super().more() | {
             "ffn": self.moe_intermediate_size,
             "experts": self.num_experts or self.num_local_experts or 0,
             "experts_per_token": self.num_experts_per_tok,
@@ -283,6 +295,146 @@ class Qwen3Moe(_QwenExperts):
         return super().more() | {"qk_norm": True}
 
 
+class Gemma(Decoder):
+    """Gemma: norms that multiply by 1 + weight, scaled embeddings, a tanh-approximated GELU."""
+
+    ARCHITECTURE = "GemmaForCausalLM"
+    hidden_act: Annotated[str, only("gelu", "gelu_pytorch_tanh")] = "gelu_pytorch_tanh"
+    hidden_activation: Annotated[str | None, only("gelu_pytorch_tanh", None)] = "gelu_pytorch_tanh"
+    head_dim: Size | None = 256
+    vocab_size: Size = 256000
+    tie_word_embeddings: bool = True
+    max_position_embeddings: Size = 8192
+    attention_bias: Off = False
+    use_bidirectional_attention: Annotated[bool | None, only(False, None)] = None
+    cache_implementation: str | None = None
+
+    def more(self) -> dict[str, Any]:
+        return super().more() | {
+            "activation": "gelu_tanh",
+            "norm_offset": True,
+            "embedding_scale": math.sqrt(self.hidden_size),
+            "family": self.model_type,
+        }
+
+
+class Gemma2(Gemma):
+    """Gemma 2: norms before and after, soft caps, a window in every other layer."""
+
+    ARCHITECTURE = "Gemma2ForCausalLM"
+    PATTERN: ClassVar[int] = 2
+    query_pre_attn_scalar: Annotated[float, Field(gt=0, le=10**6, strict=False)] = 256
+    sliding_window: Annotated[int, Field(ge=0, le=10**8)] | None = 4096
+    sliding_window_size: Annotated[int, Field(ge=0, le=10**8)] | None = None
+    layer_types: list[Literal["full_attention", "sliding_attention"]] | None = None
+    attn_logit_softcapping: Amount | None = 50.0
+    final_logit_softcapping: Amount | None = 30.0
+
+    @model_validator(mode="after")
+    def _known_layers(self) -> Gemma2:
+        known = ["sliding_attention", "full_attention"]
+        if self.layer_types is not None and self.layer_types != [
+            known[(i + 1) % self.pattern() == 0] for i in range(self.num_hidden_layers)
+        ]:
+            words = f"layers without a window other than every {self.pattern()}th"
+            raise refusal(words, "leave it out", "layer_types")
+        return self
+
+    def pattern(self) -> int:
+        """Every so many-th layer has no window."""
+        return self.PATTERN
+
+    def window(self) -> int:
+        return self.sliding_window or 0
+
+    def more(self) -> dict[str, Any]:
+        return super().more() | {
+            "norms_per_layer": 4,
+            "query_scalar": float(self.query_pre_attn_scalar),
+            "attention_cap": self.attn_logit_softcapping or 0.0,
+            "logit_cap": self.final_logit_softcapping or 0.0,
+            "full_every": self.pattern() if self.window() else 0,
+        }
+
+
+class _LayeredRope(Closed):
+    """Rotary positions by kind of layer."""
+
+    full_attention: Rope
+    sliding_attention: Rope
+
+
+class Gemma3(Gemma2):
+    """Gemma 3: norms of query and key, five layers with a window to one without, which have a rope theta of their
+    own."""
+
+    ARCHITECTURE = "Gemma3ForCausalLM"
+    num_attention_heads: Size = 8
+    num_key_value_heads: Size | None = 4
+    vocab_size: Size = 262208
+    max_position_embeddings: Size = 131072
+    attn_logit_softcapping: Amount | None = None
+    final_logit_softcapping: Amount | None = None
+    rope_theta: Amount = 1e6
+    rope_local_base_freq: Amount = 10000.0
+    rope_parameters: Rope | _LayeredRope | None = None  # type: ignore[assignment]
+    sliding_window_pattern: Annotated[int, Field(ge=1, le=10**4)] = 6
+    use_bidirectional_attention: Annotated[bool | None, only(False, None)] = False
+
+    def pattern(self) -> int:
+        return self.sliding_window_pattern
+
+    @property
+    def rope(self) -> Rope:
+        found = self.rope_parameters
+        whole = found.full_attention if isinstance(found, _LayeredRope) else found
+        return whole or self.rope_scaling or Rope()
+
+    def more(self) -> dict[str, Any]:
+        found, local = self.rope_parameters, self.rope_local_base_freq
+        if isinstance(found, _LayeredRope):
+            local = found.sliding_attention.rope_theta or local
+        return super().more() | {"qk_norm": True, "local_rope_theta": local if self.window() else 0.0}
+
+
+class Olmo2(Decoder):
+    """OLMo 2: norms behind attention and MLP alone, and of all heads of query and key together."""
+
+    ARCHITECTURE = "Olmo2ForCausalLM"
+    rms_norm_eps: Tiny = 1e-5
+    max_position_embeddings: Size = 2048
+    attention_bias: Off = False
+
+    def more(self) -> dict[str, Any]:
+        return super().more() | {"post_norms": True, "qk_norm": True, "wide_qk_norm": True, "family": "olmo2"}
+
+
+class Glm(Decoder):
+    """GLM-4-9B: half of each head rotated, neighbour by neighbour."""
+
+    ARCHITECTURE = "GlmForCausalLM"
+    PARTIAL = True
+    num_key_value_heads: Size | None = 2
+    head_dim: Size | None = 128
+    rms_norm_eps: Tiny = 1.5625e-7
+    max_position_embeddings: Size = 131072
+    partial_rotary_factor: Share = 0.5
+    attention_bias: bool = False
+
+    def more(self) -> dict[str, Any]:
+        return super().more() | {"qkv_bias": self.attention_bias, "family": self.model_type}
+
+
+class Glm4(Glm):
+    """GLM-4-0414: norms before and after."""
+
+    ARCHITECTURE = "Glm4ForCausalLM"
+    attention_bias: bool = True
+
+    def more(self) -> dict[str, Any]:
+        return super().more() | {"norms_per_layer": 4}
+
+
 FAMILIES: dict[str, type[Decoder]] = {
     "llama": Llama,
     "mistral": Mistral,
@@ -292,4 +444,10 @@ FAMILIES: dict[str, type[Decoder]] = {
     "mixtral": Mixtral,
     "qwen2_moe": Qwen2Moe,
     "qwen3_moe": Qwen3Moe,
+    "gemma": Gemma,
+    "gemma2": Gemma2,
+    "gemma3_text": Gemma3,
+    "olmo2": Olmo2,
+    "glm": Glm,
+    "glm4": Glm4,
 }

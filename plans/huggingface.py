@@ -21,6 +21,7 @@ from plans.problems import Problem, shortened
 from plans.shapes import shape_problems
 
 CONFIG = "config.json"
+TEXT = "text_config"
 
 
 def spec_from_folder(folder: Path) -> ModelSpec:
@@ -50,6 +51,9 @@ def spec_from_config(config: dict[str, Any], name: str) -> ModelSpec:
 def check_runs(folder: Path) -> None:
     """Raise SpecError for a folder whose family can be planned but not run."""
     kind = parse_json(read_text(folder / CONFIG, SpecError, "config"))["model_type"]
+    if kind not in FAMILIES:
+        message = f"`{folder}`: the text model of a `{kind}` can be planned; its weights lie among those of other parts"
+        raise SpecError(message, "a folder of the text model alone")
     if not FAMILIES[kind].RUNS:
         run = ", ".join(f"`{name}`" for name, family in FAMILIES.items() if family.RUNS)
         raise SpecError(
@@ -60,6 +64,10 @@ def check_runs(folder: Path) -> None:
 def _read(config: Any, name: str) -> ModelSpec | list[Problem]:
     if not isinstance(config, dict):
         return [Problem("value", "a config holds one object", '{"model_type": ..., ...}')]
+    inner = _text_model(config)
+    if inner is not None:
+        found = _read(inner, name)
+        return [problem.at((TEXT,)) for problem in found] if isinstance(found, list) else found
     family = _family(config)
     if isinstance(family, Problem):
         return [family]
@@ -77,6 +85,15 @@ def _read(config: Any, name: str) -> ModelSpec | list[Problem]:
         return [Problem("model", error.message, error.hint)]
 
 
+def _text_model(config: dict[str, Any]) -> dict[str, Any] | None:
+    """The config of the text model inside one of a model of several parts (text and images, say), where it is known."""
+    inner = config.get(TEXT)
+    if config.get("model_type") in FAMILIES or not isinstance(inner, dict) or inner.get("model_type") not in FAMILIES:
+        return None
+    tied = {"tie_word_embeddings": config["tie_word_embeddings"]} if "tie_word_embeddings" in config else {}
+    return tied | inner
+
+
 def _family(config: dict[str, Any]) -> type[Decoder] | Problem:
     kind = config.get("model_type")
     run = ", ".join(f"`{name}`" for name, family in FAMILIES.items() if family.RUNS)
@@ -86,11 +103,11 @@ def _family(config: dict[str, Any]) -> type[Decoder] | Problem:
         return FAMILIES[kind]
     if kind is None:
         return Problem("missing-key", "key `model_type` is missing", hint)
-    inner = config.get("text_config")
+    inner = config.get(TEXT)
     if isinstance(inner, dict):
         part = inner.get("model_type")
         message = f"model_type `{shortened(kind)}` joins a text model (`{shortened(part)}`) with other parts"
-        return Problem("family", f"{message}; only text models are known", hint, ("text_config",))
+        return Problem("family", f"{message}; its text model is not known", hint, (TEXT,))
     return Problem("family", f"model_type `{shortened(kind)}` is not known", hint, ("model_type",))
 
 
@@ -125,7 +142,7 @@ def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
         "head_dim": spec.head_dim,
         "intermediate_size": spec.ffn,
         "vocab_size": spec.vocab,
-        "hidden_act": spec.activation,
+        "hidden_act": "gelu_pytorch_tanh" if spec.activation == "gelu_tanh" else spec.activation,
         "tie_word_embeddings": spec.tied_embeddings,
         "rms_norm_eps": spec.norm_eps,
         "max_position_embeddings": spec.max_context,
@@ -134,7 +151,30 @@ def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
         **({"sliding_window": spec.window or None} if family in ("mistral", "phi3") else {}),
         **({"original_max_position_embeddings": first} if (first := _first_context(spec, family)) else {}),
         **_expert_keys(spec, family),
+        **_gemma_keys(spec, family),
+        # The default of the padding token lies beyond a small vocabulary.
+        **({"attention_bias": spec.qkv_bias, "pad_token_id": None} if family in ("glm", "glm4") else {}),
     }
+
+
+def _gemma_keys(spec: ModelSpec, family: str) -> dict[str, Any]:
+    """What the configs of Gemma 2 and 3 have beside the rest."""
+    if not family.startswith("gemma"):
+        return {}
+    keys: dict[str, Any] = {"hidden_activation": "gelu_pytorch_tanh"}
+    if family == "gemma":
+        return keys
+    keys |= {
+        "query_pre_attn_scalar": int(spec.query_scalar),
+        "sliding_window": spec.window or None,
+        "attn_logit_softcapping": spec.attention_cap or None,
+        "final_logit_softcapping": spec.logit_cap or None,
+    }
+    if family == "gemma2":
+        return keys
+    local = {"rope_type": "default", "rope_theta": spec.local_rope_theta or spec.rope_theta}
+    rope = {"full_attention": _rope_keys(spec), "sliding_attention": local}
+    return keys | {"sliding_window_pattern": spec.full_every or 6, "rope_parameters": rope}
 
 
 def _first_context(spec: ModelSpec, family: str) -> int:

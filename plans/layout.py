@@ -78,12 +78,17 @@ def _layer_parameters(spec: ModelSpec, index: int) -> tuple[Parameter, ...]:
     attention = f"{at}.self_attention"
     heads_width = spec.heads * spec.head_dim
     parameters = [
-        *_norm(spec, f"{at}.input_layernorm"),
+        *(_norm(spec, f"{at}.input_layernorm") if spec.norms_before else ()),
         *_linear(f"{attention}.linear_qkv", spec.qkv_width, spec.hidden, 0, spec.qkv_bias or spec.linear_bias),
         *_linear(f"{attention}.linear_proj", spec.hidden, heads_width, 1, spec.linear_bias),
-        *_norm(spec, f"{at}.pre_mlp_layernorm"),
+        *(_norm(spec, f"{at}.pre_mlp_layernorm") if spec.norms_before else ()),
+        *(_norm(spec, f"{attention}.post_norm") if spec.norms_after else ()),
+        *(_norm(spec, f"{at}.mlp.post_norm") if spec.norms_after else ()),
     ]
-    if spec.qk_norm:
+    if spec.qk_norm and spec.wide_qk_norm:
+        parameters.append(Parameter(f"{attention}.q_layernorm.weight", (heads_width,), 0))
+        parameters.append(Parameter(f"{attention}.k_layernorm.weight", (spec.kv_heads * spec.head_dim,), 0))
+    elif spec.qk_norm:
         parameters += _norm(spec, f"{attention}.q_layernorm", spec.head_dim)
         parameters += _norm(spec, f"{attention}.k_layernorm", spec.head_dim)
     gates = 2 if spec.gated_mlp else 1

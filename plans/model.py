@@ -48,7 +48,13 @@ class ModelSpec:
     `family`: the Hugging Face `model_type` where the names of the weights follow from it, empty for families that are
     told apart by what they have (Llama, Mistral, Mixtral, Qwen).
     `rotary_dim`: the first dimensions of a head, which rotary positions turn, 0 for all.
-    `norms_per_layer` counts the norms over the hidden width in one block (Gemma 2 and 3 have four).
+    `norms_per_layer` counts the norms over the hidden width in one block: before attention and MLP, after them
+    (`post_norms`; OLMo 2), or both (four; Gemma 2 and 3, GLM-4). `norm_offset`: a norm multiplies by 1 + its weight.
+    `window` holds in all layers but the first `full_first` and every `full_every`-th (Gemma 2 and 3: 2 and 6); layers
+    with it have a rope theta of their own where `local_rope_theta` is not 0, unscaled (Gemma 3).
+    Scores of attention are divided by the root of `query_scalar` (0: head_dim), and bounded softly by `attention_cap`,
+    logits by `logit_cap`: cap x tanh(x / cap), 0 for none (Gemma 2). `embedding_scale` multiplies embeddings.
+    `wide_qk_norm`: the norms of query and key are over all heads together (OLMo 2), not over each.
     A token goes to `experts_per_token` of `experts`, weighted by their gates: a softmax over all experts, of which the
     chosen ones are scaled to a sum of 1 (`normalize_gates`; Mixtral, Qwen3) or kept as they are (Qwen1.5 and Qwen2).
     `shared_ffn` is the width of an expert that every token visits, weighted by a gate of its own.
@@ -68,14 +74,24 @@ class ModelSpec:
     norm: Norm = Norm.RMS
     norm_eps: float = 1e-5
     norms_per_layer: int = 2
+    post_norms: bool = False
+    norm_offset: bool = False
     position: Position = Position.ROPE
     max_context: int = 4096
     window: int = 0
+    full_first: int = 0
+    full_every: int = 0
+    local_rope_theta: float = 0.0
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     rotary_dim: int = 0
     qkv_bias: bool = False
     qk_norm: bool = False
+    wide_qk_norm: bool = False
+    query_scalar: float = 0.0
+    attention_cap: float = 0.0
+    logit_cap: float = 0.0
+    embedding_scale: float = 1.0
     linear_bias: bool = False
     experts: int = 0
     experts_per_token: int = 0
@@ -127,6 +143,21 @@ class ModelSpec:
         return self.rotary_dim or self.head_dim
 
     @property
+    def norms_before(self) -> bool:
+        """Whether a norm stands before attention and one before the MLP."""
+        return self.norms_per_layer == 4 or not self.post_norms
+
+    @property
+    def norms_after(self) -> bool:
+        """Whether a norm stands after attention and one after the MLP."""
+        return self.norms_per_layer == 4 or self.post_norms
+
+    def window_of(self, layer: int) -> int:
+        """Tokens that attention sees in a layer (from 0); 0: all."""
+        everything = layer < self.full_first or (self.full_every and (layer + 1) % self.full_every == 0)
+        return 0 if everything else self.window
+
+    @property
     def padded_vocab(self) -> int:
         """Rows of the embedding as stored: the next multiple of 128, Megatron's `make_vocab_size_divisible_by`."""
         return -(-self.vocab // 128) * 128
@@ -146,7 +177,8 @@ class ModelSpec:
         """Parameters of one attention block without its norms."""
         weights = self.hidden * self.qkv_width + self.heads * self.head_dim * self.hidden
         bias = self.qkv_width * (self.qkv_bias or self.linear_bias) + self.hidden * self.linear_bias
-        return weights + bias + 2 * self.head_dim * self.qk_norm
+        normed = self.heads + self.kv_heads if self.wide_qk_norm else 2
+        return weights + bias + normed * self.head_dim * self.qk_norm
 
     @property
     def mlp_params(self) -> int:

@@ -64,21 +64,31 @@ class ModelFile(_Closed):
     tied_embeddings: bool = False
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-5
-    norms_per_layer: int = 2
+    norms_per_layer: Annotated[int, Field(ge=1, le=4)] = 2
+    post_norms: bool = False
+    norm_offset: bool = False
     position: Literal["rope", "learned", "alibi"] = "rope"
     max_context: Size = 4096
     window: Annotated[int, Field(ge=0, le=10**8, description="tokens that attention sees; 0: all")] = 0
+    full_first: Annotated[int, Field(ge=0, le=10**4, description="first layers without the window")] = 0
+    full_every: Annotated[int, Field(ge=0, le=10**4, description="every so many-th layer has no window")] = 0
+    local_rope_theta: Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)] = 0.0
     rope_theta: float = 10000.0
     rope_scaling: RopeScalingFile | None = None
     rotary_dim: Annotated[int, Field(ge=0, le=10**8, description="rotated dimensions of a head; 0: all")] = 0
     qkv_bias: bool = False
     qk_norm: bool = False
+    wide_qk_norm: bool = False
+    query_scalar: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] = 0.0
+    attention_cap: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] = 0.0
+    logit_cap: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] = 0.0
+    embedding_scale: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = 1.0
     linear_bias: bool = False
     experts: Annotated[int, Field(ge=0, le=10**5)] = 0
     experts_per_token: Annotated[int, Field(ge=0, le=10**5)] = 0
     normalize_gates: bool = True
     shared_ffn: Annotated[int, Field(ge=0, le=10**8)] = 0
-    family: Literal["", "phi3", "gemma", "gemma2"] = ""
+    family: Literal["", "phi3", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "olmo2"] = ""
 
 
 class GraphCallFile(_Closed):

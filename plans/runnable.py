@@ -19,8 +19,8 @@ from plans.problems import Problem
 from plans.rope import DynamicScaling, LongRopeScaling
 from plans.workload import Workload
 
-RUN_ACTIVATIONS = ("silu", "gelu", "relu")
-RUN_FAMILIES = ("", "phi3")
+RUN_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+RUN_FAMILIES = ("", "phi3", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "olmo2")
 """Values of `ModelSpec.family` whose every trait the runtime computes (empty: Llama, Mistral, Mixtral, Qwen)."""
 RUN_DTYPES = ("bf16", "fp32")
 
@@ -56,17 +56,24 @@ def workload_problems(workload: Workload) -> list[Problem]:
     if workload.dtype not in RUN_DTYPES:
         message = f"dtype {workload.dtype} needs loss scaling, which this runtime does not have"
         problems.append(Problem("dtype", message, f"dtype {' or '.join(RUN_DTYPES)}", ("workload", "dtype")))
-    return [*problems, *_windows(workload), *_scalings(workload)]
+    if not workload.response_tokens:
+        message = "response_tokens is 0: there is nothing to learn from"
+        problems.append(Problem("response", message, "response_tokens 1 or more", ("workload", "response_tokens")))
+    return [*problems, *_scalings(workload), *_vocabularies(workload)]
 
 
-def _windows(workload: Workload) -> Iterator[Problem]:
-    """Attention over a window equals full attention only up to the window's length."""
-    for role, spec in workload.models.items():
-        if 0 < spec.window < workload.tokens:
-            sizes = f"{workload.prompt_tokens} + {workload.response_tokens}"
-            what = f"a window of {spec.window} tokens, which this runtime does not apply, for samples of {sizes}"
-            hint = f"at most {spec.window} tokens in all, for which the window changes nothing"
-            yield replace(_of_model(spec, what, hint), path=("workload", "models", role))
+def _vocabularies(workload: Workload) -> Iterator[Problem]:
+    """Every model reads the tokens of the one that generates them, or without one of the one that trains."""
+    graph = workload.graph
+    writers = [call.model for call in graph.model_calls if call.kind is CallKind.GENERATE]
+    writer = [*writers, *graph.trainers, *graph.roles][0]
+    vocab = workload.models[writer].vocab
+    for role in graph.roles:
+        spec = workload.models[role]
+        if spec.vocab < vocab:
+            message = f"`{role}` ({spec.name}) knows {spec.vocab} tokens, fewer than the {vocab} of `{writer}`"
+            hint = f"a model for `{role}` with the tokenizer of `{writer}` and {vocab} tokens or more"
+            yield Problem("vocabulary", message, hint, ("workload", "models", role))
 
 
 def _scalings(workload: Workload) -> Iterator[Problem]:
@@ -132,10 +139,11 @@ def spec_problems(spec: ModelSpec) -> list[Problem]:
         (
             spec.family in RUN_FAMILIES,
             f"traits of the family `{spec.family}` that this runtime does not compute",
-            "it can be planned; models of the Llama, Mistral, Mixtral, Qwen and Phi families run",
+            "it can be planned; models of the Llama, Mistral, Mixtral, Qwen, Phi, Gemma, OLMo 2 and GLM-4 families run",
         ),
         (spec.activation in RUN_ACTIVATIONS, f"activation `{spec.activation}`", f"one of {', '.join(RUN_ACTIVATIONS)}"),
-        (spec.norms_per_layer == 2, f"{spec.norms_per_layer} norms per layer", "a model with 2 norms per layer"),
+        (spec.norms_per_layer in (2, 4), f"{spec.norms_per_layer} norms per layer", "a model with 2 or 4 of them"),
+        (not (spec.experts and spec.norms_after), "norms behind experts", "a dense model, or norms before alone"),
         (
             not (spec.tied_embeddings and spec.head is Head.VALUE),
             "a value head tied to its embedding",

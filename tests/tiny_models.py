@@ -9,11 +9,21 @@ from typing import Any
 
 import torch
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
+    Glm4Config,
+    Glm4ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     MixtralConfig,
     MixtralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedModel,
@@ -51,9 +61,14 @@ LONG_ROPE = {
 }
 
 
+WINDOWED = {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 5, "hidden_activation": "gelu_pytorch_tanh"}
+CAPPED = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
+
+
 def tiny_model(kind: str, **overrides: Any) -> PreTrainedModel:
     """`llama`, `llama-tied`, `five` (tied), `llama3`, `qwen2` (tied, biases), `qwen3` (query-key norms), `reward`,
-    `phi3` (fused weights, longrope with an amplitude, three quarters of a head rotated), or a
+    `phi3` (fused weights, longrope with an amplitude, three quarters of a head rotated), `gemma`, `gemma2` (soft caps)
+    and `gemma3`, both with windows of 5 tokens, `olmo2`, `glm4`, or a
     mixture of 8 experts of which a token visits 2: `mixtral`, `qwen2-moe` (shared expert), `qwen3-moe`.
 
     `reward` has a score head. Four layers (`five` has five), hidden 64, 4 heads on 2 kv heads, vocabulary 250: not a
@@ -78,6 +93,18 @@ def tiny_model(kind: str, **overrides: Any) -> PreTrainedModel:
         model = Qwen3ForCausalLM(Qwen3Config(**base, head_dim=32))
     elif kind == "phi3":
         model = Phi3ForCausalLM(Phi3Config(**base, rope_parameters=LONG_ROPE, original_max_position_embeddings=64))
+    elif kind == "gemma":
+        model = GemmaForCausalLM(GemmaConfig(**base | {"tie_word_embeddings": True}, head_dim=16))
+    elif kind == "gemma2":
+        model = Gemma2ForCausalLM(Gemma2Config(**base | WINDOWED | CAPPED | {"tie_word_embeddings": True}))
+    elif kind == "gemma3":
+        windows = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+        gemma3 = base | WINDOWED | {"tie_word_embeddings": True, "layer_types": windows, "sliding_window_pattern": 3}
+        model = Gemma3ForCausalLM(Gemma3TextConfig(**gemma3))
+    elif kind == "olmo2":
+        model = Olmo2ForCausalLM(Olmo2Config(**base))
+    elif kind == "glm4":
+        model = Glm4ForCausalLM(Glm4Config(**base, head_dim=16))
     elif kind == "mixtral":
         model = MixtralForCausalLM(MixtralConfig(**base, num_local_experts=8, num_experts_per_tok=2))
     elif kind == "qwen2-moe":
@@ -90,6 +117,7 @@ def tiny_model(kind: str, **overrides: Any) -> PreTrainedModel:
     else:
         rope = {"rope_parameters": LLAMA3_ROPE} if kind == "llama3" else {}
         model = LlamaForCausalLM(LlamaConfig(**base, **rope))
+    model.set_attn_implementation("eager")  # others leave soft caps out
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn_like(parameter)

@@ -8,13 +8,12 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from plans.errors import RealplanError
 from runtime.generation.blocks import Copy
 from runtime.generation.lean import Attend, LeanStage
-from runtime.models.packed_attention import Runs, packed_attention
+from runtime.models.packed_attention import Runs, attention, packed_attention
 
 
 @cache
@@ -74,10 +73,7 @@ def row_attention(stage: LeanStage, pool: Pool, count: int, longest: int, last: 
     """
     share = stage.share
     columns = torch.arange(longest, device=last.device)
-    # A mask of numbers, because kernels turn a mask of truths into one, layer after layer.
-    hidden = torch.full((), -torch.inf, dtype=pool.data.dtype, device=last.device)
-    shown = torch.zeros_like(hidden)
-    mask = torch.where(columns > last[:, None], hidden, shown)[:, None, None]
+    masks = _masks(stage, columns, last, pool.data.dtype)
     places = last + torch.arange(count, device=last.device) * pool.block_tokens
     rows = pool.data[:, :count, :longest].permute(4, 0, 1, 3, 2, 5)
     views = list(zip(rows[0].unbind(0), rows[1].unbind(0), strict=True))
@@ -86,18 +82,33 @@ def row_attention(stage: LeanStage, pool: Pool, count: int, longest: int, last: 
         pool.store(layer, places, qkv)
         keys, values = views[layer]
         # Queries that share a key stand in the place of positions.
-        out = F.scaled_dot_product_attention(qkv[:, :, :share], keys, values, attn_mask=mask)
+        sight = stage.sights[layer]
+        out = attention(qkv[:, :, :share], keys, values, masks[sight.window], sight)
         return out.reshape(count, -1)
 
     return attend
+
+
+def _masks(stage: LeanStage, columns: Tensor, last: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:
+    """For each window of the stage's layers, what the token at `last` [n] sees of `columns`: [n, 1, 1, columns].
+
+    Numbers to add, because kernels turn a mask of truths into one, layer after layer."""
+    hidden = torch.full((), -torch.inf, dtype=dtype, device=last.device)
+    shown = torch.zeros_like(hidden)
+    found = {}
+    for window in {sight.window for sight in stage.sights}:
+        outside = columns > last[:, None]
+        if window:
+            outside |= columns <= last[:, None] - window
+        found[window] = torch.where(outside, hidden, shown)[:, None, None]
+    return found
 
 
 def gathered_attention(stage: LeanStage, pool: Pool, tables: Tensor, last: Tensor) -> Attend:
     """Attention of one token of each of n slots on blocks that `tables` [n, m] int64 name, gathered for each layer."""
     count, share, size = len(tables), stage.share, pool.block_tokens
     columns = torch.arange(tables.shape[1] * size, device=last.device)
-    hidden = torch.full((), -torch.inf, dtype=pool.data.dtype, device=last.device)
-    mask = torch.where(columns > last[:, None], hidden, torch.zeros_like(hidden))[:, None, None]
+    masks = _masks(stage, columns, last, pool.data.dtype)
     places = _places(tables, last, size)
     listed = tables.flatten()
 
@@ -105,7 +116,8 @@ def gathered_attention(stage: LeanStage, pool: Pool, tables: Tensor, last: Tenso
         pool.store(layer, places, qkv)
         blocks = pool.data[layer].index_select(0, listed)
         keys, values = blocks.view(count, -1, *blocks.shape[2:]).permute(3, 0, 2, 1, 4).unbind(0)
-        return F.scaled_dot_product_attention(qkv[:, :, :share], keys, values, attn_mask=mask).reshape(count, -1)
+        sight = stage.sights[layer]
+        return attention(qkv[:, :, :share], keys, values, masks[sight.window], sight).reshape(count, -1)
 
     return attend
 
@@ -114,7 +126,7 @@ def paged_attention(stage: LeanStage, pool: Pool, tables: Tensor, last: Tensor) 
     """As `gathered_attention`, in one kernel that reads the blocks where they lie (half precision on CUDA)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    attention: Any = varlen_attn
+    kernel: Any = varlen_attn
     count, share = len(tables), stage.share
     bounds = torch.arange(count + 1, dtype=torch.int32, device=last.device)
     used, listed = (last + 1).to(torch.int32), tables.to(torch.int32)
@@ -125,7 +137,7 @@ def paged_attention(stage: LeanStage, pool: Pool, tables: Tensor, last: Tensor) 
         pool.store(layer, places, qkv)
         keys, values = pool.data[layer].unbind(3)
         query = qkv[:, :, :share].flatten(1, 2)
-        out = attention(
+        out = kernel(
             query, keys, values, bounds, None, 1, longest, seqused_k=used, block_table=listed, enable_gqa=share > 1
         )
         return torch.as_tensor(out).flatten(1)
@@ -146,6 +158,7 @@ def prefill_attention(stage: LeanStage, pool: Pool, places: Tensor, lengths: Seq
     def attend(layer: int, qkv: Tensor) -> Tensor:
         pool.store(layer, places, qkv)
         query = qkv[:, :, :share].flatten(1, 2)
-        return packed_attention(query, qkv[:, :, share], qkv[:, :, share + 1], runs, runs).flatten(1)
+        sight = stage.sights[layer]
+        return packed_attention(query, qkv[:, :, share], qkv[:, :, share + 1], runs, runs, sight).flatten(1)
 
     return attend

@@ -132,7 +132,8 @@ class Flight:
     def _attend(self, last: Tensor) -> Attend:
         if not isinstance(self.blocks, PagedBlocks):
             return row_attention(self._stage, self.pool, self.count, self._columns, last)
-        kernel = paged_attention if self.tokens.is_cuda else gathered_attention
+        plain = all(not sight.window and not sight.cap and not sight.scale for sight in self._stage.sights)
+        kernel = paged_attention if self.tokens.is_cuda and plain else gathered_attention
         return kernel(self._stage, self.pool, self._tables[: self.count], last)
 
     def land(self, step: int) -> None:

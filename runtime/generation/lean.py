@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from runtime.generation.experts import expert_block
+from runtime.models.architecture import embedding_scale
 from runtime.models.model import Model
+from runtime.passes.logprobs import capped_
 
 Attend = Callable[[int, Tensor], Tensor]
 """(local layer, queries with keys and values [tokens, kv_heads / tp, share + 2, dim], rotated) -> attention outputs
@@ -28,10 +30,12 @@ Attend = Callable[[int, Tensor], Tensor]
 class _Block:
     """Weights of one transformer block as functions and tensors."""
 
-    input_norm: Callable[[Tensor], Tensor]
+    input_norm: Callable[[Tensor], Tensor] | None
     query_norm: Callable[[Tensor], Tensor] | None
     key_norm: Callable[[Tensor], Tensor] | None
-    mlp_norm: Callable[[Tensor], Tensor]
+    attention_norm: Callable[[Tensor], Tensor] | None
+    mlp_norm: Callable[[Tensor], Tensor] | None
+    local: bool
     qkv: Tensor
     qkv_bias: Tensor | None
     out: Tensor
@@ -48,17 +52,21 @@ class LeanStage:
         self._group = model.groups.tp if tp > 1 else None
         self.kv_heads, self.share, self.dim = spec.kv_heads // tp, spec.heads // spec.kv_heads, spec.head_dim
         self.rotated = spec.rotated
+        self.scale = embedding_scale(spec, model.config.params_dtype)
         self._chunk: Any = model.chunks[0]
         self.blocks = [self._block(layer) for layer in self._chunk.decoder.layers]
+        self.sights = [layer.self_attention.core_attention.sight for layer in self._chunk.decoder.layers]
 
     def _block(self, layer: Any) -> _Block:
-        attention = layer.self_attention
-        normed = self.model.spec.qk_norm
+        attention, spec = layer.self_attention, self.model.spec
+        normed, before = spec.qk_norm, spec.norms_before
         return _Block(
-            input_norm=layer.input_layernorm.forward,
+            input_norm=layer.input_layernorm.forward if before else None,
             query_norm=attention.q_layernorm.forward if normed else None,
             key_norm=attention.k_layernorm.forward if normed else None,
-            mlp_norm=layer.pre_mlp_layernorm.forward,
+            attention_norm=attention.post_norm.forward if spec.norms_after else None,
+            mlp_norm=layer.pre_mlp_layernorm.forward if before else None,
+            local=attention.local,
             qkv=attention.linear_qkv.weight,
             qkv_bias=attention.linear_qkv.bias,
             out=attention.linear_proj.weight,
@@ -72,6 +80,7 @@ class LeanStage:
             return expert_block(self.model, mlp, self._sum)
         first, second, config = mlp.linear_fc1, mlp.linear_fc2, self.model.config
         activation, gated, join = config.activation_func, config.gated_linear_unit, self._join
+        norm = mlp.post_norm.forward if self.model.spec.norms_after else None
 
         def dense(residual: Tensor, x: Tensor) -> Tensor:
             inner = F.linear(x, first.weight, first.bias)
@@ -80,12 +89,23 @@ class LeanStage:
                 inner = activation(gate).mul_(up)
             else:
                 inner = activation(inner)
-            return join(residual, inner, second.weight, second.bias)
+            return join(residual, inner, second.weight, second.bias, norm)
 
         return dense
 
-    def _join(self, residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """residual + a row-parallel linear layer."""
+    def _join(
+        self,
+        residual: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        norm: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """residual + a row-parallel linear layer, or the norm of it."""
+        if norm is not None:
+            part = F.linear(x, weight)
+            self._sum(part)
+            return norm(part if bias is None else part.add_(bias)) + residual
         if self._group is None:
             out = torch.addmm(residual, x, weight.t())
         else:
@@ -103,27 +123,36 @@ class LeanStage:
         """Embeddings [n, hidden] of token ids [n]; on the first stage."""
         weight = self._chunk.embedding.word_embeddings.weight
         if self._group is None:
-            return F.embedding(tokens, weight)
+            return self._scaled(F.embedding(tokens, weight))
         local = tokens - self._group.rank() * weight.shape[0]
         outside = (local < 0) | (local >= weight.shape[0])
         hidden = F.embedding(local.masked_fill_(outside, 0), weight).masked_fill_(outside[:, None], 0)
         dist.all_reduce(hidden, group=self._group)
-        return hidden
+        return self._scaled(hidden)
+
+    def _scaled(self, embedded: Tensor) -> Tensor:
+        return embedded if self.scale == 1.0 else embedded * self.scale
 
     def rotation(self, positions: int) -> Tensor:
-        """Cosines and signed sines of positions [0, positions): [positions, 2, 1, 1, rotated], for `layers`."""
-        angles = self._chunk.rotary_pos_emb(positions)[:, 0]
+        """Cosines and signed sines of positions [0, positions): [positions, 2, 1, 1, rotated], for `layers`; behind
+        them those of layers with a window, where they have their own."""
+        every = [rope for rope in (self._chunk.rotary_pos_emb, self._chunk.rotary_pos_emb.local) if rope is not None]
+        return torch.cat([self._turns(rope, positions) for rope in every], 1)
+
+    def _turns(self, rope: Any, positions: int) -> Tensor:
+        angles = rope(positions)[:, 0]
         sign = torch.ones_like(angles)
         sign[..., : angles.shape[-1] // 2] = -1
-        table = torch.stack([angles.cos(), angles.sin() * sign], 1) * self._chunk.rotary_pos_emb.amplitude
+        table = torch.stack([angles.cos(), angles.sin() * sign], 1) * rope.amplitude
         return torch.as_tensor(table[:, :, None].to(self.model.config.params_dtype))
 
     def layers(self, hidden: Tensor, rotation: Tensor, attend: Attend) -> Tensor:
-        """Hidden states [n, hidden] behind the blocks; `rotation` [n, 2, 1, 1, rotated] of the tokens' positions."""
-        cos, sin = rotation[:, 0], rotation[:, 1]
+        """Hidden states [n, hidden] behind the blocks; `rotation` [n, 2 or 4, 1, 1, rotated]: the tokens' positions."""
         shape = (len(hidden), self.kv_heads, self.share + 2, self.dim)
         for index, block in enumerate(self.blocks):
-            qkv = F.linear(block.input_norm(hidden), block.qkv, block.qkv_bias).view(shape)
+            normed = hidden if block.input_norm is None else block.input_norm(hidden)
+            qkv = F.linear(normed, block.qkv, block.qkv_bias).view(shape)
+            cos, sin = rotation[:, 2 * block.local], rotation[:, 2 * block.local + 1]
             turned = qkv[:, :, : self.share + 1]
             if block.query_norm is not None and block.key_norm is not None:
                 queries, keys = turned[:, :, : self.share], turned[:, :, self.share :]
@@ -132,8 +161,8 @@ class LeanStage:
             turned = turned[..., : self.rotated]
             swapped = turned.roll(self.rotated // 2, -1)
             turned.mul_(cos).addcmul_(swapped, sin)
-            hidden = self._join(hidden, attend(index, qkv), block.out, block.out_bias)
-            hidden = block.mlp(hidden, block.mlp_norm(hidden))
+            hidden = self._join(hidden, attend(index, qkv), block.out, block.out_bias, block.attention_norm)
+            hidden = block.mlp(hidden, hidden if block.mlp_norm is None else block.mlp_norm(hidden))
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -141,4 +170,5 @@ class LeanStage:
         chunk = self._chunk
         tied = self.model.spec.tied_embeddings
         weight = chunk.shared_embedding_or_output_weight() if tied else chunk.output_layer.weight
-        return F.linear(chunk.decoder.final_layernorm.forward(hidden), weight)
+        logits = F.linear(chunk.decoder.final_layernorm.forward(hidden), weight)
+        return capped_(logits, self.model.spec.logit_cap) if self.model.spec.logit_cap else logits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,9 +32,25 @@ from runtime.models.mcore import (
     TransformerLayerSubmodules,
     get_bias_dropout_add,
 )
-from runtime.models.modules import Attention, LayerNorm, NumberedLayer, PackedSelfAttention, RMSNorm, Rotary, ValueHead
+from runtime.models.modules import (
+    Attention,
+    LayerNorm,
+    NumberedLayer,
+    OffsetNorm,
+    PackedSelfAttention,
+    PostNormMLP,
+    RMSNorm,
+    Rotary,
+    ValueHead,
+    WideNorm,
+)
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
 _FUSIONS = (
     "bias_activation_fusion",
     "bias_dropout_fusion",
@@ -42,6 +59,11 @@ _FUSIONS = (
     "apply_rope_fusion",
     "gradient_accumulation_fusion",
 )
+
+
+def embedding_scale(spec: ModelSpec, dtype: torch.dtype) -> float:
+    """What embeddings are multiplied by, rounded to the type of the model as `transformers` rounds it."""
+    return float(torch.tensor(spec.embedding_scale, dtype=dtype))
 
 
 def _keep(weight: Tensor) -> Tensor:
@@ -65,7 +87,7 @@ def transformer_config(layout: Layout, dtype: torch.dtype, sequence_parallel: bo
         activation_func=_ACTIVATIONS[spec.activation],
         add_bias_linear=spec.linear_bias,
         add_qkv_bias=spec.qkv_bias,
-        qk_layernorm=spec.qk_norm,
+        qk_layernorm=spec.qk_norm and not spec.wide_qk_norm,  # else Megatron sums the gradients of norms over tp
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         expert_model_parallel_size=layout.ep,
@@ -116,8 +138,26 @@ def _experts(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-def _mlp(spec: ModelSpec) -> Any:
+def _norm(spec: ModelSpec) -> Any:
+    if spec.norm is Norm.LAYER:
+        return LayerNorm
+    return OffsetNorm if spec.norm_offset else RMSNorm
+
+
+def _head_norm(spec: ModelSpec, heads: int, groups: Any) -> Any:
+    """The norm of queries or of keys."""
+    if not spec.qk_norm:
+        return IdentityOp
+    if spec.wide_qk_norm:
+        return ModuleSpec(module=WideNorm, params={"heads": heads, "group": groups.tp})
+    return _norm(spec)
+
+
+def _mlp(spec: ModelSpec, groups: Any) -> Any:
     linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    if not spec.experts and spec.norms_after:
+        own = {"post_norm": _norm(spec), "tp_group": groups.tp}  # the group is given to Megatron's own class alone
+        return ModuleSpec(module=PostNormMLP, params=own, submodules=linear)
     if not spec.experts:
         return ModuleSpec(module=MLP, submodules=linear)
     return ModuleSpec(
@@ -129,26 +169,29 @@ def _mlp(spec: ModelSpec) -> Any:
     )
 
 
-def _layer(spec: ModelSpec, first: int) -> Any:
-    norm = RMSNorm if spec.norm is Norm.RMS else LayerNorm
+def _layer(spec: ModelSpec, first: int, groups: Any) -> Any:
+    before = _norm(spec) if spec.norms_before else IdentityOp
+    after = _norm(spec) if spec.norms_after else None
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear,
-        core_attention=Attention,
+        core_attention=partial(Attention, spec=spec),
         linear_proj=RowParallelLinear,
-        q_layernorm=norm if spec.qk_norm else IdentityOp,
-        k_layernorm=norm if spec.qk_norm else IdentityOp,
+        q_layernorm=_head_norm(spec, spec.heads, groups),
+        k_layernorm=_head_norm(spec, spec.kv_heads, groups),
     )
     return ModuleSpec(
         module=NumberedLayer,
         params={"first": first},
         submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
+            input_layernorm=before,
             self_attention=ModuleSpec(
-                module=PackedSelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+                module=PackedSelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal, "spec": spec, "post_norm": after},
+                submodules=attention,
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=norm,
-            mlp=_mlp(spec),
+            pre_mlp_layernorm=before,
+            mlp=_mlp(spec, groups),
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -159,11 +202,10 @@ def build_chunk(layout: Layout, config: Any, groups: Any, index: int) -> Any:
     spec, stage = layout.spec, groups.pp.rank()
     vp_stage = index if layout.vpp > 1 else None
     last = stage == layout.pp - 1 and index == layout.vpp - 1
-    norm = RMSNorm if spec.norm is Norm.RMS else LayerNorm
     layers = layout.chunk_layers(stage, index)
     chunk = GPTModel(
         config,
-        TransformerBlockSubmodules(layer_specs=[_layer(spec, layers.start)] * len(layers), layer_norm=norm),
+        TransformerBlockSubmodules([_layer(spec, layers.start, groups)] * len(layers), layer_norm=_norm(spec)),
         vocab_size=spec.padded_vocab,
         max_sequence_length=spec.max_context,
         pre_process=stage == 0 and index == 0,
@@ -174,6 +216,9 @@ def build_chunk(layout: Layout, config: Any, groups: Any, index: int) -> Any:
         vp_stage=vp_stage,
     )
     chunk.rotary_pos_emb = Rotary(spec, config, groups)
+    if chunk.pre_process and spec.embedding_scale != 1.0:
+        scale = embedding_scale(spec, config.params_dtype)
+        chunk.embedding.register_forward_hook(lambda module, given, embedded: embedded * scale)
     if last and spec.head is Head.VALUE:
         chunk.output_layer = ValueHead(config, groups.tp)
     for name, parameter in chunk.named_parameters():

@@ -25,7 +25,11 @@ with importing_megatron():
     from megatron.core.pipeline_parallel import schedules
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.tensor_parallel.layers import (
+        ColumnParallelLinear,
+        RowParallelLinear,
+        set_tensor_model_parallel_attributes,
+    )
     from megatron.core.tensor_parallel.mappings import (
         copy_to_tensor_model_parallel_region,
         gather_from_sequence_parallel_region,
@@ -88,4 +92,5 @@ __all__ = [
     "model_parallel_cuda_manual_seed",
     "reduce_from_tensor_model_parallel_region",
     "schedules",
+    "set_tensor_model_parallel_attributes",
 ]

@@ -14,15 +14,19 @@ from torch import Tensor, nn
 from plans.model import ModelSpec
 from runtime.models.context_parallel import CutRuns
 from runtime.models.mcore import (
+    MLP,
     AttnMaskType,
     RotaryEmbedding,
     SelfAttention,
     TransformerLayer,
+    copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     get_transformer_layer_offset,
+    reduce_from_tensor_model_parallel_region,
+    set_tensor_model_parallel_attributes,
 )
-from runtime.models.packed_attention import packed_attention
-from runtime.models.rope import amplitude, frequencies
+from runtime.models.packed_attention import Runs, Sight, packed_attention
+from runtime.models.rope import amplitude, frequencies, local_rope
 
 
 class NumberedLayer(TransformerLayer):  # type: ignore[misc]
@@ -64,6 +68,35 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
 
 
+class OffsetNorm(RMSNorm):
+    """Gemma's: what is normed is multiplied by 1 + weight, in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = F.rms_norm(x.float(), x.shape[-1:], None, self.eps)
+        return (normed * (1.0 + self.weight.float())).to(x.dtype)
+
+
+class WideNorm(nn.Module):
+    """Root-mean-square norm of [tokens, ..., dim] over all heads together (OLMo 2), whose squares are summed over tp. A
+    rank has the heads, and their weights, that stand last of its dimensions."""
+
+    def __init__(self, config: Any, hidden_size: int, heads: int, group: Any, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        self.eps, self.group, self.width = eps, group, heads * hidden_size
+        own = self.width // group.size()
+        self.weight = nn.Parameter(torch.ones(own, dtype=config.params_dtype))
+        set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float().reshape(len(x), -1, len(self.weight))
+        squares = wide.square().sum(-1, keepdim=True)
+        if self.group.size() > 1:  # every rank reads the sum, so its gradient is a sum over ranks as well
+            squares = reduce_from_tensor_model_parallel_region(squares, group=self.group)
+            squares = copy_to_tensor_model_parallel_region(squares, group=self.group)
+        normed = wide * torch.rsqrt(squares / self.width + self.eps)
+        return (self.weight * normed.to(x.dtype)).view_as(x)
+
+
 class LayerNorm(nn.Module):
     """Layer norm with a weight and a bias, both marked for Megatron's sequence-parallel reduction."""
 
@@ -94,6 +127,7 @@ class Rotary(RotaryEmbedding):  # type: ignore[misc]
         self.inv_freq: Tensor = frequencies(spec, self.inv_freq.device)
         self.amplitude = amplitude(spec)
         self._table: Tensor | None = None
+        self.local = Rotary(local, config, groups) if (local := local_rope(spec)) else None
 
     def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: Any = None) -> Tensor:
         """Angles [max_seq_len, 1, 1, rotated dimensions], float32."""
@@ -104,9 +138,10 @@ class Rotary(RotaryEmbedding):  # type: ignore[misc]
 
     def rotation(self, positions: Tensor, longest: int, dtype: torch.dtype) -> Tensor:
         """Cosine and sine of half the rotated dimensions at positions [tokens] below `longest`:
-        [2, tokens, 1, 1, rotated / 2]."""
+        [2, tokens, 1, 1, rotated / 2]; behind them those of layers with a window, where they have their own."""
         angles = self(max(longest, 1))[..., : self.inv_freq.shape[0]][positions]
-        return (torch.stack([angles.cos(), angles.sin()]) * self.amplitude).to(dtype)
+        own = (torch.stack([angles.cos(), angles.sin()]) * self.amplitude).to(dtype)
+        return own if self.local is None else torch.cat([own, self.local.rotation(positions, longest, dtype)])
 
 
 class Attention(nn.Module):
@@ -125,11 +160,14 @@ class Attention(nn.Module):
         attention_type: str,
         softmax_scale: float | None = None,
         pg_collection: Any = None,
+        *,
+        spec: ModelSpec,
         **_: Any,
     ) -> None:
         super().__init__()
+        assert softmax_scale is None
         self.attn_mask_type = attn_mask_type
-        self.softmax_scale = softmax_scale
+        self.sight = Sight.of(spec, layer_number - 1)
         self.groups = pg_collection
 
     def forward(
@@ -146,10 +184,16 @@ class Attention(nn.Module):
         if isinstance(packed_seq_params, CutRuns):
             cut, group = packed_seq_params, self.groups.cp
             key, value = cut.gathered(key, group), cut.gathered(value, group)
-            return packed_attention(query, key, value, cut.of_queries, cut.of_keys, self.softmax_scale)
+            return packed_attention(query, key, value, cut.of_queries, cut.of_keys, self.sight)
         if packed_seq_params is not None:
-            return packed_attention(query, key, value, packed_seq_params, packed_seq_params, self.softmax_scale)
+            return packed_attention(query, key, value, packed_seq_params, packed_seq_params, self.sight)
         tokens, batch, heads, dim = query.shape
+        if self.sight.window or self.sight.cap:
+            assert attention_mask is None and len(key) == tokens
+            runs = Runs.of((tokens,) * batch, query.device)
+            q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))
+            out = packed_attention(q, k, v, runs, runs, self.sight)
+            return out.view(batch, tokens, heads * dim).transpose(0, 1)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         share = heads // k.shape[1]
         causal = attention_mask is None and (attn_mask_type or self.attn_mask_type) != AttnMaskType.no_mask
@@ -165,7 +209,7 @@ class Attention(nn.Module):
             v,
             attn_mask=None if attention_mask is None else ~attention_mask,
             is_causal=causal and tokens > 1,
-            scale=self.softmax_scale,
+            scale=self.sight.scale,
             enable_gqa=q.shape[1] != k.shape[1],
         )
         return out.reshape(batch, heads, tokens, dim).permute(2, 0, 1, 3).reshape(tokens, batch, heads * dim)
@@ -173,13 +217,46 @@ class Attention(nn.Module):
 
 class PackedSelfAttention(SelfAttention):  # type: ignore[misc]
     """Megatron's self attention with the rotations that it is given as `Rotary.rotation`, those of the positions
-    of the tokens in their sequences. Megatron lets this hook change queries and keys before the attention core."""
+    of the tokens in their sequences. Megatron lets this hook change queries and keys before the attention core.
+
+    post_norm: makes a norm of what attention adds to the residual.
+    """
+
+    def __init__(self, config: Any, *args: Any, spec: ModelSpec, post_norm: Any = None, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.local = bool(spec.local_rope_theta and spec.window_of(self.layer_number - 1))
+        if post_norm is not None:
+            self.post_norm = post_norm(config, config.hidden_size, eps=config.layernorm_epsilon)
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        return _normed(self, super().forward(*args, **kwargs))
 
     def _adjust_key_value_for_inference(
         self, inference_context: None, query: Tensor, key: Tensor, value: Tensor, rotary_pos_emb: Any, *_: Any
     ) -> tuple[Any, ...]:
-        query, key = (_Rotate.apply(x, rotary_pos_emb[0]) for x in (query, key))  # type: ignore[no-untyped-call]
+        rotation = rotary_pos_emb[0][2:] if self.local else rotary_pos_emb[0][:2]
+        query, key = (_Rotate.apply(x, rotation) for x in (query, key))  # type: ignore[no-untyped-call]
         return query, key, value, None, self.attn_mask_type, None
+
+
+class PostNormMLP(MLP):  # type: ignore[misc]
+    """Megatron's MLP, and a norm of what it adds to the residual."""
+
+    def __init__(self, config: Any, *args: Any, post_norm: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.post_norm = post_norm(config, config.hidden_size, eps=config.layernorm_epsilon)
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        return _normed(self, super().forward(*args, **kwargs))
+
+
+def _normed(module: Any, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    """An output and the bias that is still to be added to it, behind the module's norm where it has one."""
+    norm = getattr(module, "post_norm", None)
+    if norm is None:
+        return output
+    out, bias = output
+    return norm(out if bias is None else out + bias), None
 
 
 class _Rotate(torch.autograd.Function):

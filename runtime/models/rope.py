@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import assert_never
 
 import torch
@@ -32,6 +33,13 @@ def frequencies(spec: ModelSpec, device: torch.device) -> Tensor:
             return 1.0 / (torch.tensor(scaling.short_factor, dtype=torch.float32, device=device) * wavelengths)
         case _:
             assert_never(scaling)
+
+
+def local_rope(spec: ModelSpec) -> ModelSpec | None:
+    """The specification as layers with a window rotate, where they differ: another theta, and no scaling."""
+    if not spec.local_rope_theta:
+        return None
+    return replace(spec, rope_theta=spec.local_rope_theta, rope_scaling=None, local_rope_theta=0.0)
 
 
 def amplitude(spec: ModelSpec) -> float:

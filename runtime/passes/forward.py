@@ -131,7 +131,8 @@ def token_output(model: Model, hidden: Tensor, pack: Pack, temperature: float = 
     tied = model.spec.tied_embeddings
     weight = head.shared_embedding_or_output_weight() if tied else head.output_layer.weight
     targets = pack.sequences.tokens[pack.sequences.of_response][numbers]
-    found = token_logprobs_of(rows, weight, targets, tp, model.spec.vocab, temperature)
+    spec = model.spec
+    found = token_logprobs_of(rows, weight, targets, tp, spec.vocab, temperature, cap=spec.logit_cap)
     logprobs, entropy = (_spread(part, numbers, len(pack.before), cp) for part in found)
     return TokenOutput(logprobs, entropy, nothing, nothing)
 

@@ -19,9 +19,10 @@ SCORED_ELEMENTS = 2**25
 
 
 def token_logprobs_of(
-    hidden: Tensor, weight: Tensor, tokens: Tensor, group: Any, vocab: int, temperature: float = 1.0
+    hidden: Tensor, weight: Tensor, tokens: Tensor, group: Any, vocab: int, temperature: float = 1.0, cap: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each token, and entropy of each distribution, under softmax(hidden weight^T / temperature).
+    """Log-probability of each token, and entropy of each distribution, under softmax(hidden weight^T / temperature);
+    with a cap, logits become cap x tanh(logit / cap) first.
 
     hidden: [n, width], equal on all ranks of the tp `group`; its gradient is this rank's part of a sum over the group.
     weight: [stored vocabulary / tp, width], this rank's rows. tokens: [n]. vocab: entries beyond it are padding and
@@ -29,11 +30,11 @@ def token_logprobs_of(
     and one sum are exchanged.
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        logprobs, entropy = _TokenLogProbs.apply(hidden, weight, tokens, group, vocab, temperature)  # type: ignore[no-untyped-call]
+        logprobs, entropy = _TokenLogProbs.apply(hidden, weight, tokens, group, vocab, temperature, cap)  # type: ignore[no-untyped-call]
         return logprobs, entropy
     size = max(1, SCORED_ELEMENTS // weight.shape[0])
     parts = [
-        _Head(rows @ weight.t(), group, vocab, temperature).logprobs(ids)
+        _Head(rows @ weight.t(), group, vocab, temperature, cap).logprobs(ids)
         for rows, ids in zip(torch.split(hidden, size), torch.split(tokens, size), strict=True)
     ]
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
@@ -42,8 +43,9 @@ def token_logprobs_of(
 class _Head:
     """Logits [n, stored vocabulary / tp] of this rank and the softmax over the whole vocabulary."""
 
-    def __init__(self, logits: Tensor, group: Any, vocab: int, temperature: float) -> None:
-        self.logits = logits
+    def __init__(self, logits: Tensor, group: Any, vocab: int, temperature: float, cap: float) -> None:
+        self.logits = capped_(logits, cap) if cap else logits
+        self._cap = cap
         self._group = group
         self._temperature = temperature
         self._start = group.rank() * logits.shape[1]
@@ -61,7 +63,7 @@ class _Head:
         self._local = local.where(self._here, 0)
         peak = self._peak()
         sums = torch.empty(3, len(tokens), device=self.logits.device)
-        chosen = self.logits.gather(1, self._local[:, None]).squeeze(1).float() / self._temperature
+        chosen = self._chosen().float() / self._temperature
         sums[0] = (chosen - peak).where(self._here, 0.0)
         for part in self._rows:
             shifted, weights = (buffer[: len(peak[part])] for buffer in self._buffers)
@@ -74,6 +76,10 @@ class _Head:
         total = sums[1].log()
         self._log_sum = peak + total
         return sums[0] - total, total - sums[2] / sums[1]
+
+    def _chosen(self) -> Tensor:
+        """Logits of the tokens, those of this rank."""
+        return self.logits.gather(1, self._local[:, None]).squeeze(1)
 
     def _peak(self) -> Tensor:
         peak = torch.full((len(self.logits),), -torch.inf, device=self.logits.device)
@@ -94,13 +100,18 @@ class _Head:
     def gradient(self, of_logprobs: Tensor) -> Tensor:
         """The gradient in the logits, in their own storage: (onehot - p) / temperature for each row."""
         scale = of_logprobs / self._temperature
+        of_chosen = scale * self._here
+        if self._cap:
+            of_chosen = of_chosen * (1 - (self._chosen().float() / self._cap).square())
         for part in self._rows:
             grad = self._buffers[0, : len(scale[part])]
             self._shift(part, self._log_sum, grad)
             grad.exp_().mul_(-scale[part, None])
+            if self._cap:  # the slope of cap x tanh(x / cap), from its value
+                grad.mul_(1 - (self._real[part].float() / self._cap).square())
             self._real[part] = grad
         self.logits[:, self._real.shape[1] :] = 0
-        self.logits.scatter_add_(1, self._local[:, None], (scale * self._here).to(self.logits.dtype)[:, None])
+        self.logits.scatter_add_(1, self._local[:, None], of_chosen.to(self.logits.dtype)[:, None])
         return self.logits
 
 
@@ -109,10 +120,10 @@ class _TokenLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, group: Any, vocab: int, temperature: float
+        ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, group: Any, vocab: int, temperature: float, cap: float
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(hidden, weight)
-        ctx.head = _Head(hidden @ weight.t(), group, vocab, temperature)
+        ctx.head = _Head(hidden @ weight.t(), group, vocab, temperature, cap)
         logprobs, entropy = ctx.head.logprobs(tokens)
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
@@ -125,7 +136,12 @@ class _TokenLogProbs(torch.autograd.Function):
         del ctx.head
         of_hidden = grad @ weight if ctx.needs_input_grad[0] else None
         of_weight = grad.t() @ hidden if ctx.needs_input_grad[1] else None
-        return of_hidden, of_weight, None, None, None, None
+        return of_hidden, of_weight, None, None, None, None, None
+
+
+def capped_(logits: Tensor, cap: float) -> Tensor:
+    """cap x tanh(logit / cap), in place."""
+    return logits.div_(cap).tanh_().mul_(cap)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

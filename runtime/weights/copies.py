@@ -85,7 +85,7 @@ class Copies:
         if weights == RANDOM:
             random_weights(model, self._job.run.seed)
         else:
-            load_weights(model, Path(weights))
+            load_weights(model, Path(weights), trained=role in self._job.plan.workload.graph.trainers)
         if name := nonfinite_parameter(model):
             raise RealplanError(f"weights `{weights}` of `{role}` hold a number that is not finite: {name}")
 

@@ -9,18 +9,19 @@ import torch
 from torch import Tensor
 
 from plans.layout import Parameter
-from plans.model import ModelSpec
+from plans.model import Head, ModelSpec
 from runtime.models.model import Model, named_shards
 from runtime.models.shards import shard
-from runtime.weights.hf_files import VALUE_HEADS, Checkpoint
+from runtime.weights.hf_files import VALUE_HEADS, Checkpoint, WeightsError
 from runtime.weights.hf_names import SCORE, has_vocabulary, hf_names, hf_shape, join
 
 INITIAL_STD = 0.02
 
 
 @torch.no_grad()
-def load_weights(model: Model, folder: Path) -> None:
-    """Fill a model from a Hugging Face folder. A value head that the folder lacks starts from zero.
+def load_weights(model: Model, folder: Path, *, trained: bool = True) -> None:
+    """Fill a model from a Hugging Face folder. A value head that the folder lacks starts from zero, unless it is not
+    `trained`: then it would give zero for everything, and WeightsError says so.
 
     Raises WeightsError unless the folder has exactly the model's tensors, in their shapes (`Checkpoint.check`). Not
     collective.
@@ -28,6 +29,9 @@ def load_weights(model: Model, folder: Path) -> None:
     checkpoint = Checkpoint(folder)
     spec, place = model.spec, model.place
     checkpoint.check(spec)
+    if spec.head is Head.VALUE and not trained and not any(checkpoint.find(name) for name in VALUE_HEADS):
+        message = f"`{folder}` has no value head ({', '.join(VALUE_HEADS)}): as a model that is not trained it scores 0"
+        raise WeightsError(message, "a folder of a reward model, such as reward-modelling writes")
     for parameter, target in named_shards(model):
         names = hf_names(spec, parameter.name)
         if names == (SCORE,):
@@ -55,7 +59,7 @@ def random_parameter(spec: ModelSpec, parameter: Parameter, seed: int) -> Tensor
     if parameter.name.endswith(".bias"):
         return torch.zeros(parameter.shape)
     if len(parameter.shape) == 1:
-        return torch.ones(parameter.shape)
+        return torch.zeros(parameter.shape) if spec.norm_offset else torch.ones(parameter.shape)
     digest = hashlib.blake2b(f"{seed}/{parameter.name}".encode(), digest_size=7).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest))
     whole = torch.randn(parameter.shape, generator=generator).mul_(INITIAL_STD)

@@ -33,8 +33,26 @@ _LAYER = {
     "mlp.shared_experts.linear_fc1": ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
     "mlp.shared_experts.linear_fc2": ("mlp.shared_expert.down_proj",),
 }
-_FUSED = {"phi3": {_QKV: "self_attn.qkv_proj", "mlp.linear_fc1": "mlp.gate_up_proj"}}
+_GATE_UP = {"mlp.linear_fc1": "mlp.gate_up_proj"}
+_FUSED = {"phi3": {_QKV: "self_attn.qkv_proj", **_GATE_UP}, "glm": _GATE_UP, "glm4": _GATE_UP}
 """Families whose checkpoints keep the parts of a parameter in one tensor, one above the other."""
+_GEMMA2_NORMS = {
+    "self_attention.post_norm": ("post_attention_layernorm",),
+    "pre_mlp_layernorm": ("pre_feedforward_layernorm",),
+    "mlp.post_norm": ("post_feedforward_layernorm",),
+}
+_NORMS = {
+    "gemma2": _GEMMA2_NORMS,
+    "gemma3_text": _GEMMA2_NORMS,
+    "olmo2": _GEMMA2_NORMS,
+    "glm4": {
+        "self_attention.post_norm": ("post_self_attn_layernorm",),
+        "mlp.post_norm": ("post_mlp_layernorm",),
+    },
+}
+"""Families whose norms have names of their own."""
+_INTERLEAVED = ("glm", "glm4")
+"""Families that rotate neighbours (2i, 2i + 1) of a head's dimensions, not (i, i + rotated / 2)."""
 _EXPERT = {"linear_fc1": ("gate_proj", "up_proj"), "linear_fc2": ("down_proj",)}
 _MIXTRAL_EXPERT = {"linear_fc1": ("w1", "w3"), "linear_fc2": ("w2",)}
 _SHARED_GATE = "mlp.shared_experts.gate_weight"
@@ -67,7 +85,8 @@ def hf_names(spec: ModelSpec, name: str) -> tuple[str, ...]:
             return tuple(f"{at}.block_sparse_moe.experts.{number}.{p}.{kind}" for p in _MIXTRAL_EXPERT[part])
         return tuple(f"{at}.mlp.experts.{number}.{p}.{kind}" for p in _EXPERT[part])
     fused = _FUSED.get(spec.family, {}).get(inner)
-    return (f"{at}.{fused}.{kind}",) if fused else tuple(f"{at}.{part}.{kind}" for part in _LAYER[inner])
+    names = _LAYER | _NORMS.get(spec.family, {})
+    return (f"{at}.{fused}.{kind}",) if fused else tuple(f"{at}.{part}.{kind}" for part in names[inner])
 
 
 def is_mixtral(spec: ModelSpec) -> bool:
@@ -119,16 +138,26 @@ def join(spec: ModelSpec, parameter: Parameter, tensors: Sequence[Sliceable], tp
         parts = [_Below(parts[0], first) for first in above]
     if _QKV in parameter.name:
         groups = range(rank * spec.kv_heads // tp, (rank + 1) * spec.kv_heads // tp)
-        return torch.cat([_rows(parts[i], spec, group, i == 0) for group in groups for i in range(3)])
+        return torch.cat([_rows(parts[i], spec, group, i) for group in groups for i in range(3)])
     slices = [_run(shape, parameter, tp, rank) for shape in shapes]
     tensor = torch.cat([part[cut] for part, cut in zip(parts, slices, strict=True)])
     missing = parameter.shape[0] // tp - tensor.shape[0] if parameter.axis == 0 else 0
     return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing else tensor
 
 
-def _rows(part: Sliceable, spec: ModelSpec, group: int, query: bool) -> Tensor:
-    rows = spec.head_dim * (spec.heads // spec.kv_heads if query else 1)
-    return part[group * rows : (group + 1) * rows]
+def _rows(part: Sliceable, spec: ModelSpec, group: int, index: int) -> Tensor:
+    """Rows of a group of query (index 0), key (1) or value (2), rotated halves apart."""
+    rows = spec.head_dim * (spec.heads // spec.kv_heads if index == 0 else 1)
+    found = part[group * rows : (group + 1) * rows]
+    if index == 2 or spec.family not in _INTERLEAVED:
+        return found
+    return found.unflatten(0, (-1, spec.head_dim))[:, _apart(spec)].flatten(0, 1)
+
+
+def _apart(spec: ModelSpec) -> Tensor:
+    """Which of a head's interleaved dimensions stands at each place here: even ones, odd ones, those not rotated."""
+    turned = torch.arange(spec.rotated)
+    return torch.cat([turned[0::2], turned[1::2], torch.arange(spec.rotated, spec.head_dim)])
 
 
 def _run(shape: tuple[int, ...], parameter: Parameter, tp: int, rank: int) -> tuple[slice, ...]:
@@ -148,6 +177,10 @@ def split(spec: ModelSpec, parameter: Parameter, whole: Tensor) -> dict[str, Ten
         groups = whole.view(spec.kv_heads, -1, *whole.shape[1:])
         per = spec.head_dim * (spec.heads // spec.kv_heads)
         parts = [part.flatten(0, 1) for part in torch.split(groups, [per, spec.head_dim, spec.head_dim], dim=1)]
+        if spec.family in _INTERLEAVED:
+            back = _apart(spec).argsort()
+            heads = (part.unflatten(0, (-1, spec.head_dim)) for part in parts[:2])
+            parts = [*(head[:, back].flatten(0, 1) for head in heads), parts[2]]
     else:
         blocks = zip(whole.chunk(len(shapes)), shapes, strict=True)
         parts = [part[: shape[0]] for part, shape in blocks]

@@ -313,9 +313,9 @@ def test_every_algorithm_can_be_planned(realplan: Run, tmp_path: Path) -> None:
 def test_models_clusters_and_schema(realplan: Run) -> None:
     lines = realplan("models")[1].splitlines()
     said = {line.split()[0]: line.rsplit("  ", 1)[-1] for line in lines}
-    assert said["llama-70b"] == said["phi-4"] == "runs"
-    assert said["gemma-2b"] == said["bloom-176b"] == "plan only"
+    assert said["llama-70b"] == said["phi-4"] == said["gemma2-9b"] == said["glm4-9b"] == said["olmo2-7b"] == "runs"
+    assert said["gpt3-175b"] == said["bloom-176b"] == "plan only"
     refused = json.loads(realplan("models", "--json")[1])
-    assert refused["llama-7b"]["runtime_refuses"] == [] and "`gemma`" in refused["gemma-7b"]["runtime_refuses"][0]
+    assert refused["llama-7b"]["runtime_refuses"] == [] and "`alibi`" in refused["bloom-176b"]["runtime_refuses"][0]
     assert "local-cpu" in realplan("clusters")[1]
     assert json.loads(realplan("schema")[1])["title"] == "PlanFile"

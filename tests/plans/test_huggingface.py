@@ -11,7 +11,7 @@ import pytest
 
 from plans.errors import SpecError
 from plans.families import FAMILIES
-from plans.huggingface import config_from_spec, spec_from_config, spec_from_folder
+from plans.huggingface import check_runs, config_from_spec, spec_from_config, spec_from_folder
 from plans.library import load_model
 from plans.rope import LongRopeScaling
 
@@ -158,7 +158,7 @@ def test_phi(config: dict[str, Any], billions: float) -> None:
     ("partial_rotary_factor", 0.5, "partial_rotary_factor is 0.5", "1.0"),
     ("num_experts", 8, "key `num_experts` is not one of a llama model", "`qwen3_moe`"),
     ("sliding_window", 4, "key `sliding_window` is not one of a llama model", "`mistral`"),
-    ("attn_logit_softcapping", 50.0, "key `attn_logit_softcapping` is not one of a llama model", "delete it if"),
+    ("attn_logit_softcapping", 50.0, "key `attn_logit_softcapping` is not one of a llama model", "`gemma2`"),
     ("rms_norm_epsilon", 1e-5, "key `rms_norm_epsilon`", "`rms_norm_eps`"),
     ("rms_norm_eps", "1e-5", 'rms_norm_eps is "1e-5"; it must be a number', '"rms_norm_eps": 1.0'),
     ("max_position_embeddings", float("inf"), "max_position_embeddings is Infinity; it must be a whole number", ": 1"),
@@ -206,15 +206,21 @@ def test_a_window_is_a_fact_of_the_architecture() -> None:
     assert spec_from_config(qwen | {"max_window_layers": 20, "layer_types": full}, "x").window == 0
 
 
-def test_parts_of_other_kinds_are_named(tmp_path: Path) -> None:
-    config = {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}, "vision_config": {}}
-    found, _, line, _ = refusal(config, tmp_path)
-    assert "joins a text model (`gemma3_text`) with other parts" in found and line == 3
+def test_the_text_model_of_several_parts_is_planned(tmp_path: Path) -> None:
+    inner = QWEN3 | {"max_window_layers": 20}
+    config = {"model_type": "some_vl", "text_config": inner, "vision_config": {"depth": 3}, "image_token_id": 5}
+    assert spec_from_config(config, "x") == spec_from_config(inner, "x")
+    found, _, line, _ = refusal(config | {"text_config": {"model_type": "other_text"}}, tmp_path)
+    assert "joins a text model (`other_text`) with other parts" in found and line == 3
+    found, _, line, _ = refusal(config | {"text_config": inner | {"hidden_act": "gelu"}}, tmp_path)
+    assert 'hidden_act is "gelu"' in found and line > 3
+    with pytest.raises(SpecError, match="its weights lie among those of other parts"):
+        check_runs(tmp_path)
 
 
 def test_no_family_is_taken_for_another() -> None:
     """The hint for an unknown family never offers a name that would be planned as something else."""
-    for name in ("qwen3_next", "gemma2", "deepseek_v3", "gpt_oss", "llama4_text"):
+    for name in ("qwen3_next", "deepseek_v3", "gpt_oss", "llama4_text"):
         with pytest.raises(SpecError) as raised:
             spec_from_config(LLAMA | {"model_type": name}, "x")
         assert "did you mean" not in str(raised.value)

@@ -61,14 +61,16 @@ def test_pairs_stay_together() -> None:
     ({"dtype": "fp16"}, "dtype fp16 needs loss scaling", "bf16 or fp32"),
     ({"position": Position.ALIBI}, "position encoding `alibi`", "rotary"),
     ({"activation": "relu2"}, "activation `relu2`", "silu"),
-    ({"norms_per_layer": 4}, "4 norms per layer", "2 norms"),
+    ({"norms_per_layer": 3}, "3 norms per layer", "2 or 4"),
+    ({"vocab": 9999}, "`ref` (tiny-llama) knows", "the tokenizer of `actor`"),
+    ({"response_tokens": 0}, "response_tokens is 0", "1 or more"),
     ({"head": Head.VALUE}, "a value head tied to its embedding", "tied_embeddings"),
 ])  # fmt: skip
 def test_what_cannot_run_is_refused(change: dict[str, Any], rule: str, hint: str) -> None:
     plan = tiny_plan(1, "d1 t1 p1", algorithm="grpo", order=CRITIC_FREE, batch_size=2, group_size=4)
     workload = plan.workload
     check_supported(plan)
-    if change.keys() & {"group_size", "dtype"}:
+    if change.keys() & {"group_size", "dtype", "response_tokens"}:
         workload = replace(workload, **change)
     else:
         workload = replace(workload, models={**workload.models, "actor": replace(workload.models["actor"], **change)})

@@ -100,6 +100,8 @@ def test_value_head_from_a_language_model_starts_from_zero_and_returns(tmp_path:
         installation.install(CPU)
         model = build(GroupCache(CPU), layout_of(spec, pp=2))
         assert model is not None
+        with pytest.raises(WeightsError, match="has no value head .*scores 0"):
+            load_weights(model, tmp_path / "lm", trained=False)
         load_weights(model, tmp_path / "lm")
         zero = sample_scores(model, batch)
         with torch.no_grad():
@@ -107,7 +109,7 @@ def test_value_head_from_a_language_model_starts_from_zero_and_returns(tmp_path:
                 if parameter.name == "output_layer.weight":
                     tensor.copy_(torch.linspace(-1, 1, spec.hidden)[None])
         export(model, tmp_path / "critic", tmp_path / "lm")
-        load_weights(model, tmp_path / "critic")
+        load_weights(model, tmp_path / "critic", trained=False)
         return zero, sample_scores(model, batch)
 
     zero, values = run_ranks(2, write)[0]

