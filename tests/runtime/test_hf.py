@@ -100,7 +100,7 @@ def test_value_head_from_a_language_model_starts_from_zero_and_returns(tmp_path:
         installation.install(CPU)
         model = build(GroupCache(CPU), layout_of(spec, pp=2))
         assert model is not None
-        with pytest.raises(WeightsError, match="has no value head .*scores 0"):
+        with pytest.raises(WeightsError, match=r"has no value head .*scores 0"):
             load_weights(model, tmp_path / "lm", trained=False)
         load_weights(model, tmp_path / "lm")
         zero = sample_scores(model, batch)
