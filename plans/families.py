@@ -419,7 +419,7 @@ class Glm(Decoder):
     rms_norm_eps: Tiny = 1.5625e-7
     max_position_embeddings: Size = 131072
     partial_rotary_factor: Share = 0.5
-    attention_bias: bool = False
+    attention_bias: bool = True
 
     def more(self) -> dict[str, Any]:
         return super().more() | {"qkv_bias": self.attention_bias, "family": self.model_type}
@@ -429,7 +429,6 @@ class Glm4(Glm):
     """GLM-4-0414: norms before and after."""
 
     ARCHITECTURE = "Glm4ForCausalLM"
-    attention_bias: bool = True
 
     def more(self) -> dict[str, Any]:
         return super().more() | {"norms_per_layer": 4}

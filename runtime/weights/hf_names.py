@@ -151,7 +151,7 @@ def _rows(part: Sliceable, spec: ModelSpec, group: int, index: int) -> Tensor:
     found = part[group * rows : (group + 1) * rows]
     if index == 2 or spec.family not in _INTERLEAVED:
         return found
-    return found.unflatten(0, (-1, spec.head_dim))[:, _apart(spec)].flatten(0, 1)
+    return found.view(-1, spec.head_dim, *found.shape[1:])[:, _apart(spec)].flatten(0, 1)
 
 
 def _apart(spec: ModelSpec) -> Tensor:
@@ -179,7 +179,7 @@ def split(spec: ModelSpec, parameter: Parameter, whole: Tensor) -> dict[str, Ten
         parts = [part.flatten(0, 1) for part in torch.split(groups, [per, spec.head_dim, spec.head_dim], dim=1)]
         if spec.family in _INTERLEAVED:
             back = _apart(spec).argsort()
-            heads = (part.unflatten(0, (-1, spec.head_dim)) for part in parts[:2])
+            heads = (part.view(-1, spec.head_dim, *part.shape[1:]) for part in parts[:2])
             parts = [*(head[:, back].flatten(0, 1) for head in heads), parts[2]]
     else:
         blocks = zip(whole.chunk(len(shapes)), shapes, strict=True)

@@ -241,9 +241,9 @@ def test_what_the_runtime_does_not_run(plan: ExecutionPlan) -> None:
     assert spec_problems(spec) == [] and run_problems(plan) == [] and run_note(plan) == ""
     cases = {
         "position encoding `alibi`": {"position": Position.ALIBI},
-        "traits of the family `gemma`": {"family": "gemma"},
+        "traits of the family `gpt_oss`": {"family": "gpt_oss"},
         "activation `tanh`": {"activation": "tanh"},
-        "4 norms per layer": {"norms_per_layer": 4},
+        "3 norms per layer": {"norms_per_layer": 3},
     }
     for words, fields in cases.items():
         (problem,) = spec_problems(replace(spec, **fields))
@@ -251,9 +251,9 @@ def test_what_the_runtime_does_not_run(plan: ExecutionPlan) -> None:
     tied = replace(spec.with_value_head(), tied_embeddings=True)
     assert "a value head tied to its embedding" in spec_problems(tied)[0].message
     assert spec_problems(replace(spec, tied_embeddings=True)) == []
-    one = modelled(plan, norms_per_layer=4)
+    one = modelled(plan, norms_per_layer=3)
     first, *others = run_problems(one)
-    assert first.message.startswith("actor_generate: model `llama2-70b` has 4 norms") and len(others) == 5
+    assert first.message.startswith("actor_generate: model `llama2-70b` has 3 norms") and len(others) == 5
     assert run_note(one) == f"this runtime does not run the plan: {first.message} (and 5 more)"
     assert first.path == ("calls", 0, "strategy") and others[-1].path == ("calls", 5, "strategy")
     lone = edited(modelled(plan, experts=8, experts_per_token=2), "actor_train", sequence_parallel=False)
@@ -286,15 +286,14 @@ def test_experts_that_the_runtime_does_not_run(plan: ExecutionPlan) -> None:
 
 
 @pytest.mark.parametrize("limit", [2048, 2047])
-def test_windows_and_scalings_reach_the_longest_sample(plan: ExecutionPlan, limit: int) -> None:
-    """1,024 + 1,024 tokens: a window or a first length of 2,048 is enough, one less is not."""
+def test_scalings_reach_the_longest_sample(plan: ExecutionPlan, limit: int) -> None:
+    """1,024 + 1,024 tokens: a first length of 2,048 is enough, one less is not. Windows are applied."""
     dynamic = DynamicScaling(factor=2.0, original_max_position=limit)
-    windows = workload_problems(modelled(plan, window=limit).workload)
+    assert workload_problems(modelled(plan, window=limit).workload) == []
     scalings = workload_problems(modelled(plan, rope_scaling=dynamic).workload)
-    assert len(windows) == len(scalings) == (0 if limit == 2048 else 4)
-    for problem in [*windows, *scalings]:
+    assert len(scalings) == (0 if limit == 2048 else 4)
+    for problem in scalings:
         assert f"{limit} tokens" in problem.message and "samples of 1024 + 1024" in problem.message
-    assert workload_problems(modelled(plan, window=0).workload) == []
 
 
 def test_degrees_and_their_bounds() -> None:
