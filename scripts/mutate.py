@@ -38,6 +38,8 @@ TESTS = [
     "tests/runtime/test_data.py",
 ]
 """Those that start no ranks; most of them need no torch."""
+COMPILED, COMPILED_TESTS = "planner.search.compiled", ["tests/planner/test_schedule.py", "tests/planner/test_walk.py"]
+"""What a file with compiled functions imports, and the tests that are quick enough without the compiler to meet it."""
 TIERS_S = (0.3, 3.0)
 """Seconds of the tests that a child collects first, and next: most mutants die by the first."""
 
@@ -61,20 +63,25 @@ class Judge:
     """What decides on a mutant: the tests measured, those that killed it the last time, and the bounds of one try."""
 
     measured: forks.Measured
+    interpreted: forks.Measured
     last: dict[str, str]
     budget_s: float
     limit_s: float
 
     def covering(self, mutant: Mutant) -> list[str]:
         """Tests that run the mutant's line, the quickest first; of a line that runs at import, those of its file."""
-        place = mutant.place
-        lines = self.measured.lines.get(place.file, {})
+        place, measured = mutant.place, self.of(mutant)
+        lines = measured.lines.get(place.file, {})
         here = {name for row in range(place.first_line, place.last_line + 1) for name in lines.get(str(row), ())}
         if "" in here:
             here |= {name for names in lines.values() for name in names}
-            here = here if here != {""} else set(self.measured.seconds)
-        usable = here & set(self.measured.seconds) - set(self.measured.failing)
-        return sorted(usable, key=lambda name: (self.measured.seconds[name], name))
+            here = here if here != {""} else set(measured.seconds)
+        usable = here & set(measured.seconds) - set(measured.failing)
+        return sorted(usable, key=lambda name: (measured.seconds[name], name))
+
+    def of(self, mutant: Mutant) -> forks.Measured:
+        """The measurement that sees the mutant's file."""
+        return self.interpreted if COMPILED in Path(mutant.place.file).read_text() else self.measured
 
     def batches(self, mutant: Mutant, tests: list[str]) -> list[list[str]]:
         """The last killer alone, some quick tests, and more up to the budget."""
@@ -82,7 +89,7 @@ class Judge:
         spent = 0.0
         batches: list[list[str]] = [[name for name in tests if name == last], *([] for _ in TIERS_S), []]
         for name in tests:
-            spent += self.measured.seconds[name]
+            spent += self.of(mutant).seconds[name]
             if spent > self.budget_s and any(batches):
                 break
             if name != last:
@@ -95,7 +102,7 @@ class Judge:
         ledger = [name for name in tests if name.startswith(LEDGER)]
         text, killer = mutant.place.source(), ""
         # Compiled code is kept on disk by the file's date, which a mutant does not change.
-        interpreted = "planner.search.compiled" in text
+        interpreted = COMPILED in text
         for group in ([name for name in tests if name not in ledger], ledger):
             if group and not killer:
                 killer = forks.first_failure(
@@ -160,18 +167,26 @@ def doubted(judge: Judge, verdicts: Sequence[Verdict]) -> list[str]:
     return found
 
 
+def measurements(options: argparse.Namespace) -> list[forks.Measured]:
+    """Which test runs which line: as tests run, and without the compiler."""
+    if options.measured and options.measured.exists():
+        return [forks.Measured(**part) for part in json.loads(options.measured.read_text())]
+    found = [forks.measured(options.tests, options.folders, 7200, interpreted=False)]
+    quick = [name for name in COMPILED_TESTS if Path(name).exists()]
+    compiled = any(COMPILED in file.read_text() for folder in options.folders for file in Path(folder).rglob("*.py"))
+    found.append(forks.measured(quick, options.folders, 7200, interpreted=True) if compiled else forks.Measured())
+    if options.measured:
+        options.measured.write_text(json.dumps([vars(part) for part in found]))
+    return found
+
+
 def run(options: argparse.Namespace) -> str:
     """Sample, judge and say what was found."""
-    if options.measured and options.measured.exists():
-        seen = forks.Measured(**json.loads(options.measured.read_text()))
-    else:
-        seen = forks.measured(options.tests, options.folders, 7200)
-        if options.measured:
-            options.measured.write_text(json.dumps(vars(seen)))
+    seen, slow = measurements(options)
     print(f"{len(seen.seconds)} tests, {sum(seen.seconds.values()):.0f} s; left out, they fail: {seen.failing}")
     forks.preload(seen.modules)
     last = json.loads(options.results.read_text()) if options.results and options.results.exists() else {}
-    judge = Judge(seen, last, options.budget, options.limit)
+    judge = Judge(seen, slow, last, options.budget, options.limit)
     reasons, rows, verdicts = equivalents(), [], []
     for folder in options.folders:
         drawn, total = sample(sorted(map(str, Path(folder).rglob("*.py"))), options.mutants, options.seed)

@@ -220,11 +220,11 @@ def _settle(interpreted: bool) -> None:
     os.environ["NUMBA_DISABLE_JIT"] = str(int(interpreted))
 
 
-def measured(tests: Sequence[str], folders: Sequence[str], limit_s: float) -> Measured:
-    """Run the tests once, interpreted, and see which lines each of them runs."""
+def measured(tests: Sequence[str], folders: Sequence[str], limit_s: float, *, interpreted: bool) -> Measured:
+    """Run the tests once and see which lines each of them runs; those of compiled functions only if interpreted."""
 
     def work() -> dict[str, Any]:
-        _settle(interpreted=True)
+        _settle(interpreted)
         probe = Probe(folders)
         probe.cover.start()
         pytest.main([*OPTIONS, *tests], plugins=[probe])
