@@ -67,6 +67,7 @@ class Judge:
     last: dict[str, str]
     budget_s: float
     limit_s: float
+    trusts: bool
 
     def covering(self, mutant: Mutant) -> list[str]:
         """Tests that run the mutant's line, the quickest first; of a line that runs at import, those of its file."""
@@ -99,6 +100,9 @@ class Judge:
     def judge(self, mutant: Mutant) -> Verdict:
         """Try the tests beside the ledger, then the ledger."""
         tests = self.covering(mutant)
+        before = self.last.get(mutant.name, "")
+        if self.trusts and before and not before.startswith(LEDGER):
+            return Verdict(mutant, before, len(tests))
         ledger = [name for name in tests if name.startswith(LEDGER)]
         text, killer = mutant.place.source(), ""
         # Compiled code is kept on disk by the file's date, which a mutant does not change.
@@ -186,7 +190,7 @@ def run(options: argparse.Namespace) -> str:
     print(f"{len(seen.seconds)} tests, {sum(seen.seconds.values()):.0f} s; left out, they fail: {seen.failing}")
     forks.preload(seen.modules)
     last = json.loads(options.results.read_text()) if options.results and options.results.exists() else {}
-    judge = Judge(seen, slow, last, options.budget, options.limit)
+    judge = Judge(seen, slow, last, options.budget, options.limit, options.trust)
     reasons, rows, verdicts = equivalents(), [], []
     for folder in options.folders:
         drawn, total = sample(sorted(map(str, Path(folder).rglob("*.py"))), options.mutants, options.seed)
@@ -217,6 +221,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=300.0, help="seconds until a mutant counts as a hang, a kill")
     parser.add_argument("--measured", type=Path, help="file that keeps which test runs which line, for the next run")
     parser.add_argument("--results", type=Path, help="file that keeps which test killed which mutant, to try it first")
+    parser.add_argument("--trust", action="store_true", help="what a test beside the ledger killed, stays killed")
     parser.add_argument("--report", type=Path, help="file to write what was found to")
     options = parser.parse_args()
     for name in ("measured", "results", "report"):

@@ -153,3 +153,11 @@ def test_every_token_passes_through_its_experts_and_no_others(tp: int, ep: int) 
     scored = inference_time(compute(), ForwardPass(EXPERTS, 64, 2048, head_tokens=2048), candidates)
     assert nanoseconds(scored["linears"]) == pytest.approx(LAYERS * 4 * products)
     assert nanoseconds(trained["linears"]) == pytest.approx(LAYERS * 4 * 3 * products)
+
+
+def test_tokens_that_tp_does_not_divide() -> None:
+    """Three tokens of one sample over tp 2: each rank sends one and a half to their four experts, and back."""
+    work = ForwardPass(EXPERTS, 1, 3, head_tokens=3)
+    terms = inference_time(network(), work, layout(tp=2, ep=2))
+    message = 3 / 2 * 4 * 1536 * 2
+    assert nanoseconds(terms["expert_parallel"]) == pytest.approx(LAYERS * 2 * 1 / 2 * message)

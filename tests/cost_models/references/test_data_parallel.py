@@ -10,6 +10,7 @@ import pytest
 from textbook import DENSE, EXPERTS, FAR, NANO, TextbookKernels, layout, machine, memory, nanoseconds, network
 
 from cost_models.engines.machine import Machine
+from cost_models.packing import Packing
 from cost_models.time.calls import call_time
 from cost_models.time.inference import ForwardPass, inference_time
 from cost_models.time.training import TrainingStep, training_time
@@ -122,6 +123,8 @@ def test_shards_need_not_be_whole() -> None:
     assert term(at, "optimizer", tiny, dp=40) == pytest.approx(30 * params / 40)
     assert term(at, "optimizer", tiny, dp=20, pp=2) == pytest.approx(30 * (params - tiny.padded_vocab * 3 - block) / 20)
     assert term(network(), "parameter_gather", tiny, dp=40) == pytest.approx(FAR * 39 / 40 * 2 * params)
+    found = term(network(shards_weights=True), "weight_gather", tiny, dp=8, tp=8, micro_batches=1)
+    assert found == pytest.approx(2 * (2 * 2 + 4) * FAR * 7 / 8 * tiny.layer_params / 8) and block % 8
 
 
 def test_zero_3_gathers_a_layer_twice_and_scatters_its_gradient_in_every_micro_batch() -> None:
@@ -179,6 +182,36 @@ def test_frozen_weights_come_from_the_host_and_are_dropped() -> None:
     dense_block = 1536 * 20 * 128 + 1536 * 1536 + 16 * 1536
     held = (24 * dense_block + 2 * EMBEDDING) / 2 + 24 * 16 * 3 * 1536 * 640 / 4
     assert offloaded("ref_infer", spec=EXPERTS, dp=4, tp=2, ep=4) == close(2 * held)
+
+
+def test_a_call_computes_every_sample_once_whatever_its_minibatches() -> None:
+    """Forward and twice as much backward: 6 FLOPs a weight and token, of 64 samples of 2,048 tokens on 8 ranks."""
+    graph = algorithm_graph("grpo")
+    for minibatches in (1, 4, 8):
+        workload = Workload(
+            graph=graph, models=dict.fromkeys(graph.roles, DENSE), batch_size=64, minibatches=minibatches
+        )
+        terms = call_time(machine(TextbookKernels(flop=NANO)), workload, "actor_train", layout(dp=8))
+        assert nanoseconds(terms["linears"]) == close(6 * 24 * BLOCK * 64 * 2048 / 8)
+
+
+def test_the_busiest_rank_works_longer_than_the_mean() -> None:
+    """A fifth more work than the mean, of 24 inner layers and none of the head."""
+    uneven = replace(STEP, packing=Packing(imbalance=1.2))
+    at = machine(TextbookKernels(flop=NANO))
+    terms = training_time(at, uneven, layout(dp=8, micro_batches=2))
+    tokens = 32 * 2048 / 8
+    layer = 2 * tokens * BLOCK * 3 + 2 * tokens * 2048 * 12 * 128 * 3.5
+    head = 3 * 2 * tokens * 32_000 * 1536
+    assert nanoseconds(terms["imbalance"]) == close(0.2 * (24 * layer + head))
+
+
+def test_backward_of_a_layer_hides_what_it_communicates_too() -> None:
+    """The backward pass that a reduction hides behind has the forward's all-reduces in it."""
+    plain = network(data_overlap=1.0)
+    reduced = term(plain, "gradient_reduce", dp=2, tp=4, micro_batches=16)
+    tensor = 24 * 2 * 2 * 3 / 4 * (2048 * 2 * 1536)
+    assert reduced == close(max(1 / 2 * 4 * PARAMS / 4 - tensor, 0.0))
 
 
 def test_a_training_call_is_as_many_steps_as_there_are_minibatches() -> None:

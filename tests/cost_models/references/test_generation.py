@@ -95,6 +95,8 @@ def test_experts_of_other_replicas_need_their_tokens_gathered_and_sums_scattered
     sums = LAYERS * 2 * 2 * 1 / 2 * message
     assert nanoseconds(within["decode_tensor_parallel"]) == pytest.approx(sums)
     assert nanoseconds(apart["decode_tensor_parallel"]) == pytest.approx(sums + LAYERS * 2 * 3 / 4 * 4 * message)
+    pair = decode_step(network(), EXPERTS, layout(dp=4, tp=2, ep=4), 32, 700)
+    assert nanoseconds(pair["decode_tensor_parallel"]) == pytest.approx(sums + LAYERS * 2 * 1 / 2 * 2 * message)
     far = decode_step(network(), EXPERTS, layout(dp=16, ep=16), 128, 700)
     assert nanoseconds(far["decode_tensor_parallel"]) == pytest.approx(FAR * LAYERS * 2 * 15 / 16 * 16 * message)
 
@@ -185,6 +187,25 @@ def test_a_second_wave_of_equal_responses_is_one_more_round_of_passes() -> None:
     at = machine(TextbookKernels(), prefill_tokens=4096.0, burst_steps=64.0, micro_batch_s=1.0)
     work = replace(WORK, samples=12)
     assert generation_time(at, work, layout(dp=1, slots=8))["prefill"] == pytest.approx(2.0)
+
+
+def test_newcomers_of_several_replicas() -> None:
+    """As many samples on each of two replicas take the same passes, and a lone row is not two."""
+    at = machine(TextbookKernels(), prefill_tokens=2048.0, burst_steps=64.0, micro_batch_s=1.0)
+    work = replace(WORK, samples=128, responses=Lengths(1024, 256))
+    assert generation_time(at, work, layout(dp=2, slots=8))["prefill"] == pytest.approx(2 + 32)
+    flops = generation_time(compute(prefill_tokens=2048.0, burst_steps=64.0), work, layout(dp=2, slots=8))["prefill"]
+    layer = 2 * 64 * 512 * BLOCK + 2 * 64 * 512 * 512 * 12 * 128
+    assert nanoseconds(flops) == pytest.approx(LAYERS * layer + 2 * 64 * 1536 * 32_000, rel=1e-6)
+    step = decode_step(network(), DENSE, layout(tp=4), 1, 700)
+    assert nanoseconds(step["decode_tensor_parallel"]) == pytest.approx(LAYERS * 2 * 2 * 3 / 4 * 1536 * 2)
+
+
+@pytest.mark.parametrize(("burst", "steps"), [(0.0, 1023), (64.0, 1024)])
+def test_an_engine_that_refills_makes_the_first_token_too(burst: float, steps: int) -> None:
+    at = machine(TextbookKernels(), decode_layer_s=1.0, burst_steps=burst)
+    terms = generation_time(at, WORK, layout(dp=8))
+    assert terms["decode_kernels"] == pytest.approx(LAYERS * steps)
 
 
 def test_a_response_of_one_token_needs_no_step() -> None:
