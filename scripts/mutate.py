@@ -70,15 +70,29 @@ class Judge:
     trusts: bool
 
     def covering(self, mutant: Mutant) -> list[str]:
-        """Tests that run the mutant's line, the quickest first; of a line that runs at import, those of its file."""
+        """Tests that run the mutant's line, the quickest first; of a line that runs at import, those of its file and
+        then those of its folder, since what it declares is used elsewhere."""
         place, measured = mutant.place, self.of(mutant)
         lines = measured.lines.get(place.file, {})
         here = {name for row in range(place.first_line, place.last_line + 1) for name in lines.get(str(row), ())}
-        if "" in here:
-            here |= {name for names in lines.values() for name in names}
-            here = here if here != {""} else set(measured.seconds)
-        usable = here & set(measured.seconds) - set(measured.failing)
-        return sorted(usable, key=lambda name: (measured.seconds[name], name))
+        usable = set(measured.seconds) - set(measured.failing)
+        if "" not in here:
+            return self.quickest(measured, here & usable)
+        near = {name for names in lines.values() for name in names} & usable
+        folder = str(Path(place.file).parent)
+        far = {
+            name
+            for file, found in measured.lines.items()
+            if file.startswith(folder)
+            for names in found.values()
+            for name in names
+        }
+        return self.quickest(measured, near) + self.quickest(measured, (far or usable) & usable - near)
+
+    @staticmethod
+    def quickest(measured: forks.Measured, tests: set[str]) -> list[str]:
+        """In the order of their seconds."""
+        return sorted(tests, key=lambda name: (measured.seconds[name], name))
 
     def of(self, mutant: Mutant) -> forks.Measured:
         """The measurement that sees the mutant's file."""

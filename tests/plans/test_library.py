@@ -41,7 +41,8 @@ def test_there_are_forty_architectures_and_every_cluster() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["llama2-7b", "llama3.1-8b", "qwen2-0.5b", "qwen3-4b", "mixtral-8x7b", "qwen2-57b-a14b"]
+    "name",
+    ["llama2-7b", "llama3.1-8b", "qwen2-0.5b", "qwen3-4b", "mixtral-8x7b", "qwen2-57b-a14b", "bloom-176b", "gpt3-125m"],
 )
 def test_units_add_up_to_the_parameters(name: str) -> None:
     spec = load_model(name)

@@ -13,7 +13,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from plans import planfile, runfile
 from plans.algorithms import algorithm_graph
-from plans.families import FAMILIES
+from plans.config_keys import Rope
+from plans.families import FAMILIES, Decoder, Mixtral, Qwen2Moe, Qwen3Moe
 from plans.graphfile import graph_of
 from plans.library import load_model
 from plans.workload import Workload
@@ -75,8 +76,23 @@ PLAN: dict[type[BaseModel], dict[str, tuple[float, float, Any]]] = {
     },
     planfile.EstimateFile: dict.fromkeys(("iteration_s", "latency_s", "peak_gib", "host_gib"), (0.0, ANY, NONE)),
 }  # fmt: skip
+CONFIG: dict[type[BaseModel], dict[str, tuple[float, float, Any]]] = {
+    Decoder: {
+        "num_hidden_layers": (1, 10**4, NONE), "rms_norm_eps": (FRACTION, 1.0, 1e-6),
+        "rope_theta": (FRACTION, 1e12, 10_000.0),
+    } | dict.fromkeys(
+        ("hidden_size", "num_attention_heads", "intermediate_size", "vocab_size", "max_position_embeddings"),
+        (1, SIZE, NONE),
+    ),
+    Mixtral: {"num_local_experts": (1, 10**5, 8), "num_experts_per_tok": (1, 10**5, 2)},
+    Qwen2Moe: {"shared_expert_intermediate_size": (0, SIZE, 5632), "num_experts_per_tok": (1, 10**5, NONE)},
+    Qwen3Moe: {"moe_intermediate_size": (1, SIZE, NONE), "num_experts_per_tok": (1, 10**5, NONE)},
+}  # fmt: skip
 KEYS = [
-    (model, name, *range_) for table in (RUN, PLAN) for model, keys in table.items() for name, range_ in keys.items()
+    (model, name, *range_)
+    for table in (RUN, PLAN, CONFIG)
+    for model, keys in table.items()
+    for name, range_ in keys.items()
 ]
 
 
@@ -106,6 +122,30 @@ def test_defaults_of_a_workload_and_of_a_graph() -> None:
     assert sizes == (512, 1024, 1024, 4) and (workload.group_size, workload.dtype) == (1, "bf16")
     call = {"name": "g", "kind": "generate", "model": "actor", "inputs": ["prompts"], "outputs": ["sequences"]}
     assert graph_of(planfile.GraphFile.model_validate({"name": "mine", "calls": [call]})).staleness == 0
+
+
+@pytest.mark.parametrize("name", ["factor", "low_freq_factor", "beta_fast", "mscale", "attention_factor"])
+def test_factors_of_rotary_positions_are_positive_and_finite(name: str) -> None:
+    for value in (1e-9, 1e12):
+        assert getattr(Rope.model_validate({name: value}), name) == value
+    for value in (0.0, -0.5, 1.1e12, float("inf"), float("nan")):
+        with pytest.raises(ValidationError):
+            Rope.model_validate({name: value})
+    for count, legal in ((0, False), (1, True), (4096, True), (4097, False)):
+        pairs = {"rope_type": "longrope", "short_factor": [1.0] * count, "long_factor": [1.0]}
+        if legal:
+            Rope.model_validate(pairs)
+        else:
+            with pytest.raises(ValidationError):
+                Rope.model_validate(pairs)
+
+
+def test_long_rope_is_louder_only_where_the_context_grows() -> None:
+    """sqrt(1 + ln s / ln n) for s times a first context of n (Ding et al. 2024, section 3.3); 1 where it does not."""
+    rope = Rope.model_validate({"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]})
+    for positions, loud in ((4096, 1.0), (2048, 1.0), (4096 * 32, 1.19024)):
+        scaling = rope.scaling(positions, 4096)
+        assert scaling is not None and scaling.attention_factor == pytest.approx(loud, rel=1e-5)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
