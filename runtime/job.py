@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from plans.errors import RealplanError
 from plans.graph import CallKind
 from plans.plan import ExecutionPlan
 from plans.runfile import RANDOM, Optimizer, RunFile, patience_s
-from runtime.batches.data import PromptSet, fitting_prompts, left_out, read_prompts, read_rows
+from runtime.batches.datasets import DataSet, read_data
 from runtime.batches.rewards import Reward, RewardLimits
 from runtime.batches.sources import Examples, Prompts, RandomExamples, RandomPrompts, TextExamples, TextPrompts
 from runtime.batches.tokenizer import Tokenizer
@@ -93,32 +94,29 @@ def prepare_job(plan: ExecutionPlan, run: RunFile) -> Job:
     tokenizer = Tokenizer.of_folder(Path(folder)) if folder else None
     if tokenizer is not None:
         _check_vocabulary(plan, tokenizer)
-    reward = _reward(plan, run, tokenizer)
     if _algorithm(plan).offline:
         examples, note = _examples(plan, run, tokenizer)
-        return Job(plan, run, None, examples, tokenizer, reward, note)
-    prompts, note = _prompts(plan, run, tokenizer)
-    return Job(plan, run, prompts, None, tokenizer, reward, note)
+        return Job(plan, run, None, examples, tokenizer, _reward(plan, run, tokenizer, ()), note)
+    prompts, columns, note = _prompts(plan, run, tokenizer)
+    return Job(plan, run, prompts, None, tokenizer, _reward(plan, run, tokenizer, columns), note)
 
 
 def _algorithm(plan: ExecutionPlan) -> Algorithm:
     return ALGORITHMS[plan.workload.graph.name]
 
 
-def _prompts(plan: ExecutionPlan, run: RunFile, tokenizer: Tokenizer | None) -> tuple[Prompts, str]:
+def _prompts(plan: ExecutionPlan, run: RunFile, tokenizer: Tokenizer | None) -> tuple[Prompts, tuple[str, ...], str]:
+    """Prompts, the columns beside them, and what to say of them."""
     workload = plan.workload
     if run.sampling.stop and tokenizer is None:
         raise RealplanError(
             "sampling.stop names texts, which need a tokenizer", "tokenizer=FOLDER with a tokenizer.json"
         )
     if not run.data.source:
-        return RandomPrompts(_random_vocabulary(plan, run), workload.prompt_tokens, run.seed), ""
+        return RandomPrompts(_random_vocabulary(plan, run), workload.prompt_tokens, run.seed), (), ""
     tokenizer = _needed(tokenizer)
-    given = read_prompts(run.data.source)
-    texts = fitting_prompts(given, tokenizer, workload.prompt_tokens)
-    prompts = PromptSet(tuple(texts[: run.data.max_prompts or None]), workload.batch_size, run.seed)
-    note = left_out(len(given), len(texts), workload.prompt_tokens)
-    return TextPrompts(prompts, tokenizer, workload.prompt_tokens), note
+    data = _data(plan, run, tokenizer, ())
+    return TextPrompts(data, tokenizer, workload.prompt_tokens), tuple(data.columns), data.note
 
 
 def _examples(plan: ExecutionPlan, run: RunFile, tokenizer: Tokenizer | None) -> tuple[Examples, str]:
@@ -127,14 +125,16 @@ def _examples(plan: ExecutionPlan, run: RunFile, tokenizer: Tokenizer | None) ->
     if not run.data.source:
         return RandomExamples(_random_vocabulary(plan, run), *sizes, run.seed), ""
     tokenizer = _needed(tokenizer)
-    rows = read_rows(run.data.source, _algorithm(plan).columns)
-    fitting = set(fitting_prompts([row[0] for row in rows], tokenizer, workload.prompt_tokens))
-    kept = [row for row in rows if row[0] in fitting]
-    note = left_out(len(rows), len(kept), workload.prompt_tokens)
-    rows = kept[: run.data.max_prompts or None]
-    prompts = PromptSet(tuple(row[0] for row in rows), workload.batch_size, run.seed)
-    examples = TextExamples(prompts, tuple(row[1:] for row in rows), tokenizer, *sizes, run.sampling.stop_at_eos)
-    return examples, note
+    data = _data(plan, run, tokenizer, _algorithm(plan).columns[1:])
+    return TextExamples(data, tokenizer, *sizes, run.sampling.stop_at_eos), data.note
+
+
+def _data(plan: ExecutionPlan, run: RunFile, tokenizer: Tokenizer, responses: Sequence[str]) -> DataSet:
+    workload, folder = plan.workload, run.tokenizer or run.weights_of(plan.workload.graph.roles[0])
+    return read_data(
+        run.data, responses, tokenizer, Path(folder), prompt_tokens=workload.prompt_tokens,
+        batch_size=workload.batch_size, seed=run.seed,
+    )  # fmt: skip
 
 
 def _random_vocabulary(plan: ExecutionPlan, run: RunFile) -> int:
@@ -164,17 +164,18 @@ def _check_vocabulary(plan: ExecutionPlan, tokenizer: Tokenizer) -> None:
             )
 
 
-def _reward(plan: ExecutionPlan, run: RunFile, tokenizer: Tokenizer | None) -> Reward | None:
+def _reward(plan: ExecutionPlan, run: RunFile, tokenizer: Tokenizer | None, columns: Sequence[str]) -> Reward | None:
     if not any(call.kind is CallKind.FUNCTION for call in plan.workload.graph.calls):
         return None
     if not run.reward:
         raise RealplanError(
             "the plan's reward is a function, and the run file names none",
-            "reward=vader, reward=module:function or reward=file.py:function",
+            "reward=file.py:function, reward=module:function, or a built-in such as math",
         )
     if tokenizer is None:
         raise RealplanError(
-            f"reward `{run.reward}` reads texts, which need a tokenizer", "tokenizer=FOLDER with a tokenizer.json"
+            f"reward `{next(iter(run.rewards))}` reads texts, which need a tokenizer",
+            "tokenizer=FOLDER with a tokenizer.json",
         )
     limits, patience = run.reward_limits, patience_s(plan, run)
     share = 0.4 * patience
@@ -185,4 +186,4 @@ def _reward(plan: ExecutionPlan, run: RunFile, tokenizer: Tokenizer | None) -> R
             "that wait for the scores give up",
             f"timeout_s={2.5 * seconds:g}, or reward_limits.seconds={share:g}",
         )
-    return Reward(run.reward, RewardLimits(seconds, limits.memory_gib, limits.workers))
+    return Reward(run.rewards, RewardLimits(seconds, limits.memory_gib, limits.workers, limits.on_failure), columns)

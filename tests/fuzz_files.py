@@ -38,8 +38,7 @@ from plans.plan import Estimate
 from plans.problems import blank_comments
 from plans.runfile import load_run
 from plans.timeline import load_timeline
-from runtime.batches.data import read_prompts
-from runtime.batches.data import read_rows as read_columns
+from runtime.batches.files import read_rows as read_data_rows
 from runtime.batches.tokenizer import Tokenizer
 from runtime.weights.hf_files import INDEX, Checkpoint
 from runtime.weights.hf_names import hf_names, hf_shape
@@ -317,6 +316,14 @@ def _anything(found: Any, said: Any) -> bool:
     return True
 
 
+def _texts(path: Path, *columns: str) -> list[tuple[str, ...]]:
+    return [tuple(row.text(column) for column in columns) for row in read_data_rows(path, columns)]
+
+
+def _prompts(path: Path) -> list[str]:
+    return [text for (text,) in _texts(path, "prompt")]
+
+
 def kinds() -> list[Kind]:
     """Every kind."""
     config = config_from_spec(load_model("qwen2.5-7b")) | {"use_cache": True, "torch_dtype": "bfloat16"}
@@ -330,10 +337,10 @@ def kinds() -> list[Kind]:
         Kind("run.yaml", RUN, load_run, _same_run, _words),
         Kind("graph.yaml", GRAPH, load_graph, _same_graph, _words),
         Kind("timeline.json", _timeline_text(), load_timeline, _same_timeline),
-        Kind("rows.jsonl", ROWS, read_prompts, lambda rows, said: rows == [r["prompt"] for r in said], _json_lines),
-        Kind("pairs.jsonl", PAIRS, lambda p: read_columns(p, ("prompt", "chosen", "rejected")),
+        Kind("rows.jsonl", ROWS, _prompts, lambda rows, said: rows == [r["prompt"] for r in said], _json_lines),
+        Kind("pairs.jsonl", PAIRS, lambda p: _texts(p, "prompt", "chosen", "rejected"),
              lambda rows, said: rows == [(r["prompt"], r["chosen"], r["rejected"]) for r in said], _json_lines),
-        Kind("sheet.csv", SHEET, read_prompts, _same_sheet, str),
+        Kind("sheet.csv", SHEET, _prompts, _same_sheet, str),
         Kind("table.json", plain(TABLE), load_table, _same_table),
         Kind("measured.json", plain(MEASURED), read_rows,
              lambda rows, said: rows == (said["rows"] if isinstance(said, dict) else said)),

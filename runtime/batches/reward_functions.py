@@ -18,20 +18,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from plans.errors import RealplanError, nearest
+from plans.errors import nearest
+from runtime.batches.reward_errors import RewardError
+from runtime.batches.verifiable import code, exact, math_answer, reasoning_format
 
 TEXTS = ("prompts", "responses", "completions")
+ONE = {"prompt": "prompts", "response": "responses", "completion": "completions"}
+"""Parameters of a function that scores one sample at a time, which has at least one of the last two."""
 _FLOAT32_MAX = 3.4028234663852886e38
 RewardFunction = Callable[..., Any]
-
-
-class RewardError(RealplanError):
-    """A reward function that cannot be loaded, fails, or returns what is no score. `sample`: the place in the lists of
-    the sample that did it, None when no one did."""
-
-    def __init__(self, message: str, hint: str = "", sample: int | None = None) -> None:
-        super().__init__(message, hint)
-        self.sample = sample
 
 
 def load_function(name: str) -> RewardFunction:
@@ -100,7 +95,8 @@ def bind(name: str, function: RewardFunction, columns: Sequence[str]) -> list[in
         raise RewardError(
             f"reward `{name}` does not say which parameters it has", "wrap it: `def f(prompts, responses): ...`"
         ) from None
-    known = [*TEXTS, *columns]
+    single = _takes_one(parameters)
+    known = [*(ONE if single else TEXTS), *columns]
     several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     for parameter in parameters:
         given = parameter.name in known or parameter.kind in several
@@ -112,8 +108,25 @@ def bind(name: str, function: RewardFunction, columns: Sequence[str]) -> list[in
     return [p for p in parameters if p.name in known or p.kind is inspect.Parameter.VAR_KEYWORD]
 
 
+def _takes_one(parameters: Sequence[inspect.Parameter]) -> bool:
+    return any(p.name in ("response", "completion") for p in parameters)
+
+
 def call(function: RewardFunction, parameters: Sequence[inspect.Parameter], values: Mapping[str, list[Any]]) -> Any:
-    """What a reward returns for lists of texts and columns."""
+    """What a reward returns for lists of texts and columns; of one that scores a sample at a time, the list."""
+    if not _takes_one(parameters):
+        return _call(function, parameters, values)
+    lists = {**values, **{one: values[several] for one, several in ONE.items()}}
+    found = []
+    for place in range(len(values["responses"])):
+        try:
+            found.append(_call(function, parameters, {key: value[place] for key, value in lists.items()}))
+        except RewardError as error:
+            raise RewardError(error.message, error.hint, place) from error
+    return found
+
+
+def _call(function: RewardFunction, parameters: Sequence[inspect.Parameter], values: Mapping[str, Any]) -> Any:
     positional = [values[p.name] for p in parameters if p.kind is inspect.Parameter.POSITIONAL_ONLY]
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     keywords = {p.name: values[p.name] for p in named}
@@ -167,4 +180,6 @@ def _vader_analyzer() -> Any:
     return SentimentIntensityAnalyzer()
 
 
-BUILT_IN: dict[str, RewardFunction] = {"vader": vader}
+BUILT_IN: dict[str, RewardFunction] = {
+    "vader": vader, "exact": exact, "math": math_answer, "format": reasoning_format, "code": code
+}  # fmt: skip

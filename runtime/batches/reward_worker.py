@@ -11,15 +11,19 @@ import os
 import resource
 import signal
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from runtime.batches.reward_functions import RewardError, bind, call, load_function, scores_of
+from runtime.batches.reward_errors import RewardError
+from runtime.batches.reward_functions import bind, call, load_function, scores_of
 from runtime.launching.lifetime import die_with
 
 
-def main(requests: int, replies: int, parent: int, memory_bytes: int, name: str, columns: Sequence[str]) -> None:
-    """Serve a reward until `requests`, a descriptor, is closed. The process leads a session of its own."""
+def main(
+    requests: int, replies: int, parent: int, memory_bytes: int, weights: Mapping[str, float], columns: Sequence[str]
+) -> None:
+    """Serve rewards, a score being the weighted sum of theirs, until `requests`, a descriptor, is closed. The process
+    leads a session of its own."""
     with contextlib.suppress(ProcessLookupError):
         die_with(parent, lambda: os.killpg(0, signal.SIGKILL))
     resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
@@ -30,20 +34,26 @@ def main(requests: int, replies: int, parent: int, memory_bytes: int, name: str,
             write.write(json.dumps(answer) + "\n")
             write.flush()
 
-        try:
-            function = load_function(name)
-            parameters = bind(name, function, columns)
-        except BaseException as error:
-            reply(_described(name, error, memory_bytes))
-            return
+        functions = []
+        for name, weight in weights.items():
+            try:
+                function = load_function(name)
+                functions.append((name, weight, function, bind(name, function, columns)))
+            except BaseException as error:
+                reply(_described(name, error, memory_bytes))
+                return
         reply({"ready": True})
         for line in read:
             values = json.loads(line)
             values["completions"] = values["responses"]
-            try:
-                scores = scores_of(name, call(function, parameters, values), len(values["responses"]))
-            except BaseException as error:
-                reply(_described(name, error, memory_bytes))
+            scores = [0.0] * len(values["responses"])
+            for name, weight, function, parameters in functions:
+                try:
+                    found = scores_of(name, call(function, parameters, values), len(scores))
+                except BaseException as error:
+                    reply(_described(name, error, memory_bytes))
+                    break
+                scores = [score + weight * more for score, more in zip(scores, found, strict=True)]
             else:
                 reply({"scores": scores})
 

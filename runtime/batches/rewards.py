@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.batches.reward_functions import RewardError
+from runtime.batches.reward_errors import RewardError
 
 START_S = 300.0  # to load the function; big libraries on a slow file system take minutes
 LOOK_S = 0.1
@@ -28,11 +28,13 @@ Columns = Mapping[str, Sequence[Any]]
 
 @dataclass(frozen=True, slots=True)
 class RewardLimits:
-    """seconds: of one call of the function. memory_gib: of each of its processes. workers: processes."""
+    """seconds: of one call of the functions. memory_gib: of each of their processes. workers: processes. on_failure:
+    `stop` raises for a sample that a function fails on, `zero` scores it 0."""
 
     seconds: float = 120.0
     memory_gib: float = 8.0
     workers: int = 1
+    on_failure: str = "stop"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +55,16 @@ class Failed(Exception):
 
 
 class Reward:
-    """A reward function under the name that the user gave. Holds processes from `start` to `close`."""
+    """Reward functions under the names that the user gave, with their weights; a score is the weighted sum of theirs.
+    Holds processes from `start` to `close`. columns: names of what comes beside the texts."""
 
-    def __init__(self, name: str, limits: RewardLimits = RewardLimits(), columns: Sequence[str] = ()) -> None:
-        self.name = name
+    def __init__(
+        self,
+        functions: str | Mapping[str, float],
+        limits: RewardLimits = RewardLimits(),
+        columns: Sequence[str] = (),
+    ) -> None:
+        self._functions = {functions: 1.0} if isinstance(functions, str) else dict(functions)
         self._limits = limits
         self._columns = tuple(columns)
         self._workers: list[_Worker] = []
@@ -65,7 +73,7 @@ class Reward:
     def start(self) -> None:
         """Start the processes, which load the function while this one does something else."""
         if not self._workers:
-            self._workers = [_Worker(self.name, self._limits, self._columns) for _ in range(self._limits.workers)]
+            self._workers = [_Worker(self._functions, self._limits, self._columns) for _ in range(self._limits.workers)]
 
     def ready(self) -> None:
         """Wait until the function is loaded. Raises RewardError when it cannot be, or takes unknown parameters."""
@@ -121,7 +129,22 @@ class Reward:
         try:
             return worker.score(values, self._limits.seconds)
         except Failed as failure:
+            if self._limits.on_failure == "zero":
+                return self._each(worker, values)
             raise self._blame(worker, values, first, failure) from None
+
+    def _each(self, worker: _Worker, values: Mapping[str, list[Any]]) -> list[float]:
+        """Scores of the samples one by one, 0 where that fails."""
+        scores = []
+        for index in range(len(values["responses"])):
+            try:
+                one = {key: value[index : index + 1] for key, value in values.items()}
+                scores += worker.score(one, self._limits.seconds)
+            except Failed as failure:
+                said = f"reward: 0 for {_short(values['responses'][index])}: {failure}"
+                print(said, file=sys.stderr, flush=True)
+                scores.append(0.0)
+        return scores
 
     def _blame(self, worker: _Worker, values: Mapping[str, list[Any]], first: int, failure: Failed) -> RewardError:
         """The error with the sample that did it: the function says which, or each sample is scored alone until one
@@ -152,8 +175,9 @@ def _short(text: str) -> str:
 class _Worker:
     """One process of a reward, started again after it was ended."""
 
-    def __init__(self, name: str, limits: RewardLimits, columns: Sequence[str]) -> None:
-        self._name = name
+    def __init__(self, functions: Mapping[str, float], limits: RewardLimits, columns: Sequence[str]) -> None:
+        self._functions = functions
+        self._name = " + ".join(functions)
         self._limits = limits
         self._columns = columns
         self._process: subprocess.Popen[bytes] | None = None
@@ -162,7 +186,7 @@ class _Worker:
     def _start(self) -> None:
         child_reads, self._requests = os.pipe()
         self._replies, child_writes = os.pipe()
-        arguments = child_reads, child_writes, os.getpid(), int(self._limits.memory_gib * 2**30), self._name
+        arguments = child_reads, child_writes, os.getpid(), int(self._limits.memory_gib * 2**30), dict(self._functions)
         code = (
             f"import sys; sys.path[:] = {sys.path!a}; from runtime.batches.reward_worker import main; "
             f"main(*{arguments!a}, {tuple(self._columns)!a})"
@@ -196,7 +220,7 @@ class _Worker:
         """Scores of lists. Raises Failed, after which the process is gone or waits for the next lists."""
         self.ready()
         try:
-            _write(self._requests, (json.dumps(values) + "\n").encode())
+            _write(self._requests, (json.dumps(values, default=str) + "\n").encode())
         except BrokenPipeError:
             self._died()
         limit = f"reward_limits.seconds = {self._limits.seconds:g} of the run file"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 from zlib import crc32
 
 import torch
 
-from runtime.batches.data import PromptSet, prompt_tokens_of, response_tokens_of
+from runtime.batches.data import prompt_tokens_of, response_tokens_of
+from runtime.batches.datasets import DataSet
 from runtime.batches.sequences import Sequences
 from runtime.batches.tokenizer import Tokenizer
 
@@ -19,6 +20,12 @@ class Prompts(Protocol):
 
     def tokens(self, iteration: int, prompts: Sequence[int]) -> Sequences:
         """The numbered prompts of an iteration, without responses."""
+
+    def asked(self, iteration: int, prompts: Sequence[int]) -> list[str] | None:
+        """What a person asked in them; None where there is no text."""
+
+    def columns(self, iteration: int, prompts: Sequence[int]) -> dict[str, list[Any]]:
+        """What the data hold beside them, by column."""
 
 
 class Examples(Protocol):
@@ -32,13 +39,22 @@ class Examples(Protocol):
 class TextPrompts:
     """Prompts of a data set."""
 
-    prompts: PromptSet
+    data: DataSet
     tokenizer: Tokenizer
     prompt_tokens: int
 
     def tokens(self, iteration: int, prompts: Sequence[int]) -> Sequences:
-        texts = self.prompts.texts(iteration)
-        return Sequences.of(prompt_tokens_of([texts[i] for i in prompts], self.tokenizer, self.prompt_tokens))
+        texts = self.data.prompts.texts(iteration)
+        chosen = [texts[i] for i in prompts]
+        return Sequences.of(prompt_tokens_of(chosen, self.tokenizer, self.prompt_tokens, special=self.data.special))
+
+    def asked(self, iteration: int, prompts: Sequence[int]) -> list[str]:
+        order = self.data.prompts.batch(iteration)
+        return [self.data.asked[order[i]] for i in prompts]
+
+    def columns(self, iteration: int, prompts: Sequence[int]) -> dict[str, list[Any]]:
+        order = self.data.prompts.batch(iteration)
+        return {name: [values[order[i]] for i in prompts] for name, values in self.data.columns.items()}
 
 
 @dataclass(frozen=True)
@@ -46,20 +62,19 @@ class TextExamples:
     """Prompts of a data set, each with its responses: one, or the chosen and the rejected. `stop`: a response ends with
     the stop token where it fits."""
 
-    prompts: PromptSet
-    responses: tuple[tuple[str, ...], ...]
+    data: DataSet
     tokenizer: Tokenizer
     prompt_tokens: int
     response_tokens: int
     stop: bool
 
     def sequences(self, iteration: int, samples: Sequence[int]) -> Sequences:
-        order, group = self.prompts.batch(iteration), len(self.responses[0])
+        order, group = self.data.prompts.batch(iteration), len(self.data.responses[0])
         chosen = [order[sample // group] for sample in samples]
-        prompts = [self.prompts.prompts[index] for index in chosen]
-        texts = [self.responses[index][sample % group] for index, sample in zip(chosen, samples, strict=True)]
+        prompts = [self.data.prompts.prompts[index] for index in chosen]
+        texts = [self.data.responses[index][sample % group] for index, sample in zip(chosen, samples, strict=True)]
         return Sequences.of(
-            prompt_tokens_of(prompts, self.tokenizer, self.prompt_tokens),
+            prompt_tokens_of(prompts, self.tokenizer, self.prompt_tokens, special=self.data.special),
             response_tokens_of(texts, self.tokenizer, self.response_tokens, stop=self.stop),
         )
 
@@ -78,6 +93,12 @@ class RandomPrompts:
             generator = torch.Generator().manual_seed(crc32(f"{self.seed}/{iteration}/{number}".encode()))
             rows.append(torch.randint(self.vocab, (self.prompt_tokens,), generator=generator).tolist())
         return Sequences.of(rows)
+
+    def asked(self, iteration: int, prompts: Sequence[int]) -> None:
+        return None
+
+    def columns(self, iteration: int, prompts: Sequence[int]) -> dict[str, list[Any]]:
+        return {}
 
 
 @dataclass(frozen=True)

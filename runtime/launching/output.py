@@ -129,7 +129,7 @@ def _inputs(plan: ExecutionPlan, run: RunFile) -> Iterator[tuple[str, str]]:
     for role in plan.workload.graph.roles:
         if run.weights_of(role) not in ("", RANDOM):
             yield f"weights of `{role}`", run.weights_of(role)
-    places = {"tokenizer": run.tokenizer, "data.source": run.data.source, "reward": run.reward.rpartition(":")[0]}
-    for key, place in places.items():
+    named = [("tokenizer", run.tokenizer), *(("reward", name.rpartition(":")[0]) for name in run.rewards)]
+    for key, place in [*named, *(("data.source", part.path) for part in run.data.parts)]:
         if place and os.path.exists(place):
             yield key, place

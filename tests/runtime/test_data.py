@@ -6,25 +6,37 @@ from pathlib import Path
 
 import pytest
 
+from plans.runfile import Data
 from runtime.batches.data import (
-    DataError,
     PromptSet,
-    fitting_prompts,
+    fitting,
     left_out,
     movie_review_prompts,
     prompt_tokens_of,
-    read_prompts,
-    read_rows,
     response_tokens_of,
 )
+from runtime.batches.datasets import DataSet, read_data
+from runtime.batches.files import DataError, read_rows
 from runtime.batches.tokenizer import Tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
+TINY = FIXTURES / "tiny-llama"
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer.of_folder(FIXTURES / "tiny-llama")
+    return Tokenizer.of_folder(TINY)
+
+
+def data_of(data: Data, responses: tuple[str, ...] = (), most: int = 10**6) -> DataSet:
+    tokenizer = Tokenizer.of_folder(TINY)
+    return read_data(data, responses, tokenizer, TINY, prompt_tokens=most, batch_size=2, seed=0)
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    return [row.text("prompt") for row in read_rows(path, ("prompt",))]
 
 
 def test_jsonl_fixture() -> None:
@@ -114,18 +126,19 @@ def test_tokens_of_responses(tokenizer: Tokenizer) -> None:
 def test_rows_of_pairs(tmp_path: Path) -> None:
     path = tmp_path / "pairs.csv"
     path.write_text("rejected,prompt,chosen\nbad,the,good\n")
-    assert read_rows(path, ("prompt", "chosen", "rejected")) == [("the", "good", "bad")]
+    pairs = data_of(Data(source=str(path)), ("chosen", "rejected"))
+    assert (pairs.prompts.prompts, pairs.responses) == (("the",), (("good", "bad"),))
     with pytest.raises(DataError, match="no column `response`"):
-        read_rows(path, ("prompt", "response"))
-    with pytest.raises(DataError, match="no known kind, or has no prompt, response"):
-        read_rows("movie-reviews", ("prompt", "response"))
+        data_of(Data(source=str(path)), ("response",))
+    with pytest.raises(DataError, match="no known kind"):
+        data_of(Data(source="movie-reviews"), ("response",))
 
 
 def test_fitting_prompts(tokenizer: Tokenizer) -> None:
-    assert fitting_prompts(["the movie was", "good", "..."], tokenizer, 3) == ["the movie was", "good", "..."]
-    assert fitting_prompts(["the movie was", "good"], tokenizer, 2) == ["good"]
+    assert fitting(["the movie was", "good", "..."], tokenizer, 3) == [0, 1, 2]
+    assert fitting(["the movie was", "good"], tokenizer, 2) == [1]
     with pytest.raises(DataError, match="prompt_tokens of at least 3"):
-        fitting_prompts(["the movie was"], tokenizer, 2)
+        fitting(["the movie was"], tokenizer, 2)
 
 
 def test_movie_review_prompts() -> None:

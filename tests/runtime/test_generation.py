@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from plans.errors import RealplanError
 from plans.huggingface import spec_from_folder
 from plans.layout import Layout
-from runtime.batches.data import read_prompts
+from runtime.batches.files import read_rows
 from runtime.batches.tokenizer import Tokenizer
 from runtime.generation.generate import Generated, Limits, generate
 from runtime.generation.sampling import Sampling
@@ -57,7 +57,7 @@ LAYOUTS: tuple[tuple[int, dict[str, int], dict[str, int]], ...] = (
 
 def _prompts() -> list[list[int]]:
     """Prompts of mixed lengths, each of the first third three times."""
-    texts = read_prompts(FIXTURES / "prompts.jsonl")[::8]
+    texts = [row.text("prompt") for row in read_rows(FIXTURES / "prompts.jsonl")][::8]
     ids = Tokenizer.of_folder(FOLDER).encode_batch(texts)
     fitting = [row for row in ids if 0 < len(row) <= PROMPT]
     return [row for i, row in enumerate(fitting) for _ in range(3 if i < 4 else 1)][:SAMPLES]

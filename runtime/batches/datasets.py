@@ -1,0 +1,168 @@
+"""A data set out of files: prompts, given responses, and the columns that rewards read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from plans.runfile import Data, DataPart
+from runtime.batches.chat import ChatError, ChatTemplate, conversation
+from runtime.batches.data import MOVIE_REVIEWS, PromptSet, fitting, left_out, movie_review_prompts
+from runtime.batches.files import DataError, Row, read_rows
+from runtime.batches.tokenizer import Tokenizer
+
+MESSAGES, ANSWER = "messages", "answer"
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Prompts in their order with what belongs to each.
+
+    asked: what a person asked, without the chat template. responses: given ones, in the order of the algorithm's
+    columns. columns: name -> values. special: whether the tokenizer adds its special tokens to prompts. note: what a
+    person should know.
+    """
+
+    prompts: PromptSet
+    asked: tuple[str, ...]
+    responses: tuple[tuple[str, ...], ...]
+    columns: dict[str, tuple[Any, ...]]
+    special: bool
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class _Example:
+    """A row as it is used."""
+
+    prompt: str
+    asked: str
+    responses: tuple[str, ...]
+    row: Row
+    chat: bool
+
+
+class Reader:
+    """Makes examples of rows. responses: names of the given responses that the algorithm needs."""
+
+    def __init__(self, data: Data, responses: Sequence[str], folder: Path) -> None:
+        self._data, self._responses, self._folder = data, responses, folder
+        self._template: ChatTemplate | None = None
+
+    def examples(self, part: DataPart) -> list[_Example]:
+        """The examples of a file or folder. Raises DataError, located."""
+        if part.path == MOVIE_REVIEWS and not self._responses:
+            rows = [Row({"prompt": text}, MOVIE_REVIEWS) for text in movie_review_prompts()]
+        else:
+            rows = read_rows(part.path, self._wanted(part))
+        return [self._example(row) for row in rows]
+
+    def _wanted(self, part: DataPart) -> list[str]:
+        """Columns that a table must have; conversations may stand in the place of some."""
+        named = [self._data.column("prompt"), *(self._data.column(name) for name in self._responses)]
+        return named if part.path.endswith(".csv") else []
+
+    def _example(self, row: Row) -> _Example:
+        column = self._data.column("prompt")
+        value = row.values.get(column)
+        if value is None and not self._data.prompt and MESSAGES in row.values:
+            column, value = MESSAGES, row.values[MESSAGES]
+        if not isinstance(value, list) and not self._data.chat:
+            text = row.text(column)
+            return _Example(text, text, self._given(row), row, chat=False)
+        messages = self._messages(row, column, value)
+        last = messages[-1]["content"] if messages[-1]["role"] == "assistant" else None
+        given: tuple[str, ...]
+        if last is not None and self._responses == ["response"] and self._data.column("response") not in row.values:
+            given, messages = (last,), messages[:-1]
+        else:
+            given = self._given(row)
+        if not messages:
+            raise row.error("the conversation has no message before the answer", "a user's message first", column)
+        asked = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
+        return _Example(self._render(row, messages, column), asked, given, row, chat=True)
+
+    def _messages(self, row: Row, column: str, value: Any) -> list[dict[str, Any]]:
+        if isinstance(value, list):
+            try:
+                messages = conversation(value)
+            except DataError as error:
+                raise row.error(f"`{column}`: {error.message}", error.hint, column) from None
+        else:
+            messages = [{"role": "user", "content": row.text(column)}]
+        if self._data.system and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": self._data.system})
+        return messages
+
+    def _render(self, row: Row, messages: list[dict[str, Any]], column: str) -> str:
+        if self._template is None:
+            self._template = ChatTemplate.of_folder(self._folder, self._data.template)
+        try:
+            return row.whole(self._template.render(messages, generation=True))
+        except ChatError as error:
+            raise row.error(error.message, "the template of the tokenizer says what it takes", column) from None
+
+    def _given(self, row: Row) -> tuple[str, ...]:
+        found = []
+        for name in self._responses:
+            column = self._data.column(name)
+            value = row.values.get(column)
+            if isinstance(value, list) and value:  # a conversation, as preference sets hold them: its last message
+                value = conversation(value)[-1]["content"]
+                found.append(row.whole(value))
+            else:
+                found.append(row.text(column))
+        return tuple(found)
+
+
+def read_data(
+    data: Data, responses: Sequence[str], tokenizer: Tokenizer, folder: Path, *, prompt_tokens: int, batch_size: int,
+    seed: int,
+) -> DataSet:  # fmt: skip
+    """Read what the run file names; prompts that have no token or more than `prompt_tokens` are left out, and counted.
+
+    responses: names of the given responses that the algorithm needs. folder: the tokenizer's, whose chat template is
+    used. Raises DataError or ChatError.
+    """
+    reader, kept, given, sizes = Reader(data, list(responses), folder), list[_Example](), 0, []
+    for part in data.parts:
+        examples = reader.examples(part)
+        given += len(examples)
+        fits = [*_fitting(examples, tokenizer, prompt_tokens)]
+        sizes.append((len(fits), part.weight))
+        kept += fits
+    if data.max_prompts and data.max_prompts < len(kept):
+        if len(sizes) > 1:
+            raise DataError("data.max_prompts and several sources", "weights say how much of each is used")
+        kept, sizes = kept[: data.max_prompts], [(data.max_prompts, sizes[0][1])]
+    chats = {example.chat for example in kept}
+    if len(chats) > 1:
+        raise DataError("some prompts are conversations and some are texts", "data.chat=true for all")
+    parts = tuple(sizes) if any(weight != 1.0 for _, weight in sizes) else ()
+    texts = tuple(example.prompt for example in kept)
+    return DataSet(
+        PromptSet(texts, batch_size, seed, parts, data.shuffle),
+        tuple(example.asked for example in kept),
+        tuple(example.responses for example in kept),
+        _columns(data, [example.row for example in kept]),
+        special=chats != {True},
+        note=left_out(given, sum(count for count, _ in sizes) if not data.max_prompts else given, prompt_tokens),
+    )
+
+
+def _fitting(examples: Sequence[_Example], tokenizer: Tokenizer, prompt_tokens: int) -> Iterable[_Example]:
+    special = not any(example.chat for example in examples)
+    texts = [example.prompt for example in examples]
+    return (examples[index] for index in fitting(texts, tokenizer, prompt_tokens, special=special))
+
+
+def _columns(data: Data, rows: Sequence[Row]) -> dict[str, tuple[Any, ...]]:
+    names = dict.fromkeys(name for row in rows for name in row.values)
+    columns = {name: tuple(row.values.get(name) for row in rows) for name in names}
+    if data.answer:
+        if data.answer not in columns:
+            raise rows[0].error(f"no column `{data.answer}`", f"data.answer, one of {', '.join(names)}")
+        columns[ANSWER] = columns[data.answer]
+    return columns
