@@ -182,6 +182,25 @@ def algorithm_named(name: str) -> Algorithm:
     return ALGORITHMS[name]
 
 
+def tensor_kind(key: str) -> str:
+    """What a tensor of a graph is, by the beginning of its name: `sequences` (tokens), `lengths` (of all samples),
+    `rewards` (a number per sample), `values` or else `logprobs` (a number per response token)."""
+    kinds = ("sequences", "lengths", "rewards", "values")
+    return next((kind for kind in kinds if key == kind or key.startswith(f"{kind}_")), "logprobs")
+
+
+def loss_of(graph: DataflowGraph, call: Call) -> str:
+    """What a training call minimises: the name of an algorithm or `file.py:function`; empty where a graph of the user's
+    own does not say."""
+    return call.loss or (graph.name if graph.name in ALGORITHMS else "")
+
+
+def is_offline(graph: DataflowGraph) -> bool:
+    """Whether responses are given; a graph of the user's own that trains generates them."""
+    record = ALGORITHMS.get(graph.name)
+    return record is not None and record.offline
+
+
 def pair_size(graph: DataflowGraph) -> int:
     """Samples that a training call of a graph must keep together in a micro-batch: 2 for pairs."""
     record = ALGORITHMS.get(graph.name)

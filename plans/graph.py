@@ -36,7 +36,8 @@ class CallKind(StrEnum):
 class Call:
     """One call: `model` is a role (`actor`), empty for a function; `seconds_per_sample` is a function's cost.
 
-    `inputs` and `outputs` name per-sample tensors.
+    `inputs` and `outputs` name per-sample tensors. loss: what a train_step of the user's own graph minimises, the name
+    of an algorithm or `file.py:function`; empty in the graphs of algorithms, which say it by their name.
     """
 
     name: str
@@ -45,8 +46,11 @@ class Call:
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     seconds_per_sample: float = 0.0
+    loss: str = ""
 
     def __post_init__(self) -> None:
+        if self.loss and self.kind is not CallKind.TRAIN_STEP:
+            raise SpecError(f"call `{self.name}`: only a train_step has a loss", "leave out `loss`")
         if (self.kind is CallKind.FUNCTION) == bool(self.model):
             legal = "leave out `model`" if self.model else "model: actor, for example"
             raise SpecError(f"call `{self.name}`: a function call has no model, every other call has one", legal)

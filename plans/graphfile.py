@@ -35,6 +35,7 @@ def file_of(graph: DataflowGraph) -> GraphFile | None:
             inputs=list(call.inputs),
             outputs=list(call.outputs),
             seconds_per_sample=call.seconds_per_sample,
+            loss=call.loss,
         )
         for call in graph.calls
     ]
@@ -83,4 +84,5 @@ def _call(call: GraphCallFile) -> Call:
         inputs=tuple(call.inputs),
         outputs=tuple(call.outputs),
         seconds_per_sample=call.seconds_per_sample,
+        loss=call.loss,
     )

@@ -100,6 +100,9 @@ class GraphCallFile(_Closed):
     inputs: Annotated[list[Name], Field(max_length=MOST_CALLS)] = Field(default_factory=list)
     outputs: Annotated[list[Name], Field(max_length=MOST_CALLS)] = Field(default_factory=list)
     seconds_per_sample: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] = 0.0
+    loss: Annotated[
+        str, Field(max_length=500, description="of a train_step: the name of an algorithm, or file.py:function")
+    ] = ""
 
 
 class GraphFile(_Closed):

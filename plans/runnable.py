@@ -6,18 +6,18 @@ A plan that keeps `plans.checks` is legal; one that also keeps these rules runs 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from plans.algorithms import ALGORITHMS, Algorithm, pair_size
+from plans.algorithms import ALGORITHMS, Algorithm, pair_size, tensor_kind
 from plans.checks import closest_divisor, divisors
-from plans.graph import CallKind
+from plans.graph import CallKind, DataflowGraph
 from plans.layout import Layout
 from plans.model import Head, ModelSpec, Position
 from plans.plan import ExecutionPlan
 from plans.problems import Problem
 from plans.rope import DynamicScaling, LongRopeScaling
-from plans.workload import Workload
+from plans.workload import VALUE_ROLES, Workload
 
 RUN_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 RUN_FAMILIES = ("", "phi3", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "olmo2")
@@ -48,11 +48,12 @@ def run_note(plan: ExecutionPlan) -> str:
 def workload_problems(workload: Workload) -> list[Problem]:
     """What of a workload does not run, whatever the layouts: the algorithm, its groups of samples, the type."""
     name = workload.graph.name
-    if name not in ALGORITHMS:
-        hint = f"one of {', '.join(ALGORITHMS)}"
-        message = f"this runtime does not train `{name}`; the plan can be searched, costed and drawn"
-        return [Problem("algorithm", message, hint, ("workload", "algorithm"))]
-    problems = list(_groups(ALGORITHMS[name], workload))
+    records = [ALGORITHMS[name]] if name in ALGORITHMS else []
+    if not records:
+        if faults := list(_own_graph(workload.graph)):
+            return faults
+        records = [ALGORITHMS[call.loss] for call in workload.graph.calls if call.loss in ALGORITHMS]
+    problems = [problem for record in records for problem in _groups(record, workload)]
     if workload.dtype not in RUN_DTYPES:
         message = f"dtype {workload.dtype} needs loss scaling, which this runtime does not have"
         problems.append(Problem("dtype", message, f"dtype {' or '.join(RUN_DTYPES)}", ("workload", "dtype")))
@@ -60,6 +61,43 @@ def workload_problems(workload: Workload) -> list[Problem]:
         message = "response_tokens is 0: there is nothing to learn from"
         problems.append(Problem("response", message, "response_tokens 1 or more", ("workload", "response_tokens")))
     return [*problems, *_scalings(workload), *_vocabularies(workload)]
+
+
+_OUTPUTS: Mapping[CallKind, tuple[tuple[str, ...], ...]] = {
+    CallKind.GENERATE: (("sequences", "logprobs", "lengths"),),
+    CallKind.INFERENCE: (("rewards",), ("values",), ("logprobs",)),
+    CallKind.TRAIN_STEP: ((),),
+    CallKind.FUNCTION: (("rewards",),),
+}
+"""What a call may write, as kinds of tensors."""
+_NAMES = {"sequences": "sequences", "logprobs": "gen_logprobs", "lengths": "lengths", "rewards": "rewards_x",
+          "values": "values"}  # fmt: skip
+
+
+def _own_graph(graph: DataflowGraph) -> Iterator[Problem]:
+    """What a graph of the user's own lacks to be trained on responses that it generates."""
+    path, online = ("workload", "graph"), [name for name, record in ALGORITHMS.items() if not record.offline]
+    if not graph.trainers:
+        message = f"nothing trains in the graph `{graph.name}`; the plan can be searched, costed and drawn"
+        yield Problem("algorithm", message, "a call of kind train_step with a loss", path)
+    for name in graph.trainers.values():
+        loss = graph.call(name).loss
+        if loss not in online and ":" not in loss:
+            said = f"has loss `{loss}`" if loss else "names no loss"
+            message = f"`{name}` of the graph `{graph.name}` {said}; without one the plan can be searched and costed"
+            yield Problem("loss", message, f"loss: one of {', '.join(online)}, or file.py:function", path)
+    for call in graph.calls:
+        made, legal = tuple(tensor_kind(key) for key in call.outputs), _OUTPUTS[call.kind]
+        if call.kind is CallKind.INFERENCE:
+            legal = tuple(kinds for kinds in legal if (kinds != ("logprobs",)) == (call.model in VALUE_ROLES))
+        if made not in legal:
+            said = ", ".join(call.outputs) or "nothing"
+            message = f"`{call.name}` of the graph `{graph.name}` writes {said}, which a {call.kind} call does not make"
+            names = " or ".join(", ".join(_NAMES[kind] for kind in kinds) or "no outputs" for kinds in legal)
+            yield Problem("outputs", message, f"outputs: {names}", path)
+    if not any(call.kind is CallKind.GENERATE for call in graph.calls):
+        message = f"the graph `{graph.name}` generates nothing; graphs of one's own train on generated responses"
+        yield Problem("algorithm", message, "a call of kind generate, or an algorithm with given responses", path)
 
 
 def _vocabularies(workload: Workload) -> Iterator[Problem]:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from plans.algorithms import GREEDY
+from plans.algorithms import GREEDY, tensor_kind
 from plans.batches import Share
 from plans.graph import Call
 from plans.kvcache import slots_per_replica
@@ -66,7 +66,7 @@ def inference_call(job: Job, call: Call, share: Share, model: Model, inputs: Map
     which is the value after its last token."""
     (sequences,) = (values for values in inputs.values() if isinstance(values, Sequences))
     (parts,), (key,) = share.micro_batches, call.outputs
-    match key.removesuffix(GREEDY):
+    match tensor_kind(key):
         case "rewards":
             return {key: sample_scores(model, sequences, micro_batches=parts)}
         case "values":

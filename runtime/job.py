@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from plans.algorithms import ALGORITHMS, Algorithm
+from plans.algorithms import ALGORITHMS, is_offline
 from plans.errors import RealplanError
 from plans.graph import CallKind
 from plans.plan import ExecutionPlan
@@ -44,7 +44,7 @@ class Job:
     @property
     def offline(self) -> bool:
         """Whether responses are given."""
-        return _algorithm(self.plan).offline
+        return is_offline(self.plan.workload.graph)
 
     @property
     def sampling(self) -> Sampling:
@@ -94,15 +94,11 @@ def prepare_job(plan: ExecutionPlan, run: RunFile) -> Job:
     tokenizer = Tokenizer.of_folder(Path(folder)) if folder else None
     if tokenizer is not None:
         _check_vocabulary(plan, tokenizer)
-    if _algorithm(plan).offline:
+    if is_offline(workload.graph):
         examples, note = _examples(plan, run, tokenizer)
         return Job(plan, run, None, examples, tokenizer, _reward(plan, run, tokenizer, ()), note)
     prompts, columns, note = _prompts(plan, run, tokenizer)
     return Job(plan, run, prompts, None, tokenizer, _reward(plan, run, tokenizer, columns), note)
-
-
-def _algorithm(plan: ExecutionPlan) -> Algorithm:
-    return ALGORITHMS[plan.workload.graph.name]
 
 
 def _prompts(plan: ExecutionPlan, run: RunFile, tokenizer: Tokenizer | None) -> tuple[Prompts, tuple[str, ...], str]:
@@ -125,7 +121,7 @@ def _examples(plan: ExecutionPlan, run: RunFile, tokenizer: Tokenizer | None) ->
     if not run.data.source:
         return RandomExamples(_random_vocabulary(plan, run), *sizes, run.seed), ""
     tokenizer = _needed(tokenizer)
-    data = _data(plan, run, tokenizer, _algorithm(plan).columns[1:])
+    data = _data(plan, run, tokenizer, ALGORITHMS[workload.graph.name].columns[1:])
     return TextExamples(data, tokenizer, *sizes, run.sampling.stop_at_eos), data.note
 
 

@@ -1,5 +1,5 @@
-"""Random legal plans of the tests' small model, from a seed: any mesh, degrees and settings of every call, and the
-one-process plan of the same work that must give the same numbers."""
+"""Random legal plans of small models, from a seed: any mesh, degrees and settings of every call, and the one-process
+plan of the same work that must give the same numbers."""
 
 from __future__ import annotations
 
@@ -16,15 +16,48 @@ from plans.checks import check_plan, divisors
 from plans.cluster import DeviceMesh
 from plans.graph import CallKind
 from plans.library import load_cluster, load_model
+from plans.model import ModelSpec
 from plans.plan import ExecutionPlan, PlannedCall
 from plans.runnable import run_problems
 from plans.strategy import ParallelStrategy, Recompute
 from plans.workload import Workload, role_spec
 
-ALGORITHMS = ("ppo", "grpo", "dpo", "sft")
+
+@dataclass(frozen=True)
+class Kind:
+    """What a plan is of: an algorithm, an architecture, and how many iterations generation runs ahead.
+
+    `llama` has trained weights, and real prompts and responses; the others have random weights and prompts, and a
+    reward model.
+    """
+
+    algorithm: str
+    model: str
+    staleness: int = 0
+
+
+KINDS = (
+    Kind("ppo", "llama"), Kind("grpo", "experts"), Kind("dpo", "llama"), Kind("rloo", "tied"), Kind("grpo", "llama", 1),
+    Kind("remax", "normed"), Kind("ppo", "shared", 1), Kind("sft", "llama"), Kind("reinforce++", "windowed"),
+    Kind("ppo", "biased", 1), Kind("reward-modelling", "llama"), Kind("ppo", "experts"), Kind("remax", "llama"),
+)  # fmt: skip
+PLAIN = ModelSpec(name="plain", layers=4, hidden=32, heads=4, kv_heads=4, head_dim=16, ffn=48, vocab=251)
+"""A vocabulary that is padded for every tp."""
+EXPERTS = replace(PLAIN, name="experts", experts=4, experts_per_token=2, kv_heads=2)
+SPECS = {
+    "experts": EXPERTS,
+    "shared": replace(EXPERTS, name="shared", experts=8, shared_ffn=24, normalize_gates=False, qkv_bias=True),
+    "tied": replace(PLAIN, name="tied", tied_embeddings=True, kv_heads=2, layers=5),
+    "normed": replace(PLAIN, name="normed", qk_norm=True, wide_qk_norm=True, post_norms=True),
+    "biased": replace(PLAIN, name="biased", qkv_bias=True, kv_heads=1, tied_embeddings=True),
+    "windowed": replace(
+        PLAIN, name="windowed", norms_per_layer=4, norm_offset=True, qk_norm=True, window=9, full_every=3,
+        local_rope_theta=100.0, attention_cap=5.0, logit_cap=9.0, embedding_scale=4.0, activation="gelu_tanh",
+    ),
+}  # fmt: skip
 SIZES: Mapping[str, Any] = {"prompt_tokens": 24, "response_tokens": 40, "minibatches": 2, "dtype": "fp32"}
-BATCHES = {"ppo": (8, 1), "grpo": (2, 4), "dpo": (4, 2), "sft": (8, 1)}
-"""Prompts, and samples of each."""
+BATCHES = {"grpo": (2, 4), "rloo": (2, 4), "dpo": (4, 2), "reward-modelling": (4, 2)}
+"""Prompts, and samples of each, where it is not 8 and 1."""
 TRIES = 2000
 
 
@@ -36,39 +69,49 @@ class RandomPlan:
     plan: ExecutionPlan
 
     @property
-    def algorithm(self) -> str:
-        """Name of the algorithm."""
-        return self.plan.workload.graph.name
+    def kind(self) -> Kind:
+        """What it is a plan of; kinds take turns."""
+        return KINDS[self.seed % len(KINDS)]
 
 
-def workload_of(algorithm: str) -> Workload:
-    """The work of every random plan of an algorithm."""
-    batch, group = BATCHES[algorithm]
-    graph = algorithm_graph(algorithm, reward_seconds_per_sample=1e-4)
-    spec = load_model(str(TINY))
+def workload_of(kind: Kind) -> Workload:
+    """The work of every random plan of a kind."""
+    batch, group = BATCHES.get(kind.algorithm, (8, 1))
+    trained = kind.model == "llama"
+    graph = algorithm_graph(
+        kind.algorithm, reward_seconds_per_sample=1e-4 if trained else None, recompute_logprobs=not trained,
+        staleness=kind.staleness,
+    )  # fmt: skip
+    spec = load_model(str(TINY)) if trained else SPECS[kind.model]
     models = {role: role_spec(role, spec) for role in graph.roles}
     return Workload(graph=graph, models=models, batch_size=batch, group_size=group, **SIZES)
 
 
-def plan_alone(algorithm: str) -> ExecutionPlan:
+def plan_alone(kind: Kind) -> ExecutionPlan:
     """The plan on one process."""
-    workload, cluster = workload_of(algorithm), load_cluster("local-cpu", gpus=1, gpus_per_node=1)
-    calls = [PlannedCall(call=call.name, mesh=cluster.whole, strategy=ParallelStrategy())
+    workload, cluster = workload_of(kind), load_cluster("local-cpu", gpus=1, gpus_per_node=1)
+    lags = workload.graph.first_lags
+    calls = [PlannedCall(call=call.name, mesh=cluster.whole, strategy=ParallelStrategy(), lag=lags[call.name])
              for call in workload.graph.model_calls]  # fmt: skip
     return ExecutionPlan(workload=workload, cluster=cluster, calls=tuple(calls))
 
 
 def random_plan(seed: int, ranks: Sequence[int] = (2, 4)) -> RandomPlan:
-    """A plan that keeps every rule; the algorithms take turns."""
-    draw = random.Random(seed)
-    workload = workload_of(ALGORITHMS[seed % len(ALGORITHMS)])
+    """A plan that keeps every rule; kinds take turns."""
+    draw, kind = random.Random(seed), KINDS[seed % len(KINDS)]
+    workload = workload_of(kind)
     gpus = draw.choice(ranks)
     cluster = load_cluster("local-cpu", gpus=gpus, gpus_per_node=gpus)
     meshes = all_meshes(cluster)
-    calls = [_call(draw, workload, name, meshes, gpus) for name in _order(draw, workload)]
-    plan = ExecutionPlan(workload=workload, cluster=cluster, calls=tuple(calls))
-    late = replace(plan, calls=tuple(replace(call, lag=draw.choice((0, 0, 1))) for call in calls))
-    return RandomPlan(seed, plan if check_plan(late) else late)
+    made = {call.name: _call(draw, kind, call.name, meshes, gpus) for call in workload.graph.model_calls}
+    for _ in range(TRIES):
+        order = _order(draw, workload)
+        lags = {name: lag + draw.choice((0, 0, 1)) for name, lag in workload.graph.first_lags.items()}
+        calls = tuple(replace(made[name], lag=lags[name]) for name in order)
+        plan = ExecutionPlan(workload=workload, cluster=cluster, calls=calls)
+        if not check_plan(plan):
+            return RandomPlan(seed, plan)
+    raise AssertionError(f"no legal order in {TRIES} tries")
 
 
 def _order(draw: random.Random, workload: Workload) -> list[str]:
@@ -81,14 +124,19 @@ def _order(draw: random.Random, workload: Workload) -> list[str]:
     return order
 
 
-def _call(draw: random.Random, workload: Workload, name: str, meshes: Sequence[DeviceMesh], gpus: int) -> PlannedCall:
+def _call(draw: random.Random, kind: Kind, name: str, meshes: Sequence[DeviceMesh], gpus: int) -> PlannedCall:
     """A call alone that is legal and runs. A larger mesh is as likely as a smaller one."""
     cluster = load_cluster("local-cpu", gpus=gpus, gpus_per_node=gpus)
-    alone = replace(plan_alone(workload.graph.name), cluster=cluster).calls
+    plan = replace(plan_alone(kind), cluster=cluster)
+    workload, alone = plan.workload, plan.calls
     for _ in range(TRIES):
         size = draw.choice(sorted({mesh.size for mesh in meshes}))
         mesh = draw.choice([mesh for mesh in meshes if mesh.size == size])
-        planned = PlannedCall(call=name, mesh=mesh, strategy=_strategy(draw, workload, name, mesh.size))
+        strategy = _strategy(draw, workload, name, mesh.size)
+        if strategy is None:
+            continue
+        lag = workload.graph.first_lags[name]
+        planned = PlannedCall(call=name, mesh=mesh, strategy=strategy, lag=lag)
         others = [replace(call, mesh=meshes[0]) for call in alone]
         plan = ExecutionPlan(
             workload=workload, cluster=cluster, calls=tuple(planned if c.call == name else c for c in others)
@@ -98,13 +146,18 @@ def _call(draw: random.Random, workload: Workload, name: str, meshes: Sequence[D
     raise AssertionError(f"no legal plan of {name} on {gpus} ranks in {TRIES} tries")
 
 
-def _strategy(draw: random.Random, workload: Workload, name: str, size: int) -> ParallelStrategy:
+def _strategy(draw: random.Random, workload: Workload, name: str, size: int) -> ParallelStrategy | None:
     """Degrees and settings of a call, of which some do not go together."""
     graph, spec = workload.graph, workload.spec(name)
     kind = graph.call(name).kind
     tp = draw.choice(divisors(size))
     pp = draw.choice(divisors(size // tp))
-    settings: dict[str, Any] = {"dp": size // tp // pp, "tp": tp, "pp": pp}
+    cp = draw.choice(divisors(size // tp // pp)) if kind is not CallKind.GENERATE else 1
+    settings: dict[str, Any] = {"dp": size // tp // pp // cp, "tp": tp, "pp": pp, "cp": cp}
+    if pp > spec.layers:
+        return None
+    if spec.experts:
+        settings["ep"] = draw.choice([ep for ep in divisors(spec.experts) if (size // pp) % ep == 0])
     share = workload.samples_per_step(name) // settings["dp"]
     if pp > 1 and draw.random() < 0.3:
         cut = sorted(draw.sample(range(1, spec.layers), pp - 1))

@@ -9,6 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from plans.algorithms import ALGORITHMS, GREEDY, loss_of
+from plans.graph import Call
 from runtime.algorithms.samples import Samples, Signal, gather_samples, response_mask
 from runtime.algorithms.table import ADVANTAGES
 from runtime.batches.sequences import Sequences, padded, unpadded
@@ -26,11 +28,15 @@ class Experience:
     report: Mapping[str, Tensor]
 
 
-def experience(job: Job, trainer: Trainer, inputs: Mapping[str, Values], rows: Sequence[int]) -> Experience:
-    """What a training call's inputs teach; `rows` are the numbers of its samples. Collective over the dp group."""
+def experience(job: Job, call: Call, trainer: Trainer, inputs: Mapping[str, Values], rows: Sequence[int]) -> Experience:
+    """What a training call's inputs teach; `rows` are the numbers of its samples. Collective over the dp group.
+
+    A loss of the user's own reads the inputs as they are, numbers per sample repeated for each of its tokens.
+    """
     workload, model = job.plan.workload, trainer.model
     (sequences,) = (values for values in inputs.values() if isinstance(values, Sequences))
     flat = {key: values for key, values in inputs.items() if isinstance(values, Tensor)}
+    loss = loss_of(workload.graph, call)
     fields: dict[str, Tensor] = {key: flat[key] for key in ("ref_logprobs", "values") if key in flat}
     lengths = torch.tensor(sequences.responses, device=model.device)
     report = {
@@ -38,11 +44,13 @@ def experience(job: Job, trainer: Trainer, inputs: Mapping[str, Values], rows: S
         "response_length/clip_ratio": lengths == workload.response_tokens,
         "prompt_length": torch.tensor(sequences.prompts),
     }
-    if not job.offline:
+    if loss not in ALGORITHMS:
+        fields |= {key: _per_token(values, sequences) for key, values in flat.items()}
+    elif not job.offline:
         index = torch.tensor(rows, dtype=torch.int64, device=model.device)
         gather = partial(gather_samples, rows=index, samples=workload.samples, group=model.groups.dp)
         samples = _samples(flat, sequences, index, workload.group_size, gather)
-        signal = ADVANTAGES[workload.graph.name](samples, job.run.ppo)
+        signal = ADVANTAGES[loss](samples, job.run.ppo)
         fields |= {
             "old_logprobs": flat[_old(flat)],
             "advantages": unpadded(signal.advantages, sequences.responses),
@@ -50,6 +58,19 @@ def experience(job: Job, trainer: Trainer, inputs: Mapping[str, Values], rows: S
         }
         report |= _report(samples, signal, job.run.ppo.reward_clip)
     return Experience(Batch(sequences, fields), report)
+
+
+def _per_token(values: Tensor, sequences: Sequences) -> Tensor:
+    """Numbers per response token as they are, numbers per sample for each of its tokens."""
+    tokens = sum(sequences.responses)
+    if len(values) == tokens and len(sequences) != tokens:
+        return values
+    return values.repeat_interleave(torch.tensor(sequences.responses, device=values.device))
+
+
+def _rewards(tensors: Mapping[str, Tensor]) -> Tensor:
+    """The sum of what scores the samples: every input whose name begins with `rewards`, but for greedy responses."""
+    return torch.stack([v for k, v in tensors.items() if k.startswith("rewards") and not k.endswith(GREEDY)]).sum(0)
 
 
 def _old(tensors: Mapping[str, Tensor]) -> str:
@@ -68,14 +89,15 @@ def _samples(
     per_token = {
         key: padded(tensors[key], lengths) for key in (_old(tensors), "ref_logprobs", "values") if key in tensors
     }
-    width = per_token["ref_logprobs"].shape[1]
+    old = per_token[_old(tensors)]
+    width = old.shape[1]
     return Samples(
         rows=rows,
         group_size=group_size,
         mask=response_mask(torch.tensor(lengths, dtype=torch.int64, device=rows.device), width),
-        old_logprobs=per_token[_old(tensors)],
-        ref_logprobs=per_token["ref_logprobs"],
-        scores=tensors["rewards"],
+        old_logprobs=old,
+        ref_logprobs=per_token.get("ref_logprobs", old),
+        scores=_rewards(tensors),
         values=per_token.get("values"),
         greedy_scores=tensors.get("rewards_greedy"),
         gather=gather,

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from plans.algorithms import GREEDY
+from plans.algorithms import tensor_kind
 from plans.batches import Message, batch_transfers, lengths_from, lengths_routes
 from plans.graph import CallKind
 from plans.plan import ExecutionPlan
@@ -54,7 +54,7 @@ class _Step:
 
 
 def _kind(key: str) -> str:
-    return key.removesuffix(GREEDY)
+    return tensor_kind(key)
 
 
 class BatchStore:

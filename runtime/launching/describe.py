@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-from plans.algorithms import GREEDY
+from plans.algorithms import tensor_kind
 from plans.graph import CallKind
 from plans.kvcache import slots_per_replica
 from plans.plan import ExecutionPlan
@@ -77,7 +77,7 @@ def step_bytes(program: Program, step: Step) -> int:
 
 def row_bytes(key: str, workload: Workload) -> int:
     """Most bytes of one sample of a tensor of the graph: tokens in int64, or float32 numbers."""
-    kind = key.removesuffix(GREEDY)
+    kind = tensor_kind(key)
     if kind == "sequences":
         return 8 * workload.tokens
     return 4 if kind == "rewards" else 4 * workload.response_tokens

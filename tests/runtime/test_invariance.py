@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from invariance import COUNTS, CPU, Outcome, Tokens, Watcher, compare, execute
 from plan_cases import SEVEN_CALLS, TINY, Place, examples, tiny_plan, tiny_run
 from ranks import run_ranks
 from torch import Tensor
@@ -17,20 +18,15 @@ from transformers import LlamaForCausalLM
 
 from plans.algorithms import algorithm_graph
 from plans.plan import ExecutionPlan
-from plans.program import compile_program
-from plans.runfile import RunFile
 from plans.strategy import Recompute
-from runtime.batches.sequences import Sequences
-from runtime.batches.transfer import BatchStore
 from runtime.executor import Executor
 from runtime.groups import GroupCache
 from runtime.job import prepare_job
 from runtime.models.installation import install
 from runtime.models.support import check_supported
-from runtime.reports.metrics import Metrics, iteration_metrics
-from runtime.reports.records import Recorder, RecordReader
+from runtime.reports.metrics import Metrics
+from runtime.reports.records import Recorder
 
-CPU = torch.device("cpu")
 DISJOINT = {
     "actor_generate": ("node 0", "d4 t1 p1", {"waves": 2}),
     "ref_infer": ("node 0 gpus 0-1", "d1 t1 p2", {"micro_batches": 2}),
@@ -102,53 +98,6 @@ APART = {  # no rank of the training holds a whole group
     "actor_train": ("node 0 gpus 2-3", "d2 t1 p1", {"micro_batches": 2}),
 }
 CRITIC_FREE_LAYOUTS = {"tp2": (2, "d1 t2 p1"), "dp2": (2, "d2 t1 p1"), "disjoint": (4, APART)}
-Tokens = dict[tuple[int, int], tuple[list[int], list[int]]]
-Outcome = tuple[list[Metrics], Tokens]
-
-
-class Watcher:
-    """Keeps the tokens that a rank generates or receives, and the reference model's log-probabilities."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.tokens: Tokens = {}
-        self.ref: dict[tuple[int, int], Tensor] = {}
-        put = BatchStore.put
-
-        def watch(store: BatchStore, iteration: int, key: str, rows: Sequence[int], values: Sequences | Tensor) -> None:
-            put(store, iteration, key, rows, values)
-            if key == "sequences":
-                for row in rows:
-                    found = store.get(iteration, key, [row])
-                    assert isinstance(found, Sequences)
-                    tokens = found.texts()[0]
-                    assert self.tokens.setdefault((iteration, row), tokens) == tokens
-            if key == "ref_logprobs":
-                self.ref.update({(iteration, row): store.get(iteration, key, [row]) for row in rows})
-
-        monkeypatch.setattr(BatchStore, "put", watch)
-
-
-def execute(plan: ExecutionPlan, run: RunFile, folder: Path, export: bool = False) -> Outcome:
-    """Metrics of every iteration, and the tokens of every sample, of a run on forked ranks."""
-
-    def rank() -> Tokens:
-        install(CPU)
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            watcher = Watcher(monkeypatch)
-            recorder = Recorder(folder, dist.get_rank(), time.time())
-            executor = Executor(prepare_job(plan, run), GroupCache(CPU), CPU, recorder)
-            executor.run(run.iterations)
-            if export:
-                executor.export("actor", folder / "actor")
-        return watcher.tokens
-
-    tokens: Tokens = {}
-    for found in run_ranks(plan.cluster.size, rank):
-        for key, value in found.items():
-            assert tokens.setdefault(key, value) == value
-    program = compile_program(plan)
-    reader = RecordReader(folder, tuple(r for r in range(plan.cluster.size) if program.projection(r)))
-    return [iteration_metrics(program, records) for records in reader.poll()], tokens
 
 
 @pytest.fixture(scope="module")
@@ -156,21 +105,6 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """The one-process run."""
     folder = tmp_path_factory.mktemp("alone")
     return execute(tiny_plan(1, "d1 t1 p1"), tiny_run(folder), folder)
-
-
-COUNTS = ("clipfrac", "accuracies")
-"""Metrics that count where one number exceeds another: at a tie, rounding decides."""
-
-
-def compare(found: Outcome, wanted: Outcome, samples: int) -> None:
-    """The same tokens in all iterations; the same losses, within 1e-5 in the first and 1e-4 in later ones."""
-    assert found[1] == wanted[1] and len(found[1]) == samples
-    for iteration, (ours, theirs) in enumerate(zip(found[0], wanted[0], strict=True)):
-        keys = [key for key in theirs if key.startswith(("actor/", "critic/")) and not key.endswith(COUNTS)]
-        assert {"actor/pg_loss", "actor/grad_norm", "actor/entropy", "critic/advantages/max"} <= set(keys)
-        for key in keys:
-            limit = (1e-5 if iteration == 0 else 1e-4) * max(1.0, abs(theirs[key]))
-            assert abs(ours[key] - theirs[key]) <= limit, f"iteration {iteration}: {key}"
 
 
 @pytest.mark.parametrize("name", PLANS)

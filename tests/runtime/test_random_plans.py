@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from plan_cases import FIXTURES, tiny_run
-from random_plans import ALGORITHMS, RandomPlan, plan_alone, random_plan
+from random_plans import KINDS, Kind, RandomPlan, plan_alone, random_plan
 from ranks import run_ranks
 
 from plans.plan import ExecutionPlan
@@ -35,7 +35,8 @@ CPU = torch.device("cpu")
 ITERATIONS = 2
 COUNTS = ("clipfrac", "accuracies")
 """Metrics that count where one number exceeds another: at a tie, rounding decides."""
-Tokens = dict[tuple[int, int], tuple[list[int], list[int]]]
+Tokens = dict[tuple[int, int, str], tuple[list[int], list[int]]]
+"""By iteration, sample and name of the tensor."""
 Outcome = tuple[list[Metrics], Tokens]
 
 
@@ -69,25 +70,26 @@ def long_tailed_data(path: Path) -> Path:
     return path
 
 
-def play(plans: Sequence[ExecutionPlan], run: RunFile, folder: Path) -> list[Outcome]:
+def play(plans: Sequence[tuple[Kind, ExecutionPlan]], folder: Path) -> list[Outcome]:
     """Metrics and tokens of plans of one number of ranks, played one after the other by the same ranks."""
+    runs = {kind: run_of(kind, folder) for kind, _ in plans}
 
     def rank() -> list[Tokens]:
         install(CPU)
-        found = []
-        for number, plan in enumerate(plans):
+        found, groups = [], GroupCache(CPU)
+        for number, (kind, plan) in enumerate(plans):
             with pytest.MonkeyPatch.context() as monkeypatch:
                 monkeypatch.setattr(Job, "ended", property(lambda job: None if job.offline else ended))
                 found.append(_tokens(monkeypatch))
                 recorder = Recorder(folder / str(number), dist.get_rank(), time.time())
-                Executor(prepare_job(plan, run), GroupCache(CPU), CPU, recorder).run(ITERATIONS)
+                Executor(prepare_job(plan, runs[kind]), groups, CPU, recorder).run(ITERATIONS)
         return found
 
     for number in range(len(plans)):
         (folder / str(number)).mkdir(parents=True)
-    every = run_ranks(plans[0].cluster.size, rank, timeout=600)
+    every = run_ranks(plans[0][1].cluster.size, rank, timeout=1800)
     outcomes = []
-    for number, plan in enumerate(plans):
+    for number, (_, plan) in enumerate(plans):
         tokens: Tokens = {}
         for found in every:
             for key, value in found[number].items():
@@ -105,7 +107,7 @@ def _tokens(monkeypatch: pytest.MonkeyPatch) -> Tokens:
     def watch(store: BatchStore, iteration: int, key: str, rows: Sequence[int], values: Any) -> None:
         put(store, iteration, key, rows, values)
         if isinstance(values, Sequences):
-            tokens.update({(iteration, row): text for row, text in zip(rows, values.texts(), strict=True)})
+            tokens.update({(iteration, row, key): text for row, text in zip(rows, values.texts(), strict=True)})
 
     monkeypatch.setattr(BatchStore, "put", watch)
     return tokens
@@ -127,26 +129,28 @@ def differences(found: Outcome, wanted: Outcome) -> list[str]:
     return wrong
 
 
-def runs(folder: Path) -> RunFile:
-    """The run of every random plan."""
+def run_of(kind: Kind, folder: Path) -> RunFile:
+    """The run of every random plan of a kind."""
+    folder.mkdir(parents=True, exist_ok=True)
     data = {"source": str(long_tailed_data(folder / "data.jsonl"))}
-    return tiny_run(folder, iterations=ITERATIONS, data=data, timeout_s=300, sampling={"stop_at_eos": False})
+    random_ones: dict[str, Any] = {} if kind.model == "llama" else {"weights": "random", "data": {"source": ""}}
+    keys = {"iterations": ITERATIONS, "timeout_s": 300, "sampling": {"stop_at_eos": False}, "data": data} | random_ones
+    return tiny_run(folder, **keys)
 
 
 def test_random_plans_reproduce_one_process(tmp_path: Path, pytestconfig: pytest.Config) -> None:
     count, first = pytestconfig.getoption("--plans"), pytestconfig.getoption("--first-plan")
     cases = [random_plan(seed) for seed in range(first, first + count)]
-    run = runs(tmp_path)
-    kinds = [name for name in ALGORITHMS if any(case.algorithm == name for case in cases)]
-    alone = dict(zip(kinds, play([plan_alone(kind) for kind in kinds], run, tmp_path / "alone"), strict=True))
+    kinds = [kind for kind in KINDS if any(case.kind == kind for case in cases)]
+    alone = dict(zip(kinds, play([(kind, plan_alone(kind)) for kind in kinds], tmp_path / "alone"), strict=True))
     for _, tokens in alone.values():
         assert_long_tail([len(response) for _, response in tokens.values()])
     wrong = {}
     for ranks in sorted({case.plan.cluster.size for case in cases}):
         for number, part in enumerate(_parts([case for case in cases if case.plan.cluster.size == ranks])):
-            found = play([case.plan for case in part], run, tmp_path / f"{ranks}-{number}")
+            found = play([(case.kind, case.plan) for case in part], tmp_path / f"{ranks}-{number}")
             for case, outcome in zip(part, found, strict=True):
-                if faults := differences(outcome, alone[case.algorithm]):
+                if faults := differences(outcome, alone[case.kind]):
                     wrong[case.seed] = faults
     assert not wrong
 
