@@ -6,7 +6,8 @@ import errno
 import os
 import secrets
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from plans.errors import RealplanError
@@ -44,6 +45,15 @@ def write_atomically(path: Path, text: str) -> None:
         _ancestor(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         _replace(target, content, None if kind is None else stat.S_IMODE(kind))
+    except OSError as error:
+        raise _refused(path, error) from None
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name what was to be written when the system refuses: OSError becomes OutputError."""
+    try:
+        yield
     except OSError as error:
         raise _refused(path, error) from None
 

@@ -8,12 +8,13 @@ import signal
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from plans.errors import RealplanError
 from plans.files import write_atomically
-from runtime.reports.records import crash_path, read_status
+from runtime.reports.records import crash_path, read_status, reserve_path
 
 # What gloo and NCCL say; torch has no types for it.
 _LOST_PEER = ("Connection closed by peer", "Connection reset", "Connection refused", "Broken pipe", "Read error")
@@ -79,12 +80,21 @@ def write_failure(folder: Path, rank: int, error: BaseException) -> Failure:
         at_s=time.time(),
         details="".join(traceback.format_exception(error)),
     )
+    try:
+        _keep(folder, rank, failure)
+    except OSError:  # the disk is full
+        reserve_path(folder, rank).unlink(missing_ok=True)
+        with suppress(OSError):
+            _keep(folder, rank, replace(failure, details=""))
+    return failure
+
+
+def _keep(folder: Path, rank: int, failure: Failure) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"error-{rank}.json"
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(asdict(failure)), encoding="utf-8")
     partial.rename(path)
-    return failure
 
 
 def knows_cause(folder: Path, ended: Sequence[int]) -> bool:

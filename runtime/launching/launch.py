@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -57,7 +57,7 @@ def launch(
 
 def _attempt_from(plan: ExecutionPlan, run: RunFile, start: Start, scratch: Path) -> Sequence[Metrics]:
     with _kept_files(plan, start.of(run), start, scratch) as monitor:
-        attempt(plan, start.of(run), scratch)
+        attempt(plan, start.of(run), scratch, monitor.check)
     return monitor.lines
 
 
@@ -91,9 +91,10 @@ def _check_done(run: RunFile, lines: Sequence[Metrics], asked: Sequence[str]) ->
         raise Stopped(f"stopped by {by}: {done}", "the same command with --resume goes on from there")
 
 
-def attempt(plan: ExecutionPlan, run: RunFile, scratch: Path) -> None:
-    """Start every rank once and wait until all are done. Raises RunFailed with the cause when one of them is not; no
-    rank is left then. The ranks meet in a file that only this user can open."""
+def attempt(plan: ExecutionPlan, run: RunFile, scratch: Path, check: Callable[[], None]) -> None:
+    """Start every rank once and wait until all are done. Raises RunFailed with the cause when one of them is not, and
+    what `check` raises, which is asked now and then; no rank is left then. The ranks meet in a file that only this user
+    can open."""
     prepare_ranks(plan)
     context: Any = multiprocessing.get_context(start_method(plan))
     ranks: dict[int, Any] = {}
@@ -105,7 +106,7 @@ def attempt(plan: ExecutionPlan, run: RunFile, scratch: Path) -> None:
                     target=launched_worker, args=(plan, run, member, scratch, os.getpid()), name=f"rank {rank}"
                 )
                 ranks[rank].start()
-            codes = _wait(ranks, scratch)
+            codes = _wait(ranks, scratch, check)
         finally:
             for process in ranks.values():
                 if process.pid is not None:
@@ -117,12 +118,13 @@ def attempt(plan: ExecutionPlan, run: RunFile, scratch: Path) -> None:
         raise find_cause(scratch, codes, Path(run.output))
 
 
-def _wait(ranks: dict[int, Any], scratch: Path) -> dict[int, int]:
+def _wait(ranks: dict[int, Any], scratch: Path, check: Callable[[], None]) -> dict[int, int]:
     """Exit codes of the ranks that ended by themselves, when all are done or one has failed."""
     running = dict(ranks)
     deadline = float("inf")
     while running and time.monotonic() < deadline:
         wait([process.sentinel for process in running.values()], timeout=POLL_S)
+        check()
         ended = [rank for rank, process in running.items() if process.exitcode is not None]
         for rank in ended:
             del running[rank]

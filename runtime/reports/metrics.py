@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
+from plans.files import OutputError, writing
 from plans.plan import ExecutionPlan
 from plans.program import Program, StepKind
 from plans.timeline import Span, Timeline
@@ -126,9 +128,10 @@ class MetricsLog:
 
     def __init__(self, program: Program, path: Path, earlier: Sequence[Metrics] = ()) -> None:
         self._program = program
-        self._file = path.open("w", encoding="utf-8")
-        self._file.writelines(map(json_line, earlier))
-        self._file.flush()
+        self._path = path
+        with writing(path):
+            self._file = path.open("wb", buffering=0)
+        self._write("".join(map(json_line, earlier)))
         self._spans: list[Span] = []
         self._ends: list[float] = []
         self.lines: list[Metrics] = list(earlier)
@@ -140,9 +143,20 @@ class MetricsLog:
         self._spans += spans
         self._ends.append(max(span.end_s for span in spans))
         self.lines.append(metrics)
-        self._file.write(json_line(metrics))
-        self._file.flush()
+        self._write(json_line(metrics))
         return metrics
+
+    def _write(self, text: str) -> None:
+        """Append whole lines; where the disk is full, no part of them. Raises OutputError."""
+        before, left = self._file.tell(), text.encode()
+        try:
+            with writing(self._path):
+                while left:
+                    left = left[self._file.write(left) :]
+        except OutputError:
+            with suppress(OSError):
+                self._file.truncate(before)
+            raise
 
     def timeline(self) -> Timeline:
         """Every span so far; the period is the median time from one iteration's end to the next one's, since memory is

@@ -11,6 +11,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from plans.files import OutputError
 from plans.plan import ExecutionPlan
 from plans.program import compile_program
 from plans.terminal import printable
@@ -35,6 +36,7 @@ class Monitor:
         self._ranks = plan.cluster.size
         self._iterations = iterations
         self._stop = Event()
+        self._failed: OutputError | None = None
         self._thread = Thread(target=self._follow, daemon=True)
         self._console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
         columns = (TextColumn("iterations"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -50,10 +52,21 @@ class Monitor:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._stop.set()
         self._thread.join()
-        self._poll()
+        try:
+            if self._failed is None:
+                self._poll()
+            if self._log.lines:
+                self._log.timeline().save(self._timeline)
+        except OutputError as failed:
+            self._failed = self._failed or failed
         self._bar.stop()
-        if self._log.lines:
-            self._log.timeline().save(self._timeline)
+        if error is None:
+            self.check()
+
+    def check(self) -> None:
+        """Raise OutputError where the files of the run could not be written."""
+        if self._failed is not None:
+            raise self._failed
 
     @property
     def lines(self) -> Sequence[Metrics]:
@@ -61,8 +74,11 @@ class Monitor:
         return self._log.lines
 
     def _follow(self) -> None:
-        while not self._stop.wait(POLL_S):
-            self._poll()
+        while self._failed is None and not self._stop.wait(POLL_S):
+            try:
+                self._poll()
+            except OutputError as failed:  # whoever started the ranks asks for it, and ends them
+                self._failed = failed
 
     def _poll(self) -> None:
         for records in self._reader.poll():

@@ -15,10 +15,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from plans.files import writing
 from plans.program import Step, StepKind
 from runtime.reports.stats import Stat, merge_stats
 
 STATUS_BYTES = 512
+RESERVE_BYTES = 2**14
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,11 @@ def records_path(folder: Path, rank: int) -> Path:
     return folder / f"records-{rank}.jsonl"
 
 
+def reserve_path(folder: Path, rank: int) -> Path:
+    """Room on the disk that a rank holds for its last word: it is removed where the disk is full."""
+    return folder / f"reserve-{rank}"
+
+
 def crash_path(folder: Path, rank: int) -> Path:
     """Where a rank's stacks go when a signal ends it."""
     return folder / f"crash-{rank}"
@@ -71,18 +78,25 @@ class Recorder:
     """Writes a rank's status and records. `origin_s` is the time (time.time) at which the run started."""
 
     def __init__(self, folder: Path, rank: int, origin_s: float) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._status = os.open(status_path(folder, rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        self._records = records_path(folder, rank).open("w", encoding="utf-8")
+        self._rank, self._folder = rank, folder
+        with writing(folder):
+            self._open(folder, rank)
         self._shift_s = time.time() - time.perf_counter() - origin_s
         self._spans: dict[int, list[tuple[str, str, float, float]]] = {}
         self._stats: dict[int, dict[str, list[Stat]]] = {}
         self.say("", 0)
 
+    def _open(self, folder: Path, rank: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        reserve_path(folder, rank).write_bytes(bytes(RESERVE_BYTES))
+        self._status = os.open(status_path(folder, rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._records = records_path(folder, rank).open("wb", buffering=0)
+
     def say(self, step: str, iteration: int, *, done: bool = False) -> None:
         """Update the status file, in one write that leaves no half."""
         text = json.dumps(asdict(Status(os.getpid(), step, iteration, time.time(), done)))
-        os.pwrite(self._status, text.ljust(STATUS_BYTES).encode(), 0)
+        with writing(status_path(self._folder, self._rank)):
+            os.pwrite(self._status, text.ljust(STATUS_BYTES).encode(), 0)
 
     @contextmanager
     def span(self, step: Step, iteration: int) -> Iterator[None]:
@@ -110,8 +124,10 @@ class Recorder:
             "spans": self._spans.pop(iteration, []),
             "stats": {name: [s.total, s.count, s.low, s.high] for name, s in stats.items()},
         }
-        self._records.write(json.dumps(line) + "\n")
-        self._records.flush()
+        left = json.dumps(line).encode() + b"\n"
+        with writing(records_path(self._folder, self._rank)):
+            while left:
+                left = left[self._records.write(left) :]
 
 
 class RecordReader:

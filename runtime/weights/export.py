@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from plans.documents import parse_json, read_text
-from plans.files import free_name
+from plans.files import free_name, writing
 from plans.huggingface import config_from_spec
 from plans.layout import EMBEDDING, Layout, Parameter, expert_of, model_units
 from plans.model import Head, ModelSpec
@@ -50,18 +53,34 @@ def export(model: Model, folder: Path, source: Path | None = None, shard_bytes: 
     root = model.place.tp == 0 and model.first_stage
     partial = folder.with_name(f".{folder.name}.partial")
     if root:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        with _writing(folder):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
     dist.barrier(model.groups.mp)
     dtype = model.config.params_dtype
     files = weight_files(model.layout, dtype.itemsize, shard_bytes)
-    _write_weights(model.spec, _whole_parameters(model), partial, files)
+    with _writing(folder):
+        _write_weights(model.spec, _whole_parameters(model), partial, files)
     dist.barrier(model.groups.mp)
     if root:
-        _write_index(model.spec, dtype, partial, files)
-        _write_config(model.spec, dtype, partial, source)
-        _replace(folder, partial)
+        with _writing(folder):
+            _write_index(model.spec, dtype, partial, files)
+            _write_config(model.spec, dtype, partial, source)
+            _replace(folder, partial)
     dist.barrier(model.groups.mp)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """OutputError with the folder where the system refuses, also through safetensors, which has its own error."""
+    with writing(folder):
+        try:
+            yield
+        except SafetensorError as error:
+            found = re.search(r"\(os error (\d+)\)", str(error))
+            if found is None:
+                raise
+            raise OSError(int(found[1]), os.strerror(int(found[1]))) from None
 
 
 def write_folder(
@@ -76,12 +95,13 @@ def write_folder(
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        files = weight_files(Layout(spec, (0,)), dtype.itemsize, shard_bytes)
-        _write_weights(spec, parameters, partial, files)
-        _write_index(spec, dtype, partial, files)
-        _write_config(spec, dtype, partial, source)
-        _replace(folder, partial)
+        with _writing(folder):
+            partial.mkdir(parents=True)
+            files = weight_files(Layout(spec, (0,)), dtype.itemsize, shard_bytes)
+            _write_weights(spec, parameters, partial, files)
+            _write_index(spec, dtype, partial, files)
+            _write_config(spec, dtype, partial, source)
+            _replace(folder, partial)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -15,6 +15,7 @@ from plans.checkpoint_files import CheckpointError, find_usable
 from plans.checks import check_plan, context_problems
 from plans.codec import is_stale, plan_text, read_plan, save_plan
 from plans.documents import locate
+from plans.files import check_target
 from plans.plan import ExecutionPlan
 from plans.problems import Problem
 from plans.runnable import run_note, run_problems
@@ -25,6 +26,8 @@ def check_command(
 ) -> int:
     """Every problem of a plan, or its new estimate. `allow_long` is written into the plan with `write`.
     `resume_from`: a checkpoint that the plan must be able to take up."""
+    if write:
+        check_target(path)
     text = plan_text(path)
     plan, problems = read_plan(text)
     if plan is not None and allow_long:

@@ -17,10 +17,13 @@ from planner.pictures.compare import baselines as all_baselines
 from planner.pictures.compare import compare, compare_page, render_rows
 from planner.pictures.diff import changes, effects, render_diff
 from plans.errors import Infeasible
+from plans.files import check_target
 
 
 def compare_command(paths: Sequence[Path], *, baselines: bool, html: Path | None, engine: str, as_json: bool) -> int:
     """The table of several plans and, where asked, of the baselines for the first one's workload."""
+    if html:
+        check_target(html)
     plans = [legal_plan(path) for path in paths]
     runs = engine_of(engine) if engine else plan_engine(plans[0])
     names = [path.stem for path in paths]

@@ -14,11 +14,14 @@ from planner.cli.progress import SearchProgress
 from planner.pictures import headline as published
 from planner.pictures.compare import compare_page
 from planner.request import check_effort
+from plans.files import check_target
 
 
 def headline_command(*, engine: str, seconds: float, seed: int, html: Path | None, as_json: bool) -> int:
     """The published case: our hours beside those measured by others."""
     check_effort(seconds, seed)
+    if html:
+        check_target(html)
     runs = engine_of(engine) if engine else published.ENGINE
     effort = Effort(seconds=seconds, seed=seed, workers=os.cpu_count() or 1)
     with SearchProgress() as progress:

@@ -10,6 +10,7 @@ from planner.cli.engine_words import plan_engine
 from planner.cli.loading import legal_plan
 from planner.cli.output import limits_note, say, write
 from plans.errors import PlanError
+from plans.files import check_target
 from plans.plan import ExecutionPlan
 from plans.render import render_plan
 from plans.timeline import FORMAT, Timeline, load_timeline
@@ -17,6 +18,8 @@ from plans.timeline import FORMAT, Timeline, load_timeline
 
 def show_command(path: Path, *, html: Path | None, measured: Path | None) -> int:
     """Print a legal plan with its predicted timeline, or write both timelines as a page."""
+    if html:
+        check_target(html)
     plan = legal_plan(path)
     cost = cost_plan(plan, plan_engine(plan))
     run = _measured(plan, measured) if measured else None
@@ -65,16 +68,19 @@ def trace_command(path: Path, *, measured: Path | None, output: Path | None) -> 
         path, measured = path.parent / "plan.json", measured or path
         if not os.path.exists(path):
             raise PlanError(f"no plan beside `{measured}`", f"realplan trace PLAN --timeline {measured}")
+    target = output or (measured or path).with_suffix(".trace.json")
+    check_target(target)
     plan = legal_plan(path)
     timeline = _measured(plan, measured) if measured else cost_plan(plan, plan_engine(plan)).timeline
     from planner.pictures.trace import trace_json
 
-    source = measured or path
-    write(output or source.with_suffix(".trace.json"), trace_json(timeline, plan))
+    write(target, trace_json(timeline, plan))
     return 0
 
 
 def _is_timeline(path: Path) -> bool:
+    if not os.path.isfile(path):  # opening a pipe would wait for who writes to it
+        return False
     try:
         with path.open(encoding="utf-8") as file:
             return FORMAT in file.read(200)
