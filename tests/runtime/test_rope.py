@@ -1,4 +1,5 @@
-"""Rotary positions: every kind of scaling and partial rotation against transformers, and where a kind does not run."""
+"""Rotary positions: every kind of scaling and partial rotation against transformers, and where a kind does not run; and
+the defaults of a config."""
 
 from __future__ import annotations
 
@@ -7,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from plans.algorithms import algorithm_graph
 from plans.errors import SpecError
+from plans.families import FAMILIES
 from plans.huggingface import config_from_spec, spec_from_config
 from plans.rope import scaling_of, values_of
 from plans.runnable import workload_problems
@@ -103,3 +105,19 @@ def test_contexts_and_bases_without_a_logarithm_are_refused(kind: str, theta: fl
         return
     with pytest.raises(SpecError, match="rope_theta is 1.0" if theta == 1.0 else "original_max_position is 1"):
         spec_from_config(config, "x")
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_absent_keys_of_a_config_mean_what_transformers_takes(family: str) -> None:
+    theirs = AutoConfig.for_model(family).to_dict()
+    rope = theirs["rope_parameters"]
+    theirs["rope_theta"] = rope.get("full_attention", rope)["rope_theta"]
+    compared = 0
+    for name, field in FAMILIES[family].model_fields.items():
+        if field.is_required() or name in ("rope_parameters", "rope_scaling", "layer_types") or name not in theirs:
+            continue
+        ours = field.get_default()
+        if ours is not None:
+            compared += 1
+            assert theirs[name] == ours or (name == "sliding_window" and not theirs[name]), name
+    assert compared >= 5
