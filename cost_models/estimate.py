@@ -23,7 +23,7 @@ from plans.plan import Estimate, ExecutionPlan
 from plans.program import Program, Step, StepKind, compile_program
 from plans.timeline import Timeline
 
-BYTES_PER_TOKEN = {"sequences": 9.0}
+BYTES_PER_TOKEN = {"sequences": 8.0}
 SCORE_BYTES = 4.0
 
 
@@ -144,8 +144,9 @@ def _step_seconds(program: Program, step: Step, machine: Machine) -> float:
 
 
 def _row_bytes(plan: ExecutionPlan, keys: Iterable[str]) -> float:
-    """Bytes of one sample of tensors of a batch: tokens as int64 with a mask byte, else fp32."""
-    return sum(BYTES_PER_TOKEN.get(key, SCORE_BYTES) * plan.workload.tokens for key in keys)
+    """Bytes of a mean sample of tensors of a batch, which travel without padding."""
+    tokens = plan.workload.prompts.mean + plan.workload.responses.mean
+    return sum(BYTES_PER_TOKEN.get(key, SCORE_BYTES) * tokens for key in keys)
 
 
 def _call_memory(plan: ExecutionPlan, call: str, memory: MemoryTerms) -> CallMemory:

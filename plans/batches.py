@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heapreplace
+from itertools import pairwise
 
 from plans.algorithms import pair_size
 from plans.graph import CallKind
@@ -64,17 +65,16 @@ def unit_of(workload: Workload, call: str) -> int:
 
 
 def _deal(rows: range, unit: int, layout: Layout, lengths: Sequence[int] | None) -> list[Samples]:
-    share = len(rows) // layout.dp
-    runs = [tuple(rows[d * share : (d + 1) * share]) for d in range(layout.dp)]
+    units = [tuple(rows[at : at + unit]) for at in range(0, len(rows), unit)]
+    bounds = [d * len(units) // layout.dp for d in range(layout.dp + 1)]
+    runs = [tuple(row for one in units[a:b] for row in one) for a, b in pairwise(bounds)]
     if lengths is None or layout.dp == 1:
         return runs
     work = {row: sample_work(layout.spec, lengths[row]) for row in rows}
-    units = [tuple(rows[at : at + unit]) for at in range(0, len(rows), unit)]
     dealt = evenly([sum(work[row] for row in one) for one in units], layout.dp)
     found = [tuple(row for index in part for row in units[index]) for part in dealt]
-    whole_runs = share % unit == 0
     most, before = (max(sum(work[row] for row in part) for part in parts) for parts in (found, runs))
-    return runs if whole_runs and before <= most else found
+    return runs if before <= most else found
 
 
 def evenly(work: Sequence[int], parts: int) -> list[Samples]:

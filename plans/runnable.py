@@ -136,15 +136,12 @@ def _groups(record: Algorithm, workload: Workload) -> Iterator[Problem]:
 
 
 def _pairs(plan: ExecutionPlan, call: str) -> Iterator[Problem]:
-    """Both responses of a pair are in one micro-batch of a training call."""
+    """A minibatch has whole pairs; inside it they are dealt and packed as such."""
     workload, pair = plan.workload, pair_size(plan.workload.graph)
-    if call not in workload.graph.trainers.values():
-        return
-    s = plan.planned(call).strategy
-    size = workload.samples_per_step(call) // s.dp // s.micro_batches
-    if size % pair:
-        message = f"micro-batches of {size} samples cut pairs of chosen and rejected responses apart"
-        yield Problem("pairs", message, "fewer micro_batches, minibatches or dp ranks, so that a micro-batch is even")
+    size = workload.samples_per_step(call)
+    if call in workload.graph.trainers.values() and size % pair:
+        message = f"minibatches of {size} samples cut pairs of chosen and rejected responses apart"
+        yield Problem("pairs", message, "fewer minibatches, so that each has an even number of samples")
 
 
 def _experts(plan: ExecutionPlan, call: str) -> Iterator[Problem]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cost_models.engines.engine import Engine
-from cost_models.estimate import cost_plan
+from cost_models.estimate import PlanCost, cost_plan
 from planner.baselines import BASELINES, Contender
 from planner.pictures.idle import idle_share
 from planner.pictures.page import Picture, Table, render_page
@@ -21,7 +21,8 @@ SAME_ENGINE = "one engine: seconds of the same plan if the engine of the first p
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """Figures of one plan. ratio: its seconds over those of the first. same_engine_s: its seconds if the engine of the
-    first ran it, None where that does not fit. idle: share of all GPU time."""
+    first ran it, None where that does not fit. idle: share of all GPU time. decides: of a plan faster than the first,
+    the term in which it gains most (`deciding_term`)."""
 
     name: str
     iteration_s: float
@@ -32,6 +33,7 @@ class Row:
     fits: bool
     engines: str
     caveats: tuple[str, ...]
+    decides: str = ""
 
     def cells(self) -> tuple[str, ...]:
         """The row as words, in the order of `COLUMNS`."""
@@ -61,9 +63,25 @@ def compare(contenders: Sequence[Contender], engine: Engine) -> list[Row]:
             fits=contender.cost.fits,
             engines=contender.engines,
             caveats=contender.caveats,
+            decides=deciding_term(contenders[0].cost, contender.cost),
         )
         for contender in contenders
     ]
+
+
+def deciding_term(first: PlanCost, other: PlanCost) -> str:
+    """Why a plan is faster than the first: the term of a call in which it saves most seconds, with both figures. Empty
+    where it is not faster."""
+    if other.iteration_s >= first.iteration_s:
+        return ""
+    saved = {
+        (call, name): seconds - other.terms.get(call, {}).get(name, 0.0)
+        for call, terms in first.terms.items()
+        for name, seconds in terms.items()
+    }
+    call, name = max(saved, key=lambda at: saved[at])
+    here, there = (cost.terms.get(call, {}).get(name, 0.0) for cost in (first, other))
+    return f"{call}: {name} {here:.3g} s, there {there:.3g} s"
 
 
 def same_engine_s(contender: Contender, engine: Engine) -> float | None:
@@ -97,7 +115,8 @@ def render_rows(rows: Sequence[Row], missing: Mapping[str, Infeasible]) -> str:
         lines.append(_line((*figures, short)))
     lines += [f"{name[:19]:20}  no plan: {reason.reason}"[:WIDTH] for name, reason in missing.items()]
     notes = [f"  {row.name}: {caveat}"[:WIDTH] for row in rows for caveat in row.caveats]
-    return "\n".join([*lines, *(["not modelled:", *notes] if notes else []), SAME_ENGINE])
+    faster = [f"{row.name} is faster; the term that decides is {row.decides}"[:WIDTH] for row in rows if row.decides]
+    return "\n".join([*lines, *faster, *(["not modelled:", *notes] if notes else []), SAME_ENGINE])
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import product
+from typing import Any
 
 from plans.algorithms import pair_size
 from plans.checks import divisors
@@ -141,24 +142,38 @@ def _settings(
         return
     pair = pair_size(workload.graph) if kind is CallKind.TRAIN_STEP else 1
     pruned.note("pairs stay in one micro-batch", len([size for size in MICRO_BATCH_SAMPLES if size % pair]))
-    counts = [share // size for size in MICRO_BATCH_SAMPLES if share % size == 0 and size % pair == 0]
+    cuts = list(_cuts(workload, share, pair))
     pruned.note("with tp, sequence parallelism moves the same bytes and stores less", int(base.tp > 1))
     base = replace(base, sequence_parallel=base.tp > 1)
     if kind is CallKind.INFERENCE:
         frozen = workload.graph.call(call).model not in workload.graph.trainers
-        for count, offload in product(counts, (False, True) if frozen else (False,)):
-            yield replace(base, micro_batches=count, offload=offload)
+        for cut, offload in product(cuts, (False, True) if frozen else (False,)):
+            yield replace(base, offload=offload, **cut)
         return
-    yield from _training(workload.spec(call).layers, base, counts, pruned)
+    yield from _training(workload.spec(call).layers, base, cuts, pruned)
 
 
-def _training(layers: int, base: ParallelStrategy, counts: list[int], pruned: Pruned) -> Iterator[ParallelStrategy]:
+def _cuts(workload: Workload, share: int, pair: int) -> Iterator[dict[str, Any]]:
+    """Ways to cut a dp rank's samples into micro-batches: by their number where all are of one length, else by the
+    tokens of so many of the longest."""
+    equal = workload.prompts.full and workload.responses.full
+    for size in MICRO_BATCH_SAMPLES:
+        if size % pair or size > share:
+            continue
+        if not equal:
+            yield {"micro_batch_tokens": size * workload.tokens}
+        elif share % size == 0:
+            yield {"micro_batches": share // size}
+
+
+def _training(
+    layers: int, base: ParallelStrategy, cuts: list[dict[str, Any]], pruned: Pruned
+) -> Iterator[ParallelStrategy]:
     sharding = (True, False) if base.dp * base.cp > 1 else (True,)
-    for count, vpp in product(counts, INTERLEAVINGS):
-        if vpp > 1 and (base.pp == 1 or layers % (base.pp * vpp) or count % base.pp):
+    for cut, vpp in product(cuts, INTERLEAVINGS):
+        rounds = cut.get("micro_batches", 0) % base.pp == 0  # packs are filled up to full rounds
+        if vpp > 1 and (base.pp == 1 or layers % (base.pp * vpp) or not rounds):
             pruned.note("interleaving needs pp, equal chunks and full rounds of micro-batches")
             continue
         for recompute, offload, shard in product(Recompute, (False, True), sharding):
-            yield replace(
-                base, micro_batches=count, recompute=recompute, vpp=vpp, offload=offload, shard_optimizer=shard
-            )
+            yield replace(base, recompute=recompute, vpp=vpp, offload=offload, shard_optimizer=shard, **cut)

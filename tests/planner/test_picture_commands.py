@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from cost_models.estimate import cost_plan
 from planner.cli import app
+from planner.pictures.compare import deciding_term
 from planner.pictures.headline import ENGINE, headline_rows, render_headline
 from plans.codec import save_plan
 from plans.errors import Infeasible, PlanError
@@ -105,6 +106,18 @@ def test_compare_prints_json_for_programs(plan: ExecutionPlan, tmp_path: Path) -
     assert [row["ratio"] for row in answer["plans"]] == [1.0, 1.0]
     run("compare", path, path, "--html", tmp_path / "compare.html")
     assert (tmp_path / "compare.html").read_text().count('class="time"') == 2
+
+
+def test_a_faster_plan_is_explained_by_the_term_that_decides(plan: ExecutionPlan) -> None:
+    first, other = cost_plan(plan), cost_plan(plan)
+    fast = {call: {name: 0.5 * seconds for name, seconds in terms.items()} for call, terms in other.terms.items()}
+    fast["actor_generate"]["decode_host"] = 0.25
+    slow = {call: dict(terms) for call, terms in first.terms.items()}
+    slow["actor_generate"]["decode_host"] = 1e4
+    timeline = replace(other.timeline, period_s=0.5 * other.iteration_s)
+    first, other = replace(first, terms=slow), replace(other, terms=fast, timeline=timeline)
+    assert deciding_term(first, other) == "actor_generate: decode_host 1e+04 s, there 0.25 s"
+    assert deciding_term(other, first) == ""
 
 
 def test_headline_says_whose_number_is_whose() -> None:

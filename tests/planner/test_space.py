@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from planner.space.layouts import Pruned, Shape, positions, shapes, strategies
-from plans.algorithms import ppo
+from plans.algorithms import algorithm_graph, ppo
 from plans.checks import CALL_CHECKS
 from plans.cluster import ClusterSpec
 from plans.library import load_cluster, load_model
@@ -36,6 +38,21 @@ def test_every_layout_of_the_space_passes_the_checks_of_a_plan() -> None:
             for planned in every(work, call.name, cluster, context=context):
                 spec = work.spec(call.name)
                 assert not [p for check in CALL_CHECKS for p in check(plan, planned, spec)], planned
+
+
+def test_unequal_lengths_are_packed_by_tokens() -> None:
+    """Bounds that hold the longest sample, or pair, in every call that packs; all legal and run by the runtime."""
+    cluster = load_cluster("h100-80gb-sxm", gpus=8)
+    work = replace(workload("llama-7b"), mean_response_tokens=300)
+    pairs = replace(work, graph=algorithm_graph("dpo"), group_size=2)
+    for case, call, least in ((work, "ref_infer", 2048), (work, "actor_train", 2048), (pairs, "actor_train", 4096)):
+        plan = ExecutionPlan(workload=case, cluster=cluster, calls=())
+        found = every(case, call, cluster)
+        assert {p.strategy.micro_batches for p in found} == {1}
+        assert min(p.strategy.micro_batch_tokens for p in found) == least
+        assert any(p.strategy.vpp > 1 for p in found) == (call == "actor_train")
+        for planned in found:
+            assert not [p for check in CALL_CHECKS for p in check(plan, planned, case.spec(call))], planned
 
 
 def test_small_space_equals_plain_enumeration_of_degrees() -> None:

@@ -12,7 +12,6 @@ from plans.algorithms import ALGORITHMS, PLAIN, algorithm_named, pair_size
 from plans.errors import SpecError
 from plans.graph import CallKind
 from plans.library import load_model
-from plans.plan import ExecutionPlan
 from plans.runnable import run_note, run_problems, spec_problems
 from plans.strategy import ParallelStrategy
 
@@ -47,17 +46,13 @@ def test_what_runs_and_what_does_not() -> None:
     assert "needs loss scaling" in run_note(half)
 
 
-def test_a_micro_batch_keeps_pairs_together() -> None:
+def test_a_minibatch_has_whole_pairs() -> None:
     plan = tiny_plan(1, "d1 t1 p1", algorithm="dpo", order=("ref_infer", "actor_train"), group_size=2)
-    assert run_problems(plan) == []
-
-    def cut(plan: ExecutionPlan, call: str) -> ExecutionPlan:
-        strategy = ParallelStrategy(micro_batches=8)
-        return replace(plan, calls=tuple(replace(c, strategy=strategy) if c.call == call else c for c in plan.calls))
-
-    assert run_problems(cut(plan, "ref_infer")) == []
-    (problem,) = run_problems(cut(plan, "actor_train"))
-    assert problem.rule == "pairs" and problem.message.startswith("actor_train: micro-batches of 1 samples")
+    strategy = ParallelStrategy(micro_batches=8)  # more than there are pairs: some are empty
+    cut = replace(plan, calls=tuple(replace(call, strategy=strategy) for call in plan.calls))
+    assert run_problems(plan) == run_problems(cut) == []
+    (problem,) = run_problems(replace(plan, workload=replace(plan.workload, minibatches=16)))
+    assert problem.rule == "pairs" and problem.message.startswith("actor_train: minibatches of 1 samples")
     assert problem.path == ("calls", 1, "strategy")
 
 

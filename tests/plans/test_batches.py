@@ -88,6 +88,15 @@ def test_pairs_stay_together() -> None:
     assert sorted(chain(*(share.samples for share in shares))) == list(range(8))
 
 
+def test_more_replicas_than_pairs_leave_some_without() -> None:
+    p = tiny_plan(4, "d4 t1 p1", algorithm="dpo", order=("ref_infer", "actor_train"), batch_size=4, group_size=2)
+    layout = p.layout("actor_train")
+    for lengths in (None, LENGTHS):
+        shares = assign(p.workload, "actor_train", layout, lengths)
+        for first, part in zip((0, 4), zip(*shares, strict=True), strict=True):
+            assert sorted(part) == [(), (), (first, first + 1), (first + 2, first + 3)]
+
+
 def test_stages_with_chunks_have_whole_rounds() -> None:
     strategy = ParallelStrategy(dp=2, pp=2, vpp=2, micro_batch_tokens=16)
     found = micro_batches(strategy, [(0, 1), (2, 3, 4)], [16, 16, 16, 16, 16])

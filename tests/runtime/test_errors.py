@@ -51,9 +51,9 @@ def test_pairs_stay_together() -> None:
     single = tiny_plan(1, "d1 t1 p1", algorithm="dpo", order=order)
     with pytest.raises(RealplanError, match=r"dpo has 2 responses per prompt \(chosen, rejected\).* group_size is 1"):
         check_supported(single)
-    places = {"ref_infer": "d1 t1 p1", "actor_train": ("node 0", "d1 t1 p1", {"micro_batches": 4})}
-    with pytest.raises(RealplanError, match="actor_train: micro-batches of 1 samples cut pairs"):
-        check_supported(tiny_plan(1, places, algorithm="dpo", order=order, batch_size=4, group_size=2))
+    sizes = {"batch_size": 4, "group_size": 2, "minibatches": 8}
+    with pytest.raises(RealplanError, match="actor_train: minibatches of 1 samples cut pairs"):
+        check_supported(tiny_plan(1, "d1 t1 p1", algorithm="dpo", order=order, **sizes))
 
 
 @pytest.mark.parametrize(("change", "rule", "hint"), [
