@@ -25,6 +25,8 @@ class MemoryHabits:
     padded prompts: the mask, its inverse and the bias that the attention kernel makes of it.
     head_elements: entries of logits that fp32 temporaries (two of them) are made for at a time, and that exist at a
     time in a pass that only scores; 0: all.
+    kept_logits: entries of a micro-batch's logits that are kept for its backward pass; those beyond are computed once
+    more there, `head_elements` at a time; 0: all are kept.
     block_tokens: tokens of a block of the KV cache, as `plans.kvcache` counts them; 0: a slot holds one sequence at its
     longest.
     grows: blocks of a cache are taken as responses grow (vLLM), so that it needs what sequences hold at a time.
@@ -46,6 +48,7 @@ class MemoryHabits:
     sampling_bytes: float = 26.0
     mask_bytes: float = 0.0
     head_elements: int = 0
+    kept_logits: int = 0
     block_tokens: int = 0
     grows: bool = False
     gathered_layers: int = 2

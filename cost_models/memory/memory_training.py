@@ -129,15 +129,19 @@ def moments(stage: StageParts, widths: BlockWidths, case: TrainingCase, habits: 
 
 
 def _loss(stage: StageParts, widths: BlockWidths, case: TrainingCase, habits: MemoryHabits) -> Moment:
-    """The loss on the stage of the head: logits cut over tp; input and output of the final norm, the gathered input of
-    the projection and its gradient; the weight gradient of the projection."""
+    """The loss on the stage of the head: logits cut over tp, those that are kept and a part of the others; input and
+    output of the final norm, the gathered input of the projection and its gradient; the weight gradient of the
+    projection."""
     has_head = stage.vocabulary > 0
     rows, tokens = stage.vocabulary / case.tp, case.rank_tokens * case.head_share
-    chunk = HEAD_TEMPORARIES * np.minimum(rows * tokens, float(habits.head_elements))
+    entries = rows * tokens
+    chunk = HEAD_TEMPORARIES * np.minimum(entries, float(habits.head_elements))
+    if habits.kept_logits:
+        entries = np.minimum(entries, float(habits.kept_logits + habits.head_elements))
     stream = widths.hidden * case.element * (2.0 / np.where(case.sequence_parallel, case.tp, 1.0) + 2.0)
     return Moment(
         activations=np.zeros_like(rows),
-        logits=rows * (case.element + habits.logit_bytes) * tokens + chunk,
+        logits=(case.element + habits.logit_bytes) * entries + chunk,
         workspace=np.where(has_head, stream * tokens + rows * widths.hidden * case.element, 0.0),
     )
 

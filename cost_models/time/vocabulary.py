@@ -21,9 +21,12 @@ def head_and_loss(
 ) -> Array:
     """Seconds of the head's three GEMMs, the loss and their collectives on `head_tokens` of the `tokens` of one
     micro-batch of a training step: the gradient of the head's input is summed over tp, as is, without a pipeline, the
-    output of the embedding."""
+    output of the embedding. Logits that are not kept for the backward pass are computed twice."""
     c = candidates
     forward, backward = operations.head_both_ways(machine, spec, head_tokens, c.tp)
+    if machine.habits.kept_logits:
+        entries = np.maximum(head_tokens * (spec.padded_vocab / c.tp), 1.0)
+        forward = forward * (1.0 + np.maximum(1.0 - machine.habits.kept_logits / entries, 0.0))
     loss = operations.loss(machine, spec, head_tokens, c.tp) * (1.0 + machine.constants.loss_backward_ratio)
     hidden = hidden_reduce(machine, spec, c, tokens)
     reduced = hidden if spec.head is Head.LM else np.zeros_like(hidden)

@@ -15,7 +15,9 @@ from torch import Tensor
 ELEMENTS = {"cpu": 2**19, "cuda": 2**25}
 """Numbers of a float32 temporary, by device: what a cache holds, and what keeps a GPU busy."""
 SCORED_ELEMENTS = 2**25
-"""Logits that exist at a time when nothing is differentiated."""
+"""Logits that exist at a time when nothing is differentiated, or when they are computed once more."""
+KEPT_ELEMENTS = 2**29
+"""Logits of a micro-batch that are kept for its backward pass; those beyond are computed once more there."""
 
 
 def token_logprobs_of(
@@ -44,15 +46,24 @@ class _Head:
     """Logits [n, stored vocabulary / tp] of this rank and the softmax over the whole vocabulary."""
 
     def __init__(self, logits: Tensor, group: Any, vocab: int, temperature: float, cap: float) -> None:
-        self.logits = capped_(logits, cap) if cap else logits
         self._cap = cap
         self._group = group
         self._temperature = temperature
         self._start = group.rank() * logits.shape[1]
-        self._real = logits[:, : max(0, min(vocab - self._start, logits.shape[1]))]
+        self._vocab = max(0, min(vocab - self._start, logits.shape[1]))
+        self.take(logits)
+
+    def take(self, logits: Tensor) -> None:
+        """Have logits, for the first time or, the same ones, once more."""
+        self.logits = capped_(logits, self._cap) if self._cap else logits
+        self._real = self.logits[:, : self._vocab]
         rows = max(1, ELEMENTS[logits.device.type] // logits.shape[1])
         self._rows = [slice(at, at + rows) for at in range(0, len(logits), rows)]
-        self._buffers = torch.empty(2, min(rows, len(logits)), self._real.shape[1], device=logits.device)
+        self._buffers = torch.empty(2, min(rows, len(logits)), self._vocab, device=logits.device)
+
+    def drop(self) -> None:
+        """Keep a few numbers per row and no logits."""
+        del self.logits, self._real, self._buffers
 
     def logprobs(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies; keeps what `gradient` needs."""
@@ -116,15 +127,21 @@ class _Head:
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """Keeps the logits in the type of the model and turns them into their gradient in place."""
+    """Keeps logits, up to `KEPT_ELEMENTS`, in the type of the model and turns them into their gradient in place."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, group: Any, vocab: int, temperature: float, cap: float
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(hidden, weight)
-        ctx.head = _Head(hidden @ weight.t(), group, vocab, temperature, cap)
-        logprobs, entropy = ctx.head.logprobs(tokens)
+        ctx.parts, found = [], []
+        for rows, kept in _parts(len(hidden), weight.shape[0]):
+            head = _Head(hidden[rows] @ weight.t(), group, vocab, temperature, cap)
+            found.append(head.logprobs(tokens[rows]))
+            if not kept:
+                head.drop()
+            ctx.parts.append((rows, kept, head))
+        logprobs, entropy = (torch.cat(values) for values in zip(*found, strict=True))
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
@@ -132,16 +149,32 @@ class _TokenLogProbs(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, of_logprobs: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight = ctx.saved_tensors
-        grad = ctx.head.gradient(of_logprobs)
-        del ctx.head
-        of_hidden = grad @ weight if ctx.needs_input_grad[0] else None
-        of_weight = grad.t() @ hidden if ctx.needs_input_grad[1] else None
+        of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        of_weight: Tensor | None = None
+        while ctx.parts:
+            rows, kept, head = ctx.parts.pop()
+            if not kept:
+                head.take(hidden[rows] @ weight.t())
+            grad = head.gradient(of_logprobs[rows])
+            del head
+            if of_hidden is not None:
+                torch.matmul(grad, weight, out=of_hidden[rows])
+            if ctx.needs_input_grad[1]:
+                of_weight = grad.t() @ hidden[rows] if of_weight is None else of_weight.addmm_(grad.t(), hidden[rows])
         return of_hidden, of_weight, None, None, None, None, None
 
 
 def capped_(logits: Tensor, cap: float) -> Tensor:
     """cap x tanh(logit / cap), in place."""
     return logits.div_(cap).tanh_().mul_(cap)
+
+
+def _parts(count: int, width: int) -> list[tuple[slice, bool]]:
+    """Rows of logits that are made at a time, and whether they are kept. At least one part, which may be empty."""
+    first = min(count, KEPT_ELEMENTS // width)
+    size = max(1, SCORED_ELEMENTS // width)
+    rest = [(slice(at, min(at + size, count)), False) for at in range(first, count, size)]
+    return [(slice(0, first), True), *rest] if first or not rest else rest
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

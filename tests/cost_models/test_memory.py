@@ -19,6 +19,7 @@ from cost_models.memory.memory import call_memory
 from cost_models.memory.memory_terms import MemoryTerms
 from cost_models.memory.memory_training import in_flight, stage_terms, training_terms
 from cost_models.memory.training_case import TrainingCase, model_parts, stage_parts
+from cost_models.time.training import TrainingStep, training_time
 from cost_models.validation.memory_rows import predict_memory, training_case_of
 from plans.algorithms import algorithm_graph
 from plans.cluster import DeviceMesh
@@ -253,6 +254,23 @@ class TestCalls:
         assert terms.kv_cache.tolist() == [320 * 1024 / tp * (64 // dp * 2048 + spare) for dp, tp in ((1, 8), (2, 4))]
         assert terms.copy_bytes[0] == terms.weights[0]
         assert terms.resident_bytes[0] == terms.communicators[0]
+
+    def test_logits_beyond_a_bound_are_not_kept(self) -> None:
+        """2^29 kept and 2^25 made at a time, of 2 bytes, and two fp32 temporaries of 2^25."""
+        sizes = {"batch_size": 2, "minibatches": 1, "prompt_tokens": 1024}
+        most, few = (ppo_workload("qwen2.5-0.5b", response_tokens=tokens, **sizes) for tokens in (8192, 2048))
+        alone = ParallelStrategy(micro_batches=2)
+        long, short = (memory_of("actor_train", work, alone).logits[0] for work in (most, few))
+        vocab = most.spec("actor_train").padded_vocab
+        assert 2048 * vocab < 2**29 < 8192 * vocab
+        assert long == (2**29 + 2**25) * 2 + 2**25 * 8 and short == pytest.approx(2048 * vocab * 2 + 2**25 * 8)
+        machine = MEGATRON.on(load_cluster("h100-80gb-sxm"), "bf16")
+        keeps = replace(machine, habits=replace(machine.habits, kept_logits=0))
+        step = TrainingStep(most.spec("actor_train"), 2, 9216, 8192)
+        some = Candidates.of([(load_cluster("h100-80gb-sxm").whole, alone)])
+        kept, again = (training_time(one, step, some)["head_and_loss"][0] for one in (keeps, machine))
+        products = 2 * 2 * (8192 * vocab - 2**29) * most.spec("actor_train").hidden  # FLOPs of what is not kept
+        assert 0.4 < products / (again - kept) / machine.cluster.gpu.bf16_tflops / 1e12 < 0.9
 
     def test_a_copy_needs_room_for_what_is_on_its_way(self) -> None:
         """Two waves each way of 64 MiB, and never more than what moves; the call itself comes later."""

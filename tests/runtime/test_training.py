@@ -328,9 +328,11 @@ def test_training_and_scoring_alternate(tmp_path: Path):
     assert float((first - second).abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("elements", [10**6, 200])
-def test_logprobs_and_entropy_equal_torch(elements: int, monkeypatch: pytest.MonkeyPatch):
-    """Values and gradients of a vocabulary in four parts, the last two beyond the real entries or nearly so."""
+@pytest.mark.parametrize(("elements", "kept"), [(10**6, 10**6), (200, 10**6), (200, 250), (200, 10)])
+def test_logprobs_and_entropy_equal_torch(elements: int, kept: int, monkeypatch: pytest.MonkeyPatch):
+    """Values and gradients of a vocabulary in four parts, the last two beyond the real entries or nearly so; with all
+    logits kept, some, and none."""
+    monkeypatch.setattr(logprobs_module, "KEPT_ELEMENTS", kept)
     monkeypatch.setitem(logprobs_module.ELEMENTS, "cpu", elements)
     monkeypatch.setattr(logprobs_module, "SCORED_ELEMENTS", elements)
     generator = torch.Generator().manual_seed(0)
