@@ -22,6 +22,8 @@ from plans.workload import Workload
 MICRO_BATCH_SAMPLES = (1, 2, 4, 8, 16, 32, 64)
 INTERLEAVINGS = (1, 2, 4)
 CONTEXT_DEGREES = (1, 2, 4, 8)
+CONTEXT_TOKENS = 1024
+"""Tokens of the longest sample that context parallelism leaves a rank at least."""
 SLOT_PARTS = (1, 2, 4, 8, 16, 32)
 """Slots of a dp rank that are tried: its samples, and these parts of them."""
 EVERY_LENGTH_UP_TO = 16
@@ -113,6 +115,9 @@ def strategies(
             if cp > 1 and not context_parallel:
                 pruned.note("this engine has no context parallelism")
                 continue
+            if cp > 1 and workload.tokens < cp * CONTEXT_TOKENS:
+                pruned.note("cp is for long samples")
+                continue
             dp = shape.size // (tp * pp * cp)
             if samples % dp:
                 pruned.note("dp must divide the samples of a pass")
@@ -143,6 +148,9 @@ def _settings(
     pair = pair_size(workload.graph) if kind is CallKind.TRAIN_STEP else 1
     pruned.note("pairs stay in one micro-batch", len([size for size in MICRO_BATCH_SAMPLES if size % pair]))
     cuts = list(_cuts(workload, share, pair))
+    if base.cp > 1:
+        pruned.note("where micro-batches can be smaller, dp does what cp would do", len(cuts[1:]))
+        cuts = cuts[:1]
     pruned.note("with tp, sequence parallelism moves the same bytes and stores less", int(base.tp > 1))
     base = replace(base, sequence_parallel=base.tp > 1)
     if kind is CallKind.INFERENCE:
