@@ -129,10 +129,13 @@ class RunSampling(_Closed):
 
 
 class Optimizer(_Closed):
-    """AdamW with linear warm-up to a constant rate; `clip` bounds the global gradient norm."""
+    """AdamW. The rate rises linearly over `warmup_steps` and then stays (constant), or falls linearly or as half a
+    cosine to `final_lr` x lr at the last step of the run. `clip` bounds the global gradient norm."""
 
     lr: Annotated[float, Field(ge=0)] = 1e-6
     warmup_steps: Count = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    final_lr: Share = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     beta1: Decay = 0.9
     beta2: Decay = 0.95
@@ -143,18 +146,39 @@ class Optimizer(_Closed):
 class Ppo(_Closed):
     """The clipped objective (Schulman et al. 2017) with a KL to the reference, for PPO and the critic-free algorithms.
 
-    The KL is a penalty in the reward (Ouyang et al. 2022), for GRPO a term of the loss. reward_clip bounds scores
-    (null: not at all).
-    gamma: PPO, REINFORCE++ and ReMax. value_clip, gae_lambda, whiten_advantages, critic_warmup_iterations: PPO.
+    clip: how far the ratio may leave 1 downwards, and upwards where clip_high (DAPO's clip-higher) is null. dual_clip:
+    the most that a ratio counts where the advantage is negative (Ye et al. 2020). ratio: of tokens, or of whole
+    responses (`sequence`, GSPO). loss_average: over the tokens of a minibatch (DAPO), first over each response
+    (`sequence`, GRPO's paper), or over samples x response_tokens (`constant`, Dr. GRPO).
+
+    The KL is a penalty in the reward (Ouyang et al. 2022), for GRPO a term of the loss; kl_in says otherwise.
+    kl_estimator: k1, k2 or k3 of Schulman 2020; k1 in the reward and k3 in the loss where it is null.
+
+    reward_clip bounds scores (null: not at all). overlong_tokens, overlong_penalty: a response that comes within so
+    many tokens of response_tokens loses reward in proportion (DAPO's soft punishment). drop_flat_groups: responses
+    whose group has no spread of scores are left out of the loss (DAPO's filter, without sampling others).
+
+    gamma: PPO, REINFORCE++ and ReMax. divide_by_deviation: GRPO; false is Dr. GRPO's advantage. value_clip, gae_lambda,
+    whiten_advantages, critic_warmup_iterations: PPO.
     """
 
     clip: Above = 0.2
+    clip_high: Above | None = None
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    ratio: Literal["token", "sequence"] = "token"
+    loss_average: Literal["token", "sequence", "constant"] = "token"
     value_clip: Above = 0.2
     kl_coefficient: Annotated[float, Field(ge=0)] = 0.05
+    kl_in: Literal["reward", "loss"] | None = None
+    kl_estimator: Literal["k1", "k2", "k3"] | None = None
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
     gae_lambda: Share = 0.95
     whiten_advantages: bool = True
+    divide_by_deviation: bool = True
     reward_clip: Above | None = None
+    overlong_tokens: Count = 0
+    overlong_penalty: Annotated[float, Field(ge=0)] = 1.0
+    drop_flat_groups: bool = False
     critic_warmup_iterations: Count = 0
 
 

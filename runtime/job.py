@@ -83,7 +83,8 @@ class Job:
         """Optimizer settings of a trained role."""
         settings: Optimizer = self.run.critic if role == "critic" else self.run.actor
         fields = settings.model_dump()
-        return AdamSettings(clip_norm=fields.pop("clip"), **fields)
+        steps = self.run.iterations * self.plan.workload.minibatches
+        return AdamSettings(clip_norm=fields.pop("clip"), total_steps=steps, **fields)
 
 
 def prepare_job(plan: ExecutionPlan, run: RunFile) -> Job:

@@ -14,9 +14,9 @@ from plans.algorithms import ALGORITHMS, loss_of
 from plans.batches import Share
 from plans.errors import RealplanError
 from plans.graph import Call
-from runtime.algorithms.losses import Loss, kl_loss, policy_loss, value_loss
+from runtime.algorithms.losses import Clip, Loss, kl_loss, policy_loss, value_loss
 from runtime.algorithms.offline import dpo_loss, pair_loss, sft_loss
-from runtime.batches.experience import experience
+from runtime.batches.experience import Experience, experience
 from runtime.batches.reward_functions import load_function
 from runtime.calls import Values
 from runtime.job import Job
@@ -26,6 +26,7 @@ from runtime.passes.training import StepStats, Trainer
 from runtime.reports.stats import Stat, merge_stats
 
 _OWN_LOSS = "(output, batch, tokens) -> (loss, {name: term}), both sums over the micro-batch divided by `tokens`"
+WEIGHTS = "loss_weights"
 
 
 def train_call(
@@ -38,7 +39,7 @@ def train_call(
     steps: list[StepStats] = []
     if call.model == "critic" or not _critic_warms_up(job, iteration):
         skip = job.run.on_nonfinite == "skip"
-        for part, tokens, cuts in _minibatches(job, found.batch, share, responses):
+        for part, tokens, cuts in _minibatches(job, found, share, responses):
             loss = _loss(job, call, tokens)
             steps.append(trainer.step(part, loss, cuts, job.temperature, skip_nonfinite=skip))
     place = trainer.model.place
@@ -57,14 +58,33 @@ def _critic_warms_up(job: Job, iteration: int) -> bool:
 
 
 def _minibatches(
-    job: Job, batch: Batch, share: Share, responses: Sequence[int]
+    job: Job, found: Experience, share: Share, responses: Sequence[int]
 ) -> Iterator[tuple[Batch, float, MicroBatches]]:
-    """This replica's part of each minibatch, the response tokens of the whole minibatch, and the micro-batches."""
+    """This replica's part of each minibatch, the response tokens of the whole minibatch, and the micro-batches. Samples
+    that do not count are not among those tokens."""
     block, start = job.plan.workload.samples // job.plan.workload.minibatches, 0
+    counts = found.counts or (True,) * len(responses)
     for m, (samples, cuts) in enumerate(zip(share.passes, share.micro_batches, strict=True)):
-        part = batch.take(range(start, start + len(samples)))
+        part = found.batch.take(range(start, start + len(samples)))
         start += len(samples)
-        yield part, max(sum(responses[m * block : (m + 1) * block]), 1.0), cuts
+        counted = [responses[i] for i in range(m * block, (m + 1) * block) if counts[i]]
+        own, most = [responses[i] if counts[i] else 0 for i in samples], job.plan.workload.response_tokens
+        each = sample_weights(job.run.ppo.loss_average, counted, own, most)
+        lengths = torch.tensor(part.sequences.responses, dtype=torch.int64)
+        weights = torch.tensor(each).repeat_interleave(lengths).to(part.sequences.tokens.device)
+        yield Batch(part.sequences, {**part.fields, WEIGHTS: weights}), max(sum(counted), 1.0), cuts
+
+
+def sample_weights(average: str, counted: Sequence[int], own: Sequence[int], most: int) -> list[float]:
+    """What a token of each of some samples counts in the loss of a minibatch, by `ppo.loss_average`. counted: response
+    tokens of the samples that count in the whole minibatch; own: of those asked for, 0 where one does not count; most:
+    tokens that a response may have."""
+    match average:
+        case "sequence":
+            return [1.0 / (len(counted) * length) if length else 0.0 for length in own]
+        case "constant":
+            return [1.0 / (len(counted) * most) if length else 0.0 for length in own]
+    return [1.0 / sum(counted) if length else 0.0 for length in own]
 
 
 def _loss(job: Job, call: Call, tokens: float) -> LossFunction:
@@ -106,12 +126,16 @@ def checked_loss(name: str, own: Callable[..., Any], output: TokenOutput, batch:
 
 
 def actor_loss(job: Job, tokens: float, output: TokenOutput, batch: Batch, *, kl_in_loss: bool) -> Loss:
-    """The clipped policy loss of a micro-batch, plus the KL to the reference where the algorithm has it there."""
-    settings, logprobs = job.run.ppo, output.logprobs
-    loss, terms = policy_loss(logprobs, batch["old_logprobs"], batch["advantages"], settings.clip, tokens)
+    """The clipped policy loss of a micro-batch, plus the KL to the reference where it is in the loss."""
+    settings, logprobs, weights = job.run.ppo, output.logprobs, batch[WEIGHTS]
+    clip = Clip(settings.clip, settings.clip if settings.clip_high is None else settings.clip_high, settings.dual_clip)
+    whole = batch.sequences.responses if settings.ratio == "sequence" else None
+    old, advantages = batch["old_logprobs"], batch["advantages"]
+    loss, terms = policy_loss(logprobs, old, advantages, clip, weights, tokens=tokens, lengths=whole)
     terms = {**terms, "entropy": output.entropy.sum() / tokens}
-    if kl_in_loss and settings.kl_coefficient and "ref_logprobs" in batch.fields:
-        kl, kl_terms = kl_loss(logprobs, batch["ref_logprobs"], tokens)
+    kl_in = settings.kl_in or ("loss" if kl_in_loss else "reward")
+    if kl_in == "loss" and settings.kl_coefficient and "ref_logprobs" in batch.fields:
+        kl, kl_terms = kl_loss(logprobs, batch["ref_logprobs"], weights, settings.kl_estimator or "k3")
         return loss + settings.kl_coefficient * kl, {**terms, **kl_terms}
     return loss, terms
 

@@ -21,3 +21,8 @@ def leaving(responses: list[str]) -> list[float]:
 def with_answers(completions: list[str], answer: list[str]) -> list[float]:
     """A reward that reads a column which no data set of the tests has."""
     return [float(a in c) for c, a in zip(completions, answer, strict=True)]
+
+
+def rarely(responses: list[str]) -> list[float]:
+    """1 for responses whose length is a multiple of three, so that many groups agree."""
+    return [float(len(response) % 3 == 0) for response in responses]

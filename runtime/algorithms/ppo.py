@@ -12,7 +12,7 @@ from runtime.algorithms.samples import Samples, Signal, token_rewards, whiten
 def ppo(samples: Samples, settings: Ppo) -> Signal:
     """Generalised advantages of the critic's values, whitened over the batch; returns before the whitening."""
     assert samples.values is not None
-    rewards = token_rewards(samples, settings.kl_coefficient, settings.reward_clip)
+    rewards = token_rewards(samples, settings, "reward")
     advantages = gae(rewards, samples.values, samples.mask, settings.gamma, settings.gae_lambda)
     returns = advantages + samples.values * samples.mask
     if settings.whiten_advantages:

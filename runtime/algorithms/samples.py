@@ -8,7 +8,7 @@ depends on how samples are spread.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from plans.runfile import Ppo
+from runtime.algorithms.losses import kl_estimate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,13 +67,27 @@ def clipped(scores: Tensor, clip: float | None) -> Tensor:
     return scores if clip is None else scores.clamp(-clip, clip)
 
 
-def token_rewards(samples: Samples, kl_coefficient: float, clip: float | None) -> Tensor:
-    """Rewards [n, R]: -kl_coefficient (log p - log p_ref) at every token, plus the clipped score at the last."""
-    rewards = -kl_coefficient * samples.kl
+def token_rewards(samples: Samples, settings: Ppo, kl_in: str) -> Tensor:
+    """Rewards [n, R]: the clipped score at the last token, and less the KL to the reference at every token where the
+    KL is in the reward. kl_in: where the algorithm has it when the user does not say."""
+    rewards = torch.zeros_like(samples.old_logprobs)
+    if (settings.kl_in or kl_in) == "reward":
+        kl = kl_estimate(samples.old_logprobs - samples.ref_logprobs, settings.kl_estimator or "k1")
+        rewards = -settings.kl_coefficient * kl * samples.mask
     last = samples.mask.sum(1) - 1
     rows = (last >= 0).nonzero().squeeze(1)
-    rewards[rows, last[rows]] += clipped(samples.scores[rows], clip)
+    rewards[rows, last[rows]] += clipped(samples.scores[rows], settings.reward_clip)
     return rewards
+
+
+def overlong(samples: Samples, settings: Ppo, most: int) -> Samples:
+    """The samples with the scores of long responses lowered (DAPO: Yu et al. 2025, eq. 13): by `overlong_penalty` times
+    the share of the last `overlong_tokens` before `most` that a response has used."""
+    if not settings.overlong_tokens:
+        return samples
+    buffer = min(settings.overlong_tokens, most)
+    used = (samples.mask.sum(1) - (most - buffer)).clamp(0, buffer) / buffer
+    return replace(samples, scores=samples.scores - settings.overlong_penalty * used)
 
 
 def discounted(rewards: Tensor, gamma: float) -> Tensor:

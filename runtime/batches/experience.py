@@ -11,7 +11,8 @@ from torch import Tensor
 
 from plans.algorithms import ALGORITHMS, GREEDY, loss_of
 from plans.graph import Call
-from runtime.algorithms.samples import Samples, Signal, gather_samples, response_mask
+from runtime.algorithms.groups import spread
+from runtime.algorithms.samples import Samples, Signal, gather_samples, overlong, response_mask
 from runtime.algorithms.table import ADVANTAGES
 from runtime.batches.sequences import Sequences, padded, unpadded
 from runtime.calls import Values
@@ -22,10 +23,12 @@ from runtime.passes.training import Trainer
 
 @dataclass(frozen=True)
 class Experience:
-    """What training learns from, this replica's samples. report: numbers whose statistics are metrics."""
+    """What training learns from, this replica's samples. report: numbers whose statistics are metrics. counts: whether
+    each sample of the whole batch counts in the loss; None: all."""
 
     batch: Batch
     report: Mapping[str, Tensor]
+    counts: tuple[bool, ...] | None = None
 
 
 def experience(job: Job, call: Call, trainer: Trainer, inputs: Mapping[str, Values], rows: Sequence[int]) -> Experience:
@@ -44,20 +47,26 @@ def experience(job: Job, call: Call, trainer: Trainer, inputs: Mapping[str, Valu
         "response_length/clip_ratio": lengths == workload.response_tokens,
         "prompt_length": torch.tensor(sequences.prompts),
     }
+    counts: tuple[bool, ...] | None = None
     if loss not in ALGORITHMS:
         fields |= {key: _per_token(values, sequences) for key, values in flat.items()}
     elif not job.offline:
         index = torch.tensor(rows, dtype=torch.int64, device=model.device)
         gather = partial(gather_samples, rows=index, samples=workload.samples, group=model.groups.dp)
         samples = _samples(flat, sequences, index, workload.group_size, gather)
-        signal = ADVANTAGES[loss](samples, job.run.ppo)
+        settings = job.run.ppo
+        shaped = overlong(samples, settings, workload.response_tokens)
+        signal = ADVANTAGES[loss](shaped, settings)
+        if settings.drop_flat_groups and workload.group_size > 1:
+            counts = tuple(spread(shaped).tolist())
+            report["actor/dropped_samples"] = torch.tensor([not counts[row] for row in rows])
         fields |= {
             "old_logprobs": flat[_old(flat)],
             "advantages": unpadded(signal.advantages, sequences.responses),
             "returns": unpadded(signal.returns, sequences.responses),
         }
-        report |= _report(samples, signal, job.run.ppo.reward_clip)
-    return Experience(Batch(sequences, fields), report)
+        report |= _report(samples, signal, settings.reward_clip)
+    return Experience(Batch(sequences, fields), report, counts)
 
 
 def _per_token(values: Tensor, sequences: Sequences) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import cos, pi
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ from runtime.models.model import Model
 
 @dataclass(frozen=True, kw_only=True)
 class AdamSettings:
-    """AdamW with a linear warm-up to a constant learning rate. Weight decay acts on matrices only.
+    """AdamW with a linear warm-up, after which the learning rate stays (`constant`) or falls, linearly or as half a
+    cosine, to `final_lr` x lr at the last of `total_steps`. Weight decay acts on matrices only.
 
     clip_norm: largest global gradient norm (infinite: no clipping).
     """
@@ -37,10 +39,20 @@ class AdamSettings:
     eps: float = 1e-8
     clip_norm: float = 1.0
     warmup_steps: int = 0
+    schedule: str = "constant"
+    final_lr: float = 0.0
+    total_steps: int = 0
 
     def lr_at(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""
-        return self.lr * min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else self.lr
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return self.lr
+        # The last step has the final rate; a run that goes on beyond it keeps that.
+        done = min(1.0, (step - self.warmup_steps + 1) / max(1, self.total_steps - self.warmup_steps))
+        left = 1.0 - done if self.schedule == "linear" else 0.5 * (1.0 + cos(pi * done))
+        return self.lr * (self.final_lr + (1.0 - self.final_lr) * left)
 
 
 def make_optimizer(model: Model, chunks: Sequence[Any], settings: AdamSettings, *, sharded: bool) -> Any:

@@ -13,11 +13,21 @@ from torch import Tensor
 
 from plans.algorithms import ALGORITHMS as RECORDS
 from plans.runfile import Ppo
-from runtime.algorithms.losses import kl_loss, policy_loss, value_loss
+from runtime.algorithms.groups import spread
+from runtime.algorithms.losses import Clip, kl_estimate, kl_loss, policy_loss, value_loss
 from runtime.algorithms.offline import dpo_loss, sft_loss
 from runtime.algorithms.ppo import gae
-from runtime.algorithms.samples import Samples, gather_samples, moments, response_mask, sample_sums, token_rewards
+from runtime.algorithms.samples import (
+    Samples,
+    gather_samples,
+    moments,
+    overlong,
+    response_mask,
+    sample_sums,
+    token_rewards,
+)
 from runtime.algorithms.table import ADVANTAGES
+from runtime.train_call import sample_weights
 
 LENGTHS = torch.tensor([5, 1, 3, 0])
 R = 5
@@ -44,7 +54,7 @@ def samples(**more: Any) -> Samples:
 
 def test_reward_stands_at_the_last_token() -> None:
     logprobs, ref = random(0), random(1)
-    rewards = token_rewards(samples(), 0.1, 10.0)
+    rewards = token_rewards(samples(), SETTINGS, "reward")
     expected = -0.1 * (logprobs - ref)
     expected[0, 4] += 1.0
     expected[1, 0] -= 10.0
@@ -173,7 +183,7 @@ def test_samples_gather_in_their_places() -> None:
 def test_policy_loss_and_its_gradient() -> None:
     old, advantages = random(5), random(6)
     logprobs = (old + 0.5 * random(7)).requires_grad_()
-    loss, terms = policy_loss(logprobs[MASK], old[MASK], advantages[MASK], 0.2, 9.0)
+    loss, terms = policy_loss(logprobs[MASK], old[MASK], advantages[MASK], Clip(0.2, 0.2), 1 / 9, tokens=9.0)
     loss.backward()
     for n in range(len(LENGTHS)):
         for t in range(R):
@@ -190,12 +200,96 @@ def test_kl_loss_estimates_the_kl() -> None:
     generator = torch.Generator().manual_seed(8)
     p, ref = (torch.randn(6, generator=generator, dtype=torch.float64).log_softmax(0) for _ in range(2))
     tokens = torch.multinomial(p.exp(), 200_000, replacement=True, generator=generator)
-    loss, _ = kl_loss(p[tokens], ref[tokens], len(tokens))
+    loss, _ = kl_loss(p[tokens], ref[tokens], 1 / len(tokens))
     assert float(loss) == pytest.approx(float((p.exp() * (p - ref)).sum()), rel=0.02)
     logprobs = random(0).requires_grad_()
-    kl_loss(logprobs[MASK], random(1)[MASK], 9.0)[0].backward()
+    kl_loss(logprobs[MASK], random(1)[MASK], 1 / 9)[0].backward()
     expected = (1 - (random(1) - random(0)).exp()) * MASK / 9
     torch.testing.assert_close(logprobs.grad, expected)
+
+
+def test_clip_higher_and_dual_clip() -> None:
+    old, advantages = random(5), random(6)
+    logprobs = old + 1.5 * random(7)
+    loss, _ = policy_loss(logprobs[MASK], old[MASK], advantages[MASK], Clip(0.2, 0.28, dual=3.0), 1 / 9, tokens=9.0)
+    total, capped = 0.0, 0
+    for n, length in enumerate(LENGTHS.tolist()):
+        for t in range(length):
+            ratio, a = math.exp(float(logprobs[n, t] - old[n, t])), float(advantages[n, t])
+            objective = min(ratio * a, min(max(ratio, 0.8), 1.28) * a)
+            capped += a < 0 and objective < 3.0 * a
+            total -= max(objective, 3.0 * a) if a < 0 else objective
+    assert capped and float(loss) == pytest.approx(total / 9)
+
+
+def test_gspo_is_the_objective_of_whole_responses() -> None:
+    """Zheng et al. 2025, eq. 5 and 7, by autograd of the formula."""
+    lengths, counts = [5, 1, 3], 3
+    old, scores = random(5)[:3], [0.7, -1.1, 0.4]
+    ours, theirs = ((old + 0.3 * random(7)[:3]).requires_grad_() for _ in range(2))
+    mask = MASK[:3]
+    each = torch.tensor([score for score, n in zip(scores, lengths, strict=True) for _ in range(n)]).double()
+    weights = torch.tensor([1 / (counts * n) for n in lengths for _ in range(n)]).double()
+    loss, _ = policy_loss(ours[mask], old[mask], each, Clip(0.1, 0.2), weights, tokens=9.0, lengths=lengths)
+    loss.backward()
+    total = torch.zeros(()).double()
+    for n, length in enumerate(lengths):
+        ratio = (theirs[n, :length].sum() - old[n, :length].sum()).div(length).exp()
+        total = total - torch.minimum(ratio * scores[n], ratio.clamp(0.9, 1.2) * scores[n]) / counts
+    total.backward()
+    assert float(loss.detach()) == pytest.approx(float(total.detach()))
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize(("estimator", "bias"), [("k1", 0.02), ("k2", 0.2), ("k3", 0.02)])
+def test_kl_estimators(estimator: str, bias: float) -> None:
+    """k1 and k3 are unbiased, k2 is close where the distributions are."""
+    generator = torch.Generator().manual_seed(8)
+    p, noise = (torch.randn(6, generator=generator, dtype=torch.float64) for _ in range(2))
+    p, ref = p.log_softmax(0), (p + 0.4 * noise).log_softmax(0)
+    tokens = torch.multinomial(p.exp(), 400_000, replacement=True, generator=generator)
+    wanted = float((p.exp() * (p - ref)).sum())
+    assert float(kl_estimate(p[tokens] - ref[tokens], estimator).mean()) == pytest.approx(wanted, rel=bias)
+
+
+def test_the_kl_goes_where_it_is_asked() -> None:
+    plain, log_ratio = samples(), random(0) - random(1)
+    scores = token_rewards(plain, Ppo(kl_in="loss", reward_clip=10.0), "reward")
+    assert float(scores.sum()) == pytest.approx(1.0 - 10.0 + 0.5)
+    squared = token_rewards(plain, Ppo(kl_coefficient=0.1, kl_in="reward", kl_estimator="k2", reward_clip=10.0), "loss")
+    torch.testing.assert_close(squared, scores - 0.05 * log_ratio.square() * MASK)
+
+
+@pytest.mark.parametrize(
+    ("average", "wanted"),
+    [
+        ("token", [1 / 9, 1 / 9, 0.0]),  # 5 + 1 + 3 tokens count
+        ("sequence", [1 / (3 * 5), 1 / (3 * 3), 0.0]),
+        ("constant", [1 / (3 * 8), 1 / (3 * 8), 0.0]),
+    ],
+)
+def test_what_a_token_counts(average: str, wanted: list[float]) -> None:
+    """Of a minibatch whose samples that count have 5, 1 and 3 tokens, of at most 8; here are the first, the last, and
+    one that does not count."""
+    assert sample_weights(average, [5, 1, 3], [5, 3, 0], 8) == pytest.approx(wanted)
+
+
+def test_long_responses_lose_reward() -> None:
+    """DAPO, eq. 13, with L_max 5 and L_cache 4: lengths 5, 1, 3 and 0."""
+    found = overlong(samples(), Ppo(overlong_tokens=4, overlong_penalty=0.5), 5).scores - samples().scores
+    assert found.tolist() == pytest.approx([-0.5, 0.0, -0.25, 0.0])
+    plain = samples()
+    assert overlong(plain, Ppo(), 5) is plain
+
+
+def test_groups_without_spread_do_not_count() -> None:
+    flat = samples(scores=torch.tensor([0.1, 0.1, 0.5, 9.0]).double())
+    assert spread(flat).tolist() == [False, False, True, True]
+
+
+def test_dr_grpo_does_not_divide_by_the_deviation() -> None:
+    found = ADVANTAGES["grpo"](samples(), Ppo(divide_by_deviation=False)).advantages[:, 0]
+    assert found.tolist() == pytest.approx([10.5, -10.5, 0.25, 0.0])  # the last sample has no token
 
 
 def test_dpo_is_the_textbook_formula() -> None:

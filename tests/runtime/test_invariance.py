@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from invariance import COUNTS, CPU, Outcome, Tokens, Watcher, compare, execute
-from plan_cases import SEVEN_CALLS, TINY, Place, examples, tiny_plan, tiny_run
+from plan_cases import CRITIC_FREE, REWARDS, SEVEN_CALLS, TINY, Place, examples, tiny_plan, tiny_run
 from ranks import run_ranks
 from torch import Tensor
 from transformers import LlamaForCausalLM
@@ -132,6 +132,27 @@ def test_critic_free_algorithms(algorithm: str, layouts: Sequence[str], sizes: d
     assert wanted[0][0]["actor/grad_norm"] > 0 and wanted[0][0]["critic/advantages/max"] > 0
     for name in layouts:
         compare(outcome(name, *CRITIC_FREE_LAYOUTS[name]), wanted, samples=2 * 8)
+
+
+EVERYTHING = {
+    "clip_high": 0.28, "dual_clip": 3.0, "ratio": "sequence", "loss_average": "sequence", "kl_in": "loss",
+    "kl_estimator": "k2", "divide_by_deviation": False, "overlong_tokens": 4, "drop_flat_groups": True,
+}  # fmt: skip
+
+
+def test_variants_are_the_same_under_every_layout(tmp_path: Path) -> None:
+    """All switches at once; a reward that leaves some groups without spread."""
+
+    def outcome(name: str, gpus: int, places: Any) -> Outcome:
+        plan = tiny_plan(gpus, places, algorithm="grpo", order=CRITIC_FREE, batch_size=4, group_size=2, minibatches=1)
+        keys = {"reward": f"{REWARDS}:rarely", "actor": {"lr": 1e-3, "schedule": "cosine"}, "iterations": 2}
+        return execute(plan, tiny_run(tmp_path / name, ppo=EVERYTHING, **keys), tmp_path / name)
+
+    wanted = outcome("alone", 1, "d1 t1 p1")
+    assert 0 < wanted[0][0]["actor/dropped_samples"] < 1 and wanted[0][1]["actor/lr"] == 0
+    places = dict.fromkeys(CRITIC_FREE, "d2 t1 p1") | {"actor_train": ("node 0", "d1 t1 p1 c2", {})}
+    for number, layout in enumerate(["d2 t1 p1", places]):
+        compare(outcome(str(number), 2, layout), wanted, samples=2 * 8)
 
 
 OFFLINE_LAYOUTS = {

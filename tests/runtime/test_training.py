@@ -381,3 +381,16 @@ def test_warm_up_is_linear():
     settings = AdamSettings(lr=1.0, warmup_steps=4)
     assert [settings.lr_at(step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     assert AdamSettings(lr=1.0).lr_at(0) == 1.0
+
+
+def test_rates_fall_to_the_last_step():
+    linear = AdamSettings(lr=2.0, warmup_steps=2, schedule="linear", final_lr=0.1, total_steps=6)
+    assert [linear.lr_at(step) for step in range(8)] == pytest.approx([1.0, 2.0, 1.55, 1.1, 0.65, 0.2, 0.2, 0.2])
+    cosine = AdamSettings(lr=1.0, schedule="cosine", total_steps=4)
+    torch_cosine = torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD([torch.zeros(1)], lr=1.0), 4)
+    wanted = []
+    for _ in range(4):
+        torch_cosine.optimizer.step()
+        torch_cosine.step()
+        wanted.append(torch_cosine.get_last_lr()[0])
+    assert [cosine.lr_at(step) for step in range(4)] == pytest.approx(wanted)
