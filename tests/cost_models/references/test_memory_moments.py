@@ -12,16 +12,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from plan_cases import CRITIC_FREE, tiny_plan
 from textbook import DENSE, layout, network
 
 from cost_models.engines.habits import MemoryHabits
 from cost_models.memory.latent import LATENT_MODELS, LatentSpec, latent_training_terms
 from cost_models.memory.memory import call_memory
 from cost_models.memory.memory_terms import MemoryTerms
+from cost_models.memory.moments import CallMemory, memory_profile
 from cost_models.validation.memory_rows import training_case_of
 from plans.algorithms import algorithm_graph
 from plans.cluster import GIB
 from plans.model import ModelSpec
+from plans.program import compile_program
 from plans.strategy import Recompute
 from plans.workload import Workload
 
@@ -233,6 +236,9 @@ def test_stages_of_latent_attention_by_hand() -> None:
     assert terms.activations == 2 * stored * 64
     assert terms.logits == 1000 * (2 + 4) * 64
     assert terms.workspace == 4 * 2 * 96 * 64 + 2 * 1000 * 96
+    ring = training_case_of(dp=1, pp=2, cp=2, micro_batch=1, seq_len=64, micro_batches=2)
+    gathered = latent_training_terms(SMALL, 4, ring, habits)
+    assert gathered.activations == 2 * (stored + 2 * 4 * (12 + 8 + 10)) * 32, "keys and values of the other rank"
     alone = latent_training_terms(SMALL, 2, training_case_of(dp=1, micro_batch=1, seq_len=64), habits)
     assert alone.gradients == 4 * (first + 96 + 1000 * 96)
     half = 2 * (4 * 96 + width + (3 * 200 + mlp) / 2) + 4 * 4
@@ -247,3 +253,32 @@ def test_backward_pass_of_latent_blocks_holds_the_wider_mlp() -> None:
     experts = 2 * (3 * 400 + 2 * 96) + 3 * 50
     largest = max(4 * 10 * 96, 24 * 4 * 20, 2 * 96 * 400)
     assert np.isclose(terms.workspace[0], 2 * (2 * 96 + experts) * 64 + 2 * largest)
+
+
+def test_an_iteration_moment_by_moment() -> None:
+    """Two GPUs: the actor trains with tp 2 and generates with dp 2, the reference is on the first alone. In GiB:
+    a context of 1; at home 10 of weights and 20 of state, and 7 of the reference; the copy for generation has 12."""
+    places = {"actor_generate": "d2 t1 p1", "ref_infer": ("node 0 gpu 0", "d1 t1 p1"), "actor_train": "d1 t2 p1"}
+    plan = tiny_plan(2, places, algorithm="grpo", order=CRITIC_FREE, group_size=2)
+    terms: dict[str, tuple[dict[str, float], tuple[str, ...], tuple[str, ...], float]] = {
+        "actor_generate": ({"weights": 12, "cache": 30}, (), ("cache",), 0),
+        "ref_infer": ({"weights": 7, "logits": 5}, (), ("logits",), 3),
+        "actor_train": ({"weights": 10, "state": 20, "stored": 41}, ("state",), ("stored",), 2),
+    }
+    calls = {
+        name: CallMemory(terms={k: v * GIB for k, v in t.items()}, resident=stays, transient=goes, host=host * GIB)
+        for name, (t, stays, goes, host) in terms.items()
+    }
+    profile = memory_profile(compile_program(plan), calls, 1.0 * GIB)
+    found = {m.step.name: (m.bytes_by_rank / GIB).tolist() for m in profile.moments}
+    by_kind = {name: seen for name, seen in found.items() if name in places}
+    assert by_kind == {"actor_generate": [80, 73], "ref_infer": [43, 31], "actor_train": [79, 72]}
+    assert [seen for name, seen in found.items() if name not in places] == [[50.25, 43.25]], "a copy, and its buffers"
+    assert (profile.peak_gib, profile.peak_rank, profile.peak_step) == (80, 0, "actor_generate")
+    assert (profile.by_rank / GIB).tolist() == [80, 73]
+    largest = {name: size / GIB for name, size in profile.peak_terms.items()}
+    assert list(largest.values()) == [30, 20, 12, 10, 7, 1] and next(iter(largest)) == "cache actor_generate"
+    assert [(group.ranks, group.peak_bytes / GIB, group.step) for group in profile.groups] == [
+        ((0,), 80, "actor_generate"), ((1,), 73, "actor_generate"),
+    ]  # fmt: skip
+    assert (profile.host_bytes_by_node / GIB).tolist() == [3 * 1 + 2 * 2]
