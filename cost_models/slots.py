@@ -25,7 +25,7 @@ _SPANS = 8
 
 
 @dataclass(frozen=True, eq=False)
-class Moment:
+class DecodeMoment:
     """Decode steps that are costed as one. Arrays [candidates]: `weight` steps; `alive` share of the `slots` of a
     replica that have a sequence; `position` tokens that these have generated, on the average."""
 
@@ -57,7 +57,9 @@ def quadrature(responses: Lengths, steps: float) -> tuple[Array, Array]:
     return 0.5 * steps * (nodes + 1.0), 0.5 * steps * weights
 
 
-def moments(responses: Lengths, rows: Array, slots: Array, *, first: float, burst: float) -> Iterator[Moment]:
+def decode_moments(
+    responses: Lengths, rows: Array, slots: Array, *, first: float, burst: float
+) -> Iterator[DecodeMoment]:
     """Decode steps of a replica that has `rows` responses to make in `slots` slots, arrays [candidates].
 
     first: tokens of a response that prefill makes (1 or 0). burst: steps between two looks at which responses have
@@ -73,21 +75,21 @@ def moments(responses: Lengths, rows: Array, slots: Array, *, first: float, burs
     shares = rows / slots
     queue_s, busy = table.queue(shares)
     if (queue_s > 0).any():
-        yield Moment(queue_s, np.ones_like(rows), busy + first, slots)
+        yield DecodeMoment(queue_s, np.ones_like(rows), busy + first, slots)
     for node, weight in enumerate(table.weights):
         alive, position = table.tail(shares, node)
-        yield Moment(np.full_like(rows, weight), alive, position + first, slots)
+        yield DecodeMoment(np.full_like(rows, weight), alive, position + first, slots)
 
 
-def _waves(responses: Lengths, rows: Array, slots: Array, steps: float, first: float) -> Iterator[Moment]:
+def _waves(responses: Lengths, rows: Array, slots: Array, steps: float, first: float) -> Iterator[DecodeMoment]:
     """Equal responses: slots are refilled all at once, and what is left over has slots to spare."""
     whole = np.floor(rows / slots + 1e-9)
     left = np.maximum(rows - whole * slots, 0.0)
     for position, weight in zip(*quadrature(responses, steps), strict=True):
         at = np.full_like(rows, position + first)
-        yield Moment(weight * whole, np.ones_like(rows), at, slots)
+        yield DecodeMoment(weight * whole, np.ones_like(rows), at, slots)
         if (left > 1e-9).any():
-            yield Moment(np.where(left > 1e-9, weight, 0.0), np.ones_like(rows), at, np.maximum(left, 1e-9))
+            yield DecodeMoment(np.where(left > 1e-9, weight, 0.0), np.ones_like(rows), at, np.maximum(left, 1e-9))
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import textwrap
 
-WIDTH = 80
+PROSE_WIDTH = 80
 
 
 def wrapped(text: str, indent: str = "  ") -> list[str]:
-    """The lines of a text of at most `WIDTH` columns; those after the first begin with `indent`. Words stay whole."""
-    return textwrap.wrap(text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    """The lines of a text, at most `PROSE_WIDTH` wide; those after the first begin with `indent`. Words stay whole."""
+    return textwrap.wrap(text, PROSE_WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)

@@ -62,7 +62,7 @@ def only(*legal: Any) -> AfterValidator:
 Off = Annotated[bool, only(False)]
 NoDropout = Annotated[float, only(0.0)]
 Whole = Annotated[float, only(1.0)]
-Share = Annotated[float, Field(gt=0, le=1)]
+Portion = Annotated[float, Field(gt=0, le=1)]
 RopeType = Annotated[str, only("default", "linear", "dynamic", "llama3", "yarn", "longrope", "su")]
 Silu = Annotated[str, only("silu", "swish")]
 
@@ -90,7 +90,7 @@ class Rope(Closed):
     low_freq_factor: Amount | None = None
     high_freq_factor: Amount | None = None
     original_max_position_embeddings: Size | None = None
-    partial_rotary_factor: Share | None = None
+    partial_rotary_factor: Portion | None = None
     attention_factor: Amount | None = None
     beta_fast: Amount | None = None
     beta_slow: Amount | None = None

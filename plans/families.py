@@ -21,8 +21,8 @@ from plans.config_keys import (
     Layers,
     NoDropout,
     Off,
+    Portion,
     Rope,
-    Share,
     Silu,
     Size,
     Tiny,
@@ -204,7 +204,7 @@ class Phi3(Decoder):
     rms_norm_eps: Tiny = 1e-5
     max_position_embeddings: Size = 4096
     original_max_position_embeddings: Size | None = 4096
-    partial_rotary_factor: Share = 1.0
+    partial_rotary_factor: Portion = 1.0
     sliding_window: Annotated[int, Field(ge=0, le=10**8)] | None = None
     resid_pdrop: NoDropout = 0.0
     embd_pdrop: NoDropout = 0.0
@@ -418,7 +418,7 @@ class Glm(Decoder):
     head_dim: Size | None = 128
     rms_norm_eps: Tiny = 1.5625e-7
     max_position_embeddings: Size = 131072
-    partial_rotary_factor: Share = 0.5
+    partial_rotary_factor: Portion = 0.5
     attention_bias: bool = True
 
     def more(self) -> dict[str, Any]:

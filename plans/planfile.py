@@ -18,7 +18,7 @@ from plans.workload import MOST_SAMPLES, MOST_TOKENS
 FORMAT = "realplan/1"
 MOST_CALLS = 200
 Size = Annotated[int, Field(ge=1, le=10**8)]
-Samples = Annotated[int, Field(ge=1, le=MOST_SAMPLES)]
+SampleCount = Annotated[int, Field(ge=1, le=MOST_SAMPLES)]
 PercentilesFile = Annotated[
     dict[str, Annotated[int, Field(ge=0, le=MOST_TOKENS)]],
     Field(description='percentile -> tokens, such as {"p50": 700, "p99": 6000}; empty: all reach the maximum'),
@@ -121,15 +121,15 @@ class WorkloadFile(_Closed):
     algorithm: str
     graph: GraphFile | None = None
     staleness: Annotated[int, Field(ge=0, le=MOST_STALENESS)] = 0
-    batch_size: Samples
-    group_size: Samples = 1
+    batch_size: SampleCount
+    group_size: SampleCount = 1
     prompt_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)]
     response_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS)]
     mean_prompt_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS, description="0: see prompt_lengths")] = 0
     mean_response_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS, description="0: see response_lengths")] = 0
     prompt_lengths: PercentilesFile = {}
     response_lengths: PercentilesFile = {}
-    minibatches: Samples
+    minibatches: SampleCount
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     allow_long: Annotated[bool, Field(description="samples may be longer than a model's context")] = False
     recompute_logprobs: bool = False

@@ -11,7 +11,7 @@ from plans.plan import ExecutionPlan, PlannedCall
 from plans.strategy import SETTINGS
 from plans.timeline import Span, Timeline
 
-WIDTH = 100
+TABLE_WIDTH = 100
 _KINDS = {
     CallKind.GENERATE: "sample responses",
     CallKind.INFERENCE: "score",
@@ -51,7 +51,7 @@ def _header(plan: ExecutionPlan) -> str:
 
 
 def _wrap(line: str) -> str:
-    return "\n".join(textwrap.wrap(line, WIDTH, subsequent_indent="    "))
+    return "\n".join(textwrap.wrap(line, TABLE_WIDTH, subsequent_indent="    "))
 
 
 def _table(plan: ExecutionPlan, timeline: Timeline | None) -> str:
@@ -69,7 +69,7 @@ def _table(plan: ExecutionPlan, timeline: Timeline | None) -> str:
             time = f"{seconds[call.name]:.2f}" if call.name in seconds else ""
             rows.append(("", call.name, _KINDS[call.kind], f"with {host}", "", "", time))
     widths = [max(len(row[i]) for row in rows) for i in range(7)]
-    widths[5] = max(8, min(widths[5], WIDTH - sum(widths[:5]) - widths[6] - 12))
+    widths[5] = max(8, min(widths[5], TABLE_WIDTH - sum(widths[:5]) - widths[6] - 12))
     return "\n".join(_row(row, widths) for row in rows)
 
 
@@ -111,7 +111,7 @@ def render_timeline(timeline: Timeline, cluster: ClusterSpec, plan: ExecutionPla
     end = begin + 2 * timeline.period_s
     lanes = _lanes(shown, cluster)
     label = max(len(name) for name, _ in lanes) + 1
-    columns = WIDTH - label - 2
+    columns = TABLE_WIDTH - label - 2
     letters = {planned.call: mark for mark, planned in zip(marks(plan), plan.calls, strict=True)}
     lines = [f"GPUs over time, {begin:.1f} s to {end:.1f} s ({(end - begin) / columns:.2g} s per character)"]
     for name, rank in lanes:

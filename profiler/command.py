@@ -18,7 +18,7 @@ from plans.files import check_target
 from plans.library import load_model
 from plans.runnable import RUN_DTYPES
 from profiler.devices import hardware_kind, parse_device
-from profiler.profile import Request, profile
+from profiler.profile import ProfileRequest, profile
 
 DEGREES = (1, 2, 4, 8)
 
@@ -36,7 +36,7 @@ def profile_command(model: str, device: str, degrees: str, dtype: str, output: P
     _check_output(output, spec.name, hardware_kind(target), precision)
     chosen = _degrees(degrees) if degrees else legal_degrees(spec, DEGREES)
     try:
-        table = profile(Request(spec=spec, device=target, dtype=precision, degrees=chosen), output)
+        table = profile(ProfileRequest(spec=spec, device=target, dtype=precision, degrees=chosen), output)
     except KeyboardInterrupt:
         kept = _points(load_table(output)) if os.path.exists(output) else 0
         raise RealplanError(f"stopped; {kept} points are in {output}", "the same command goes on from there") from None

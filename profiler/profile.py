@@ -35,7 +35,7 @@ ATTEMPTS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class ProfileRequest:
     """What to profile: a model in a precision on a device, for some tensor-parallel degrees, at the device's usual or
     other cases."""
 
@@ -52,7 +52,7 @@ class Request:
         return self.cases or (GPU if self.device.type == "cuda" else CPU)
 
 
-def profile(request: Request, output: Path) -> CostTable:
+def profile(request: ProfileRequest, output: Path) -> CostTable:
     """Time every case that the table at `output` does not have yet, writing it after each group; the finished table.
 
     One process and one device; collectives use one process per device. Progress goes to stderr.
@@ -73,7 +73,7 @@ def profile(request: Request, output: Path) -> CostTable:
     return results.save()
 
 
-def _head(request: Request) -> CostTable:
+def _head(request: ProfileRequest) -> CostTable:
     device = request.device
     return CostTable(
         hardware=hardware_kind(device),
@@ -99,7 +99,7 @@ def _progress(groups: int) -> Iterator[Advance]:
         yield advance
 
 
-def _shard(request: Request, tp: int, results: Results, communicators: GroupCache, advance: Advance) -> None:
+def _shard(request: ProfileRequest, tp: int, results: Results, communicators: GroupCache, advance: Advance) -> None:
     """All operations of one shard."""
     spec = shard_spec(request.spec, tp)
     device, dtype = request.device, TORCH_DTYPES[request.dtype]
@@ -129,13 +129,13 @@ def _has_update(results: Results, spec: ModelSpec) -> bool:
     return any(point[0] == count for point in results.points.get("optimizer_step", {}))
 
 
-def _update(request: Request, shard: Shard, results: Results) -> None:
+def _update(request: ProfileRequest, shard: Shard, results: Results) -> None:
     timed, point = shard.optimizer_step(), (shard.parameters,)
     results.add("optimizer_step", point, measure(timed, request.device, request.sizes.budget_s))
     results.save()
 
 
-def _group(request: Request, shard: Shard, tp: int, name: str, axes: Axes, results: Results) -> None:
+def _group(request: ProfileRequest, shard: Shard, tp: int, name: str, axes: Axes, results: Results) -> None:
     """Time one operation at all sizes."""
 
     def fill(again: bool) -> None:
@@ -162,7 +162,7 @@ def _consistent(results: Results, name: str, fill: Callable[[bool], None]) -> No
 
 
 def _point(
-    request: Request, shard: Shard, name: str, point: Coordinates, sizes: dict[str, int], results: Results
+    request: ProfileRequest, shard: Shard, name: str, point: Coordinates, sizes: dict[str, int], results: Results
 ) -> None:
     device = request.device
     try:
@@ -177,7 +177,7 @@ def _point(
 
 
 def _timing(
-    request: Request, shard: Shard, name: str, point: Coordinates, sizes: dict[str, int], results: Results
+    request: ProfileRequest, shard: Shard, name: str, point: Coordinates, sizes: dict[str, int], results: Results
 ) -> Timing:
     device, budget = request.device, request.sizes.budget_s
     if name == "generate_step":
@@ -193,7 +193,7 @@ def _timing(
     return timing
 
 
-def _collectives(request: Request, results: Results) -> None:
+def _collectives(request: ProfileRequest, results: Results) -> None:
     device = request.device
     sizes = GPU_BYTES if device.type == "cuda" else CPU_BYTES
     for ranks in (2, 4, 8):

@@ -65,6 +65,7 @@ def _run(
     allow_long: bool,
     resume: bool,
 ) -> None:
+    from plans.legal import legal_plan
     from runtime.checkpoints.resume import Start, choose_start
     from runtime.launching.describe import batch_words, program_words
     from runtime.launching.entry import prepare_ranks
@@ -77,7 +78,6 @@ def _run(
         check_job,
         check_packages,
         check_weights,
-        legal_plan,
         read_run,
     )
     from runtime.launching.slurm import rank_variables

@@ -19,17 +19,19 @@ from pathlib import Path  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from planner.search import dominance, mcmc, tables  # noqa: E402
-from planner.search.problem import Problem  # noqa: E402
+import fixed_tables  # noqa: E402
+
+from planner.search import dominance, mcmc  # noqa: E402
+from planner.search.problem import SearchProblem  # noqa: E402
 from plans.errors import Infeasible, RealplanError  # noqa: E402
 
 RUN_EVALUATIONS = 300_000  # an independent run; several of them escape more often than one long one
 STARTUP_S = 1.0  # spent before BEGAN, and writing the answer
 
 
-def best_of_runs(problem: Problem, until: float, seed: int) -> mcmc.Found | Infeasible:
+def best_of_runs(problem: SearchProblem, until: float, seed: int) -> mcmc.Walked | Infeasible:
     """Independent runs with consecutive seeds until the clock reads `until`; reports the rate."""
-    best: mcmc.Found | Infeasible | None = None
+    best: mcmc.Walked | Infeasible | None = None
     evaluated, runs, cpu = 0, 0, time.process_time()
     while best is None or time.monotonic() < until:
         found = mcmc.search(
@@ -37,14 +39,16 @@ def best_of_runs(problem: Problem, until: float, seed: int) -> mcmc.Found | Infe
             seed=seed + runs,
             evaluations=RUN_EVALUATIONS,
             seconds=max(0.0, until - time.monotonic()),
-            rule=mcmc.Rule.READINESS,
+            rule=mcmc.Objective.READINESS,
             workers=os.cpu_count() or 1,
         )
         runs += 1
-        if isinstance(found, mcmc.Found):
+        if isinstance(found, mcmc.Walked):
             evaluated += found.evaluated
             print(f"{time.monotonic() - BEGAN:6.1f} s  run {runs}: {found.objective_s:.3f} s", file=sys.stderr)
-        if not isinstance(best, mcmc.Found) or (isinstance(found, mcmc.Found) and found.objective_s < best.objective_s):
+        if not isinstance(best, mcmc.Walked) or (
+            isinstance(found, mcmc.Walked) and found.objective_s < best.objective_s
+        ):
             best = found
     rate = evaluated / (time.process_time() - cpu)
     print(f"{evaluated:,} evaluations in {runs} runs, {rate:,.0f} per CPU second")
@@ -60,7 +64,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     try:
-        problem = tables.load(arguments.table)
+        problem = fixed_tables.load(arguments.table)
     except RealplanError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -68,7 +72,7 @@ def main() -> int:
     if smaller is None:
         print(f"infeasible: {mcmc.overfull(problem, 0).reason}", file=sys.stderr)
         return 1
-    mcmc.search(smaller.problem, evaluations=1, rule=mcmc.Rule.READINESS)  # compiled before the rate is taken
+    mcmc.search(smaller.problem, evaluations=1, rule=mcmc.Objective.READINESS)  # compiled before the rate is taken
     found = best_of_runs(smaller.problem, BEGAN + arguments.seconds - STARTUP_S, arguments.seed)
     if isinstance(found, Infeasible):
         print(f"infeasible: {found.reason}", file=sys.stderr)

@@ -13,14 +13,14 @@ from collections.abc import Iterator
 import numpy as np
 from hypothesis import strategies as st
 
-from planner.search.problem import Decision, Dependency, Moves, Options, Problem
+from planner.search.problem import Decision, Dependency, Moves, Options, SearchProblem
 
 TESTS = os.path.dirname(__file__)
 GPUS = 4
 MESHES = ((0, 4), (0, 2), (2, 2), (0, 1), (1, 1), (3, 1))
 
 
-def gpus_of(problem: Problem, decision: Decision, call: int) -> range:
+def gpus_of(problem: SearchProblem, decision: Decision, call: int) -> range:
     """GPUs of the call's mesh."""
     options, i = problem.options[call], decision.choice[call]
     return range(int(options.first[i]), int(options.first[i] + options.width[i]))
@@ -33,7 +33,7 @@ def by_layout(seconds: np.ndarray) -> Moves:
     return Moves(columns, row.reshape(-1), column.reshape(-1))
 
 
-def move_seconds(problem: Problem, decision: Decision, call: int) -> tuple[int, float]:
+def move_seconds(problem: SearchProblem, decision: Decision, call: int) -> tuple[int, float]:
     """(trainer, seconds) of the reallocation before `call`; (-1, 0) where there is none."""
     for (u, v), moves in problem.moves.items():
         if v == call:
@@ -41,7 +41,7 @@ def move_seconds(problem: Problem, decision: Decision, call: int) -> tuple[int, 
     return -1, 0.0
 
 
-def has_copy(problem: Problem, decision: Decision, call: int) -> bool:
+def has_copy(problem: SearchProblem, decision: Decision, call: int) -> bool:
     """Whether a call before this one in the order reads the same version in the same layout with the same lag."""
 
     def copy(c: int) -> tuple[object, ...]:
@@ -54,7 +54,7 @@ def has_copy(problem: Problem, decision: Decision, call: int) -> bool:
     return any(copy(c) == copy(call) for c in before)
 
 
-def play(problem: Problem, decision: Decision, periods: int) -> list[dict[int, float]]:
+def play(problem: SearchProblem, decision: Decision, periods: int) -> list[dict[int, float]]:
     """Per period the end of every call that ran in it, starting from idle GPUs."""
     free = [0.0] * problem.gpus
     end: dict[tuple[int, int], float] = {}
@@ -84,13 +84,13 @@ def play(problem: Problem, decision: Decision, periods: int) -> list[dict[int, f
     return history
 
 
-def period_s(problem: Problem, decision: Decision) -> float:
+def period_s(problem: SearchProblem, decision: Decision) -> float:
     """Growth of the ends over many periods; 120 is a multiple of every short cycle."""
     history = play(problem, decision, 241)
     return max(history[240][c] - history[120][c] for c in range(problem.n_calls)) / 120
 
 
-def latency_s(problem: Problem, decision: Decision) -> float:
+def latency_s(problem: SearchProblem, decision: Decision) -> float:
     """One iteration alone: call by call in the order of its periods, on idle GPUs, with moves."""
     free, end = [0.0] * problem.gpus, dict[int, float]()
     for c in sorted(range(problem.n_calls), key=lambda c: (decision.lag[c], decision.order.index(c))):
@@ -111,7 +111,7 @@ def latency_s(problem: Problem, decision: Decision) -> float:
     return max(end.values())
 
 
-def fits(problem: Problem, choice: tuple[int, ...]) -> bool:
+def fits(problem: SearchProblem, choice: tuple[int, ...]) -> bool:
     """Memory of every GPU: all resident bytes, and the most transient ones, less what a shared copy saves; and one mesh
     where there must be one."""
     decision = problem.plain(choice)
@@ -135,7 +135,7 @@ def fits(problem: Problem, choice: tuple[int, ...]) -> bool:
     return True
 
 
-def is_legal(problem: Problem, decision: Decision) -> bool:
+def is_legal(problem: SearchProblem, decision: Decision) -> bool:
     """Sources come first in the sequence of periods."""
 
     def at(call: int, back: int) -> tuple[int, int]:
@@ -145,7 +145,7 @@ def is_legal(problem: Problem, decision: Decision) -> bool:
     return all(at(e.source, e.distance) < at(e.target, 0) for e in edges if e.source != e.target)
 
 
-def decisions(problem: Problem) -> Iterator[Decision]:
+def decisions(problem: SearchProblem) -> Iterator[Decision]:
     """All legal decisions that fit."""
     n = problem.n_calls
     sequences = [
@@ -159,7 +159,7 @@ def decisions(problem: Problem) -> Iterator[Decision]:
             yield from (Decision(choice, order, lag) for order, lag in sequences)
 
 
-def best_objective_s(problem: Problem, weight: float) -> float | None:
+def best_objective_s(problem: SearchProblem, weight: float) -> float | None:
     """Least period + weight x latency over all decisions; None where nothing fits."""
     costs = (period_s(problem, d) + weight * latency_s(problem, d) for d in decisions(problem))
     return min(costs, default=None)
@@ -192,7 +192,7 @@ def moves_between(draw: st.DrawFn, a: Options, b: Options) -> np.ndarray:
 
 
 @st.composite
-def problems(draw: st.DrawFn, calls: int = 3, most_options: int = 3, together: bool = True) -> Problem:
+def problems(draw: st.DrawFn, calls: int = 3, most_options: int = 3, together: bool = True) -> SearchProblem:
     """A random graph: forward data edges, the last call may train a model that earlier calls read, exactly so many
     iterations old. With `together`, the first and the last call may have to share a mesh."""
     n = draw(st.integers(1, calls))
@@ -211,7 +211,7 @@ def problems(draw: st.DrawFn, calls: int = 3, most_options: int = 3, together: b
             moves[n - 1, v] = by_layout(draw(moves_between(candidates[n - 1], candidates[v])))
     if draw(st.booleans()):
         edges.append(Dependency(n - 1, n - 1, 1))
-    return Problem(
+    return SearchProblem(
         gpus=GPUS,
         capacity_bytes=float(draw(st.integers(4, 12))),
         names=tuple(f"call{c}" for c in range(n)),

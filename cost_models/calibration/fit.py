@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import least_squares
 
-from cost_models.calibration.predictions import PREDICTORS, predict_entry
+from cost_models.calibration.predictions import TABLE_PREDICTORS, predict_entry
 from cost_models.candidates import Array
 from cost_models.engines.constants import Constants
 from cost_models.engines.machine import Machine, machine_of
@@ -69,7 +69,7 @@ def calibrate(table: CostTable, constants: Constants) -> Calibration:
     Kernel tables of the GPU kind are left out: this machine was measured itself."""
     cluster = _cluster(table)
     fitted = _fit_links(table, replace(constants, measured_kernels=False), cluster)
-    entries = {name: table.entries[name] for name in PREDICTORS if name in table.entries}
+    entries = {name: table.entries[name] for name in TABLE_PREDICTORS if name in table.entries}
     if table.model and entries:
         fitted = _fit_operations(table, fitted, cluster, load_model(table.model), entries)
     return Calibration(fitted, _errors(table, fitted))
@@ -162,7 +162,7 @@ def _collective(machine: Machine, operation: str, entry: Entry) -> Array:
 def table_predictions(table: CostTable, constants: Constants) -> dict[str, Array]:
     """Seconds of every entry that the model speaks of, in the shape of its values."""
     machine, entries = machine_of(_cluster(table), constants, table.precision), table.entries
-    known = [name for name in PREDICTORS if name in entries] if table.model else []
+    known = [name for name in TABLE_PREDICTORS if name in entries] if table.model else []
     found = {name: predict_entry(machine, load_model(table.model), name, entries[name]) for name in known}
     return found | {name: _collective(machine, name, entries[name]) for name in _LINKS if name in entries}
 

@@ -23,18 +23,18 @@ from plans.model import ModelSpec
 from plans.strategy import ParallelStrategy
 
 Points = Mapping[str, Array]
-Predictor = Callable[[Machine, ModelSpec, Points], Array]
+TablePredictor = Callable[[Machine, ModelSpec, Points], Array]
 
 
 def predict_entry(machine: Machine, spec: ModelSpec, operation: str, entry: Entry) -> Array:
     """Seconds of a model's operation at the points of an entry, in the shape of its values."""
     axes = dict(entry.axes)
     if "tp" not in axes:
-        return PREDICTORS[operation](machine, spec, axes)
+        return TABLE_PREDICTORS[operation](machine, spec, axes)
     degrees = axes.pop("tp")
     grid = np.meshgrid(*axes.values(), indexing="ij")
     points = {name: values.reshape(-1) for name, values in zip(axes, grid, strict=True)}
-    rows = [PREDICTORS[operation](machine, shard_spec(spec, int(tp)), points) for tp in degrees]
+    rows = [TABLE_PREDICTORS[operation](machine, shard_spec(spec, int(tp)), points) for tp in degrees]
     return np.stack(rows).reshape(entry.values.shape)
 
 
@@ -107,7 +107,7 @@ def _total(terms: Mapping[str, Array]) -> Array:
     return total
 
 
-PREDICTORS: Mapping[str, Predictor] = {
+TABLE_PREDICTORS: Mapping[str, TablePredictor] = {
     "block_forward": _block_forward,
     "block_backward": _block_backward,
     "block_recompute": _block_forward,

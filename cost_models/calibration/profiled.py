@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from cost_models.calibration.fit import calibrate, table_predictions
-from cost_models.calibration.predictions import PREDICTORS
+from cost_models.calibration.predictions import TABLE_PREDICTORS
 from cost_models.engines.constants import Constants, load_constants
 from cost_models.engines.engine import MEGATRON, Abilities, Engine, memory_habits
 from cost_models.engines.machine import Machine, machine_of
@@ -88,7 +88,7 @@ def _check_complete(table: CostTable, path: str) -> None:
     """A table of one model with all its operations: what was not measured would be a guess."""
     if not table.model:
         raise _fault(path, ("model",), "empty, as in a table of kernels", "give a table of `realplan profile`")
-    missing = [name for name in PREDICTORS if name not in table.entries]
+    missing = [name for name in TABLE_PREDICTORS if name not in table.entries]
     if missing:
         raise _fault(
             path,

@@ -13,7 +13,7 @@ from cost_models.memory.memory_terms import MemoryTerms
 from cost_models.memory.memory_training import HEAD_TEMPORARIES, communicator_bytes, fullest_stage
 from cost_models.memory.training_case import StageParts, stage_parts
 from cost_models.packing import bound_tokens
-from cost_models.slots import moments, slots_of
+from cost_models.slots import decode_moments, slots_of
 from cost_models.stages import stage_layers
 from plans.kvcache import cache_blocks
 from plans.model import ModelSpec
@@ -45,7 +45,7 @@ def cached_tokens(workload: Workload, candidates: Candidates, slots: Array, habi
         rows, prompts = workload.samples / candidates.dp, workload.prompts.mean
         held = [
             moment.slots * np.minimum(moment.alive, 1.0) * (prompts + moment.position)
-            for moment in moments(workload.responses, rows, slots, first=1.0, burst=1.0)
+            for moment in decode_moments(workload.responses, rows, slots, first=1.0, burst=1.0)
         ]
         fullest: Array = np.maximum.reduce(held)
         return fullest

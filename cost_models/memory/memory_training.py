@@ -83,7 +83,7 @@ def gathered_bytes(stage: StageParts, case: TrainingCase, habits: MemoryHabits) 
 
 
 @dataclass(frozen=True, eq=False)
-class Moment:
+class TrainingMoment:
     """What is alive beside the model state at one moment, bytes."""
 
     activations: Array
@@ -96,15 +96,19 @@ class Moment:
         return self.activations + self.logits + self.workspace
 
 
-def _fullest(moments: list[Moment]) -> Moment:
+def _fullest(moments: list[TrainingMoment]) -> TrainingMoment:
     best = moments[0]
     for other in moments[1:]:
         wins = other.total > best.total
-        best = Moment(*(np.where(wins, getattr(other, f.name), getattr(best, f.name)) for f in fields(Moment)))
+        best = TrainingMoment(
+            *(np.where(wins, getattr(other, f.name), getattr(best, f.name)) for f in fields(TrainingMoment))
+        )
     return best
 
 
-def moments(stage: StageParts, widths: BlockWidths, case: TrainingCase, habits: MemoryHabits) -> list[Moment]:
+def training_moments(
+    stage: StageParts, widths: BlockWidths, case: TrainingCase, habits: MemoryHabits
+) -> list[TrainingMoment]:
     """The moments that may be the fullest: backward of a block, loss, gradient of the embedding."""
     kept = kept_block_bytes(widths, case, gathers_keys=habits.gathers_keys) * case.rank_tokens * stage.layers
     flight = in_flight(stage.index, case.pp, case.vpp, case.micro_batches)
@@ -122,13 +126,13 @@ def moments(stage: StageParts, widths: BlockWidths, case: TrainingCase, habits: 
     embedding = stage.embedding / case.tp * case.element
     last = _loss(stage, widths, case, habits)
     return [
-        Moment(stored, none, again + temporaries + wgrad + gathered),
-        Moment(stored, last.logits, last.workspace + buffers + gathered),
-        Moment(kept * np.maximum(flight - 1.0 / case.vpp, 0.0), none, embedding + buffers + gathered),
+        TrainingMoment(stored, none, again + temporaries + wgrad + gathered),
+        TrainingMoment(stored, last.logits, last.workspace + buffers + gathered),
+        TrainingMoment(kept * np.maximum(flight - 1.0 / case.vpp, 0.0), none, embedding + buffers + gathered),
     ]
 
 
-def _loss(stage: StageParts, widths: BlockWidths, case: TrainingCase, habits: MemoryHabits) -> Moment:
+def _loss(stage: StageParts, widths: BlockWidths, case: TrainingCase, habits: MemoryHabits) -> TrainingMoment:
     """The loss on the stage of the head: logits cut over tp, those that are kept and a part of the others; input and
     output of the final norm, the gathered input of the projection and its gradient; the weight gradient of the
     projection."""
@@ -139,7 +143,7 @@ def _loss(stage: StageParts, widths: BlockWidths, case: TrainingCase, habits: Me
     if habits.kept_logits:
         entries = np.minimum(entries, float(habits.kept_logits + habits.head_elements))
     stream = widths.hidden * case.element * (2.0 / np.where(case.sequence_parallel, case.tp, 1.0) + 2.0)
-    return Moment(
+    return TrainingMoment(
         activations=np.zeros_like(rows),
         logits=(case.element + habits.logit_bytes) * entries + chunk,
         workspace=np.where(has_head, stream * tokens + rows * widths.hidden * case.element, 0.0),
@@ -154,7 +158,7 @@ def communicator_bytes(habits: MemoryHabits, *degrees: Array) -> Array:
 def stage_terms(stage: StageParts, widths: BlockWidths, case: TrainingCase, habits: MemoryHabits) -> MemoryTerms:
     """Memory of one stage at its fullest moment."""
     state = state_bytes(stage, case)
-    moment = _fullest(moments(stage, widths, case, habits))
+    moment = _fullest(training_moments(stage, widths, case, habits))
     stay = np.ones_like(case.tp, dtype=np.bool_)
     return MemoryTerms(
         weights=state.weights,

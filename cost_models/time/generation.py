@@ -9,7 +9,7 @@ import numpy as np
 from cost_models.candidates import Array, Candidates
 from cost_models.distinct import distinct
 from cost_models.engines.machine import Machine
-from cost_models.slots import moments, slots_of
+from cost_models.slots import decode_moments, slots_of
 from cost_models.stages import stage_layers
 from cost_models.terms import Terms
 from cost_models.time import operations
@@ -80,7 +80,7 @@ def decode_terms(machine: Machine, work: Generation, candidates: Candidates) -> 
     c, burst = candidates, machine.constants.burst_steps
     slots, sums = slots_of(c, work.samples), dict[str, Array]()
     first = 0.0 if burst else 1.0
-    for moment in moments(work.responses, work.samples / c.dp, slots, first=first, burst=max(burst, 1.0)):
+    for moment in decode_moments(work.responses, work.samples / c.dp, slots, first=first, burst=max(burst, 1.0)):
         sequences = moment.slots * c.dp * moment.alive
         step = decode_step(machine, work.spec, c, sequences, work.prompt_tokens + moment.position)
         count = moment.weight * moment.running(c.dp)

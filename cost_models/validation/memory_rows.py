@@ -143,7 +143,7 @@ def _row_terms(row: Mapping[str, Any]) -> MemoryTerms:
         if not layers:
             raise SpecError("not published: layers of the model")
         return latent_training_terms(LATENT_MODELS[model], layers, case, row_habits(row))
-    return training_terms(row_spec(row), case, row_habits(row))
+    return training_terms(memory_row_spec(row), case, row_habits(row))
 
 
 def row_habits(row: Mapping[str, Any]) -> MemoryHabits:
@@ -158,7 +158,7 @@ def row_habits(row: Mapping[str, Any]) -> MemoryHabits:
     return habits
 
 
-def row_spec(row: Mapping[str, Any]) -> ModelSpec:
+def memory_row_spec(row: Mapping[str, Any]) -> ModelSpec:
     """The architecture of a row; Megatron's own test models are GPT-3 blocks where it does not say otherwise."""
     arch = row.get("arch") or {}
     missing = [key for key in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab") if not arch.get(key)]

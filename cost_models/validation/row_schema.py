@@ -90,7 +90,7 @@ ARCH_COUNTS = (
 ARCH_FLAGS = ("gated_mlp", "tied")
 LARGEST = 1e12
 """Counts beyond this are slips: no sequence, batch or vocabulary is so large."""
-MOST_GPUS = 1_000_000
+MOST_ROW_GPUS = 1_000_000
 MOST_LAYERS = 10_000
 """The memory model goes through all layers of a model."""
 MAGNITUDES = (1e-15, 1e15)
@@ -143,8 +143,8 @@ LAYERS: Rule = (
     f"must be a whole number that is not negative, {MOST_LAYERS} at the most",
 )
 DEGREE: Rule = (
-    lambda value: _is_count(value) and value <= MOST_GPUS,
-    f"must be a positive whole number, {MOST_GPUS} at the most",
+    lambda value: _is_count(value) and value <= MOST_ROW_GPUS,
+    f"must be a positive whole number, {MOST_ROW_GPUS} at the most",
 )
 BAR: Rule = (_is_bar, f"must be true, false or a list of {', '.join((*TIME_QUANTITIES, *MEMORY_QUANTITIES))}")
 FLAG: Rule = (lambda value: isinstance(value, bool), "must be true or false")
@@ -209,7 +209,7 @@ def _unfilled(row: Mapping[str, Any], model_ranks: int) -> str:
     if gpus and gpus % model_ranks:
         return f"gpus is {gpus}; it must be a multiple of tp x pp x cp, {model_ranks:.12g}"
     world, per_node = gpus or model_ranks * (dp or 1), row.get("gpus_per_node") or 8
-    if world > MOST_GPUS:
+    if world > MOST_ROW_GPUS:
         return f"tp x pp x cp x dp is {world:.12g}; {DEGREE[1].replace('must', 'it must', 1)}"
     if (gpus or dp) and world > per_node and world % per_node:
         return f"gpus is {world:.12g}; beyond one node it must be a multiple of gpus_per_node, {per_node}"

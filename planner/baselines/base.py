@@ -9,7 +9,7 @@ from itertools import islice
 from cost_models.engines.engine import Engine
 from cost_models.estimate import PlanCost, cost_plan
 from planner.space.layouts import Pruned, Shape
-from planner.space.numbering import Entry
+from planner.space.numbering import Placement
 from planner.space.pricing import Priced, price_call
 from plans.cluster import ClusterSpec, DeviceMesh
 from plans.errors import Infeasible
@@ -41,7 +41,7 @@ class Ladder:
     """Layouts of one call from the fastest to the smallest: each is slower than the one before and needs less."""
 
     call: str
-    rungs: tuple[Entry, ...]
+    rungs: tuple[Placement, ...]
     fastest_s: float
 
 
@@ -64,7 +64,7 @@ def climb(call: str, mesh: DeviceMesh, priced: Priced, keep: Keep) -> Ladder:
     if not kept:
         reason = f"`{call}` has no layout of this system on {mesh.size} GPUs"
         raise NoLayoutError(Infeasible(reason, "a number of GPUs that divides the samples of a minibatch"))
-    rungs: list[Entry] = []
+    rungs: list[Placement] = []
     least = float("inf")
     for i in sorted(kept, key=lambda i: float(priced.time_s[i])):
         need = float(priced.resident[i] + priced.transient[i])

@@ -31,8 +31,8 @@ from plans.workload import Workload
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)  # times those of the published runs
 TRIED = 24  # candidates that are costed in full until one fits
-Slices = tuple[int, int, int]  # tp, pp, ep: equal for calls that read one copy
-Rows = Mapping[tuple[Slices, bool], NDArray[np.intp]]  # (slices, offload) -> layouts of a call
+Degrees = tuple[int, int, int]  # tp, pp, ep: equal for calls that read one copy
+Rows = Mapping[tuple[Degrees, bool], NDArray[np.intp]]  # (slices, offload) -> layouts of a call
 
 
 def symmetric(
@@ -63,7 +63,7 @@ def _within(cost: PlanCost, limits: Limits) -> bool:
 
 def _rows(call: str, priced: Priced, cluster: ClusterSpec, limits: Limits) -> Rows:
     """The layouts of a call that the limits allow, by what must be equal for all calls."""
-    found: dict[tuple[Slices, bool], list[int]] = defaultdict(list)
+    found: dict[tuple[Degrees, bool], list[int]] = defaultdict(list)
     for i, s in enumerate(priced.strategies):
         if s.vpp == 1 and not limits.refuses(call, cluster.whole, s, cluster):
             found[(s.tp, s.pp, s.ep), s.offload].append(i)

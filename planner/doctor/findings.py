@@ -11,7 +11,7 @@ from planner.doctor.facts import Facts
 
 Level = Literal["ok", "note", "lacks"]
 RUNTIME = ("torch", "megatron-core", "safetensors", "tokenizers")
-MEGATRON = "0.16.1"
+MEGATRON_VERSION = "0.16.1"
 LEAST_OPEN_FILES = 4096
 IDLE_GIB = 1.0
 """A GPU with more memory in use than this is somebody's."""
@@ -97,10 +97,12 @@ def _links(facts: Facts) -> Iterator[Finding]:
 def _packages(facts: Facts) -> Iterator[Finding]:
     shown = ", ".join(f"{name} {found}" for name, found in facts.packages.items())
     yield Finding("packages", "ok", f"Python {facts.python}; {shown}")
-    found = facts.packages.get("megatron-core", MEGATRON)
-    if found != MEGATRON:
-        hint = f"pip install megatron-core=={MEGATRON}"
-        yield Finding("packages", "lacks", f"megatron-core is {found}, the runtime is written for {MEGATRON}", hint)
+    found = facts.packages.get("megatron-core", MEGATRON_VERSION)
+    if found != MEGATRON_VERSION:
+        hint = f"pip install megatron-core=={MEGATRON_VERSION}"
+        yield Finding(
+            "packages", "lacks", f"megatron-core is {found}, the runtime is written for {MEGATRON_VERSION}", hint
+        )
     if facts.gpus and "+cpu" in facts.packages.get("torch", ""):
         yield Finding("packages", "lacks", "torch is built without CUDA", "install torch's CUDA build")
 

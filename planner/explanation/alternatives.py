@@ -9,7 +9,7 @@ from enum import StrEnum
 from cost_models.estimate import PlanCost, cost_plan
 from planner.explanation.critical import critical_path
 from planner.explanation.neighbourhood import Neighbour, moved, neighbours
-from planner.space.numbering import Entry
+from planner.space.numbering import Placement
 from planner.space.pricing import Space
 from plans.checks import check_plan
 from plans.plan import PlannedCall
@@ -17,7 +17,7 @@ from plans.program import StepKind
 from plans.strategy import ParallelStrategy
 
 CONFIRMED = 4  # neighbours that are costed in full until one fits
-TOLERANCE = 1e-4  # shorter differences of a period are none
+LEAST_CHANGE = 1e-4  # shorter differences of a period are none
 
 
 class Where(StrEnum):
@@ -85,7 +85,7 @@ def elsewhere(cost: PlanCost, call: str, space: Space | None) -> Elsewhere:
     )
 
 
-def _where(now: PlannedCall, entry: Entry) -> Where | None:
+def _where(now: PlannedCall, entry: Placement) -> Where | None:
     """How another layout differs; None for a mesh of the same size in another place."""
     mesh, strategy = entry
     if mesh != now.mesh:
@@ -106,7 +106,7 @@ def _best(cost: PlanCost, call: str, where: Where, found: Sequence[Neighbour]) -
     return None
 
 
-def _alternative(cost: PlanCost, other: PlanCost, call: str, where: Where, entry: Entry) -> Alternative:
+def _alternative(cost: PlanCost, other: PlanCost, call: str, where: Where, entry: Placement) -> Alternative:
     mesh, strategy = entry
     return Alternative(
         where=where,
@@ -126,7 +126,7 @@ def _too_large(cost: PlanCost, call: str, found: Sequence[Neighbour], least_s: f
     if not cost.fits:
         return None
     plan = cost.program.plan
-    heavy = [n for n in found if n.over_bytes > 0 and n.period_s < least_s * (1 - TOLERANCE)]
+    heavy = [n for n in found if n.over_bytes > 0 and n.period_s < least_s * (1 - LEAST_CHANGE)]
     if not heavy:
         return None
     enough = (min(n.period_s for n in heavy) + least_s) / 2
@@ -145,7 +145,7 @@ def _too_large(cost: PlanCost, call: str, found: Sequence[Neighbour], least_s: f
 
 
 def _change(then_s: float, now_s: float) -> float:
-    return then_s - now_s if abs(then_s - now_s) > TOLERANCE * now_s else 0.0
+    return then_s - now_s if abs(then_s - now_s) > LEAST_CHANGE * now_s else 0.0
 
 
 def _reallocations_s(cost: PlanCost) -> float:

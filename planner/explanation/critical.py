@@ -65,10 +65,6 @@ class CriticalPath:
         """Length of the path."""
         return sum(link.seconds for link in self.links)
 
-    def share_s(self, call: str) -> float:
-        """Seconds per iteration that the path spends in a call itself."""
-        return sum(link.seconds for link in self.links if link.step == call) / self.periods
-
     @property
     def calls(self) -> tuple[str, ...]:
         """The calls on the path."""

@@ -9,9 +9,9 @@ from planner.explanation.alternatives import Alternative, Elsewhere, TooLarge, W
 from planner.explanation.critical import Link, Wait
 from planner.explanation.explain import SPARE, Explanation
 from plans.program import StepKind
+from plans.render import TABLE_WIDTH
 
-WIDTH = 100
-TERMS = 3  # shown of each resource
+MOST_TERMS = 3  # shown of each resource
 _WHERE = {
     Where.SETTINGS: "same mesh and degrees, other settings",
     Where.STRATEGY: "same mesh, other degrees",
@@ -31,7 +31,9 @@ def render_explanation(e: Explanation) -> str:
 
 
 def _wrap(text: str, indent: str = "", later: str = "  ") -> str:
-    lines = textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent + later, break_on_hyphens=False)
+    lines = textwrap.wrap(
+        text, TABLE_WIDTH, initial_indent=indent, subsequent_indent=indent + later, break_on_hyphens=False
+    )
     return "\n".join(lines)
 
 
@@ -47,7 +49,7 @@ def _path(e: Explanation) -> Iterator[str]:
         share = f"{link.seconds / path.seconds:.0%}"
         iteration = f", iteration t+{link.iteration}" if link.iteration else ""
         seconds = f"{link.seconds:.4g}" if link.seconds >= 1e-3 else "<0.001"
-        yield f"{seconds:>9} s {share:>4}  {_step(link.step)}{iteration}"[:WIDTH]
+        yield f"{seconds:>9} s {share:>4}  {_step(link.step)}{iteration}"[:TABLE_WIDTH]
         yield _wrap(reason(link), " " * 18)
     if e.spare:
         words = f"{SPARE:.0%} of an iteration longer at no cost: {', '.join(e.spare)}"
@@ -87,11 +89,11 @@ def _binding(e: Explanation) -> Iterator[str]:
     yield "WHAT BINDS: the seconds of the critical path by what would have to be faster"
     for resource, seconds in e.binding_by_resource.items():
         line = f"{seconds:>9.4g} s {seconds / e.iteration_s:>4.0%}  {resource:16}"
-        for term in [t for t in e.binding if t.resource == resource][:TERMS]:
+        for term in [t for t in e.binding if t.resource == resource][:MOST_TERMS]:
             moves = term.term in (StepKind.REALLOCATE, StepKind.TRANSFER)
             words = _step(term.step) if moves else f"{term.term} of {term.step}"
             more = f"  {words} {term.seconds:.3g}"
-            line += more if len(line + more) <= WIDTH else ""
+            line += more if len(line + more) <= TABLE_WIDTH else ""
         yield line
 
 
@@ -166,7 +168,7 @@ def _upgrades(e: Explanation) -> Iterator[str]:
     )
     for upgrade in e.upgrades:
         saved = f"{upgrade.saved_s:.3g} s saved" if upgrade.saved_s > 0 else "nothing saved"
-        yield f"{upgrade.iteration_s:>9.4g} s  {saved}: {upgrade.change}"[:WIDTH]
+        yield f"{upgrade.iteration_s:>9.4g} s  {saved}: {upgrade.change}"[:TABLE_WIDTH]
 
 
 def _kinds(e: Explanation) -> Iterator[str]:

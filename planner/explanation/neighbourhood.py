@@ -12,10 +12,10 @@ from cost_models.candidates import Candidates
 from cost_models.estimate import PlanCost
 from cost_models.memory.memory import call_memory
 from planner.search import schedule
-from planner.search.problem import Decision, Problem
+from planner.search.problem import Decision, SearchProblem
 from planner.space.layouts import Pruned, Shape
 from planner.space.limits import Limits
-from planner.space.numbering import Entry, options_of, problem_of
+from planner.space.numbering import Placement, options_of, problem_of
 from planner.space.pricing import Space, price_call, usable_bytes
 from plans.plan import ExecutionPlan
 
@@ -25,7 +25,7 @@ class Neighbour:
     """Another layout of one call, with what the plan would cost then by the search's own reckoning. own_s: seconds of
     the call itself. over_bytes: what GPUs would lack."""
 
-    mesh_and_strategy: Entry
+    mesh_and_strategy: Placement
     own_s: float
     period_s: float
     over_bytes: float
@@ -36,7 +36,7 @@ def neighbours(cost: PlanCost, call: str, space: Space | None) -> list[Neighbour
     plan, now = cost.program.plan, cost.program.plan.planned(call)
     shape = Shape(now.mesh.gpus, now.mesh.nodes)
     priced = price_call(plan.workload, call, plan.cluster, cost.engine, Pruned(), [shape])
-    entries: list[Entry] = [(now.mesh, strategy) for strategy in priced.strategies]
+    entries: list[Placement] = [(now.mesh, strategy) for strategy in priced.strategies]
     columns = [np.stack([priced.time_s, priced.resident, priced.transient, priced.copy], axis=1)]
     if space:
         at = space.problem.names.index(call)
@@ -58,7 +58,7 @@ def neighbours(cost: PlanCost, call: str, space: Space | None) -> list[Neighbour
     return found
 
 
-def moved(plan: ExecutionPlan, call: str, entry: Entry) -> ExecutionPlan:
+def moved(plan: ExecutionPlan, call: str, entry: Placement) -> ExecutionPlan:
     """The plan with another layout for one call."""
     mesh, strategy = entry
     calls = tuple(replace(p, mesh=mesh, strategy=strategy) if p.call == call else p for p in plan.calls)
@@ -78,11 +78,11 @@ def _decision(plan: ExecutionPlan, call: str, option: int) -> Decision:
     )
 
 
-def _problem(cost: PlanCost, call: str, entries: Sequence[Entry], price: NDArray[np.float64]) -> Problem:
+def _problem(cost: PlanCost, call: str, entries: Sequence[Placement], price: NDArray[np.float64]) -> SearchProblem:
     """price: [entries, 4] seconds, resident, transient and shared bytes of the free call."""
     plan = cost.program.plan
     names, machine = _names(plan), cost.engine.on(plan.cluster, plan.workload.dtype)
-    layouts: dict[str, Sequence[Entry]] = {n: [(plan.planned(n).mesh, plan.planned(n).strategy)] for n in names}
+    layouts: dict[str, Sequence[Placement]] = {n: [(plan.planned(n).mesh, plan.planned(n).strategy)] for n in names}
     prices = {name: _present_price(cost, name) for name in names if name != call}
     layouts[call], prices[call] = entries, price
     return problem_of(

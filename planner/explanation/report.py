@@ -11,7 +11,7 @@ from cost_models.memory.moments import RankGroup
 from cost_models.provenance.sources import Sources
 from cost_models.validation.error_band import ErrorBand
 from planner.explanation.binding import BindingTerm, by_resource
-from planner.text import WIDTH, wrapped
+from planner.text import PROSE_WIDTH, wrapped
 from plans.cluster import GIB
 
 CALLS_PER_TABLE = 6
@@ -110,9 +110,9 @@ def _memory(cost: PlanCost) -> Iterator[str]:
 
 def _rank_group(group: RankGroup) -> Iterator[str]:
     heading = f"ranks {ranges(group.ranks)}: {group.peak_bytes / GIB:.1f} in {group.step}"
-    yield from textwrap.wrap(heading, WIDTH, initial_indent="  ", subsequent_indent="  ")
+    yield from textwrap.wrap(heading, PROSE_WIDTH, initial_indent="  ", subsequent_indent="  ")
     parts = [f"{name} {size / GIB:.1f}" for name, size in _rounded(group.terms).items()]
-    yield from textwrap.wrap(", ".join(parts), WIDTH, initial_indent="    ", subsequent_indent="    ")
+    yield from textwrap.wrap(", ".join(parts), PROSE_WIDTH, initial_indent="    ", subsequent_indent="    ")
 
 
 def _rounded(terms: Mapping[str, float]) -> dict[str, float]:

@@ -23,7 +23,7 @@ from plans.workload import SIZES
 
 _CLUSTER = ("inter_node_gbps", "host_memory_gib")
 _GPU = tuple(f.name for f in fields(GpuSpec) if f.name != "name")
-KEYS = ("gpus", "gpu", *SIZES, *_CLUSTER, *_GPU)
+CHANGES = ("gpus", "gpu", *SIZES, *_CLUSTER, *_GPU)
 _EXAMPLES: Mapping[str, str] = {"gpus": "256", "gpu": "h200-141gb", "response_tokens": "4096", "inter_node_gbps": "200"}
 
 
@@ -62,8 +62,8 @@ def _rescaled(plan: ExecutionPlan, sizes: dict[str, int]) -> dict[str, Percentil
 
 def _parted(change: str) -> tuple[str, str]:
     key, equals, value = change.partition("=")
-    if key not in KEYS:
-        raise SpecError(f"--what-if `{shortened(change)}` is not one of the known changes", nearest(key, KEYS))
+    if key not in CHANGES:
+        raise SpecError(f"--what-if `{shortened(change)}` is not one of the known changes", nearest(key, CHANGES))
     if not equals or not value:
         raise SpecError(f"--what-if `{change}` has no value", f"write `{key}={_EXAMPLES.get(key, '<number>')}`")
     return key, value

@@ -12,14 +12,14 @@ from planner.pictures.idle import idle_share
 from planner.pictures.page import Picture, Table, render_page
 from plans.errors import Infeasible
 from plans.plan import ExecutionPlan
-from plans.render import WIDTH
+from plans.render import TABLE_WIDTH
 
 COLUMNS = ("plan", "s per iteration", "ratio", "on one engine", "idle", "peak GiB", "fits", "priced by the engine")
 SAME_ENGINE = "one engine: seconds of the same plan if the engine of the first plan ran it (-: does not fit)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class ComparedPlan:
     """Figures of one plan. ratio: its seconds over those of the first. same_engine_s: its seconds if the engine of the
     first ran it, None where that does not fit. idle: share of all GPU time. decides: of a plan faster than the first,
     the term in which it gains most (`deciding_term`)."""
@@ -49,11 +49,11 @@ class Row:
         )
 
 
-def compare(contenders: Sequence[Contender], engine: Engine) -> list[Row]:
+def compare(contenders: Sequence[Contender], engine: Engine) -> list[ComparedPlan]:
     """One row per plan; the first, which `engine` runs, is what the others are measured against."""
     first = contenders[0].cost.iteration_s
     return [
-        Row(
+        ComparedPlan(
             name=contender.name,
             iteration_s=contender.cost.iteration_s,
             ratio=contender.cost.iteration_s / first,
@@ -105,7 +105,7 @@ def baselines(plan: ExecutionPlan, engine: Engine) -> tuple[list[Contender], dic
     return found, missing
 
 
-def render_rows(rows: Sequence[Row], missing: Mapping[str, Infeasible]) -> str:
+def render_rows(rows: Sequence[ComparedPlan], missing: Mapping[str, Infeasible]) -> str:
     """The table as text of at most 100 columns, with what is not modelled below it."""
     heads = ("plan", "s/iteration", "ratio", "one engine", "idle", "peak GiB", "fits", "priced by the engine")
     lines = [_line(heads)]
@@ -113,9 +113,11 @@ def render_rows(rows: Sequence[Row], missing: Mapping[str, Infeasible]) -> str:
         *figures, engines = row.cells()
         short = engines.replace(" for training and scoring,", " +").replace(" for generation", " (gen)")
         lines.append(_line((*figures, short)))
-    lines += [f"{name[:19]:20}  no plan: {reason.reason}"[:WIDTH] for name, reason in missing.items()]
-    notes = [f"  {row.name}: {caveat}"[:WIDTH] for row in rows for caveat in row.caveats]
-    faster = [f"{row.name} is faster; the term that decides is {row.decides}"[:WIDTH] for row in rows if row.decides]
+    lines += [f"{name[:19]:20}  no plan: {reason.reason}"[:TABLE_WIDTH] for name, reason in missing.items()]
+    notes = [f"  {row.name}: {caveat}"[:TABLE_WIDTH] for row in rows for caveat in row.caveats]
+    faster = [
+        f"{row.name} is faster; the term that decides is {row.decides}"[:TABLE_WIDTH] for row in rows if row.decides
+    ]
     return "\n".join([*lines, *faster, *(["not modelled:", *notes] if notes else []), SAME_ENGINE])
 
 
@@ -123,7 +125,7 @@ def _line(cells: Sequence[str]) -> str:
     name, *figures, engines = cells
     widths = (12, 8, 11, 8, 9, 5)
     middle = "".join(f"{figure:>{width}}" for figure, width in zip(figures, widths, strict=True))
-    return f"{name[:16]:17}{middle}  {engines}"[:WIDTH].rstrip()
+    return f"{name[:16]:17}{middle}  {engines}"[:TABLE_WIDTH].rstrip()
 
 
 def compare_page(contenders: Sequence[Contender], engine: Engine, title: str) -> str:

@@ -10,7 +10,7 @@ from cost_models.estimate import PlanCost
 from plans.cluster import GIB
 from plans.lengths import keys_of
 from plans.plan import ExecutionPlan, PlannedCall
-from plans.render import WIDTH
+from plans.render import TABLE_WIDTH
 from plans.strategy import KEYS
 
 
@@ -106,8 +106,8 @@ def render_diff(found: Sequence[Change], a: PlanCost, b: PlanCost) -> str:
         where, words = change.call or "(plan)", f"{change.before} -> {change.after}"
         if len(words) > 62:
             indent = " " * 38
-            lines += textwrap.wrap(f"{where:18}{change.field:20}{change.before}", WIDTH, subsequent_indent=indent)
-            lines += textwrap.wrap(f"{'':35}-> {change.after}", WIDTH, subsequent_indent=indent)
+            lines += textwrap.wrap(f"{where:18}{change.field:20}{change.before}", TABLE_WIDTH, subsequent_indent=indent)
+            lines += textwrap.wrap(f"{'':35}-> {change.after}", TABLE_WIDTH, subsequent_indent=indent)
         else:
             lines.append(f"{where:18}{change.field:20}{words}")
     lines += ["", f"{'':34}{'seconds':>24}{'GiB on the fullest GPU':>32}"]

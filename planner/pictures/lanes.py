@@ -10,7 +10,7 @@ from plans.cluster import ClusterSpec
 from plans.timeline import Span, Timeline
 
 SHOWN_PERIODS = 3
-Step = tuple[str, str, int]  # name, kind, iteration
+StepKey = tuple[str, str, int]  # name, kind, iteration
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Block:
 
 def lanes(spans: Sequence[Span], cluster: ClusterSpec) -> tuple[Lane, ...]:
     """Runs of ranks that take part in the same steps. A lane of several nodes holds whole nodes only."""
-    doing: list[set[Step]] = [set() for _ in range(cluster.size)]
+    doing: list[set[StepKey]] = [set() for _ in range(cluster.size)]
     for span in spans:
         for rank in span.ranks:
             doing[rank].add((span.name, span.kind, span.iteration))
@@ -79,7 +79,7 @@ def _whole_nodes(first: int, last: int, per_node: int) -> list[Lane]:
 
 def blocks(spans: Iterable[Span], on: Sequence[Lane]) -> list[Block]:
     """Rectangles of the spans, in order of start; ranks of one step that are not neighbours give several."""
-    by_step: dict[Step, list[Span]] = {}
+    by_step: dict[StepKey, list[Span]] = {}
     for span in spans:
         by_step.setdefault((span.name, span.kind, span.iteration), []).append(span)
     found: list[Block] = []

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from cost_models.estimate import PlanCost
-from planner.text import WIDTH
+from planner.text import PROSE_WIDTH
 from plans.checks import check_plan
 from plans.cluster import GIB
 from plans.graph import CallKind
@@ -29,7 +29,7 @@ def misfits(cost: PlanCost) -> list[str]:
         node = int(memory.host_bytes_by_node.argmax())
         needs = f"{_host_gib(cost):.1f} of {plan.cluster.host_memory_gib:g} GiB of host memory"
         lines += [f"does not fit: node {node} needs {needs}", "  hint: offload fewer models"]
-    return [part for line in lines for part in textwrap.wrap(line, WIDTH, subsequent_indent="  ")]
+    return [part for line in lines for part in textwrap.wrap(line, PROSE_WIDTH, subsequent_indent="  ")]
 
 
 def memory_problems(cost: PlanCost) -> list[Problem]:

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from planner.search.problem import Decision, IntArray, Problem
+from planner.search.problem import Decision, IntArray, SearchProblem
 
 
-def _groups(problem: Problem) -> list[tuple[int, ...]]:
+def _groups(problem: SearchProblem) -> list[tuple[int, ...]]:
     """Calls that must share a mesh, every other call by itself."""
     return [
         tuple(c for c in range(problem.n_calls) if problem.leader[c] == leader)
@@ -17,14 +17,14 @@ def _groups(problem: Problem) -> list[tuple[int, ...]]:
     ]
 
 
-def _by_mesh(problem: Problem, group: tuple[int, ...]) -> list[list[IntArray]]:
+def _by_mesh(problem: SearchProblem, group: tuple[int, ...]) -> list[list[IntArray]]:
     """For every mesh that all calls of a group have, the options of each call on it."""
     mesh = [problem.options[c].first * (problem.gpus + 1) + problem.options[c].width for c in group]
     common = set(mesh[0].tolist()).intersection(*(m.tolist() for m in mesh))
     return [[np.flatnonzero(m == wanted) for m in mesh] for wanted in sorted(common)]
 
 
-def fastest(problem: Problem) -> Decision | None:
+def fastest(problem: SearchProblem) -> Decision | None:
     """Every call's fastest option; None where calls that must share a mesh have none in common."""
     choice = [int(options.time_s.argmin()) for options in problem.options]
     for group in _groups(problem):
@@ -43,7 +43,7 @@ def fastest(problem: Problem) -> Decision | None:
     return problem.plain(tuple(choice))
 
 
-def anywhere(problem: Problem, draw: Callable[[int], int]) -> list[int]:
+def anywhere(problem: SearchProblem, draw: Callable[[int], int]) -> list[int]:
     """A random option of every call; `draw(bound)` gives a number in [0, bound)."""
     choice = [draw(len(options)) for options in problem.options]
     for group in _groups(problem):

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from ortools.sat.python import cp_model
 
-from planner.search.problem import FloatArray, Problem
+from planner.search.problem import FloatArray, SearchProblem
 from planner.search.relaxation import Relaxation, Window, binding_edge, cycles, windows
 from planner.search.shapes import MoveTable, Shapes, gpu_unit, move_table, shapes_of
 
@@ -32,7 +32,7 @@ BYTES_STEPS = 1 << 16
 class Frame:
     """A problem prepared once for models of several periods."""
 
-    problem: Problem
+    problem: SearchProblem
     shapes: tuple[Shapes, ...]
     moves: dict[tuple[int, int], MoveTable]
     cycles: tuple[tuple[tuple[int, int], ...], ...]  # simple cycles of dependencies, as edges (u, v)
@@ -40,7 +40,7 @@ class Frame:
     unit: int
 
     @classmethod
-    def of(cls, problem: Problem) -> Frame:
+    def of(cls, problem: SearchProblem) -> Frame:
         """Shapes, reallocation between them, and the cycles of the dependency graph."""
         shapes = tuple(shapes_of(problem, call) for call in range(problem.n_calls))
         moves = {(u, v): move_table(problem, u, v, shapes[u], shapes[v]) for u, v in problem.moves}
@@ -68,7 +68,7 @@ class Frame:
 
 
 @dataclass(eq=False)
-class Model:
+class CyclicModel:
     """The variables of one model; times in units of `unit_s`, widths and places in `frame.unit`s."""
 
     frame: Frame
@@ -103,7 +103,7 @@ def _chosen(picks: list[cp_model.IntVar], values: list[int]) -> cp_model.LinearE
     return cp_model.LinearExpr.weighted_sum(picks, values)
 
 
-def _add_calls(m: Model) -> None:
+def _add_calls(m: CyclicModel) -> None:
     """Shape, start and turn of every call."""
     problem = m.frame.problem
     longest = max((m.ticks(e.delay_s) for e in problem.edges), default=0)
@@ -123,7 +123,7 @@ def _add_calls(m: Model) -> None:
         m.turn.append(m.cp.new_int_var(-turns if call else 0, turns if call else 0, f"turn{call}"))
 
 
-def _add_borrowing(m: Model) -> None:
+def _add_borrowing(m: CyclicModel) -> None:
     """Which consumers read a copy that another one has made: one of the same width, layout and place, and never all
     consumers of a version."""
     problem = m.frame.problem
@@ -146,7 +146,7 @@ def _add_borrowing(m: Model) -> None:
             m.cp.add_bool_or([m.borrows[w].negated() for w in (v, *readers)])
 
 
-def _add_moves(m: Model) -> None:
+def _add_moves(m: CyclicModel) -> None:
     """Reallocation before each consumer, pair by pair of shapes."""
     m.move.extend(0 for _ in m.frame.shapes)
     for (u, v), table in m.frame.moves.items():
@@ -161,7 +161,7 @@ def _add_moves(m: Model) -> None:
         _add_move_times(m, u, v, table.apart_s, [together.negated(), *unless])
 
 
-def _add_move_times(m: Model, u: int, v: int, seconds: FloatArray, enforced: list[cp_model.IntVar]) -> None:
+def _add_move_times(m: CyclicModel, u: int, v: int, seconds: FloatArray, enforced: list[cp_model.IntVar]) -> None:
     """The move before v takes the time of the shapes chosen; shapes of u with equal times are one condition."""
     ticks = (seconds / m.unit_s * (1 - 1e-12)).astype(np.int64)
     rows, of_shape = np.unique(ticks, axis=0, return_inverse=True)
@@ -178,7 +178,7 @@ def _add_move_times(m: Model, u: int, v: int, seconds: FloatArray, enforced: lis
         m.cp.add(m.move[v] >= _chosen(m.picks[v], row.tolist())).only_enforce_if(condition, *enforced)
 
 
-def _add_dependencies(m: Model) -> None:
+def _add_dependencies(m: CyclicModel) -> None:
     """Edges between starts and ends, weights taken before they are newer, and what every cycle of edges needs in a
     period. Where nothing moves, a copy may have been taken before, or the weights are read where the training is."""
     for e in m.frame.problem.edges:
@@ -199,7 +199,7 @@ def _add_dependencies(m: Model) -> None:
         m.cp.add(sum(m.duration[u] for u, _ in cycle) + sum(moves) <= m.period * sum(distance))
 
 
-def _copies(m: Model, call: int) -> list[cp_model.IntervalVar]:
+def _copies(m: CyclicModel, call: int) -> list[cp_model.IntervalVar]:
     """The time a call holds its mesh, now and one period later."""
     size = m.cp.new_int_var(0, m.period, "")
     m.cp.add(size == m.move[call] + m.duration[call])
@@ -207,7 +207,7 @@ def _copies(m: Model, call: int) -> list[cp_model.IntervalVar]:
     return [m.cp.new_interval_var(start + shift, size, end + shift, "") for shift in (0, m.period)]
 
 
-def _add_gpus(m: Model) -> None:
+def _add_gpus(m: CyclicModel) -> None:
     """Exclusive GPUs; and, implied by it, GPUs in use at any time and over the whole period."""
     capacity = m.frame.problem.gpus // m.frame.unit
     intervals = [interval for call in range(len(m.picks)) for interval in _copies(m, call)]
@@ -224,7 +224,7 @@ def _add_gpus(m: Model) -> None:
         m.cp.add(sum(area[call] for call in window.inside) <= capacity * free)
 
 
-def _add_places(m: Model) -> None:
+def _add_places(m: CyclicModel) -> None:
     """Where each call's mesh begins, among the places of its shape."""
     for call, shapes in enumerate(m.frame.shapes):
         first = m.frame.problem.options[call].first // m.frame.unit
@@ -246,11 +246,11 @@ def _add_places(m: Model) -> None:
             m.cp.add(m.width[call] == m.width[leader])
 
 
-def _steps(m: Model, size: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> list[int]:
+def _steps(m: CyclicModel, size: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> list[int]:
     return [int(x) for x in np.floor(size / m.frame.problem.capacity_bytes * BYTES_STEPS)]
 
 
-def _add_memory(m: Model) -> None:
+def _add_memory(m: CyclicModel) -> None:
     """On every mesh: what is resident, and the transient bytes of one call at a time."""
     n = len(m.picks)
     resident = [m.chosen(c, _steps(m, s.resident_bytes)) for c, s in enumerate(m.frame.shapes)]
@@ -266,9 +266,9 @@ def _add_memory(m: Model) -> None:
         m.cp.add_cumulative(m.span, demands, BYTES_STEPS)
 
 
-def model(frame: Frame, period: int, unit_s: float) -> Model:
+def model(frame: Frame, period: int, unit_s: float) -> CyclicModel:
     """A model that is feasible if there is a plan of period at most `period` x `unit_s` seconds."""
-    m = Model(frame, period, unit_s)
+    m = CyclicModel(frame, period, unit_s)
     _add_calls(m)
     _add_borrowing(m)
     _add_moves(m)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.search.problem import Decision, FloatArray, IntArray, Options, Problem
+from planner.search.problem import Decision, FloatArray, IntArray, Options, SearchProblem
 from planner.search.relaxation import may_share
 
 
@@ -21,7 +21,7 @@ from planner.search.relaxation import may_share
 class Filtered:
     """A smaller problem; `keep[call]` are the indices that its options had. `counts`: reason -> options dropped."""
 
-    problem: Problem
+    problem: SearchProblem
     keep: tuple[IntArray, ...]
     counts: dict[str, int]
 
@@ -46,18 +46,18 @@ class Filtered:
         return Filtered(self.problem.restrict(keep), original, {**self.counts, reason: dropped})
 
 
-def _mesh(problem: Problem, options: Options) -> IntArray:
+def _mesh(problem: SearchProblem, options: Options) -> IntArray:
     """One number per mesh."""
     return np.asarray(options.first * (problem.gpus + 1) + options.width)
 
 
-def _mesh_key(problem: Problem, options: Options) -> IntArray:
+def _mesh_key(problem: SearchProblem, options: Options) -> IntArray:
     """One number per (mesh, layout)."""
     highest = max(int(o.layout.max()) for o in problem.options) + 1
     return _mesh(problem, options) * highest + options.layout
 
 
-def _move_columns(problem: Problem, call: int) -> FloatArray:
+def _move_columns(problem: SearchProblem, call: int) -> FloatArray:
     """[n_options, partner options]: reallocation seconds with every option of every partner."""
     blocks = [np.zeros((len(problem.options[call]), 0))]
     for (u, v), moves in problem.moves.items():
@@ -68,7 +68,7 @@ def _move_columns(problem: Problem, call: int) -> FloatArray:
     return np.ascontiguousarray(np.concatenate(blocks, axis=1))
 
 
-def _may_share(problem: Problem, call: int) -> IntArray:
+def _may_share(problem: SearchProblem, call: int) -> IntArray:
     """Options of `call` that can share a copy and save by it: as consumer their own bytes, as trainer a consumer's."""
     key = _mesh_key(problem, problem.options[call])
     shares = np.zeros(len(key), bool)
@@ -84,7 +84,7 @@ def _may_share(problem: Problem, call: int) -> IntArray:
     return np.flatnonzero(shares)
 
 
-def undominated(problem: Problem, call: int) -> IntArray:
+def undominated(problem: SearchProblem, call: int) -> IntArray:
     """Indices of the options of `call` that no other dominates; of equals the first."""
     options, moves = problem.options[call], _move_columns(problem, call)
     first, end = options.first, options.first + options.width
@@ -111,14 +111,14 @@ def undominated(problem: Problem, call: int) -> IntArray:
     return np.flatnonzero(kept)
 
 
-def overweight(problem: Problem, call: int) -> IntArray:
+def overweight(problem: SearchProblem, call: int) -> IntArray:
     """Indices of the options of `call` that exceed a GPU's memory alone."""
     options = problem.options[call]
     least = options.resident_bytes + options.transient_bytes - options.shared_bytes
     return np.flatnonzero(least > problem.capacity_bytes)
 
 
-def stray(problem: Problem, call: int) -> IntArray:
+def stray(problem: SearchProblem, call: int) -> IntArray:
     """Indices of the options of `call` on meshes that a call which must share its mesh has not."""
     options, kept = problem.options[call], np.ones(len(problem.options[call]), bool)
     for other in range(problem.n_calls):
@@ -128,7 +128,7 @@ def stray(problem: Problem, call: int) -> IntArray:
     return np.flatnonzero(~kept)
 
 
-def light(problem: Problem) -> Filtered | None:
+def light(problem: SearchProblem) -> Filtered | None:
     """Drop what cannot fit, then what cannot share its mesh as asked; None where that leaves a call nothing."""
     left = Filtered(problem, tuple(np.arange(len(options)) for options in problem.options), {})
     for reason, useless in (("exceeds a GPU's memory alone", overweight), ("a call must share its mesh", stray)):
@@ -140,7 +140,7 @@ def light(problem: Problem) -> Filtered | None:
     return left
 
 
-def filtered(problem: Problem) -> Filtered | None:
+def filtered(problem: SearchProblem) -> Filtered | None:
     """Drop what cannot fit, then what is dominated; None where a call has no option that fits alone."""
     lighter = light(problem)
     if lighter is None:

@@ -18,7 +18,7 @@ from ortools.sat.python import cp_model
 
 from planner.search import beginnings, cyclic, mcmc, schedule
 from planner.search.arrays import Tables
-from planner.search.problem import Decision, Problem
+from planner.search.problem import Decision, SearchProblem
 from planner.search.relaxation import relax
 from plans.errors import Infeasible
 
@@ -29,7 +29,7 @@ SHARE = 0.4  # of the time that is left, for one model
 LEAST_S = 2.0  # for the first model where there is no plan yet
 
 
-class Status(StrEnum):
+class Outcome(StrEnum):
     """Whether the gap was closed to the tolerance."""
 
     PROVED = "proved"
@@ -44,7 +44,7 @@ class Proved:
     period_s: float
     latency_s: float
     bound_s: float
-    status: Status
+    status: Outcome
     seconds: float
 
     @property
@@ -63,7 +63,7 @@ class _Range:
 
     bound_s: float
     open_s: float
-    best: mcmc.Found | None
+    best: mcmc.Walked | None
     gap: float
     step: float
     hard_s: float = np.inf
@@ -86,7 +86,7 @@ class _Range:
         middle = (self.bound_s + min(self.top_s, self.hard_s)) / 2
         return middle if self.hard_s < np.inf else max(self.top_s * (1 - self.step), middle)
 
-    def after(self, period_s: float, feasible: bool, found: mcmc.Found | None) -> _Range:
+    def after(self, period_s: float, feasible: bool, found: mcmc.Walked | None) -> _Range:
         """The range once the model of `period_s` is decided, with the plan that came of it."""
         if not feasible:
             return replace(self, bound_s=max(self.bound_s, period_s), step=self.gap)
@@ -98,12 +98,12 @@ class _Range:
         assert self.best is not None
         period_s = self.best.period_s
         proved = period_s - self.bound_s <= (self.gap + 2 / TICKS) * period_s
-        status = Status.PROVED if proved else Status.STOPPED
+        status = Outcome.PROVED if proved else Outcome.STOPPED
         bound = min(self.bound_s, period_s)
         return Proved(self.best.decision, period_s, self.best.latency_s, bound, status, seconds)
 
 
-def decode(solver: cp_model.CpSolver, m: cyclic.Model) -> list[Decision]:
+def decode(solver: cp_model.CpSolver, m: cyclic.CyclicModel) -> list[Decision]:
     """Decisions of a solution: its options with the order and lags at every place where the period can be cut."""
     problem, n = m.frame.problem, m.frame.problem.n_calls
     shape = [next(s for s, pick in enumerate(picks) if solver.value(pick)) for picks in m.picks]
@@ -124,11 +124,13 @@ def decode(solver: cp_model.CpSolver, m: cyclic.Model) -> list[Decision]:
     return decisions
 
 
-def _polished(t: Tables, problem: Problem, decisions: list[Decision], seed: int, seconds: float) -> mcmc.Found | None:
+def _polished(
+    t: Tables, problem: SearchProblem, decisions: list[Decision], seed: int, seconds: float
+) -> mcmc.Walked | None:
     """The best of the decisions after a short walk; None where memory rounding let in one that does not fit."""
     best = min(decisions, key=lambda d: schedule.evaluate(t, d).objective_s)
     found = mcmc.search(problem, seed=seed, evaluations=POLISH_EVALUATIONS, seconds=seconds, start=best, tables=t)
-    return found if isinstance(found, mcmc.Found) else None
+    return found if isinstance(found, mcmc.Walked) else None
 
 
 def _solver(seconds: float, seed: int, workers: int) -> cp_model.CpSolver:
@@ -141,7 +143,7 @@ def _solver(seconds: float, seed: int, workers: int) -> cp_model.CpSolver:
 
 
 def search(
-    problem: Problem,
+    problem: SearchProblem,
     *,
     seconds: float,
     seed: int = 0,
@@ -190,7 +192,7 @@ def _solved(
     return status, decode(solver, m) if status in (cp_model.OPTIMAL, cp_model.FEASIBLE) else []
 
 
-def _longest(problem: Problem) -> float:
+def _longest(problem: SearchProblem) -> float:
     """A period that every plan stays below: all calls and moves one after another, each at its slowest."""
     moves = sum(float(m.seconds.max()) for m in problem.moves.values())
     delays = sum(e.delay_s for e in problem.edges)

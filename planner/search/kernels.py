@@ -1,8 +1,8 @@
 """The compiled inner loops: what a decision costs, and Metropolis steps over decisions.
 
 One file, because a change of a file renews the compiled cache of that file alone; `metropolis` is the only way in,
-because every entry is compiled apart. Everything here works on `Tables`, the arrays of a `Problem`; the semantics are
-those of `planner.search.schedule`.
+because every entry is compiled apart. Everything here works on `Tables`, the arrays of a `SearchProblem`; its meaning
+is that of `planner.search.schedule`.
 
 A period is a list of *nodes*: node c < n is call c, node n + c the move before call c. Starts of period p follow from
 ends of the same period and of earlier ones by maxima and sums only, so ends grow by a constant in the long run.
@@ -24,7 +24,7 @@ LATENCY_WEIGHT = 1e-3
 MEMORY_PENALTY = 4.0
 STEADY, READINESS = 0, 1  # rules
 
-FIRST, WIDTH, MESH, LAYOUT, COLUMN = range(5)  # columns of Tables.option
+FIRST, EXTENT, MESH, LAYOUT, COLUMN = range(5)  # columns of Tables.option
 TIME, RESIDENT, TRANSIENT, SHARED = range(4)  # of Tables.price
 OFFSET, COUNT, TRAINER, ROW_OFFSET, EDGES, EDGES_END, LEADER, VERSION = range(8)  # of Tables.call
 SOURCE, TARGET, DISTANCE = range(3)  # of Tables.edge
@@ -70,7 +70,7 @@ def memory_overflow(t: Tables, x: IntArray) -> float:
         resident, largest = 0.0, 0.0
         for b in range(x.shape[1]):
             row = t.call[b, OFFSET] + x[CHOICE, b]
-            if t.option[row, FIRST] <= gpu < t.option[row, FIRST] + t.option[row, WIDTH]:
+            if t.option[row, FIRST] <= gpu < t.option[row, FIRST] + t.option[row, EXTENT]:
                 transient, u = t.price[row, TRANSIENT], t.call[b, TRAINER]
                 if u >= 0:
                     home = t.call[u, OFFSET] + x[CHOICE, u]
@@ -117,10 +117,10 @@ def list_nodes(t: Tables, x: IntArray, s: Scratch) -> int:
     n = x.shape[1]
     for a in range(n):
         row, bits = t.call[a, OFFSET] + x[CHOICE, a], 0
-        first, end = t.option[row, FIRST], t.option[row, FIRST] + t.option[row, WIDTH]
+        first, end = t.option[row, FIRST], t.option[row, FIRST] + t.option[row, EXTENT]
         for b in range(n):
             other = t.call[b, OFFSET] + x[CHOICE, b]
-            if first < t.option[other, FIRST] + t.option[other, WIDTH] and t.option[other, FIRST] < end:
+            if first < t.option[other, FIRST] + t.option[other, EXTENT] and t.option[other, FIRST] < end:
                 bits |= 1 << b
         s.node[COVER, a], s.node[MEMBER, a], s.duration[a] = bits, 1 << a, t.price[row, TIME]
     count = 0
@@ -220,7 +220,7 @@ def steady_period(s: Scratch, count: int, deepest: int) -> float:
 
 @compiled
 def most_lag(t: Tables) -> int:
-    """The largest lag of a decision, as `Problem.most_lag`."""
+    """The largest lag of a decision, as `SearchProblem.most_lag`."""
     most = 1
     for e in range(t.turn.shape[0]):
         most = max(most, 1 - t.turn[e, DISTANCE])

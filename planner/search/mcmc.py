@@ -15,7 +15,7 @@ import numpy as np
 
 from planner.search import beginnings, kernels, schedule
 from planner.search.arrays import Tables
-from planner.search.problem import Decision, FloatArray, IntArray, Options, Problem
+from planner.search.problem import Decision, FloatArray, IntArray, Options, SearchProblem
 from plans.errors import Infeasible
 
 CHAINS = 24
@@ -25,7 +25,7 @@ COLDEST, HOTTEST = 5e-4, 3e-2  # temperatures as parts of the best cost
 UNLIMITED = 1 << 60
 
 
-class Rule(IntEnum):
+class Objective(IntEnum):
     """The objective: the steady-state period, or the makespan of five iterations played in order of readiness."""
 
     STEADY = kernels.STEADY
@@ -51,7 +51,7 @@ class Chains:
 
 
 @dataclass(frozen=True)
-class Found:
+class Walked:
     """The best decision so far. `objective_s` is what was minimised; `chains` resumes the search."""
 
     decision: Decision
@@ -69,7 +69,7 @@ def _seeded(seed: int, count: int) -> IntArray:
     return words
 
 
-def _start(problem: Problem, seed: int, first: Decision, count: int) -> Chains:
+def _start(problem: SearchProblem, seed: int, first: Decision, count: int) -> Chains:
     """Chains at `first`; every second one somewhere random."""
     random = _seeded(seed, count + 1)
     assert schedule.is_legal(problem, first), "the start is not a legal decision"
@@ -92,7 +92,9 @@ def _exchange(chains: Chains, temperatures: FloatArray) -> None:
             chains.costs[[k, k + 1], kernels.PRESENT] = chains.costs[[k + 1, k], kernels.PRESENT]
 
 
-def rounds(problem: Problem, chains: Chains, t: Tables, evaluations: int, workers: int, rule: Rule) -> Iterator[Chains]:
+def rounds(
+    problem: SearchProblem, chains: Chains, t: Tables, evaluations: int, workers: int, rule: Objective
+) -> Iterator[Chains]:
     """Go on until `evaluations` more are done; yields the state after every round."""
     chains, count = chains.copy(), len(chains.costs)
     scratches = [schedule.scratch(t) for _ in range(count)]
@@ -113,14 +115,14 @@ def rounds(problem: Problem, chains: Chains, t: Tables, evaluations: int, worker
             yield chains
 
 
-def _found(t: Tables, chains: Chains, seconds: float) -> Found | None:
+def _found(t: Tables, chains: Chains, seconds: float) -> Walked | None:
     k = int(chains.costs[:, kernels.BEST].argmin())
     if not np.isfinite(chains.costs[k, kernels.BEST]):
         return None
     decision = Decision(*(tuple(map(int, row)) for row in chains.best[k]))
     cost = schedule.evaluate(t, decision)
     objective = float(chains.costs[k, kernels.BEST])
-    return Found(decision, cost.period_s, cost.latency_s, objective, chains.evaluated, seconds, chains.copy())
+    return Walked(decision, cost.period_s, cost.latency_s, objective, chains.evaluated, seconds, chains.copy())
 
 
 def least_bytes(options: Options) -> float:
@@ -128,12 +130,12 @@ def least_bytes(options: Options) -> float:
     return float((options.resident_bytes + options.transient_bytes - options.shared_bytes).min())
 
 
-def fits_alone(problem: Problem) -> bool:
+def fits_alone(problem: SearchProblem) -> bool:
     """Whether every call has an option that fits on its GPUs by itself."""
     return all(least_bytes(options) <= problem.capacity_bytes for options in problem.options)
 
 
-def overfull(problem: Problem, evaluated: int) -> Infeasible:
+def overfull(problem: SearchProblem, evaluated: int) -> Infeasible:
     """Why nothing fits, as far as the options tell; `evaluated` is zero where it is proved."""
     capacity = problem.capacity_bytes / 2**30
     for name, options in zip(problem.names, problem.options, strict=True):
@@ -148,7 +150,7 @@ def overfull(problem: Problem, evaluated: int) -> Infeasible:
     return Infeasible(reason, "use more GPUs, or a GPU with more memory")
 
 
-def apart(problem: Problem) -> Infeasible:
+def apart(problem: SearchProblem) -> Infeasible:
     """Calls that must share a mesh have none in common."""
     groups = "; ".join(", ".join(f"`{problem.names[c]}`" for c in group) for group in problem.same_mesh)
     return Infeasible(
@@ -157,18 +159,18 @@ def apart(problem: Problem) -> Infeasible:
 
 
 def search(
-    problem: Problem,
+    problem: SearchProblem,
     *,
     seed: int = 0,
     seconds: float = np.inf,
     evaluations: int = UNLIMITED,
     start: Decision | None = None,
     resume: Chains | None = None,
-    rule: Rule = Rule.STEADY,
+    rule: Objective = Objective.STEADY,
     workers: int = 1,
     tables: Tables | None = None,
-    progress: Callable[[Found], None] | None = None,
-) -> Found | Infeasible:
+    progress: Callable[[Walked], None] | None = None,
+) -> Walked | Infeasible:
     """The best decision within `seconds` and `evaluations` (at least one of them finite), never worse than `start`.
 
     Goes on from `resume` where given. `progress` hears of every improvement. Infeasible: nothing seen fits. The clock

@@ -15,7 +15,7 @@ import numpy as np
 
 from planner.search import dominance, exact, mcmc, schedule
 from planner.search.dominance import Filtered
-from planner.search.problem import Decision, Problem
+from planner.search.problem import Decision, SearchProblem
 from planner.search.relaxation import relax
 from planner.search.schedule import Cost
 from plans.errors import Infeasible
@@ -39,7 +39,7 @@ class Method(StrEnum):
 
 
 @dataclass(frozen=True)
-class Answer:
+class Solution:
     """The best decision, in the numbers of the problem that was asked; `bound_s` is None where nothing was proved.
 
     dropped: reason -> options that were not searched because no optimum needs them.
@@ -73,7 +73,7 @@ class Progress:
 class _Search:
     """One search at work: what is asked, and what is known so far, in the numbers of the problem."""
 
-    problem: Problem
+    problem: SearchProblem
     seed: int
     workers: int
     progress: Callable[[Progress], None] | None
@@ -148,17 +148,17 @@ class _Search:
         self.bound_s = max(self.bound_s or 0.0, found.bound_s)
         self.tell(found.period_s)
 
-    def answer(self, dropped: dict[str, int]) -> Answer:
+    def answer(self, dropped: dict[str, int]) -> Solution:
         """What was found."""
         assert self.best and self.cost
         bound_s = None if self.bound_s is None else min(self.bound_s, self.cost.period_s)
-        return Answer(
+        return Solution(
             self.best, self.cost.period_s, self.cost.latency_s, bound_s, self.evaluated, self.spent_s, dropped
         )
 
 
 def search(
-    problem: Problem,
+    problem: SearchProblem,
     method: Method | str = Method.AUTO,
     *,
     seconds: float,
@@ -168,7 +168,7 @@ def search(
     gap: float = exact.GAP,
     start: Decision | None = None,
     progress: Callable[[Progress], None] | None = None,
-) -> Answer | Infeasible:
+) -> Solution | Infeasible:
     """The best decision within about `seconds`, never worse than `start`; done as soon as a gap of `gap` is proved.
 
     The walk has `evaluations` at most (a number that is reached gives the same plan in every process).

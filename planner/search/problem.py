@@ -136,7 +136,7 @@ class Moves:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Problem:
+class SearchProblem:
     """Calls in graph order with their options, dependencies and reallocation times.
 
     moves: (trainer u, consumer v) -> seconds between their options. A consumer has one trainer, and a dependency on it
@@ -236,9 +236,9 @@ class Problem:
         """Whether calls that must share a mesh do."""
         return all(self.mesh(c, choice[c]) == self.mesh(u, choice[u]) for c, u in enumerate(self.leader))
 
-    def restrict(self, keep: tuple[IntArray, ...]) -> Problem:
+    def restrict(self, keep: tuple[IntArray, ...]) -> SearchProblem:
         """The problem with only the options `keep[call]` of every call, renumbered."""
-        return Problem(
+        return SearchProblem(
             gpus=self.gpus,
             capacity_bytes=self.capacity_bytes,
             names=self.names,

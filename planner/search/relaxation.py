@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from ortools.linear_solver.python import model_builder
 
-from planner.search.problem import Dependency, FloatArray, IntArray, Problem
+from planner.search.problem import Dependency, FloatArray, IntArray, SearchProblem
 
 MAX_CYCLES = 200
 ROUNDING = 1e-9
@@ -59,7 +59,7 @@ class _Rows:
     timed: int
 
 
-def windows(problem: Problem) -> list[Window]:
+def windows(problem: SearchProblem) -> list[Window]:
     """All windows that two or more calls share; with one call inside, its own time says more."""
     graph: nx.DiGraph[int] = nx.DiGraph((e.source, e.target) for e in problem.edges if e.distance == 0)
     found = []
@@ -72,13 +72,13 @@ def windows(problem: Problem) -> list[Window]:
     return found
 
 
-def binding_edge(problem: Problem, u: int, v: int) -> Dependency:
+def binding_edge(problem: SearchProblem, u: int, v: int) -> Dependency:
     """Of several dependencies u -> v the one of least distance, and of those of longest delay."""
     edges = [e for e in problem.edges if (e.source, e.target) == (u, v)]
     return min(edges, key=lambda e: (e.distance, -e.delay_s))
 
 
-def cycles(problem: Problem, through: list[Window]) -> list[list[int]]:
+def cycles(problem: SearchProblem, through: list[Window]) -> list[list[int]]:
     """Simple cycles of dependencies as lists of calls; number n_calls + k stands for the window k between two calls."""
     graph: nx.DiGraph[int] = nx.DiGraph((e.source, e.target) for e in problem.edges if e.source != e.target)
     for k, window in enumerate(through):
@@ -92,7 +92,7 @@ def cycles(problem: Problem, through: list[Window]) -> list[list[int]]:
 
 
 def _cycle_row(
-    problem: Problem, nodes: list[int], through: list[Window], area: list[FloatArray], move: list[FloatArray]
+    problem: SearchProblem, nodes: list[int], through: list[Window], area: list[FloatArray], move: list[FloatArray]
 ) -> tuple[list[FloatArray], float]:
     """Terms of each call in one period of a cycle, and its delays."""
     n = problem.n_calls
@@ -115,7 +115,7 @@ def _cycle_row(
     return [term / max(1, distance) for term in terms], delay_s / max(1, distance)
 
 
-def _memory_rows(problem: Problem) -> list[list[FloatArray]]:
+def _memory_rows(problem: SearchProblem) -> list[list[FloatArray]]:
     """Bytes of all GPUs as parts of what there is, with the transient bytes of one call at a time."""
     whole = problem.gpus * problem.capacity_bytes
     resident = [o.width * o.resident_bytes / whole for o in problem.options]
@@ -126,7 +126,7 @@ def _memory_rows(problem: Problem) -> list[list[FloatArray]]:
     ]
 
 
-def may_share(problem: Problem, v: int) -> NDArray[np.bool_]:
+def may_share(problem: SearchProblem, v: int) -> NDArray[np.bool_]:
     """Which options of consumer v another consumer may have made the copy for, so that no move comes before them."""
     own = problem.options[v]
     found = np.zeros(len(own), bool)
@@ -138,7 +138,7 @@ def may_share(problem: Problem, v: int) -> NDArray[np.bool_]:
     return found
 
 
-def _rows(problem: Problem) -> _Rows:
+def _rows(problem: SearchProblem) -> _Rows:
     area = [o.time_s * o.width / problem.gpus for o in problem.options]
     move = [np.zeros(len(o)) for o in problem.options]
     for (_, v), moves in problem.moves.items():
@@ -183,7 +183,7 @@ def _weights(rows: _Rows) -> FloatArray:
     return weights / timed if timed > 0 else alone
 
 
-def relax(problem: Problem) -> Relaxation:
+def relax(problem: SearchProblem) -> Relaxation:
     """The bounds of a problem."""
     rows = _rows(problem)
     weights = _weights(rows)

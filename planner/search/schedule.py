@@ -22,7 +22,7 @@ import numpy as np
 
 from planner.search import kernels
 from planner.search.arrays import Scratch, Tables
-from planner.search.problem import Decision, Dependency, FloatArray, IntArray, Options, Problem
+from planner.search.problem import Decision, Dependency, FloatArray, IntArray, Options, SearchProblem
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +54,11 @@ def _dense(ids: IntArray) -> IntArray:
     return np.unique(ids, return_inverse=True)[1].astype(np.int64).reshape(-1)
 
 
-def _sorted_edges(problem: Problem) -> list[Dependency]:
+def _sorted_edges(problem: SearchProblem) -> list[Dependency]:
     return sorted(problem.edges, key=lambda e: (e.target, e.source, e.distance))
 
 
-def _call_rows(problem: Problem, offset: IntArray) -> IntArray:
+def _call_rows(problem: SearchProblem, offset: IntArray) -> IntArray:
     """Tables.call."""
     rows, at = [], 0
     for c, options in enumerate(problem.options):
@@ -69,7 +69,7 @@ def _call_rows(problem: Problem, offset: IntArray) -> IntArray:
     return np.array(rows, np.int64)
 
 
-def _flat_moves(problem: Problem) -> tuple[FloatArray, IntArray, IntArray]:
+def _flat_moves(problem: SearchProblem) -> tuple[FloatArray, IntArray, IntArray]:
     """Tables.moves and Tables.move_row, and the column of every option of every call."""
     flat, begins, columns, at = [np.zeros(1)], [np.zeros(0, np.int64)], [], 1
     for c, options in enumerate(problem.options):
@@ -85,7 +85,7 @@ def _flat_moves(problem: Problem) -> tuple[FloatArray, IntArray, IntArray]:
     return np.concatenate(flat), np.concatenate(begins), np.concatenate(columns)
 
 
-def tables(problem: Problem) -> Tables:
+def tables(problem: SearchProblem) -> Tables:
     """The problem as the flat arrays that the kernels read."""
     options = problem.options
     offset = np.cumsum([0, *map(len, options)], dtype=np.int64)
@@ -145,11 +145,11 @@ def compile_kernels() -> None:
     options = Options(
         first=0 * whole, width=whole, time_s=part, resident_bytes=part, transient_bytes=part, layout=0 * whole
     )
-    problem = Problem(gpus=1, capacity_bytes=2.0, names=("",), options=(options,), edges=())
+    problem = SearchProblem(gpus=1, capacity_bytes=2.0, names=("",), options=(options,), edges=())
     evaluate(tables(problem), problem.plain((0,)))
 
 
-def is_legal(problem: Problem, decision: Decision) -> bool:
+def is_legal(problem: SearchProblem, decision: Decision) -> bool:
     """Whether the decision's order and lags respect every edge, and calls share their meshes as they must."""
     position = {call: k for k, call in enumerate(decision.order)}
     lag = decision.lag
@@ -168,7 +168,7 @@ def evaluate(t: Tables, decision: Decision) -> Cost:
     return Cost(*(float(costs[k]) for k in (kernels.PERIOD, kernels.LATENCY, kernels.OVERFLOW)))
 
 
-def cost(problem: Problem, decision: Decision) -> Cost:
+def cost(problem: SearchProblem, decision: Decision) -> Cost:
     """Cost of one legal decision, without tables of all options."""
     alone = problem.restrict(tuple(np.array([option], np.int64) for option in decision.choice))
     return evaluate(tables(alone), Decision(problem.n_calls * (0,), decision.order, decision.lag))

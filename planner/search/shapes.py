@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.search.problem import FloatArray, IntArray, Moves, Problem
+from planner.search.problem import FloatArray, IntArray, Moves, SearchProblem
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ class MoveTable:
     apart_s: FloatArray
 
 
-def shapes_of(problem: Problem, call: int) -> Shapes:
+def shapes_of(problem: SearchProblem, call: int) -> Shapes:
     """The shapes of a call's options."""
     o = problem.options[call]
     columns = [o.width, o.time_s, o.resident_bytes, o.transient_bytes, o.shared_bytes, o.layout]
@@ -64,7 +64,7 @@ def _least(moves: Moves, rows: Shapes, columns: Shapes) -> FloatArray:
     return np.stack([by_row[:, np.unique(moves.column[members])].min(axis=1) for members in columns.members], axis=1)
 
 
-def move_table(problem: Problem, u: int, v: int, rows: Shapes, columns: Shapes) -> MoveTable:
+def move_table(problem: SearchProblem, u: int, v: int, rows: Shapes, columns: Shapes) -> MoveTable:
     """Reallocation between the shapes of trainer u and consumer v."""
     moves, a, b = problem.moves[u, v], problem.options[u], problem.options[v]
     anywhere = _least(moves, rows, columns)
@@ -78,6 +78,6 @@ def move_table(problem: Problem, u: int, v: int, rows: Shapes, columns: Shapes) 
     return MoveTable(anywhere, apart)
 
 
-def gpu_unit(problem: Problem) -> int:
+def gpu_unit(problem: SearchProblem) -> int:
     """The largest step of the GPU axis that every mesh begins and ends on."""
     return math.gcd(problem.gpus, *(int(x) for o in problem.options for x in {*o.first.tolist(), *o.width.tolist()}))

@@ -9,12 +9,12 @@ import numpy as np
 
 from planner.search import schedule
 from planner.search.arrays import Tables
-from planner.search.problem import Decision, IntArray, Problem
+from planner.search.problem import Decision, IntArray, SearchProblem
 
 TOLERANCE = 1e-9
 
 
-def tidy(problem: Problem, decision: Decision) -> Decision:
+def tidy(problem: SearchProblem, decision: Decision) -> Decision:
     """The decision with calls as fast on their meshes and as few lags as its objective allows, and in graph order if
     that costs nothing."""
     keep = tuple(_alike(problem, call, option) for call, option in enumerate(decision.choice))
@@ -25,14 +25,14 @@ def tidy(problem: Problem, decision: Decision) -> Decision:
     return replace(decision, choice=tuple(int(kept[i]) for kept, i in zip(keep, decision.choice, strict=True)))
 
 
-def _alike(problem: Problem, call: int, option: int) -> IntArray:
+def _alike(problem: SearchProblem, call: int, option: int) -> IntArray:
     """Options of a call on the same mesh with the same slices of the weights."""
     o = problem.options[call]
     columns = (o.first, o.width, o.layout)
     return np.flatnonzero(np.logical_and.reduce([column == column[option] for column in columns]))
 
 
-def _quick(problem: Problem, tables: Tables, decision: Decision) -> Decision:
+def _quick(problem: SearchProblem, tables: Tables, decision: Decision) -> Decision:
     """Every call in turn with the fastest option that fits and makes nothing worse."""
     best = schedule.evaluate(tables, decision)
     for call, options in enumerate(problem.options):
@@ -47,7 +47,7 @@ def _quick(problem: Problem, tables: Tables, decision: Decision) -> Decision:
     return decision
 
 
-def _in_order(problem: Problem, tables: Tables, decision: Decision) -> Decision:
+def _in_order(problem: SearchProblem, tables: Tables, decision: Decision) -> Decision:
     """The decision with as few lags as possible, in graph order if possible."""
 
     def objective(candidate: Decision) -> float:

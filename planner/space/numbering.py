@@ -1,4 +1,4 @@
-"""Number priced layouts: the `Problem` that the solvers see, which knows nothing of models and GPUs."""
+"""Number priced layouts: the `SearchProblem` that the solvers see, which knows nothing of models and GPUs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from cost_models.engines.machine import Machine
 from cost_models.reallocation import reallocation_matrix
-from planner.search.problem import Dependency, Moves, Options, Problem
+from planner.search.problem import Dependency, Moves, Options, SearchProblem
 from plans.cluster import ClusterSpec, DeviceMesh
 from plans.graph import Edge
 from plans.layout import Layout
@@ -17,23 +17,23 @@ from plans.model import ModelSpec
 from plans.strategy import ParallelStrategy
 from plans.workload import Workload
 
-Entry = tuple[DeviceMesh, ParallelStrategy]
+Placement = tuple[DeviceMesh, ParallelStrategy]
 
 
 def problem_of(
     workload: Workload,
     machine: Machine,
     capacity_bytes: float,
-    layouts: Mapping[str, Sequence[Entry]],
+    layouts: Mapping[str, Sequence[Placement]],
     options: Mapping[str, Options],
     same_mesh: Sequence[Sequence[str]] = (),
-) -> Problem:
+) -> SearchProblem:
     """The problem of choosing among some layouts of every call, of which `options` are the figures.
 
     Both are by call, in graph order; same_mesh: groups of calls that must share a mesh. capacity_bytes: of one GPU.
     """
     names = tuple(layouts)
-    return Problem(
+    return SearchProblem(
         gpus=machine.cluster.size,
         capacity_bytes=capacity_bytes,
         names=names,
@@ -45,7 +45,7 @@ def problem_of(
     )
 
 
-def options_of(entries: Sequence[Entry], cluster: ClusterSpec, price: NDArray[np.float64]) -> Options:
+def options_of(entries: Sequence[Placement], cluster: ClusterSpec, price: NDArray[np.float64]) -> Options:
     """The figures of some layouts of one call. price: [entries, 4] seconds, resident, transient and shared bytes."""
     return Options(
         first=np.array([mesh.ranks(cluster).start for mesh, _ in entries]),
@@ -89,7 +89,7 @@ def _dependencies(names: tuple[str, ...], edges: Sequence[Edge]) -> tuple[Depend
 def _moves(
     workload: Workload,
     machine: Machine,
-    layouts: Mapping[str, Sequence[Entry]],
+    layouts: Mapping[str, Sequence[Placement]],
 ) -> dict[tuple[int, int], Moves]:
     """Reallocation seconds from every option of a trainer to every option of its model's other calls."""
     moves, names = {}, tuple(layouts)
@@ -104,7 +104,9 @@ def _moves(
     return moves
 
 
-def _distinct(spec: ModelSpec, entries: Sequence[Entry], cluster: ClusterSpec) -> tuple[list[Layout], NDArray[np.intp]]:
+def _distinct(
+    spec: ModelSpec, entries: Sequence[Placement], cluster: ClusterSpec
+) -> tuple[list[Layout], NDArray[np.intp]]:
     """The different layouts of some options, and which one each option has."""
     numbers: dict[tuple[DeviceMesh, int, tuple[int, ...]], int] = {}
     layouts: list[Layout] = []

@@ -1,4 +1,4 @@
-"""Price the space: from workload and cluster to the numbered `Problem` that the solvers see, and back to a plan."""
+"""Price the space: from workload and cluster to the `SearchProblem` that the solvers see, and back to a plan."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from cost_models.engines.engine import Engine
 from cost_models.engines.machine import Machine
 from cost_models.memory.memory import call_memory
 from cost_models.time.calls import call_time
-from planner.search.problem import Decision, Options, Problem
+from planner.search.problem import Decision, Options, SearchProblem
 from planner.space.layouts import Pruned, Shape, strategies
 from planner.space.limits import Limits
-from planner.space.numbering import Entry, options_of, problem_of, slices_of
+from planner.space.numbering import Placement, options_of, problem_of, slices_of
 from planner.space.pins import allowed, positions_for, shapes_for, why_none, with_pinned
 from plans.cluster import GIB, ClusterSpec
 from plans.errors import Infeasible
@@ -34,8 +34,8 @@ class Space:
     workload: Workload
     cluster: ClusterSpec
     engine: Engine
-    options: Mapping[str, tuple[Entry, ...]]
-    problem: Problem
+    options: Mapping[str, tuple[Placement, ...]]
+    problem: SearchProblem
     pruned: Mapping[str, int]
 
     def plan(self, decision: Decision) -> ExecutionPlan:
@@ -92,7 +92,7 @@ def build_space(workload: Workload, cluster: ClusterSpec, engine: Engine, limits
     machine = engine.on(cluster, workload.dtype)
     pruned = Pruned()
     capacity = usable_bytes(machine, limits)
-    options: dict[str, tuple[Entry, ...]] = {}
+    options: dict[str, tuple[Placement, ...]] = {}
     columns: dict[str, Options] = {}
     for call in workload.graph.model_calls:
         found = layouts_of(workload, call.name, engine, pruned, shapes_for(call.name, cluster, limits))
@@ -197,9 +197,9 @@ def _unbeaten(priced: Priced, members: NDArray[np.intp], slices: NDArray[np.intp
 
 def _place(
     call: str, priced: Priced, cluster: ClusterSpec, limits: Limits, pruned: Pruned
-) -> tuple[tuple[Entry, ...], Options]:
+) -> tuple[tuple[Placement, ...], Options]:
     """Every layout at every position of its shape that the user's rules allow: `allowed` has found one for each."""
-    entries: list[Entry] = []
+    entries: list[Placement] = []
     source: list[int] = []
     for i, (shape, strategy) in enumerate(zip(priced.shapes, priced.strategies, strict=True)):
         for mesh in positions_for(call, shape, cluster, limits):

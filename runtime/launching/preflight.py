@@ -8,8 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from plans.checks import check_plan, context_problems
-from plans.codec import BadPlan, is_stale, load_plan, plan_text
+from plans.checks import context_problems
+from plans.codec import BadPlan, is_stale, plan_text
 from plans.documents import locate
 from plans.errors import RealplanError
 from plans.huggingface import check_runs, spec_from_folder
@@ -23,15 +23,6 @@ PACKAGES = {
     "safetensors": "safetensors",
     "tokenizers": "tokenizers",
 }
-
-
-def legal_plan(path: Path) -> ExecutionPlan:
-    """Read a plan and check its rules; raises BadPlan with located problems."""
-    plan = load_plan(path)
-    problems = check_plan(plan)
-    if problems:
-        raise BadPlan(str(path), locate(plan_text(path), problems))
-    return plan
 
 
 def check_context(plan: ExecutionPlan, path: Path, allow_long: bool) -> ExecutionPlan:

@@ -22,7 +22,7 @@ def _model(name: str) -> Case:
     def run(setting: Setting) -> Iterator[Row]:
         from profiler.cases import CPU, GPU
         from profiler.devices import hardware_kind
-        from profiler.profile import Request, profile
+        from profiler.profile import ProfileRequest, profile
 
         spec, dtype = load_model(name), "bf16" if setting.kind == "cuda" else "fp32"
         _runnable(spec)
@@ -36,7 +36,7 @@ def _model(name: str) -> Case:
         path = setting.output / "tables" / f"{hardware_kind(setting.device)}-{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         began = time.perf_counter()
-        request = Request(
+        request = ProfileRequest(
             spec=spec, device=setting.device, dtype=dtype, degrees=degrees, cases=cases, collectives=False
         )
         table = profile(request, path)

@@ -27,14 +27,16 @@ SCORE = {"micro_batches": 4}
 def _profile(setting: Setting) -> Iterator[Row]:
     """The cost table that the predictions come from."""
     from profiler.cases import CPU, GPU
-    from profiler.profile import Request, profile
+    from profiler.profile import ProfileRequest, profile
 
     cases = replace(CPU, **FEW) if setting.tiny else replace(GPU, budget_s=0.05)
     spec = load_model(str(FIXTURE) if setting.tiny else MODEL)
     if setting.tiny:
         spec = replace(spec, name=str(FIXTURE))  # so that the table finds its architecture again
     dtype = "bf16" if setting.kind == "cuda" else "fp32"
-    request = Request(spec=spec, device=setting.device, dtype=dtype, degrees=(1,), cases=cases, collectives=False)
+    request = ProfileRequest(
+        spec=spec, device=setting.device, dtype=dtype, degrees=(1,), cases=cases, collectives=False
+    )
     table = profile(request, _table(setting))
     points = sum(entry.values.size for entry in table.entries.values())
     yield Row(case="profile", value=points, unit="points", note=str(_table(setting).name))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cost_models.calibration.fit import calibrate
-from cost_models.calibration.predictions import PREDICTORS, predict_entry
+from cost_models.calibration.predictions import TABLE_PREDICTORS, predict_entry
 from cost_models.calibration.profiled import profiled_engine
 from cost_models.engines.constants import Constants, load_constants
 from cost_models.engines.machine import machine_of
@@ -65,7 +65,7 @@ def table_of(constants: Constants, noise: float = 0.0) -> CostTable:
     machine = machine_of(load_cluster(GPU), constants)
     random = np.random.default_rng(0)
     entries = {}
-    for name in PREDICTORS:
+    for name in TABLE_PREDICTORS:
         axes = {axis: np.array(AXES[axis], dtype=np.float64) for axis in OPERATIONS[name].axes}
         blank = Entry(axes=axes, values=np.ones([len(points) for points in axes.values()]))
         values = predict_entry(machine, load_model(MODEL), name, blank)

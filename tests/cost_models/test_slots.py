@@ -13,7 +13,7 @@ from cost_models.candidates import Candidates
 from cost_models.engines.engine import MEGATRON, NamedEngine
 from cost_models.memory.memory import call_memory
 from cost_models.packing import attended, bound_tokens, packed, packing_of
-from cost_models.slots import moments
+from cost_models.slots import decode_moments
 from cost_models.time.calls import call_time
 from plans.algorithms import ppo
 from plans.batches import evenly, packs, sample_work
@@ -49,7 +49,7 @@ def played(lengths: list[int], slots: int, burst: int) -> tuple[int, int, float]
 def reckoned(lengths: Lengths, rows: int, slots: int, burst: float) -> tuple[float, float, float]:
     """The same by the closed form."""
     steps = computed = tokens = 0.0
-    for moment in moments(lengths, np.array([float(rows)]), np.array([float(slots)]), first=0.0, burst=burst):
+    for moment in decode_moments(lengths, np.array([float(rows)]), np.array([float(slots)]), first=0.0, burst=burst):
         area = float((moment.weight * moment.alive * moment.slots)[0])
         steps += float((moment.weight * moment.running(np.ones(1)))[0])
         computed, tokens = computed + area, tokens + area * float(moment.position[0])

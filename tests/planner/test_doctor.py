@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from planner.cli import app
 from planner.doctor.command import doctor_command
 from planner.doctor.facts import gather
-from planner.doctor.findings import MEGATRON, findings
+from planner.doctor.findings import MEGATRON_VERSION, findings
 
 GPU = "NVIDIA H100 80GB HBM3, 81559, {used}, 580.159.04, 1980, 2619, 5, 16, 700.00, {mig}, 9.0, Enabled, Default"
 HEADER = "\t" + "\t".join(f"GPU{i}" for i in range(8)) + "\tNIC0\tCPU Affinity\tNUMA Affinity"
@@ -145,4 +145,4 @@ def test_this_machine() -> None:
 
 def test_the_doctor_knows_the_runtime_s_megatron() -> None:
     text = (Path(__file__).parents[2] / "runtime" / "models" / "installation.py").read_text()
-    assert f'VERSION = "{MEGATRON}"' in text
+    assert f'VERSION = "{MEGATRON_VERSION}"' in text

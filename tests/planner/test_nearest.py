@@ -10,7 +10,7 @@ import pytest
 from cost_models.engines.engine import MEGATRON
 from planner.remedies.nearest import with_nearest
 from planner.request import Request, build_request
-from planner.search.portfolio import Answer, search
+from planner.search.portfolio import Solution, search
 from planner.space.limits import Limits, parse_limits
 from planner.space.pricing import Space, build_space
 from plans.errors import Infeasible
@@ -24,7 +24,7 @@ def request(model: str, gpus: int) -> Request:
     )
 
 
-def planned(asked: Request, limits: Limits | None = None) -> Answer | Infeasible:
+def planned(asked: Request, limits: Limits | None = None) -> Solution | Infeasible:
     space = build_space(asked.workload, asked.cluster, ENGINE, limits or Limits())
     return search(space.problem, seconds=10.0, gap=1.0) if isinstance(space, Space) else space
 
@@ -41,9 +41,9 @@ def test_what_is_said_to_be_enough_is(model: str, gpus: int) -> None:
     asked = request(model, gpus)
     said = re.match(r"needs (\d+) more GPUs?, or (\d+) GiB per GPU", hint(asked, Limits()))
     assert said
-    assert isinstance(planned(request(model, gpus + int(said[1]))), Answer)
+    assert isinstance(planned(request(model, gpus + int(said[1]))), Solution)
     larger = replace(asked.cluster, gpu=replace(asked.cluster.gpu, memory_gib=float(said[2])))
-    assert isinstance(planned(replace(asked, cluster=larger)), Answer)
+    assert isinstance(planned(replace(asked, cluster=larger)), Solution)
     smaller = replace(asked.cluster, gpu=replace(asked.cluster.gpu, memory_gib=0.9 * float(said[2])))
     assert isinstance(planned(replace(asked, cluster=smaller)), Infeasible)
 
@@ -67,6 +67,6 @@ def test_calls_share_a_mesh_where_asked() -> None:
     space = build_space(asked.workload, asked.cluster, ENGINE, limits)
     assert isinstance(space, Space)
     found = search(space.problem, seconds=10.0, gap=1.0)
-    assert isinstance(found, Answer)
+    assert isinstance(found, Solution)
     plan = space.plan(found.decision)
     assert len({plan.planned(name).mesh for name in ("actor_generate", "ref_infer", "critic_train")}) == 1

@@ -7,21 +7,22 @@ import os
 import subprocess
 import sys
 
+import fixed_tables
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_problems import TESTS, call, decisions, fits, is_legal, latency_s, period_s, problems, random_table
 
-from planner.search import dominance, schedule, tables
-from planner.search.problem import Decision, Problem
+from planner.search import dominance, schedule
+from planner.search.problem import Decision, SearchProblem
 
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
 @QUICK
 @given(problem=problems(calls=4, together=False), data=st.data())
-def test_cost_equals_play_on_gpus(problem: Problem, data: st.DataObject) -> None:
+def test_cost_equals_play_on_gpus(problem: SearchProblem, data: st.DataObject) -> None:
     n = problem.n_calls
     choice = tuple(data.draw(st.integers(0, len(o) - 1)) for o in problem.options)
     order = tuple(data.draw(st.permutations(range(n))))
@@ -38,7 +39,7 @@ def test_cost_equals_play_on_gpus(problem: Problem, data: st.DataObject) -> None
 
 @QUICK
 @given(problem=problems(calls=2, most_options=4))
-def test_dominance_keeps_an_optimum(problem: Problem) -> None:
+def test_dominance_keeps_an_optimum(problem: SearchProblem) -> None:
     smaller = dominance.filtered(problem)
     best = min((period_s(problem, d) for d in decisions(problem)), default=None)
     if smaller is None:
@@ -53,7 +54,7 @@ def test_calls_on_disjoint_meshes_overlap_across_iterations() -> None:
     table = random_table(np.random.default_rng(0))
     table |= {"n_nodes": 1, "calls": [call("a", "m", "inference"), call("b", "n", "inference")], "edges": [["a", "b"]]}
     table["options"] = {"a": [[0, 4, 1, 4, 1, 3_000_000, 1, 0]], "b": [[4, 4, 1, 4, 1, 5_000_000, 1, 0]]}
-    problem = tables.problem_of(table)
+    problem = fixed_tables.problem_of(table)
     cost = schedule.evaluate(schedule.tables(problem), problem.plain((0, 0)))
     assert (cost.period_s, cost.latency_s) == (5.0, 8.0)
 
@@ -64,7 +65,7 @@ def replay(table: dict, plan: dict[str, int], iterations: int = 5) -> float:
     model = {c["name"]: c["model"] for c in table["calls"]}
     trainer = {c["model"]: c["name"] for c in table["calls"] if c["kind"] == "train_step"}
     option = {name: table["options"][name][i] for name, i in plan.items()}
-    shard = {"7": tables.parameters(7), "13": tables.parameters(13)}
+    shard = {"7": fixed_tables.parameters(7), "13": fixed_tables.parameters(13)}
 
     def sources(name: str, t: int) -> set[tuple[str, int]]:
         turn = [x for x in names if model[x] == model[name]]
@@ -108,7 +109,7 @@ def replay(table: dict, plan: dict[str, int], iterations: int = 5) -> float:
 def test_readiness_equals_replay(seed: int) -> None:
     random = np.random.default_rng(seed)
     table = random_table(random)
-    problem = tables.problem_of(table)
+    problem = fixed_tables.problem_of(table)
     t = schedule.tables(problem)
     for _ in range(10):
         plan = {name: int(random.integers(len(rows))) for name, rows in table["options"].items()}
@@ -119,9 +120,10 @@ def test_readiness_equals_replay(seed: int) -> None:
 def test_same_numbers_without_compiler() -> None:
     """Plain Python takes the same walk as compiled code, to the last bit."""
     script = (
-        "import numpy as np; from small_problems import random_table; from planner.search import mcmc, tables;"
-        "p = tables.problem_of(random_table(np.random.default_rng(3)));"
-        "f = [mcmc.search(p, seed=5, evaluations=900, rule=r) for r in mcmc.Rule];"
+        "import numpy as np; from small_problems import random_table; import fixed_tables;"
+        "from planner.search import mcmc;"
+        "p = fixed_tables.problem_of(random_table(np.random.default_rng(3)));"
+        "f = [mcmc.search(p, seed=5, evaluations=900, rule=r) for r in mcmc.Objective];"
         "print([(x.decision, x.objective_s.hex()) for x in f])"
     )
     said = [

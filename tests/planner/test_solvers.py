@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 
+import fixed_tables
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -24,9 +25,9 @@ from small_problems import (
     random_table,
 )
 
-from planner.search import exact, kernels, mcmc, portfolio, schedule, tables
-from planner.search.portfolio import Answer, Method
-from planner.search.problem import Decision, Dependency, Options, Problem
+from planner.search import exact, kernels, mcmc, portfolio, schedule
+from planner.search.portfolio import Method, Solution
+from planner.search.problem import Decision, Dependency, Options, SearchProblem
 from planner.search.relaxation import Window, relax, windows
 from planner.search.tidy import tidy
 from plans.errors import Infeasible
@@ -35,24 +36,24 @@ METHODS = tuple(Method)
 BOUNDED = (Method.EXACT, Method.AUTO)
 
 
-def table_problem(seed: int = 1) -> Problem:
-    return tables.problem_of(random_table(np.random.default_rng(seed)))
+def table_problem(seed: int = 1) -> SearchProblem:
+    return fixed_tables.problem_of(random_table(np.random.default_rng(seed)))
 
 
-def solve(problem: Problem, method: Method, **limits: object) -> Answer | Infeasible:
+def solve(problem: SearchProblem, method: Method, **limits: object) -> Solution | Infeasible:
     return portfolio.search(problem, method, **{"seconds": 20.0, "evaluations": 6000, **limits})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("method", METHODS)
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(problem=problems(calls=3, most_options=3))
-def test_equals_brute_force(method: Method, problem: Problem) -> None:
+def test_equals_brute_force(method: Method, problem: SearchProblem) -> None:
     best = best_objective_s(problem, kernels.LATENCY_WEIGHT)
     answer = solve(problem, method)
     if best is None:
         assert isinstance(answer, Infeasible) and answer.reason
         return
-    assert isinstance(answer, Answer)
+    assert isinstance(answer, Solution)
     assert is_legal(problem, answer.decision) and fits(problem, answer.decision.choice)
     period, latency = period_s(problem, answer.decision), latency_s(problem, answer.decision)
     assert (answer.period_s, answer.latency_s) == (pytest.approx(period), pytest.approx(latency))
@@ -61,7 +62,7 @@ def test_equals_brute_force(method: Method, problem: Problem) -> None:
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(problem=st.one_of(problems(calls=3, most_options=3), problems(calls=4, most_options=2)))
-def test_bound_is_never_above_the_optimum(problem: Problem) -> None:
+def test_bound_is_never_above_the_optimum(problem: SearchProblem) -> None:
     best = best_objective_s(problem, 0.0)
     answer = exact.search(problem, seconds=10.0, gap=1e-3)
     if best is None:
@@ -73,7 +74,7 @@ def test_bound_is_never_above_the_optimum(problem: Problem) -> None:
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(problem=problems(calls=4, most_options=2))
-def test_relaxation_is_never_above_any_plan(problem: Problem) -> None:
+def test_relaxation_is_never_above_any_plan(problem: SearchProblem) -> None:
     relaxed = relax(problem)
     for decision in decisions(problem):
         period = period_s(problem, decision) + 1e-9
@@ -90,7 +91,7 @@ def test_calls_between_two_others_share_the_gpus() -> None:
                        transient_bytes=nothing, layout=nothing)  # fmt: skip
 
     between = [Dependency(0, c) for c in (1, 2, 3)] + [Dependency(c, 4) for c in (1, 2, 3)]
-    problem = Problem(
+    problem = SearchProblem(
         gpus=4,
         capacity_bytes=1.0,
         names=tuple("abcde"),
@@ -105,9 +106,9 @@ def test_calls_that_must_share_a_mesh_do() -> None:
     problem = table_problem()
     apart = solve(problem, Method.AUTO)
     together = [solve(replace(problem, same_mesh=((0, 1, 2),)), method) for method in METHODS]
-    assert isinstance(apart, Answer)
+    assert isinstance(apart, Solution)
     for answer in together:
-        assert isinstance(answer, Answer)
+        assert isinstance(answer, Solution)
         assert len({problem.mesh(call, answer.decision.choice[call]) for call in (0, 1, 2)}) == 1
         assert answer.period_s >= (apart.bound_s or 0.0)
 
@@ -123,17 +124,17 @@ def test_an_infeasible_shared_mesh_is_named(method: Method) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_search_without_time_still_finds_a_plan(method: Method) -> None:
-    assert isinstance(solve(table_problem(), method, seconds=0.0), Answer)
+    assert isinstance(solve(table_problem(), method, seconds=0.0), Solution)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_never_worse_than_its_start(method: Method) -> None:
     problem = table_problem()
     best = solve(problem, method)
-    assert isinstance(best, Answer)
+    assert isinstance(best, Solution)
     cost = schedule.evaluate(schedule.tables(problem), best.decision)
     again = solve(problem, method, start=best.decision, evaluations=16, seed=9)
-    assert isinstance(again, Answer)
+    assert isinstance(again, Solution)
     assert again.period_s <= cost.period_s
 
 
@@ -155,7 +156,7 @@ def test_same_seed_same_plan_in_another_process(method: Method) -> None:
         for seed in ("0", "123")
     }
     here = [solve(table_problem(s), method, seed=4) for s in (1, 2)]
-    assert said == {f"{[answer.decision for answer in here if isinstance(answer, Answer)]}\n"}
+    assert said == {f"{[answer.decision for answer in here if isinstance(answer, Solution)]}\n"}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -169,7 +170,7 @@ def test_stops_in_its_budget(method: Method) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_infeasible_says_why(method: Method) -> None:
     table = random_table(np.random.default_rng(1)) | {"gpu_mem": 19}
-    answer = solve(tables.problem_of(table), method)
+    answer = solve(fixed_tables.problem_of(table), method)
     assert isinstance(answer, Infeasible)
     assert "GiB" in answer.reason and answer.hint
 
@@ -185,16 +186,18 @@ def test_calls_that_fit_only_apart_are_kept_apart(method: Method) -> None:
         transient_bytes=np.zeros(3),
         layout=np.zeros(3),
     )
-    problem = Problem(gpus=4, capacity_bytes=5.0, names=("a", "b"), options=(option, option), edges=(Dependency(0, 1),))
+    problem = SearchProblem(
+        gpus=4, capacity_bytes=5.0, names=("a", "b"), options=(option, option), edges=(Dependency(0, 1),)
+    )
     answer = solve(problem, method)
-    assert isinstance(answer, Answer)
+    assert isinstance(answer, Solution)
     assert sorted(answer.decision.choice) == [1, 2] and answer.period_s == 3.0
 
 
 @pytest.mark.parametrize("method", BOUNDED)
 def test_gap_is_closed_on_a_small_cluster(method: Method) -> None:
     answer = solve(table_problem(), method)
-    assert isinstance(answer, Answer) and answer.bound_s is not None
+    assert isinstance(answer, Solution) and answer.bound_s is not None
     assert answer.bound_s <= answer.period_s and answer.gap is not None and answer.gap <= 0.01
 
 
@@ -203,9 +206,9 @@ def test_a_resumed_walk_goes_on_where_it_stopped() -> None:
     block = mcmc.CHAINS * mcmc.STEPS_PER_ROUND
     whole = mcmc.search(problem, seed=2, evaluations=2 * block)
     first = mcmc.search(problem, seed=2, evaluations=block)
-    assert isinstance(first, mcmc.Found) and isinstance(whole, mcmc.Found)
+    assert isinstance(first, mcmc.Walked) and isinstance(whole, mcmc.Walked)
     rest = mcmc.search(problem, evaluations=block, resume=first.chains)
-    assert isinstance(rest, mcmc.Found)
+    assert isinstance(rest, mcmc.Walked)
     assert (rest.decision, rest.evaluated) == (whole.decision, whole.evaluated)
     assert (rest.chains.now == whole.chains.now).all()
 
@@ -225,7 +228,7 @@ def test_evaluations_per_cpu_second() -> None:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(problem=problems(calls=3, most_options=4), data=st.data())
-def test_tidying_makes_nothing_worse(problem: Problem, data: st.DataObject) -> None:
+def test_tidying_makes_nothing_worse(problem: SearchProblem, data: st.DataObject) -> None:
     legal = list(decisions(problem))
     if not legal:
         return

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from small_problems import period_s, problems
 
 from planner.search import beginnings, dominance, schedule, shapes
-from planner.search.problem import Decision, Dependency, Moves, Options, Problem
+from planner.search.problem import Decision, Dependency, Moves, Options, SearchProblem
 from planner.search.tidy import tidy
 
 
@@ -47,7 +47,7 @@ B = options((*LEFT, 1.0, 5), (*LEFT, 2.0, 6), (*RIGHT, 1.0, 5))
 C = options((*WHOLE, 1.0, 7), (0, 1, 5.0, 7))
 
 
-def problem(**changes: Any) -> Problem:
+def problem(**changes: Any) -> SearchProblem:
     """Three calls: C waits for A and B, whose meshes C's second option does not have."""
     fields = {
         "gpus": 4,
@@ -56,7 +56,7 @@ def problem(**changes: Any) -> Problem:
         "options": (A, B, C),
         "edges": (Dependency(0, 2), Dependency(1, 2)),
     }
-    return Problem(**(fields | changes))
+    return SearchProblem(**(fields | changes))
 
 
 def marsaglia(state: list[int], bound: int, count: int) -> list[int]:
@@ -162,7 +162,9 @@ def test_calls_that_share_a_mesh_move_together(walk: ModuleType) -> None:
     assert kept > 400
 
 
-def chain(walk: ModuleType, p: Problem, start: Decision, temperature: float, steps: int, seed: int = 1) -> list[Any]:
+def chain(
+    walk: ModuleType, p: SearchProblem, start: Decision, temperature: float, steps: int, seed: int = 1
+) -> list[Any]:
     """(present, best, costs) after every step."""
     t = schedule.tables(p)
     now, random = schedule.rows(start), draws(seed)
@@ -175,7 +177,7 @@ def chain(walk: ModuleType, p: Problem, start: Decision, temperature: float, ste
     return seen
 
 
-def objective_s(walk: ModuleType, p: Problem, rows: np.ndarray) -> float:
+def objective_s(walk: ModuleType, p: SearchProblem, rows: np.ndarray) -> float:
     decision = Decision(*(tuple(map(int, row)) for row in rows))
     cost = schedule.evaluate(schedule.tables(p), decision)
     return cost.objective_s * (1 + walk.MEMORY_PENALTY * cost.overflow_bytes / p.capacity_bytes)
@@ -198,7 +200,7 @@ def test_a_cold_chain_never_rises_and_keeps_the_best_that_fits(walk: ModuleType)
 
 def test_a_rise_is_accepted_at_metropolis_rate(walk: ModuleType) -> None:
     """Two options, one slower by a second: at temperature T it is taken exp(-1 / T) times as often as when hot."""
-    p = Problem(
+    p = SearchProblem(
         gpus=4, capacity_bytes=1.0, names=("a",), options=(options((*LEFT, 4.0, 0), (*LEFT, 5.0, 1)),), edges=()
     )
     start = Decision((0,), (0,), (0,))
@@ -237,7 +239,7 @@ QUICK = settings(max_examples=60, deadline=None, suppress_health_check=list(Heal
 
 @QUICK
 @given(p=problems(calls=3, most_options=6))
-def test_shapes_are_options_that_differ_in_place_alone(p: Problem) -> None:
+def test_shapes_are_options_that_differ_in_place_alone(p: SearchProblem) -> None:
     for call, o in enumerate(p.options):
         found = shapes.shapes_of(p, call)
         keys = list(zip(o.width, o.time_s, o.resident_bytes, o.transient_bytes, o.shared_bytes, o.layout, strict=True))
@@ -264,7 +266,9 @@ def test_shapes_are_options_that_differ_in_place_alone(p: Problem) -> None:
 def test_the_unit_of_the_gpu_axis() -> None:
     def unit(gpus: int, *meshes: tuple[int, int]) -> int:
         rows = [(*mesh, 1.0, 0) for mesh in meshes]
-        return shapes.gpu_unit(Problem(gpus=gpus, capacity_bytes=1, names=("a",), options=(options(*rows),), edges=()))
+        return shapes.gpu_unit(
+            SearchProblem(gpus=gpus, capacity_bytes=1, names=("a",), options=(options(*rows),), edges=())
+        )
 
     assert unit(16, (0, 8), (8, 8)) == 8 and unit(16, (0, 16)) == 16
     assert unit(16, (4, 4), (0, 8)) == 4 and unit(24, (0, 16)) == 8 and unit(16, (0, 8), (3, 1)) == 1
@@ -305,7 +309,7 @@ def test_moves_by_layout_are_those_by_option() -> None:
 
 @QUICK
 @given(p=problems(calls=3, most_options=3))
-def test_the_cost_of_one_decision_needs_no_other_options(p: Problem) -> None:
+def test_the_cost_of_one_decision_needs_no_other_options(p: SearchProblem) -> None:
     choice = tuple(len(o) - 1 for o in p.options)
     if not p.keeps_meshes(choice):
         return
@@ -319,13 +323,13 @@ def test_tidying_drops_what_brings_nothing() -> None:
     slow = options((*LEFT, 4.0, 0), (*LEFT, 2.0, 0), (*LEFT, 1.0, 1))
     p = problem(options=(slow, options((*LEFT, 3.0, 0)), C), edges=(Dependency(0, 2), Dependency(1, 2)))
     assert tidy(p, Decision((0, 0, 0), (1, 0, 2), (0, 0, 1))) == Decision((1, 0, 0), (0, 1, 2), (0, 0, 0))
-    halves = Problem(
+    halves = SearchProblem(
         gpus=4, capacity_bytes=1.0, names=("a", "b"), options=(options((*LEFT, 3.0, 0)), options((*RIGHT, 3.0, 0))),
         edges=(Dependency(0, 1), Dependency(1, 0, 1)),
     )  # fmt: skip
     kept = tidy(halves, Decision((0, 0), (0, 1), (0, 0)))
     assert kept == Decision((0, 0), (0, 1), (0, 0))
-    ahead = Problem(
+    ahead = SearchProblem(
         gpus=4, capacity_bytes=1.0, names=("a", "b"), options=(options((*LEFT, 3.0, 0)), options((*RIGHT, 3.0, 0))),
         edges=(Dependency(0, 1), Dependency(1, 0, 2)),
     )  # fmt: skip

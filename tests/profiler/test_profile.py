@@ -18,7 +18,7 @@ from profiler import profile as profiling
 from profiler.cases import Cases, grids
 from profiler.command import profile_command
 from profiler.devices import kind_named
-from profiler.profile import Request, profile
+from profiler.profile import ProfileRequest, profile
 from profiler.results import full_grid
 from profiler.timers import Timed, Timing, measure, peak_bytes
 
@@ -36,9 +36,9 @@ FEW = Cases(
 )
 
 
-def request_for(degrees: tuple[int, ...]) -> Request:
+def request_for(degrees: tuple[int, ...]) -> ProfileRequest:
     spec = replace(load_model(str(FIXTURE)), name=str(FIXTURE))
-    return Request(spec=spec, device=CPU, dtype="fp32", degrees=degrees, cases=FEW, collectives=False)
+    return ProfileRequest(spec=spec, device=CPU, dtype="fp32", degrees=degrees, cases=FEW, collectives=False)
 
 
 def profiled(folder: Path, degrees: tuple[int, ...]) -> Path:

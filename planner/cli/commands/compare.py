@@ -11,13 +11,13 @@ from pathlib import Path
 from cost_models.estimate import cost_plan
 from planner.baselines import Contender
 from planner.cli.engine_words import engine_of, plan_engine
-from planner.cli.loading import legal_plan
 from planner.cli.output import limits_note, say, write
 from planner.pictures.compare import baselines as all_baselines
 from planner.pictures.compare import compare, compare_page, render_rows
 from planner.pictures.diff import changes, effects, render_diff
 from plans.errors import Infeasible
 from plans.files import check_target
+from plans.legal import legal_plan
 
 
 def compare_command(paths: Sequence[Path], *, baselines: bool, html: Path | None, engine: str, as_json: bool) -> int:

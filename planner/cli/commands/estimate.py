@@ -11,13 +11,13 @@ from cost_models.engines.engine import Engine
 from cost_models.estimate import cost_plan
 from cost_models.provenance.sources import plan_sources
 from cost_models.validation.error_band import error_band
-from planner.cli.loading import legal_plan
 from planner.cli.output import say
 from planner.explanation.binding import binding_terms
 from planner.explanation.critical import critical_path
 from planner.explanation.report import render_cost
 from planner.explanation.whatif import what_if
 from planner.remedies.memory import misfits
+from plans.legal import legal_plan
 
 
 def estimate_command(path: Path, *, engine: Engine, changes: list[str], as_json: bool) -> int:

@@ -9,10 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from cost_models.engines.engine import Engine
-from planner.cli.loading import legal_plan
 from planner.explanation.explain import explain
 from planner.explanation.explain_text import render_explanation
 from planner.request import check_effort
+from plans.legal import legal_plan
 
 
 def explain_command(path: Path, *, engine: Engine, seconds: float, seed: int, as_json: bool) -> int:

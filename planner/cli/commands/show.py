@@ -7,10 +7,10 @@ from pathlib import Path
 
 from cost_models.estimate import PlanCost, cost_plan
 from planner.cli.engine_words import plan_engine
-from planner.cli.loading import legal_plan
 from planner.cli.output import limits_note, say, write
 from plans.errors import PlanError
 from plans.files import check_target
+from plans.legal import legal_plan
 from plans.plan import ExecutionPlan
 from plans.render import render_plan
 from plans.timeline import FORMAT, Timeline, load_timeline

@@ -1,4 +1,4 @@
-"""Fixed cost tables of a benchmark as a `Problem`.
+"""Fixed cost tables of a benchmark as a `SearchProblem`.
 
 Format: n_nodes, gpus_per_node, gpu_mem [bytes]; calls [{name, model, kind}]; edges [[a, b]]; options {call:
 [[first_gpu, n_gpus, pp, tp, dp, time_us, mem_bytes, static_mem_bytes]]}; size_key {model: size}; realloc {size:
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from planner.search.problem import Dependency, Moves, Options, Problem
+from planner.search.problem import Dependency, Moves, Options, SearchProblem
 from plans.errors import SpecError
 
 NETWORK_BYTES_PER_S = 25e9
@@ -99,7 +99,7 @@ def _options(rows: list[list[int]], strategies: dict[tuple[int, ...], int]) -> O
     )
 
 
-def problem_of(table: Mapping[str, Any]) -> Problem:
+def problem_of(table: Mapping[str, Any]) -> SearchProblem:
     """The table as a problem; option indices stay the table's."""
     order = _graph_order(table)
     calls = {call["name"]: call for call in table["calls"]}
@@ -113,7 +113,7 @@ def problem_of(table: Mapping[str, Any]) -> Problem:
             u = order.index(source)
             moves[u, v] = _moves(table, table["size_key"][calls[name]["model"]], source, name)
             edges[Dependency(u, v, 1)] = None
-    return Problem(
+    return SearchProblem(
         gpus=table["n_nodes"] * table["gpus_per_node"],
         capacity_bytes=table["gpu_mem"],
         names=tuple(order),
@@ -123,7 +123,7 @@ def problem_of(table: Mapping[str, Any]) -> Problem:
     )
 
 
-def load(path: Path) -> Problem:
+def load(path: Path) -> SearchProblem:
     """Read a table file."""
     try:
         table = json.loads(path.read_text("utf-8"))
