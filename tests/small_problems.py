@@ -14,6 +14,8 @@ import numpy as np
 from hypothesis import strategies as st
 
 from planner.search.problem import Decision, Dependency, Moves, Options, SearchProblem
+from plans.errors import SpecError
+from plans.graph import least_lags
 
 TESTS = os.path.dirname(__file__)
 GPUS = 4
@@ -191,6 +193,14 @@ def moves_between(draw: st.DrawFn, a: Options, b: Options) -> np.ndarray:
     return np.where(same, 0.0, seconds)
 
 
+def _consistent(calls: int, waits: list[tuple[int, int, int]]) -> bool:
+    try:
+        least_lags(range(calls), waits)
+    except SpecError:
+        return False
+    return True
+
+
 @st.composite
 def problems(draw: st.DrawFn, calls: int = 3, most_options: int = 3, together: bool = True) -> SearchProblem:
     """A random graph: forward data edges, the last call may train a model that earlier calls read, exactly so many
@@ -211,6 +221,9 @@ def problems(draw: st.DrawFn, calls: int = 3, most_options: int = 3, together: b
             moves[n - 1, v] = by_layout(draw(moves_between(candidates[n - 1], candidates[v])))
     if draw(st.booleans()):
         edges.append(Dependency(n - 1, n - 1, 1))
+    waits = [(e.source, e.target, e.distance) for e in (*edges, *turns)]
+    if turns and not _consistent(n, waits):  # a call cannot read what an older version waits for
+        turns = []
     return SearchProblem(
         gpus=GPUS,
         capacity_bytes=float(draw(st.integers(4, 12))),
