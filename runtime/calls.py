@@ -43,7 +43,7 @@ def generate_call(
         model,
         [ids for ids, _ in prompts.texts()],
         rows,
-        response_tokens=workload.response_tokens,
+        response_tokens=job.limits(iteration, rows),
         sampling=Sampling(temperature=0) if sequences.endswith(GREEDY) else job.sampling,
         seed=job.run.seed,
         iteration=iteration,

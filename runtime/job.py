@@ -64,6 +64,12 @@ class Job:
         stops = self.run.sampling.stop
         return ended_by(stops, self.tokenizer.decode) if stops and self.tokenizer else None
 
+    def limits(self, iteration: int, samples: Sequence[int]) -> list[int]:
+        """Most response tokens of samples of an iteration."""
+        if isinstance(self.prompts, RandomPrompts):
+            return self.prompts.limits(iteration, samples)
+        return [self.plan.workload.response_tokens] * len(samples)
+
     @property
     def temperature(self) -> float:
         """Temperature of log-probabilities: that of sampling, 1 when greedy or when nothing is sampled."""
@@ -110,7 +116,7 @@ def _prompts(plan: ExecutionPlan, run: RunFile, tokenizer: Tokenizer | None) -> 
             "sampling.stop names texts, which need a tokenizer", "tokenizer=FOLDER with a tokenizer.json"
         )
     if not run.data.source:
-        return RandomPrompts(_random_vocabulary(plan, run), workload.prompt_tokens, run.seed), (), ""
+        return RandomPrompts(_random_vocabulary(plan, run), workload, run.seed), (), ""
     tokenizer = _needed(tokenizer)
     data = _data(plan, run, tokenizer, ())
     return TextPrompts(data, tokenizer, workload.prompt_tokens), tuple(data.columns), data.note
@@ -120,7 +126,7 @@ def _examples(plan: ExecutionPlan, run: RunFile, tokenizer: Tokenizer | None) ->
     workload = plan.workload
     sizes = workload.prompt_tokens, workload.response_tokens
     if not run.data.source:
-        return RandomExamples(_random_vocabulary(plan, run), *sizes, run.seed), ""
+        return RandomExamples(_random_vocabulary(plan, run), workload, run.seed), ""
     tokenizer = _needed(tokenizer)
     data = _data(plan, run, tokenizer, ALGORITHMS[workload.graph.name].columns[1:])
     return TextExamples(data, tokenizer, *sizes, run.sampling.stop_at_eos), data.note

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import inspect
 import random
 import statistics
 import tempfile
@@ -140,8 +141,10 @@ def our_side(
     plan = ExecutionPlan(workload=workload, cluster=cluster, calls=tuple(planned))
     data = scratch / "prompts.csv"
     data.write_text("prompt\n" + "".join(f'"{text}"\n' for text in texts))
+    reward = scratch / "reward.py"  # by itself, so that the processes that compute it import nothing else
+    reward.write_text(f"from __future__ import annotations\n\n{inspect.getsource(letters)}")
     settings = {"lr": LR, "clip": 1.0, "beta2": 0.999}
-    run = {"weights": str(folder), "data": {"source": str(data)}, "reward": f"{__file__}:letters", "actor": settings}
+    run = {"weights": str(folder), "data": {"source": str(data)}, "reward": f"{reward}:letters", "actor": settings}
     run |= {"ppo": {"kl_coefficient": BETA}, "sampling": {"stop_at_eos": False}, "output": str(scratch)}
     job = prepare_job(plan, RunFile.model_validate(run | {"checkpoint": {"every": 0}}))
 

@@ -1,6 +1,6 @@
 """Predicted against measured seconds on this CPU: profile, plan, run, compare.
 
-    bench_predictions.py [--output FOLDER] [--iterations 7] [--only NAME ...] [--no-four]
+    bench_predictions.py [--output FOLDER] [--iterations 7] [--only NAME ...] [--no-four] [--long-tailed]
 
 Profiles a small Llama on one core, takes plans on 1, 2 and 4 ranks (hand-varied ones and a searched one), predicts
 each with the profile's cost table, runs it with `realrun` on random weights, and prints predicted and measured seconds
@@ -56,6 +56,8 @@ SIZES = {
     "long": {"batch_size": 8, "prompt_tokens": 64, "response_tokens": 64, "minibatches": 2},
     "wide": {"batch_size": 16, "prompt_tokens": 96, "response_tokens": 32, "minibatches": 2},
 }
+TAIL = {"short": 12, "long": 20, "wide": 12}
+"""Mean response tokens of the sizes with long-tailed lengths."""
 WARM_UPS = 2
 PROCESS_TICKS = os.sysconf("SC_CLK_TCK")
 Settings = Mapping[str, Any]
@@ -128,6 +130,10 @@ VARIANTS = (
 def main() -> int:
     """Run the benchmark."""
     options = _options()
+    if options.long_tailed:
+        for name, mean in TAIL.items():
+            SIZES[name] |= {"mean_response_tokens": mean}
+            SIZES[name]["response_tokens"] *= 2
     output: Path = options.output
     model, table = output / "model", output / "table.json"
     model.mkdir(parents=True, exist_ok=True)
@@ -155,6 +161,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--iterations", type=int, default=7)
     parser.add_argument("--only", nargs="*", default=[], help="names of plans")
     parser.add_argument("--no-four", action="store_true", help="leave out the plans on 4 ranks")
+    parser.add_argument("--long-tailed", action="store_true", help="responses of a long tail, twice as long at most")
     return parser.parse_args()
 
 

@@ -9,6 +9,7 @@ from zlib import crc32
 
 import torch
 
+from plans.workload import Workload
 from runtime.batches.data import prompt_tokens_of, response_tokens_of
 from runtime.batches.datasets import DataSet
 from runtime.batches.sequences import Sequences
@@ -81,18 +82,17 @@ class TextExamples:
 
 @dataclass(frozen=True)
 class RandomPrompts:
-    """Full-length prompts of random tokens, for benchmarks with random weights."""
+    """Prompts of random tokens, for benchmarks with random weights. Their lengths, and those of the responses, which
+    nothing else would end, are drawn from the distributions of the workload."""
 
     vocab: int
-    prompt_tokens: int
+    workload: Workload
     seed: int
 
     def tokens(self, iteration: int, prompts: Sequence[int]) -> Sequences:
-        rows = []
-        for number in prompts:
-            generator = torch.Generator().manual_seed(crc32(f"{self.seed}/{iteration}/{number}".encode()))
-            rows.append(torch.randint(self.vocab, (self.prompt_tokens,), generator=generator).tolist())
-        return Sequences.of(rows)
+        lengths = self._drawn(iteration)
+        group = self.workload.group_size
+        return Sequences.of([self.row(iteration, number, lengths[number * group][0]) for number in prompts])
 
     def asked(self, iteration: int, prompts: Sequence[int]) -> None:
         return None
@@ -100,18 +100,33 @@ class RandomPrompts:
     def columns(self, iteration: int, prompts: Sequence[int]) -> dict[str, list[Any]]:
         return {}
 
+    def limits(self, iteration: int, samples: Sequence[int]) -> list[int]:
+        """Response tokens of the numbered samples of an iteration."""
+        lengths = self._drawn(iteration)
+        return [lengths[sample][1] for sample in samples]
+
+    def _drawn(self, iteration: int) -> tuple[tuple[int, int], ...]:
+        return self.workload.sample_lengths(crc32(f"{self.seed}/{iteration}".encode()))
+
+    def row(self, iteration: int, number: int, length: int) -> list[int]:
+        """Random tokens by number."""
+        generator = torch.Generator().manual_seed(crc32(f"{self.seed}/{iteration}/{number}".encode()))
+        return list(torch.randint(self.vocab, (length,), generator=generator).tolist())
+
 
 @dataclass(frozen=True)
 class RandomExamples:
-    """Full-length examples of random tokens, for benchmarks with random weights."""
+    """Examples of random tokens, of the same lengths as `RandomPrompts` and its responses."""
 
     vocab: int
-    prompt_tokens: int
-    response_tokens: int
+    workload: Workload
     seed: int
 
     def sequences(self, iteration: int, samples: Sequence[int]) -> Sequences:
-        width = self.prompt_tokens + self.response_tokens
-        whole = RandomPrompts(self.vocab, width, self.seed).tokens(iteration, samples)
-        count = len(samples)
-        return Sequences(whole.tokens, (self.prompt_tokens,) * count, (self.response_tokens,) * count)
+        prompts, group = RandomPrompts(self.vocab, self.workload, self.seed), self.workload.group_size
+        given = [ids for ids, _ in prompts.tokens(iteration, [sample // group for sample in samples]).texts()]
+        # Numbers from the batch on are of responses, so that they are not those of the prompts.
+        first = self.workload.batch_size
+        limits = prompts.limits(iteration, samples)
+        rows = [prompts.row(iteration, first + i, n) for i, n in zip(samples, limits, strict=True)]
+        return Sequences.of(given, rows)

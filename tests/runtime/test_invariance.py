@@ -264,8 +264,13 @@ def test_the_exported_actor_is_the_trained_one(tmp_path: Path, tmp_path_factory:
 
 
 def test_random_weights_need_no_files(tmp_path: Path) -> None:
-    plan = tiny_plan(2, "d1 t1 p2", order=SEVEN_CALLS, reward_model=True)
+    """Nothing else would end a response, so that its length is drawn from the workload's distribution."""
+    sizes = {"response_tokens": 24, "response_lengths": ((0.0, 2), (100.0, 20))}
+    plan = tiny_plan(2, "d1 t1 p2", order=SEVEN_CALLS, reward_model=True, **sizes)
     run = tiny_run(tmp_path, weights="random", data={"source": ""}, iterations=1)
     metrics, tokens = execute(plan, run, tmp_path, export=True)
     assert len(tokens) == 8 and metrics[0]["prompt_length/min"] == plan.workload.prompt_tokens
+    assert metrics[0]["response_length/mean"] == pytest.approx(11, abs=0.5)
+    assert sorted(len(response) for _, response in tokens.values()) == sorted(plan.workload.responses.draw(8))
+    assert metrics[0]["response_length/p100"] == metrics[0]["response_length/max"] > 17
     assert (tmp_path / "actor" / "config.json").is_file()
