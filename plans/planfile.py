@@ -134,7 +134,8 @@ class WorkloadFile(_Closed):
     allow_long: Annotated[bool, Field(description="samples may be longer than a model's context")] = False
     recompute_logprobs: bool = False
     reward_seconds_per_sample: Annotated[
-        float | None, Field(ge=0, description="the reward is a Python function of this cost, not a model")
+        float | None,
+        Field(ge=0, le=1e6, allow_inf_nan=False, description="the reward is a Python function of this cost, no model"),
     ] = None
     models: dict[str, str | ModelFile] = Field(description="role -> library name or architecture")
 

@@ -114,7 +114,7 @@ def _jsonl(path: Path, columns: Sequence[str]) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            row = parse_json(line.rstrip())
+            row = parse_json(line.rstrip(" \t\r\n"))
         except BadText as error:
             column = error.problem.column or 1
             raise DataError(f"{path}:{number}:{column}: {error.problem.message}", error.hint) from None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ from plans.problems import Problem, shortened
 
 MOST_TOKENIZER_BYTES = 2**28
 LARGEST_ID = 2**31
+UNUSUAL = "a \ue000 qzxqzx0"
 _AT = re.compile(r" at line (\d+) column (\d+)")  # how the library's JSON reader ends its messages
 
 
@@ -58,12 +60,14 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, with the special tokens that the tokenizer itself adds (Llama's begin-of-text)."""
-        return self._once(self._backend.encode(text).ids)
+        with _named("encode"):
+            return self._once(self._backend.encode(text).ids)
 
     def encode_batch(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
         """Ids of several texts, with or without the special tokens of `encode`."""
-        encoded = self._backend.encode_batch(list(texts), add_special_tokens=special)
-        return [self._once(encoding.ids) if special else encoding.ids for encoding in encoded]
+        with _named("encode"):
+            encoded = self._backend.encode_batch(list(texts), add_special_tokens=special)
+            return [self._once(encoding.ids) if special else encoding.ids for encoding in encoded]
 
     def _once(self, ids: list[int]) -> list[int]:
         """Ids without the begin-of-text that the tokenizer adds before one that the text already has."""
@@ -78,7 +82,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, without special tokens."""
-        return self._backend.decode(list(ids), skip_special_tokens=True)
+        with _named("decode"):
+            return self._backend.decode(list(ids), skip_special_tokens=True)
 
     def save(self, folder: str | Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json` so that the folder reads back as this tokenizer."""
@@ -93,17 +98,29 @@ class Tokenizer:
         return str(self._backend.id_to_token(token_id))
 
 
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """The library's errors, which have no type of their own, as TokenizerError."""
+    try:
+        yield
+    except Exception as error:
+        reason = shortened(error, 200)
+        raise TokenizerError(f"the tokenizer cannot {what} a text: {reason}", "another tokenizer=FOLDER") from None
+
+
 def _backend(path: Path) -> tokenizers.Tokenizer:
     """The tokenizer of a file; raises TokenizerError, located, for one that is none."""
     hint = "a tokenizer.json as `tokenizers` saves it"
     config = _read_json(path)
     try:
-        return tokenizers.Tokenizer.from_str(config.text)
+        found = tokenizers.Tokenizer.from_str(config.text)
+        found.encode(UNUSUAL)  # what has no token for unknown words says so only here
+        return found
     except BaseException as error:  # the library raises no type of its own, and panics are no Exception
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
-        found = _AT.search(str(error))
-        line, column = (int(found[1]), int(found[2]) or 1) if found else (1, 1)
+        at = _AT.search(str(error))
+        line, column = (int(at[1]), int(at[2]) or 1) if at else (1, 1)
         reason = shortened(_AT.sub("", str(error)), 200)
         raise TokenizerError(f"{path}:{line}:{column}: no tokenizer: {reason}", hint) from None
 
@@ -148,5 +165,8 @@ def _first_ids(configs: Sequence[_Config], key: str) -> tuple[int, ...]:
 def _token_ids(backend: tokenizers.Tokenizer, token: Any) -> tuple[int, ...]:
     """The id of a token that tokenizer_config.json gives as text or as {"content": text}."""
     text = token.get("content") if isinstance(token, dict) else token
-    found = backend.token_to_id(text) if isinstance(text, str) else None
+    try:
+        found = backend.token_to_id(text) if isinstance(text, str) else None
+    except UnicodeEncodeError:  # half of a surrogate pair, which no vocabulary has
+        found = None
     return () if found is None else (found,)

@@ -98,3 +98,14 @@ def test_files_that_are_no_tokenizer(content: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(TokenizerError, match=r"tokenizer\.json"):
         Tokenizer.of_folder(tmp_path)
+
+
+def test_tokens_that_are_no_texts_and_texts_that_have_no_token(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.of_folder(_folder(tmp_path, tokenizer_config={"eos_token": "</s>", "pad_token": "\ud83d"}))
+    assert tokenizer.pad_id == tokenizer.eos_ids[0], "half of a surrogate pair names no token"
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="gone"))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json:1:1: no tokenizer: WordLevel error: Missing"):
+        Tokenizer.of_folder(tmp_path)
+    with pytest.raises(TokenizerError, match="the tokenizer cannot encode a text: WordLevel error: Missing"):
+        Tokenizer(backend, (), 0).encode("b")
