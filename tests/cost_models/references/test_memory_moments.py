@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 from plan_cases import CRITIC_FREE, tiny_plan
-from textbook import DENSE, layout, network
+from textbook import DENSE, EXPERTS, layout, network
 
 from cost_models.engines.habits import MemoryHabits
+from cost_models.memory.activations import block_widths, kept_block_bytes
 from cost_models.memory.latent import LATENT_MODELS, LatentSpec, latent_training_terms
 from cost_models.memory.memory import call_memory
 from cost_models.memory.memory_terms import MemoryTerms
@@ -23,7 +24,7 @@ from cost_models.memory.moments import CallMemory, memory_profile
 from cost_models.validation.memory_rows import training_case_of
 from plans.algorithms import algorithm_graph
 from plans.cluster import GIB
-from plans.model import ModelSpec
+from plans.model import ModelSpec, Norm
 from plans.program import compile_program
 from plans.strategy import Recompute
 from plans.workload import Workload
@@ -214,6 +215,15 @@ def test_deepseek_has_the_parameters_that_its_authors_published() -> None:
     assert published_params(LATENT_MODELS["deepseekv2"], 60, 1) == pytest.approx(235.74e9, rel=5e-5)
 
 
+def test_deepseek_has_the_sizes_of_its_published_config() -> None:
+    """`config.json` of DeepSeek-V2 and V3: heads of 128 + 64 and 128, ranks of 1536 and 512."""
+    shared = {"heads": 128, "q_rank": 1536, "kv_rank": 512, "nope_dim": 128, "rope_dim": 64, "value_dim": 128}
+    second = {"hidden": 5120, "ffn": 12_288, "vocab": 102_400, "experts": 160, "experts_per_token": 6}
+    third = {"hidden": 7168, "ffn": 18_432, "vocab": 129_280, "experts": 256, "experts_per_token": 8}
+    assert LATENT_MODELS["deepseekv2"] == LatentSpec(**shared, **second, expert_ffn=1536, shared_ffn=2 * 1536)
+    assert LATENT_MODELS["deepseekv3"] == LatentSpec(**shared, **third, expert_ffn=2048, shared_ffn=2048)
+
+
 SMALL = LatentSpec(
     hidden=96, heads=4, ffn=200, vocab=1000, q_rank=24, kv_rank=16, nope_dim=12, rope_dim=8, value_dim=10, experts=6,
     experts_per_token=2, expert_ffn=40, shared_ffn=50,
@@ -253,6 +263,33 @@ def test_backward_pass_of_latent_blocks_holds_the_wider_mlp() -> None:
     experts = 2 * (3 * 400 + 2 * 96) + 3 * 50
     largest = max(4 * 10 * 96, 24 * 4 * 20, 2 * 96 * 400)
     assert np.isclose(terms.workspace[0], 2 * (2 * 96 + experts) * 64 + 2 * largest)
+
+    narrow = replace(SMALL, vocab=1, expert_ffn=8, shared_ffn=8, ffn=8)
+    terms = latent_training_terms(narrow, 8, case, habits)
+    experts = 2 * (3 * 8 + 2 * 96) + 3 * 8
+    assert np.isclose(terms.workspace[0], 2 * (2 * 96 + experts) * 64 + 2 * (4 * 10 * 96)), "attention's output"
+
+
+def test_what_plain_kernels_store_beside() -> None:
+    """RMSNorm in plain PyTorch: its input in fp32 and the normalised input too; the projection beside rotated queries
+    and keys; silu(gate) and the other half of the MLP. A fused LayerNorm has input and output alone."""
+    plain = block_widths(DENSE, fused_pointwise=False)
+    assert plain.stream == (2 + 4 / 2) * 2 * 1536 and plain.norm_bytes == (3 * 4 + 2) * 1536
+    assert plain.mlp == 5 * 4096 and plain.cut == 20 * 128 + 16 * 128 + 12 * 128 + 5 * 4096
+    full = block_widths(DENSE, fused_pointwise=False, element=4.0)
+    assert full.stream == 3 * 2 * 1536 and full.norm_bytes == 12 * 1536
+    layer = block_widths(replace(DENSE, norm=Norm.LAYER, gated_mlp=False), fused_pointwise=False)
+    assert layer.stream == 4 * 1536 and layer.norm_bytes == 6 * 1536 and layer.mlp == 2 * 4096
+    routed = block_widths(replace(EXPERTS, shared_ffn=100), fused_pointwise=True)
+    assert routed.mlp == 4 * (3 * 640 + 2 * 1536) + 3 * 100
+    assert routed.cut == 20 * 128 + 12 * 128 + routed.mlp
+
+
+def test_every_other_product_again() -> None:
+    """torchtitan's selective mode: the input of a block, and half of what tp cuts."""
+    case = training_case_of(dp=1, tp=2, micro_batch=1, seq_len=64, recompute="selective-op")
+    kept = kept_block_bytes(block_widths(DENSE, fused_pointwise=True), case, gathers_keys=True)
+    assert kept == pytest.approx(2 * 1536 + 0.5 * 2 * CUT / 2)
 
 
 def test_an_iteration_moment_by_moment() -> None:
