@@ -296,6 +296,22 @@ def test_what_cannot_be_is_left_out_first() -> None:
     assert dominance.light(problem(capacity_bytes=0.5, options=(heavy, B, C))) is None
 
 
+@pytest.mark.parametrize(("version", "ordered", "expected"), [
+    (1, True, {0: (), 1: (0,)}),
+    (1, False, {0: (1,), 1: (0,)}),
+    (2, True, {0: (), 1: ()}),
+])  # fmt: skip
+def test_copies_are_shared_with_earlier_readers_of_the_same_version(
+    version: int, ordered: bool, expected: dict[int, tuple[int, ...]]
+) -> None:
+    """Two calls read what the third trains: one that must come later made no copy, and another version is another."""
+    own = options((*LEFT, 1.0, 0))
+    edges = [Dependency(2, 0, 1), Dependency(2, 1, version), Dependency(1, 2)]
+    moves = {(2, v): Moves.of_options(np.array([[1.0]])) for v in (0, 1)}
+    p = problem(options=(own,) * 3, moves=moves, edges=(*edges, *([Dependency(0, 1)] if ordered else [])))
+    assert p.earlier_readers == expected and p.version == {0: 1, 1: version} and p.trainer == {0: 2, 1: 2}
+
+
 def test_moves_by_layout_are_those_by_option() -> None:
     seconds = np.array([[1.0, 2.0, 1.0], [0.0, 5.0, 0.0], [1.0, 2.0, 1.0]])
     whole = Moves.of_options(seconds)
