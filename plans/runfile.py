@@ -215,7 +215,8 @@ class RunFile(_Closed):
     `format`, `code`, `vader`, or several with their weights; unused where the graph's reward is a model. actor: the
     optimizer of every trained role but the critic. timeout_s bounds every collective; 0: as long as the plan's estimate
     asks for (`patience_s`). on_nonfinite: what happens to an optimizer step whose loss or gradient norm is no finite
-    number. restarts: how often a run that fails is started again from its newest checkpoint.
+    number. samples: how many of each iteration's samples go to `samples.jsonl` as texts. restarts: how often a run that
+    fails is started again from its newest checkpoint.
     resume_from: a checkpoint, a folder of them, or the output of a run, whose newest usable one is taken up.
     """
 
@@ -233,6 +234,7 @@ class RunFile(_Closed):
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     output: str = "runs/latest"
     export: bool = True
+    samples: Count = 4
     timeout_s: Annotated[float, Field(ge=0, le=1e7)] = 0.0
     on_nonfinite: Literal["stop", "skip"] = "stop"
     checkpoint: Checkpoints = Checkpoints()

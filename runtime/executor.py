@@ -19,6 +19,7 @@ from plans.layout import Place
 from plans.lengthsfile import recorded
 from plans.program import Step, StepKind, compile_program
 from plans.runfile import RANDOM, patience_s
+from runtime.batches.shown import shown_samples
 from runtime.batches.transfer import BatchStore, LateError
 from runtime.calls import PendingScores, Values, begin_reward, end_reward, generate_call, inference_call
 from runtime.groups import GroupCache
@@ -228,6 +229,9 @@ class Executor:
             self._recorder.add(iteration, {name: Stat.one(value) for name, value in figures.items()})
         with self._copies.training(call.model, offload=planned.strategy.offload) as trainer:
             self._recorder.add(iteration, train_call(job, call, share, trainer, inputs, responses, iteration))
+        place = model.place
+        if place.tp == place.pp == place.cp == 0 and call.model == next(iter(job.plan.workload.graph.trainers)):
+            self._recorder.show(iteration, shown_samples(job, inputs, share.samples, iteration))
         check_finite(model, f"the weights of `{call.model}` after this training")
         return {}
 

@@ -15,7 +15,7 @@ from plans.checkpoint_files import METRICS, RUN, Checkpoint, CheckpointError, fi
 from plans.plan import ExecutionPlan
 from plans.runfile import RunFile
 
-_FREE = ("output", "export", "timeout_s", "iterations", "checkpoint", "restarts", "resume_from", "workload")
+_FREE = ("output", "export", "timeout_s", "iterations", "checkpoint", "restarts", "samples", "resume_from", "workload")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from plans.files import OutputError, check_target, free_name, write_atomically
 from plans.plan import ExecutionPlan
 from plans.runfile import CHECKPOINTS, RANDOM, RunFile
 
-PLAN, RUN, METRICS, TIMELINE = "plan.json", "run.yaml", "metrics.jsonl", "timeline.json"
+PLAN, RUN, METRICS, TIMELINE, SAMPLES = "plan.json", "run.yaml", "metrics.jsonl", "timeline.json", "samples.jsonl"
 
 
 def exported_role(plan: ExecutionPlan) -> str:
@@ -99,7 +99,7 @@ def _set_aside(plan: ExecutionPlan, output: Path) -> Path | None:
     role = exported_role(plan)
     if _is_of_a_run(output) and not (output / METRICS).stat().st_size and not os.path.lexists(output / role):
         return None  # it failed before its first iteration
-    moving = [METRICS, TIMELINE, *([role, CHECKPOINTS] if _is_of_a_run(output) else [])]
+    moving = [METRICS, TIMELINE, SAMPLES, *([role, CHECKPOINTS] if _is_of_a_run(output) else [])]
     moving = [name for name in moving if os.path.lexists(output / name)]
     copied = [name for name in (PLAN, RUN) if (output / name).is_file()]
     if not moving and (not copied or _holds(output / PLAN, plan)) and RUN not in copied:

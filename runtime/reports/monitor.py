@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from plans.files import OutputError
+from plans.files import OutputError, write_atomically, writing
 from plans.plan import ExecutionPlan
 from plans.program import compile_program
 from plans.terminal import printable
@@ -19,11 +20,13 @@ from runtime.reports.metrics import TIMING_NAMES, Metrics, MetricsLog
 from runtime.reports.records import RecordReader
 
 POLL_S = 0.2
+SAMPLES = "samples.jsonl"
 
 
 class Monitor:
-    """Follows the records of all ranks in a thread: writes `metrics.jsonl`, and on leaving `timeline.json`; shows
-    progress on stderr, with a bar on a terminal. earlier: metrics of the iterations that are done already."""
+    """Follows the records of all ranks in a thread: writes `metrics.jsonl` and `samples.jsonl`, and on leaving
+    `timeline.json`; shows progress on stderr, with a bar on a terminal. earlier: metrics of the iterations that are
+    done already."""
 
     def __init__(
         self, plan: ExecutionPlan, iterations: int, scratch: Path, output: Path, earlier: Sequence[Metrics] = ()
@@ -33,6 +36,8 @@ class Monitor:
         self._reader = RecordReader(scratch, ranks, len(earlier))
         self._log = MetricsLog(program, output / "metrics.jsonl", earlier)
         self._timeline = output / "timeline.json"
+        self._samples = output / SAMPLES
+        self._keep_samples(len(earlier))
         self._ranks = plan.cluster.size
         self._iterations = iterations
         self._stop = Event()
@@ -80,8 +85,19 @@ class Monitor:
             except OutputError as failed:  # whoever started the ranks asks for it, and ends them
                 self._failed = failed
 
+    def _keep_samples(self, iterations: int) -> None:
+        """Leave the samples of the iterations that are done already."""
+        if self._samples.is_file():
+            lines = self._samples.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] < iterations]
+            write_atomically(self._samples, "".join(kept))
+
     def _poll(self) -> None:
         for records in self._reader.poll():
+            samples = sorted((sample for record in records for sample in record.samples), key=lambda s: s["sample"])
+            if samples:
+                with writing(self._samples), self._samples.open("a", encoding="utf-8") as file:
+                    file.write("".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
             self._console.print(printable(progress_line(self._log.add(records), self._iterations)))
             self._bar.advance(self._task)
 

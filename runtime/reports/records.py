@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,12 +37,14 @@ class Status:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One iteration of one rank. spans: (name, kind, start_s, end_s) from the start of the run."""
+    """One iteration of one rank. spans: (name, kind, start_s, end_s) from the start of the run. samples: lines of
+    `samples.jsonl`."""
 
     rank: int
     iteration: int
     spans: tuple[tuple[str, str, float, float], ...]
     stats: Mapping[str, Stat]
+    samples: tuple[Mapping[str, Any], ...] = ()
 
 
 def status_path(folder: Path, rank: int) -> Path:
@@ -84,6 +86,7 @@ class Recorder:
         self._shift_s = time.time() - time.perf_counter() - origin_s
         self._spans: dict[int, list[tuple[str, str, float, float]]] = {}
         self._stats: dict[int, dict[str, list[Stat]]] = {}
+        self._samples: dict[int, list[Mapping[str, Any]]] = {}
         self.say("", 0)
 
     def _open(self, folder: Path, rank: int) -> None:
@@ -116,6 +119,10 @@ class Recorder:
         for name, stat in stats.items():
             self._stats.setdefault(iteration, {}).setdefault(name, []).append(stat)
 
+    def show(self, iteration: int, samples: Iterable[Mapping[str, Any]]) -> None:
+        """Keep samples that a person looks at."""
+        self._samples.setdefault(iteration, []).extend(samples)
+
     def finish(self, iteration: int) -> None:
         """Write an iteration of which this rank has done everything."""
         stats = {name: merge_stats(parts) for name, parts in self._stats.pop(iteration, {}).items()}
@@ -123,6 +130,7 @@ class Recorder:
             "iteration": iteration,
             "spans": self._spans.pop(iteration, []),
             "stats": {name: [s.total, s.count, s.low, s.high] for name, s in stats.items()},
+            "samples": self._samples.pop(iteration, []),
         }
         left = json.dumps(line).encode() + b"\n"
         with writing(records_path(self._folder, self._rank)):
@@ -162,4 +170,4 @@ class RecordReader:
             data = json.loads(line)
             stats = {name: Stat(*values) for name, values in data["stats"].items()}
             spans = tuple((name, kind, start, end) for name, kind, start, end in data["spans"])
-            yield Record(rank, data["iteration"], spans, stats)
+            yield Record(rank, data["iteration"], spans, stats, tuple(data["samples"]))

@@ -94,7 +94,7 @@ def test_records_are_read_as_they_appear(tmp_path: Path) -> None:
     (found,) = reader.poll()
     assert [r.iteration for r in found] == [0, 0] and found[0].spans[0][:2] == ("actor_generate", "call")
     with records_path(tmp_path, 1).open("a") as file:
-        file.write('"spans": [], "stats": {}}\n')
+        file.write('"spans": [], "stats": {}, "samples": []}\n')
     (found,) = reader.poll()
     assert found[0].stats["x"].mean == 1
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from plan_cases import TINY, tiny_plan, tiny_run
+from reward_cases import vowels
 from run_cases import PATIENCE_S, ROOT, arguments, running
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -64,6 +65,11 @@ def test_a_killed_rank_costs_what_came_after_the_checkpoint(tmp_path: Path) -> N
     assert "rank 1 was killed by SIGKILL" in said and "restart 1 of 2" in said and "going on from" in said
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [0, 1, 2, 3]
+    samples = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    assert [(s["iteration"], s["sample"]) for s in samples] == [(i, n) for i in range(4) for n in range(4)]
+    assert all(
+        s["prompt"] and s["rewards"] == pytest.approx(vowels([s["prompt"]], [s["response"]])[0]) for s in samples
+    )
     exported(tmp_path)
 
 
