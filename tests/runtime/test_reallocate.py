@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import zlib
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ SPEC = ModelSpec(
 TIED = replace(SPEC, tied_embeddings=True)
 VALUE = SPEC.with_value_head()
 FIVE = replace(TIED, layers=5)
+WIDE = replace(SPEC, post_norms=True, wide_qk_norm=True)
 MIXTURE = replace(SPEC, ffn=4, experts=8, experts_per_token=2, shared_ffn=12)
 
 
@@ -67,6 +70,35 @@ PAIRS = {
     "experts dp4 ep4 -> tp2 on 2-3": (layout(MIXTURE, ALL, dp=4, ep=4), layout(MIXTURE, HIGH, tp=2)),
     "experts disjoint ep2 -> pp2": (layout(MIXTURE, LOW, dp=2, ep=2), layout(MIXTURE, HIGH, pp=2)),
 }
+
+
+def random_layout(draw: random.Random, spec: ModelSpec) -> Layout:
+    """Any degrees on some of the ranks, context and expert parallelism and splits of its own included."""
+    size = draw.choice((1, 2, 4))
+    first = draw.randrange(0, 5 - size)
+    tp = draw.choice([d for d in (1, 2, 4) if size % d == 0])
+    pp = draw.choice([d for d in (1, 2, 4) if size // tp % d == 0])
+    cp = draw.choice([d for d in (1, 2, 4) if size // tp // pp % d == 0])
+    degrees: dict[str, Any] = {"tp": tp, "pp": pp, "cp": cp, "dp": size // tp // pp // cp}
+    if spec.experts:
+        degrees["ep"] = draw.choice([d for d in (1, 2, 4) if size // pp % d == 0])
+    if pp > 1 and draw.random() < 0.5:
+        cuts = sorted(draw.sample(range(1, spec.layers), pp - 1))
+        degrees["layers_per_stage"] = tuple(b - a for a, b in pairwise((0, *cuts, spec.layers)))
+    return layout(spec, range(first, first + size), **degrees)
+
+
+def random_pairs(count: int) -> dict[str, tuple[Layout, Layout]]:
+    """Pairs of random layouts, from seeds."""
+    found = {}
+    for seed in range(count):
+        draw = random.Random(seed)
+        spec = draw.choice((SPEC, TIED, VALUE, FIVE, WIDE, MIXTURE, MIXTURE))
+        found[f"random {seed}"] = random_layout(draw, spec), random_layout(draw, spec)
+    return found
+
+
+PAIRS |= random_pairs(40)
 
 
 def whole(parameter: Parameter) -> Tensor:
