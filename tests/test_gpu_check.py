@@ -96,7 +96,7 @@ def test_model_flops_of_a_step() -> None:
     from plans.library import load_model
 
     spec = load_model("llama-7b")
-    flops = import_module("gpu_check.training").step_flops(spec, 1, 4096)
+    flops = import_module("gpu_check.training").step_flops(spec, [[4096]])
     # PaLM's appendix B counts 6 N + 12 L H Q T per token, twice the causal half of the attention.
     matrices = spec.params - spec.vocab * spec.hidden
     palm = 4096 * (6 * matrices + 12 * spec.layers * spec.heads * spec.head_dim * 4096)

@@ -108,7 +108,7 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"rows\.json:1"):
         validate([path])
     path.write_text(json.dumps({"rows": [{"measured": {}}]}))
-    with pytest.raises(SpecError, match=r"rows\[0\]: there is no `id`"):
+    with pytest.raises(SpecError, match="there is no `id`"):
         validate([path])
 
 
