@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ def lengths_file(path: Path, *, prompt_tokens: int, response_tokens: int) -> dic
     A folder means the metrics in it. Metrics of several iterations count alike. Raises SpecError, located, for an empty
     file, for lines that are neither metrics nor numbers, and for lengths beyond the maximum.
     """
-    path = path / METRICS if path.is_dir() else path
+    path = path / METRICS if os.path.isdir(path) else path
     text = read_text(path, SpecError, "--lengths", KINDS, MOST_BYTES)
     lines = [_Line(path, i, line.rstrip()) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:

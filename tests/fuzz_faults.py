@@ -76,6 +76,8 @@ def broken_words(words: list[str], rng: random.Random) -> list[str]:
     """A command line with one or two faults: values, names of options, words left out or twice."""
     words = list(words)
     for _ in range(rng.randint(1, 2)):
+        if not words:
+            break
         at = rng.randrange(1, len(words)) if len(words) > 1 else 0
         kind = rng.randrange(5)
         if kind <= 2:

@@ -21,6 +21,7 @@ from fuzz_files import METRICS, NUMBERS, RUN
 from fuzz_runs import Outcome
 from plan_cases import SEVEN_CALLS, tiny_plan
 
+import cost_models.validation.validation as validation_module
 import planner.cli.commands.explain as explain_module
 import planner.cli.commands.headline as headline_module
 import planner.cli.commands.search as search_module
@@ -249,3 +250,4 @@ def _leave_out_work(patch: pytest.MonkeyPatch, kept: list[Any]) -> None:
     patch.setattr(explain_module, "explain", stop)
     patch.setattr(headline_module.published, "searched", stop)
     patch.setattr(profile_module, "profile", stop)
+    patch.setattr(validation_module, "library_files", list)

@@ -174,3 +174,12 @@ def test_every_text_file_is_utf_8_whatever_the_locale() -> None:
                 reads = name in ("read_text", "write_text", "open") and (method or name == "open")
                 if reads and not said.startswith(("os.", "webbrowser.")):
                     assert "utf-8" in said or "'rb'" in said or "'wb'" in said, f"{path}:{node.lineno}: {said}"
+
+
+def test_planning_asks_after_files_without_an_error() -> None:
+    """Methods of a path raise for names that are too long; `os.path` says that there is no such file."""
+    for package in ("plans", "cost_models", "planner"):
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and path.name != "files.py":
+                    assert node.func.attr not in ("exists", "is_file", "is_dir") or "os.path" in ast.unparse(node), path
