@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cost_models.engines.engine import Engine
@@ -84,17 +84,10 @@ def explain(
     """Explain a legal plan; the short searches take about `seconds` in all."""
     cost = cost_plan(plan, engine)
     path = critical_path(cost.program, cost.durations)
-    progress("pricing layouts")
-    priced = build_space(plan.workload, plan.cluster, engine, Limits())
-    space = priced if isinstance(priced, Space) else None
-    calls = []
-    for planned in plan.calls:
-        progress(f"costing {planned.call} elsewhere")
-        calls.append(elsewhere(cost, planned.call, space))
-    binding = binding_terms(cost, path)
     evaluations = max(1, int(seconds * EVALUATIONS_PER_SECOND))
     effort = Effort(seconds=seconds, seed=seed, workers=workers, method=Method.WALK, evaluations=evaluations)
-    best, kinds = _searched(cost, space, effort, progress)
+    calls, best, kinds = _on_this_cluster(cost, effort, progress)
+    binding = binding_terms(cost, path)
     return Explanation(
         iteration_s=cost.iteration_s,
         latency_s=cost.latency_s,
@@ -103,7 +96,7 @@ def explain(
         spare=tuple(planned.call for planned in plan.calls if _spare(cost, planned.call)),
         idle=idle_share(cost.timeline, plan.cluster),
         idle_by_mesh=idle_by_mesh(cost.timeline, plan),
-        calls=tuple(calls),
+        calls=calls,
         binding=binding,
         binding_by_resource=by_resource(binding),
         memory=_headroom(cost, calls),
@@ -113,6 +106,23 @@ def explain(
     )
 
 
+def _on_this_cluster(
+    cost: PlanCost, effort: Effort, progress: Callable[[str], None]
+) -> tuple[tuple[Elsewhere, ...], PlanCost, list[KindOfPlan]]:
+    """What each call would cost elsewhere, the best plan known, and the best ones of several kinds.
+
+    The priced space lives in here: on a thousand GPUs it is large, and the search for each upgrade makes its own."""
+    plan = cost.program.plan
+    progress("pricing layouts")
+    priced = build_space(plan.workload, plan.cluster, cost.engine, Limits())
+    space = priced if isinstance(priced, Space) else None
+    calls = []
+    for planned in plan.calls:
+        progress(f"costing {planned.call} elsewhere")
+        calls.append(elsewhere(cost, planned.call, space))
+    return tuple(calls), *_searched(cost, space, effort, progress)
+
+
 def _spare(cost: PlanCost, call: str) -> bool:
     """Whether a call that takes longer by a little leaves the period as it is."""
     seconds = dict(cost.durations.seconds)
@@ -120,7 +130,7 @@ def _spare(cost: PlanCost, call: str) -> bool:
     return simulate(cost.program, Durations(seconds)).period_s <= cost.iteration_s * (1 + 1e-9)
 
 
-def _headroom(cost: PlanCost, calls: list[Elsewhere]) -> Headroom:
+def _headroom(cost: PlanCost, calls: Sequence[Elsewhere]) -> Headroom:
     wanting = [call for call in calls if call.too_large]
     most = min(wanting, key=lambda call: call.too_large.change_s if call.too_large else 0.0, default=None)
     return Headroom(
