@@ -104,9 +104,10 @@ class Judge:
         spent = 0.0
         batches: list[list[str]] = [[name for name in tests if name == last], *([] for _ in TIERS_S), []]
         for name in tests:
-            spent += self.of(mutant).seconds[name]
-            if spent > self.budget_s and any(batches):
-                break
+            seconds = self.of(mutant).seconds[name]
+            if spent + seconds > self.budget_s and any(batches):
+                continue
+            spent += seconds
             if name != last:
                 batches[1 + sum(spent > limit for limit in TIERS_S)].append(name)
         return batches
