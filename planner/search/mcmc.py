@@ -130,11 +130,6 @@ def least_bytes(options: Options) -> float:
     return float((options.resident_bytes + options.transient_bytes - options.shared_bytes).min())
 
 
-def fits_alone(problem: SearchProblem) -> bool:
-    """Whether every call has an option that fits on its GPUs by itself."""
-    return all(least_bytes(options) <= problem.capacity_bytes for options in problem.options)
-
-
 def overfull(problem: SearchProblem, evaluated: int) -> Infeasible:
     """Why nothing fits, as far as the options tell; `evaluated` is zero where it is proved."""
     capacity = problem.capacity_bytes / 2**30
