@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,14 +108,14 @@ def _moves(
 def _distinct(
     spec: ModelSpec, entries: Sequence[Placement], cluster: ClusterSpec
 ) -> tuple[list[Layout], NDArray[np.intp]]:
-    """The different layouts of some options, and which one each option has."""
-    numbers: dict[tuple[DeviceMesh, int, tuple[int, ...]], int] = {}
+    """The different layouts of some options, and which one each option has. Ranks of cp hold what ranks of dp hold."""
+    numbers: dict[tuple[DeviceMesh, tuple[int, ...]], int] = {}
     layouts: list[Layout] = []
     index = []
     for mesh, strategy in entries:
-        key = (mesh, strategy.dp, slices_of(strategy))
+        key = (mesh, slices_of(strategy))
         if key not in numbers:
             numbers[key] = len(layouts)
-            layouts.append(Layout.of(spec, mesh, strategy, cluster))
+            layouts.append(Layout.of(spec, mesh, replace(strategy, dp=strategy.dp * strategy.cp, cp=1), cluster))
         index.append(numbers[key])
     return layouts, np.array(index, dtype=np.intp)
