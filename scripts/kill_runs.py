@@ -14,9 +14,11 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -104,6 +106,7 @@ class Bench:
     def __init__(self, output: Path) -> None:
         self._output = output
         self._wanted: dict[str, Metrics] = {}
+        self._temporary: dict[Path, Path] = {}
 
     def undisturbed(self, name: str) -> Metrics:
         """Metrics of a job that nobody kills."""
@@ -112,6 +115,8 @@ class Bench:
             done = self._run(command, folder)
             assert done.returncode == 0, done.stderr
             self._wanted[name] = learnt(folder / "out")
+            left = self._left(folder)
+            assert not left, left
         return self._wanted[name]
 
     def killed(self, number: int) -> str:
@@ -141,7 +146,7 @@ class Bench:
 
     def _command(self, name: str, place: str) -> tuple[list[str], Path]:
         job, folder = JOBS[name], self._output / place.replace(" ", "-").replace(",", "")
-        (folder / "tmp").mkdir(parents=True)
+        folder.mkdir(parents=True)
         spec: ModelSpec | None = small_experts() if job.experts else None
         plan = fixture_plan(job.algorithm, 2, job.places, spec=spec)
         run = fixture_run(folder / "out", job.algorithm, random=job.experts)
@@ -155,7 +160,9 @@ class Bench:
         return [sys.executable, "-c", code, str(folder / "plan.json"), "--run", str(folder / "run.yaml")], folder
 
     def _start(self, command: Sequence[str], folder: Path) -> subprocess.Popen[str]:
-        environment = {**os.environ, MARK: str(folder), "TMPDIR": str(folder / "tmp")}
+        # A folder of its own for temporary files, with a short name: a socket's address has 107 characters.
+        place = self._temporary.setdefault(folder, Path(tempfile.mkdtemp(prefix="kill-")))
+        environment = {**os.environ, MARK: str(folder), "TMPDIR": str(place)}
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
 
     def _run(self, command: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
@@ -192,16 +199,17 @@ class Bench:
             time.sleep(2.0)
             os.kill(victim, signal.SIGCONT)
 
-    @staticmethod
-    def _left(folder: Path) -> str:
+    def _left(self, folder: Path) -> str:
         """Processes and files that should not be there any more."""
         end = time.monotonic() + 10.0
         while (marked := _marked(str(folder))) and time.monotonic() < end:
             time.sleep(0.1)
         # torch keeps a cache of compiled code, which all runs of a user share.
-        files = [path for path in (folder / "tmp").iterdir() if not path.name.startswith("torchinductor_")]
+        place = self._temporary.pop(folder)
+        files = [path for path in place.iterdir() if not path.name.startswith("torchinductor_")]
         files += (folder / "out").rglob(".*")
-        found = [*(f"process {pid}" for pid in marked), *(f"`{path.relative_to(folder)}`" for path in files)]
+        found = [*(f"process {pid}" for pid in marked), *(f"`{path}`" for path in files)]
+        shutil.rmtree(place)
         return f"left behind: {', '.join(found)}" if found else ""
 
 

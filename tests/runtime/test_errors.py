@@ -42,7 +42,8 @@ def test_an_algorithm_that_is_not_trained(tmp_path: Path) -> None:
     plan = tiny_plan(1, "d1 t1 p1", algorithm="rloo", order=CRITIC_FREE)
     plan = replace(plan, workload=replace(plan.workload, graph=replace(plan.workload.graph, name="my-own")))
     said = fails(arguments(tmp_path, plan=plan))
-    assert "does not train `my-own`" in said and "one of ppo, grpo, rloo, remax, reinforce++, dpo, sft" in said
+    assert "`actor_train` of the graph `my-own` names no loss" in said
+    assert "hint: loss: one of ppo, grpo, rloo, remax, reinforce++, or file.py:function" in said
     assert not (tmp_path / "out").exists()
 
 
@@ -223,6 +224,7 @@ def test_a_run_writes_its_files(tmp_path: Path) -> None:
         "metrics.jsonl",
         "plan.json",
         "run.yaml",
+        "samples.jsonl",
         "timeline.json",
     ]
     assert (folder / "actor" / "model.safetensors").is_file() and (folder / "actor" / "tokenizer.json").is_file()
