@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -209,24 +209,26 @@ def find_usable(place: Path, plan: ExecutionPlan) -> tuple[Checkpoint | None, li
 def find_whole(place: Path) -> Checkpoint:
     """The checkpoint that a place means: itself, or the newest whole one of a folder of checkpoints or of a run's
     output. Raises CheckpointError where there is none."""
-    if os.path.isfile(place / INDEX) or place.name.startswith(_PREFIX):
+    if (place / INDEX).is_file() or place.name.startswith(_PREFIX):
         return open_checkpoint(place)
-    refusals = []
-    for path in steps_in(place) or steps_in(place / CHECKPOINTS):
-        try:
-            return open_checkpoint(path)
-        except CheckpointError as error:
-            refusals.append(error.message)
-    hint = "a folder global_step_N, or the output of a run that wrote checkpoints"
-    raise CheckpointError("\n".join(refusals) or f"no checkpoint in `{place}`", "" if refusals else hint)
+    found, refusals = _newest(place if steps_in(place) else place / CHECKPOINTS, open_checkpoint)
+    if found is None:
+        hint = "a folder global_step_N, or the output of a run that wrote checkpoints"
+        raise CheckpointError("\n".join(refusals) or f"no checkpoint in `{place}`", "" if refusals else hint)
+    return found
 
 
 def newest_usable(folder: Path, plan: ExecutionPlan) -> tuple[Checkpoint | None, list[str]]:
     """The newest whole checkpoint of a folder that a plan can take up, and why each newer one was refused."""
+    return _newest(folder, lambda path: usable(path, plan))
+
+
+def _newest(folder: Path, take: Callable[[Path], Checkpoint]) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint of a folder that `take` does not refuse, and why it refused each newer one."""
     refusals: list[str] = []
     for path in steps_in(folder):
         try:
-            return usable(path, plan), refusals
+            return take(path), refusals
         except CheckpointError as error:
             refusals.append(error.message)
     return None, refusals
