@@ -209,7 +209,7 @@ def find_usable(place: Path, plan: ExecutionPlan) -> tuple[Checkpoint | None, li
 def find_whole(place: Path) -> Checkpoint:
     """The checkpoint that a place means: itself, or the newest whole one of a folder of checkpoints or of a run's
     output. Raises CheckpointError where there is none."""
-    if (place / INDEX).is_file() or place.name.startswith(_PREFIX):
+    if os.path.isfile(place / INDEX) or place.name.startswith(_PREFIX):
         return open_checkpoint(place)
     found, refusals = _newest(place if steps_in(place) else place / CHECKPOINTS, open_checkpoint)
     if found is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -32,7 +33,7 @@ class Results:
     def resume(cls, head: CostTable, path: Path) -> Results:
         """Take up the points of an unfinished table that was measured under the same conditions, if there is one."""
         results = cls(head, path)
-        if path.exists():
+        if os.path.exists(path):
             before = load_table(path)
             if conditions(before) == conditions(head):
                 results.points = {name: _points(entry) for name, entry in before.entries.items()}

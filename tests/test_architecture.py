@@ -206,9 +206,9 @@ def test_every_text_file_is_utf_8_whatever_the_locale() -> None:
                     assert "utf-8" in said or "'rb'" in said or "'wb'" in said, f"{path}:{node.lineno}: {said}"
 
 
-def test_planning_asks_after_files_without_an_error() -> None:
+def test_files_are_asked_after_without_an_error() -> None:
     """Methods of a path raise for names that are too long; `os.path` says that there is no such file."""
-    for package in ("plans", "cost_models", "planner"):
+    for package in ("plans", "cost_models", "planner", "runtime", "profiler"):
         for path in (ROOT / package).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text("utf-8"))):
                 if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and path.name != "files.py":

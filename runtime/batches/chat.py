@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -50,12 +51,12 @@ class ChatTemplate:
     def of_folder(cls, folder: Path, switches: Mapping[str, Any] | None = None) -> ChatTemplate:
         """`chat_template.jinja`, else `chat_template` of `tokenizer_config.json`. Raises ChatError."""
         config: dict[str, Any] = {}
-        if (folder / CONFIG).is_file():
+        if os.path.isfile(folder / CONFIG):
             try:
                 config = parse_json(read_text(folder / CONFIG, ChatError, "file", "a JSON file", MOST_TEMPLATE_BYTES))
             except BadText as error:
                 raise ChatError(f"{folder / CONFIG}: {error.problem.message}", error.hint) from None
-        if (folder / TEMPLATE).is_file():
+        if os.path.isfile(folder / TEMPLATE):
             hint = "a Jinja template"
             text, where = read_text(folder / TEMPLATE, ChatError, "file", hint, MOST_TEMPLATE_BYTES), folder / TEMPLATE
         else:

@@ -80,9 +80,9 @@ def _rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
 
 def _folder(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     """What `datasets` has saved to a disk (its `train` part where it has parts), or files of the known kinds."""
-    if (path / SPLITS).is_file():
+    if os.path.isfile(path / SPLITS):
         return _folder(path / "train", columns)
-    if (path / ARROW_STATE).is_file():
+    if os.path.isfile(path / ARROW_STATE):
         return _arrow(path, columns)
     files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
     if not files:

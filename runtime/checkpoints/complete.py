@@ -68,7 +68,7 @@ class Completer:
             iteration = int(partial.name.removeprefix(".global_step_").removesuffix(".partial"))
             words = [partial / rank_word(rank) for rank in range(self._ranks)]
             metrics = self._metrics(iteration)
-            if metrics is not None and all(word.is_file() for word in words):
+            if metrics is not None and all(os.path.isfile(word) for word in words):
                 complete(self._folder, self._output, iteration, words, metrics)
                 self._prune(iteration)
 
@@ -118,6 +118,6 @@ def _sync(path: Path) -> None:
 def _remove(checkpoint: Path) -> None:
     """Take the name away first: what is half removed is no checkpoint."""
     aside = checkpoint.with_name(f".{checkpoint.name}.old")
-    if checkpoint.exists():
+    if os.path.exists(checkpoint):
         checkpoint.rename(aside)
         shutil.rmtree(aside, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,4 +52,4 @@ def _source(checkpoint: Checkpoint, role: str) -> Path | None:
     run = yaml.safe_load((checkpoint.folder / RUN).read_text(encoding="utf-8"))
     weights = run.get("weights", "")
     named = weights if isinstance(weights, str) else weights.get(role) or weights.get("actor", "")
-    return Path(named) if named and Path(named).is_dir() else None
+    return Path(named) if named and os.path.isdir(Path(named)) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from datetime import timedelta
 from pathlib import Path
@@ -42,7 +43,7 @@ class StopAgreement:
 
     def before(self, iteration: int) -> bool:
         """Whether all ranks stop before this iteration. Every rank calls it for every iteration that it reaches."""
-        asked = torch.tensor([int(self._asked or self._request.exists())])
+        asked = torch.tensor([int(self._asked or os.path.exists(self._request))])
         self._sent[iteration] = asked, dist.all_reduce(asked, group=self._group, async_op=True)
         return self._answer(iteration - 1)
 

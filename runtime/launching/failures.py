@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import time
@@ -164,7 +165,7 @@ def _hint(signal_name: str, stacks: Path | None) -> str:
 
 def _keep_stacks(folder: Path, rank: int, output: Path | None) -> Path | None:
     source = crash_path(folder, rank)
-    if output is None or not source.is_file() or not source.stat().st_size:
+    if output is None or not os.path.isfile(source) or not source.stat().st_size:
         return None
     target = output / f"crash-rank-{rank}.txt"
     write_atomically(target, source.read_text(encoding="utf-8", errors="replace"))

@@ -165,7 +165,7 @@ def _stopped_by_signals(run: RunFile, scratch: Path) -> Iterator[Sequence[str]]:
 
     def stop(number: int, _: object) -> None:
         name = signal.Signals(number).name
-        if asked or number == signal.SIGHUP or not run.checkpoint.every or not scratch.is_dir():
+        if asked or number == signal.SIGHUP or not run.checkpoint.every or not os.path.isdir(scratch):
             raise Stopped(f"stopped by {name}")
         asked.append(name)
         stop_request(scratch).touch()

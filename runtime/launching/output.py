@@ -27,7 +27,7 @@ def exported_role(plan: ExecutionPlan) -> str:
 def check_output(plan: ExecutionPlan, run: RunFile) -> None:
     """Raise RealplanError where a run could not write its output, or would take away what is not its own."""
     output = Path(run.output)
-    if os.path.lexists(output) and not output.is_dir():
+    if os.path.lexists(output) and not os.path.isdir(output):
         raise OutputError(f"cannot write to output `{output}`: it is no folder", "output=FOLDER")
     check_target(output / ".check")
     weights = output / exported_role(plan)
@@ -91,7 +91,7 @@ def _lock(descriptor: int, output: Path) -> None:
 
 
 def _is_of_a_run(output: Path) -> bool:
-    return all((output / name).is_file() for name in (PLAN, RUN, METRICS))
+    return all(os.path.isfile(output / name) for name in (PLAN, RUN, METRICS))
 
 
 def _set_aside(plan: ExecutionPlan, output: Path) -> Path | None:
@@ -101,7 +101,7 @@ def _set_aside(plan: ExecutionPlan, output: Path) -> Path | None:
         return None  # it failed before its first iteration
     moving = [METRICS, TIMELINE, SAMPLES, *([role, CHECKPOINTS] if _is_of_a_run(output) else [])]
     moving = [name for name in moving if os.path.lexists(output / name)]
-    copied = [name for name in (PLAN, RUN) if (output / name).is_file()]
+    copied = [name for name in (PLAN, RUN) if os.path.isfile(output / name)]
     if not moving and (not copied or _holds(output / PLAN, plan)) and RUN not in copied:
         return None
     place = free_name(output.resolve())

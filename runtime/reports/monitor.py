@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,7 +88,7 @@ class Monitor:
 
     def _keep_samples(self, iterations: int) -> None:
         """Leave the samples of the iterations that are done already."""
-        if self._samples.is_file():
+        if os.path.isfile(self._samples):
             lines = self._samples.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] < iterations]
             write_atomically(self._samples, "".join(kept))

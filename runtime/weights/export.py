@@ -214,7 +214,7 @@ def _write_index(spec: ModelSpec, dtype: torch.dtype, folder: Path, files: dict[
 def _write_config(spec: ModelSpec, dtype: torch.dtype, folder: Path, source: Path | None) -> None:
     config = config_from_spec(spec)
     if source is not None:
-        if (source / "config.json").is_file():
+        if os.path.isfile(source / "config.json"):
             config = parse_json(read_text(source / "config.json", WeightsError, "config"))
         for pattern in _BESIDE_WEIGHTS:
             for path in source.glob(pattern):

@@ -44,7 +44,7 @@ def prepare_smollm2(folder: str | Path) -> Path:
     the command that installs a missing package.
     """
     folder = Path(folder)
-    if (folder / "config.json").is_file():
+    if os.path.isfile(folder / "config.json"):
         return folder
     source = _gguf_path()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def prepare_smollm2(folder: str | Path) -> Path:
         try:
             os.rename(draft, folder)
         except OSError:
-            if not (folder / "config.json").is_file():
+            if not os.path.isfile(folder / "config.json"):
                 raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
