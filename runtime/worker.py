@@ -5,8 +5,10 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from runtime.checkpoints.stopping import StopAgreement
 from runtime.executor import Executor
 from runtime.groups import GroupCache
 from runtime.job import prepare_job
-from runtime.launching.failures import Failure, write_failure
+from runtime.launching.failures import Failure, RunFailed, write_failure
 from runtime.launching.member import Member, device_index
 from runtime.launching.stores import open_store
 from runtime.models.installation import install
@@ -45,6 +47,31 @@ def guarded(plan: ExecutionPlan, run: RunFile, member: Member, scratch: Path) ->
     return None
 
 
+def _meet(backend: str, store: Any, member: Member, timeout: timedelta) -> None:
+    """Make the group of all ranks.
+
+    gloo waits five times its timeout for the connection of a peer that has left its address and died. So it waits in a
+    thread, which ends with the process. Raises RunFailed when the others have not come within `timeout`.
+    """
+    meeting: Future[None] = Future()
+
+    def join() -> None:
+        try:
+            dist.init_process_group(backend, store=store, rank=member.rank, world_size=member.world, timeout=timeout)
+            meeting.set_result(None)
+        except BaseException as error:  # raised again by the rank that waits
+            meeting.set_exception(error)
+
+    Thread(target=join, name="meeting", daemon=True).start()
+    try:
+        meeting.result(timeout.total_seconds())
+    except TimeoutError:
+        raise RunFailed(
+            f"rank {member.rank}: {member.world} ranks did not find each other within {timeout.total_seconds():g} s",
+            "what did the other ranks say? `timeout_s` is how long they wait for each other",
+        ) from None
+
+
 def work(plan: ExecutionPlan, run: RunFile, member: Member, scratch: Path) -> None:
     """The life of a rank, until it has said that it is done."""
     rank, world = member.rank, member.world
@@ -54,7 +81,7 @@ def work(plan: ExecutionPlan, run: RunFile, member: Member, scratch: Path) -> No
     install(device)
     store = open_store(member, timeout)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    _meet(backend, store, member, timeout)
     if device.type == "cuda":
         dist.barrier(device_ids=[device.index])  # makes the communicator that reallocation sends with
     if rank == 0:
