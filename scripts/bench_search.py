@@ -20,6 +20,7 @@ from pathlib import Path  # noqa: E402
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import fixed_tables  # noqa: E402
+import readiness  # noqa: E402
 
 from planner.search import dominance, mcmc  # noqa: E402
 from planner.search.problem import SearchProblem  # noqa: E402
@@ -39,7 +40,7 @@ def best_of_runs(problem: SearchProblem, until: float, seed: int) -> mcmc.Walked
             seed=seed + runs,
             evaluations=RUN_EVALUATIONS,
             seconds=max(0.0, until - time.monotonic()),
-            rule=mcmc.Objective.READINESS,
+            loop=readiness.metropolis,
             workers=os.cpu_count() or 1,
         )
         runs += 1
@@ -72,7 +73,7 @@ def main() -> int:
     if smaller is None:
         print(f"infeasible: {mcmc.overfull(problem, 0).reason}", file=sys.stderr)
         return 1
-    mcmc.search(smaller.problem, evaluations=1, rule=mcmc.Objective.READINESS)  # compiled before the rate is taken
+    mcmc.search(smaller.problem, evaluations=1, loop=readiness.metropolis)  # compiled before the rate is taken
     found = best_of_runs(smaller.problem, BEGAN + arguments.seconds - STARTUP_S, arguments.seed)
     if isinstance(found, Infeasible):
         print(f"infeasible: {found.reason}", file=sys.stderr)

@@ -78,7 +78,7 @@ def play(problem: SearchProblem, decision: Decision, periods: int) -> list[dict[
             begin = max(free[g] for g in mesh)
             for e in problem.edges:
                 if e.target == c and t >= e.distance:
-                    begin = max(begin, end[e.source, t - e.distance] + e.delay_s)
+                    begin = max(begin, end[e.source, t - e.distance])
             end[c, t] = ends[c] = begin + float(problem.options[c].time_s[decision.choice[c]])
             for g in mesh:
                 free[g] = end[c, t]
@@ -106,7 +106,7 @@ def latency_s(problem: SearchProblem, decision: Decision) -> float:
         begin = max(free[g] for g in mesh)
         for e in problem.edges:
             if e.target == c and e.distance == 0:
-                begin = max(begin, end[e.source] + e.delay_s)
+                begin = max(begin, end[e.source])
         end[c] = begin + float(problem.options[c].time_s[decision.choice[c]])
         for g in mesh:
             free[g] = end[c]
@@ -207,12 +207,7 @@ def problems(draw: st.DrawFn, calls: int = 3, most_options: int = 3, together: b
     iterations old. With `together`, the first and the last call may have to share a mesh."""
     n = draw(st.integers(1, calls))
     candidates = tuple(draw(options(most_options)) for _ in range(n))
-    edges = [
-        Dependency(u, v, 0, float(draw(st.sampled_from((0, 0, 1)))))
-        for u in range(n)
-        for v in range(u + 1, n)
-        if draw(st.booleans())
-    ]
+    edges = [Dependency(u, v) for u in range(n) for v in range(u + 1, n) if draw(st.booleans())]
     moves, turns = {}, []
     for v in range(n - 1):
         if draw(st.booleans()):

@@ -19,7 +19,6 @@ class Tables(NamedTuple):
     price: FloatArray
     call: IntArray
     edge: IntArray
-    delay: FloatArray
     turn: IntArray  # columns as in edge
     moves: FloatArray  # [layouts of trainer u, layouts of consumer v] flattened, for all v one after another
     move_row: IntArray  # [n_options(u)] where the row of each option of u begins in `moves`, at ROW_OFFSET of v
@@ -38,7 +37,6 @@ class Scratch(NamedTuple):
 
     node: IntArray
     wait: IntArray
-    delay: FloatArray  # [2n, k]
     duration: FloatArray  # [2n]
     ends: FloatArray  # [PERIODS + deepest, 2n]
     tried: IntArray  # [3, n]

@@ -22,7 +22,7 @@ import numpy as np
 from ortools.sat.python import cp_model
 
 from planner.search.problem import FloatArray, SearchProblem
-from planner.search.relaxation import Relaxation, Window, binding_edge, cycles, windows
+from planner.search.relaxation import Relaxation, Window, cycles, least_distance, windows
 from planner.search.shapes import MoveTable, Shapes, gpu_unit, move_table, shapes_of
 
 BYTES_STEPS = 1 << 16
@@ -61,10 +61,6 @@ class Frame:
         }
         shapes = tuple(shapes.take(kept) for shapes, kept in zip(self.shapes, keep, strict=True))
         return replace(self, shapes=shapes, moves=moves)
-
-    def distance(self, u: int, v: int) -> int:
-        """Least distance of an edge u -> v, which is the one that binds."""
-        return binding_edge(self.problem, u, v).distance
 
 
 @dataclass(eq=False)
@@ -106,8 +102,7 @@ def _chosen(picks: list[cp_model.IntVar], values: list[int]) -> cp_model.LinearE
 def _add_calls(m: CyclicModel) -> None:
     """Shape, start and turn of every call."""
     problem = m.frame.problem
-    longest = max((m.ticks(e.delay_s) for e in problem.edges), default=0)
-    turns = problem.n_calls * (2 + problem.most_lag + longest // m.period)
+    turns = problem.n_calls * (2 + problem.most_lag)
     for call, shapes in enumerate(m.frame.shapes):
         picks = [m.cp.new_bool_var(f"shape{call}.{s}") for s in range(len(shapes))]
         m.cp.add_exactly_one(picks)
@@ -185,16 +180,16 @@ def _add_dependencies(m: CyclicModel) -> None:
         if e.source == e.target:
             continue
         begin = m.start[e.target] + (m.turn[e.target] + e.distance - m.turn[e.source]) * m.period
-        if (e.source, e.target) not in m.frame.moves or e.distance == 0 or e.delay_s > 0:
+        if (e.source, e.target) not in m.frame.moves or e.distance == 0:
             begin = begin + m.move[e.target]
-        m.cp.add(begin >= m.end[e.source] + m.ticks(e.delay_s))
+        m.cp.add(begin >= m.end[e.source])
     for e in m.frame.problem.turns:
         moves = m.cp.new_bool_var("")
         m.cp.add(m.move[e.source] == 0).only_enforce_if(moves.negated())
         after = m.start[e.target] + (m.turn[e.target] + e.distance - m.turn[e.source]) * m.period
         m.cp.add(after >= m.start[e.source] + m.move[e.source]).only_enforce_if(moves)
     for cycle in m.frame.cycles:
-        distance = [m.frame.distance(u, v) for u, v in cycle]
+        distance = [least_distance(m.frame.problem, u, v) for u, v in cycle]
         moves = [m.move[v] for (u, v), d in zip(cycle, distance, strict=True) if d > 0 and (u, v) in m.frame.moves]
         m.cp.add(sum(m.duration[u] for u, _ in cycle) + sum(moves) <= m.period * sum(distance))
 

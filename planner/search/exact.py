@@ -195,5 +195,4 @@ def _solved(
 def _longest(problem: SearchProblem) -> float:
     """A period that every plan stays below: all calls and moves one after another, each at its slowest."""
     moves = sum(float(m.seconds.max()) for m in problem.moves.values())
-    delays = sum(e.delay_s for e in problem.edges)
-    return moves + delays + sum(float(options.time_s.max()) for options in problem.options)
+    return moves + sum(float(options.time_s.max()) for options in problem.options)

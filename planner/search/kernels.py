@@ -1,8 +1,8 @@
 """The compiled inner loops: what a decision costs, and Metropolis steps over decisions.
 
-One file, because a change of a file renews the compiled cache of that file alone; `metropolis` is the only way in,
-because every entry is compiled apart. Everything here works on `Tables`, the arrays of a `SearchProblem`; its meaning
-is that of `planner.search.schedule`.
+One file, because a change of a file renews the compiled cache of that file alone; `metropolis` is the only way into
+it for the search, because every entry is compiled apart. Everything here works on `Tables`, the arrays of a
+`SearchProblem`; its meaning is that of `planner.search.schedule`.
 
 A period is a list of *nodes*: node c < n is call c, node n + c the move before call c. Starts of period p follow from
 ends of the same period and of earlier ones by maxima and sums only, so ends grow by a constant in the long run.
@@ -19,10 +19,8 @@ from planner.search.problem import FloatArray, IntArray
 
 WINDOW = 60  # periods: divisible by the length of every short cycle, so that the growth over it is never too small
 PERIODS = 2 * WINDOW
-READY_ITERATIONS = 5
 LATENCY_WEIGHT = 1e-3
 MEMORY_PENALTY = 4.0
-STEADY, READINESS = 0, 1  # rules
 
 FIRST, EXTENT, MESH, LAYOUT, COLUMN = range(5)  # columns of Tables.option
 TIME, RESIDENT, TRANSIENT, SHARED = range(4)  # of Tables.price
@@ -140,10 +138,10 @@ def list_nodes(t: Tables, x: IntArray, s: Scratch) -> int:
 
 
 @compiled
-def add_wait(s: Scratch, node: int, before: int, back: int, delay: float) -> None:
+def add_wait(s: Scratch, node: int, before: int, back: int) -> None:
     """Let `node` wait for the node `before` of `back` periods earlier."""
     k = s.node[WAITS, node]
-    s.wait[node, k, 0], s.wait[node, k, 1], s.delay[node, k] = before, back, delay
+    s.wait[node, k, 0], s.wait[node, k, 1] = before, back
     s.node[WAITS, node] = k + 1
 
 
@@ -159,14 +157,14 @@ def link_nodes(t: Tables, x: IntArray, s: Scratch, count: int) -> int:
         for step in range(1, count + 1):
             other = s.node[SEQUENCE, (k - step) % count]
             if s.node[COVER, node] & s.node[MEMBER, other] and not met & s.node[MEMBER, other]:
-                add_wait(s, node, other, 0 if step <= k else 1, 0.0)
+                add_wait(s, node, other, 0 if step <= k else 1)
                 met |= s.node[COVER, other]
     deepest = 1
     for e in range(t.edge.shape[0]):
         u, v = t.edge[e, SOURCE], t.edge[e, TARGET]
-        if t.delay[e] > 0.0 or not s.node[COVER, v] & (1 << u):
+        if not s.node[COVER, v] & (1 << u):
             back = x[LAG, v] + t.edge[e, DISTANCE] - x[LAG, u]
-            add_wait(s, v, u, back, t.delay[e])
+            add_wait(s, v, u, back)
             deepest = max(deepest, back)
     return deepest
 
@@ -190,7 +188,7 @@ def play_period(s: Scratch, count: int, row: int) -> None:
         node = s.node[SEQUENCE, k]
         start = 0.0
         for j in range(s.node[WAITS, node]):
-            start = max(start, s.ends[row - s.wait[node, j, 1], s.wait[node, j, 0]] + s.delay[node, j])
+            start = max(start, s.ends[row - s.wait[node, j, 1], s.wait[node, j, 0]])
         s.ends[row, node] = start + s.duration[node]
 
 
@@ -246,74 +244,19 @@ def lone_latency(t: Tables, x: IntArray, s: Scratch, count: int) -> float:
             if node < n:
                 for e in range(t.call[node, EDGES], t.call[node, EDGES_END]):
                     if t.edge[e, DISTANCE] == 0:
-                        start = max(start, s.ends[0, t.edge[e, SOURCE]] + t.delay[e])
+                        start = max(start, s.ends[0, t.edge[e, SOURCE]])
             s.ends[0, node] = start + s.duration[node]
             latency = max(latency, s.ends[0, node])
     return latency
 
 
 @compiled
-def ready_time(t: Tables, s: Scratch, c: int, done: IntArray) -> float:
-    """When the next iteration of call c is ready, infinite while it waits for a call that has not run."""
-    ready = 0.0
-    for e in range(t.call[c, EDGES], t.call[c, EDGES_END]):
-        u, j = t.edge[e, SOURCE], done[c] - t.edge[e, DISTANCE]
-        if j >= 0:
-            if done[u] <= j:
-                return np.inf
-            ready = max(ready, s.ends[j, u] + t.delay[e])
-    return ready
-
-
-@compiled
-def readiness_makespan(t: Tables, x: IntArray, s: Scratch) -> float:
-    """Seconds of READY_ITERATIONS iterations when ready calls start in order of readiness, ties in graph order.
-
-    A move and its call are one step here. WAITS counts finished iterations; row i of `ends` holds those of iteration i,
-    row READY_ITERATIONS the last end of each node, the row after it when a call is ready.
-    """
-    n, last, makespan = x.shape[1], READY_ITERATIONS, 0.0
-    list_nodes(t, x, s)
-    done, ready = s.node[WAITS], s.ends[READY_ITERATIONS + 1]
-    for c in range(n):
-        done[c], ready[c] = 0, np.inf
-        s.ends[last, c], s.ends[last, n + c] = 0.0, 0.0
-    for _ in range(n * READY_ITERATIONS):
-        c, start = -1, np.inf
-        for candidate in range(n):
-            if done[candidate] < READY_ITERATIONS:
-                if ready[candidate] == np.inf:
-                    ready[candidate] = ready_time(t, s, candidate, done)
-                if ready[candidate] < start:
-                    c, start = candidate, ready[candidate]
-        ready[c] = np.inf
-        moved = move_seconds(t, x, c)
-        u = t.call[c, TRAINER] if moved > 0.0 else c
-        meets, holds = s.node[COVER, c] | s.node[COVER, u], s.node[MEMBER, c] | s.node[MEMBER, u]
-        for b in range(n):
-            if meets & (1 << b):
-                start = max(start, s.ends[last, b])
-            if s.ends[last, n + b] > start and s.node[COVER, t.call[b, TRAINER]] & holds:
-                start = s.ends[last, n + b]
-        if moved > 0.0:
-            s.ends[last, n + c] = start + moved
-        s.ends[last, c] = start + moved + s.duration[c]
-        s.ends[done[c], c] = s.ends[last, c]
-        done[c] += 1
-        makespan = max(makespan, s.ends[last, c])
-    return makespan
-
-
-@compiled
-def measure(t: Tables, x: IntArray, s: Scratch, costs: FloatArray, rule: int) -> float:
+def measure(t: Tables, x: IntArray, s: Scratch, costs: FloatArray) -> float:
     """Objective of a legal decision, raised by memory above capacity; fills PERIOD, LATENCY and OVERFLOW."""
     costs[OVERFLOW] = memory_overflow(t, x)
-    if rule == READINESS:
-        costs[PERIOD], costs[LATENCY] = readiness_makespan(t, x, s), 0.0
-    else:
-        count = list_nodes(t, x, s)
-        costs[PERIOD] = steady_period(s, count, link_nodes(t, x, s, count))
-        costs[LATENCY] = lone_latency(t, x, s, count)
+    count = list_nodes(t, x, s)
+    costs[PERIOD] = steady_period(s, count, link_nodes(t, x, s, count))
+    costs[LATENCY] = lone_latency(t, x, s, count)
     cost = costs[PERIOD] + LATENCY_WEIGHT * costs[LATENCY]
     return cost * (1.0 + MEMORY_PENALTY * costs[OVERFLOW] / t.capacity)
 
@@ -363,21 +306,27 @@ def reorder(random: IntArray, x: IntArray, c: int, most: int) -> None:
 
 
 @compiled
-def propose(t: Tables, random: IntArray, x: IntArray, rule: int) -> None:
+def choose_anew(t: Tables, random: IntArray, x: IntArray, c: int, other: int, kind: int) -> None:
+    """Change the option of call c and, of a kind below 30, that of call `other`; below 15 they exchange meshes."""
+    trades = kind < 15
+    picked = pick_option(t, random, x, c, other if trades else -1)
+    if kind < 30:
+        x[CHOICE, other] = pick_option(t, random, x, other, c if trades else -1)
+    x[CHOICE, c] = picked
+    for b in range(x.shape[1]):  # calls that must have its mesh follow
+        if b != c and t.call[b, LEADER] == t.call[c, LEADER] and mesh_of(t, x, b) != mesh_of(t, x, c):
+            x[CHOICE, b] = pick_option(t, random, x, b, c)
+
+
+@compiled
+def propose(t: Tables, random: IntArray, x: IntArray) -> None:
     """Change one option, or two (two calls may exchange meshes), or a call's place in the order and its lag."""
     c, other = draw(random, x.shape[1]), draw(random, x.shape[1])
-    kind = draw(random, 100 if rule == STEADY else 75)
+    kind = draw(random, 100)
     if kind >= 75:
         reorder(random, x, c, most_lag(t))
     if kind < 80:
-        trades = kind < 15
-        picked = pick_option(t, random, x, c, other if trades else -1)
-        if kind < 30:
-            x[CHOICE, other] = pick_option(t, random, x, other, c if trades else -1)
-        x[CHOICE, c] = picked
-        for b in range(x.shape[1]):  # calls that must have its mesh follow
-            if b != c and t.call[b, LEADER] == t.call[c, LEADER] and mesh_of(t, x, b) != mesh_of(t, x, c):
-                x[CHOICE, b] = pick_option(t, random, x, b, c)
+        choose_anew(t, random, x, c, other, kind)
 
 
 @compiled
@@ -390,7 +339,7 @@ def copy_decision(source: IntArray, target: IntArray) -> None:  # compiles faste
 @compiled
 def metropolis(
     t: Tables, s: Scratch, now: IntArray, best: IntArray, random: IntArray, costs: FloatArray,
-    temperature_s: float, steps: int, rule: int,
+    temperature_s: float, steps: int,
 ) -> None:  # fmt: skip
     """`steps` Metropolis-Hastings steps of one chain, in place.
 
@@ -400,10 +349,10 @@ def metropolis(
     for step in range(-1 if np.isnan(costs[PRESENT]) else 0, steps):
         copy_decision(now, s.tried)
         if step >= 0:
-            propose(t, random, s.tried, rule)
+            propose(t, random, s.tried)
         if not is_legal(t, s.tried, s):
             continue
-        cost = measure(t, s.tried, s, costs, rule)
+        cost = measure(t, s.tried, s, costs)
         rise = cost - costs[PRESENT]
         if step < 0 or rise <= 0.0 or draw(random, 1 << 30) < np.exp(-rise / temperature_s) * (1 << 30):
             costs[PRESENT] = cost

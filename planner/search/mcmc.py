@@ -9,12 +9,11 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from enum import IntEnum
 
 import numpy as np
 
 from planner.search import beginnings, kernels, schedule
-from planner.search.arrays import Tables
+from planner.search.arrays import Scratch, Tables
 from planner.search.problem import Decision, FloatArray, IntArray, Options, SearchProblem
 from plans.errors import Infeasible
 
@@ -24,12 +23,8 @@ LEAST_EVALUATIONS = 50_000  # before a search that found nothing gives up, whate
 COLDEST, HOTTEST = 5e-4, 3e-2  # temperatures as parts of the best cost
 UNLIMITED = 1 << 60
 
-
-class Objective(IntEnum):
-    """The objective: the steady-state period, or the makespan of five iterations played in order of readiness."""
-
-    STEADY = kernels.STEADY
-    READINESS = kernels.READINESS
+Loop = Callable[[Tables, Scratch, IntArray, IntArray, IntArray, FloatArray, float, int], None]
+"""Steps of one chain: `kernels.metropolis`, or another one of its signature, which minimises something else."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +88,7 @@ def _exchange(chains: Chains, temperatures: FloatArray) -> None:
 
 
 def rounds(
-    problem: SearchProblem, chains: Chains, t: Tables, evaluations: int, workers: int, rule: Objective
+    problem: SearchProblem, chains: Chains, t: Tables, evaluations: int, workers: int, loop: Loop
 ) -> Iterator[Chains]:
     """Go on until `evaluations` more are done; yields the state after every round."""
     chains, count = chains.copy(), len(chains.costs)
@@ -106,9 +101,9 @@ def rounds(
             steps = [min(STEPS_PER_ROUND, max(0, left - k * STEPS_PER_ROUND)) for k in range(count)]
             arguments = zip(
                 [t] * count, scratches, chains.now, chains.best, chains.random, chains.costs, temperatures, steps,
-                [int(rule)] * count, strict=True,
+                strict=True,
             )  # fmt: skip
-            list(pool.map(lambda a: kernels.metropolis(*a), arguments))
+            list(pool.map(lambda a: loop(*a), arguments))
             left -= sum(steps)
             _exchange(chains, temperatures)
             chains = replace(chains, evaluated=chains.evaluated + sum(steps))
@@ -161,7 +156,7 @@ def search(
     evaluations: int = UNLIMITED,
     start: Decision | None = None,
     resume: Chains | None = None,
-    rule: Objective = Objective.STEADY,
+    loop: Loop = kernels.metropolis,
     workers: int = 1,
     tables: Tables | None = None,
     progress: Callable[[Walked], None] | None = None,
@@ -181,7 +176,7 @@ def search(
     began = time.monotonic()
     chains = resume or _start(problem, seed, first, CHAINS)
     told = np.inf
-    for state in rounds(problem, chains, t, evaluations, workers, rule):
+    for state in rounds(problem, chains, t, evaluations, workers, loop):
         chains, spent = state, time.monotonic() - began
         if progress and chains.costs[:, kernels.BEST].min() < told:
             told = chains.costs[:, kernels.BEST].min()

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from ortools.linear_solver.python import model_builder
 
-from planner.search.problem import Dependency, FloatArray, IntArray, SearchProblem
+from planner.search.problem import FloatArray, IntArray, SearchProblem
 
 MAX_CYCLES = 200
 ROUNDING = 1e-9
@@ -52,10 +52,9 @@ class Relaxation:
 
 @dataclass(frozen=True, eq=False)
 class _Rows:
-    """Inequalities sum over calls of terms[c][option, row] + constant[row] <= T; from row `timed` on, <= 1."""
+    """Inequalities sum over calls of terms[c][option, row] <= T; from row `timed` on, <= 1."""
 
     terms: tuple[FloatArray, ...]
-    constant: FloatArray
     timed: int
 
 
@@ -72,10 +71,9 @@ def windows(problem: SearchProblem) -> list[Window]:
     return found
 
 
-def binding_edge(problem: SearchProblem, u: int, v: int) -> Dependency:
-    """Of several dependencies u -> v the one of least distance, and of those of longest delay."""
-    edges = [e for e in problem.edges if (e.source, e.target) == (u, v)]
-    return min(edges, key=lambda e: (e.distance, -e.delay_s))
+def least_distance(problem: SearchProblem, u: int, v: int) -> int:
+    """Of several dependencies u -> v the least distance, which is that of the one that binds."""
+    return min(e.distance for e in problem.edges if (e.source, e.target) == (u, v))
 
 
 def cycles(problem: SearchProblem, through: list[Window]) -> list[list[int]]:
@@ -93,11 +91,11 @@ def cycles(problem: SearchProblem, through: list[Window]) -> list[list[int]]:
 
 def _cycle_row(
     problem: SearchProblem, nodes: list[int], through: list[Window], area: list[FloatArray], move: list[FloatArray]
-) -> tuple[list[FloatArray], float]:
-    """Terms of each call in one period of a cycle, and its delays."""
+) -> list[FloatArray]:
+    """Terms of each call in one period of a cycle."""
     n = problem.n_calls
     terms = [np.zeros(len(options)) for options in problem.options]
-    distance, delay_s = 0, 0.0
+    length = 0
     for u, v in zip(nodes, [*nodes[1:], nodes[0]], strict=True):
         if u >= n:
             continue
@@ -106,13 +104,11 @@ def _cycle_row(
             for call in through[v - n].inside:
                 terms[call] += area[call]
             continue
-        edge = binding_edge(problem, u, v)
-        distance += edge.distance
-        if edge.distance and (u, v) in problem.moves:
+        distance = least_distance(problem, u, v)
+        length += distance
+        if distance and (u, v) in problem.moves:
             terms[v] += move[v]
-        else:
-            delay_s += edge.delay_s
-    return [term / max(1, distance) for term in terms], delay_s / max(1, distance)
+    return [term / max(1, length) for term in terms]
 
 
 def _memory_rows(problem: SearchProblem) -> list[list[FloatArray]]:
@@ -144,16 +140,16 @@ def _rows(problem: SearchProblem) -> _Rows:
     for (_, v), moves in problem.moves.items():
         move[v] = np.where(may_share(problem, v), 0.0, moves.least_into())
     through = windows(problem)
-    rows = [([a + m * o.width / problem.gpus for a, m, o in zip(area, move, problem.options, strict=True)], 0.0)]
+    rows = [[a + m * o.width / problem.gpus for a, m, o in zip(area, move, problem.options, strict=True)]]
     for call in range(problem.n_calls):
         alone = [np.zeros(len(options)) for options in problem.options]
         alone[call] = problem.options[call].time_s
-        rows.append((alone, 0.0))
+        rows.append(alone)
     rows += [_cycle_row(problem, nodes, through, area, move) for nodes in cycles(problem, through)]
     timed = len(rows)
-    rows += [(row, 0.0) for row in _memory_rows(problem)]
-    terms = tuple(np.stack([row[call] for row, _ in rows], axis=1) for call in range(problem.n_calls))
-    return _Rows(terms, np.array([constant for _, constant in rows]), timed)
+    rows += _memory_rows(problem)
+    terms = tuple(np.stack([row[call] for row in rows], axis=1) for call in range(problem.n_calls))
+    return _Rows(terms, timed)
 
 
 def _weights(rows: _Rows) -> FloatArray:
@@ -167,12 +163,9 @@ def _weights(rows: _Rows) -> FloatArray:
         model.add(sum(share[-1][0]) == 1)
     total = [
         sum(model_builder.LinearExpr.weighted_sum(shares, terms[:, row].tolist()) for shares, terms in share)
-        for row in range(len(rows.constant))
+        for row in range(rows.terms[0].shape[1])
     ]
-    added = [
-        model.add(sums + float(rows.constant[row]) <= (period if row < rows.timed else 1.0))
-        for row, sums in enumerate(total)
-    ]
+    added = [model.add(sums <= (period if row < rows.timed else 1.0)) for row, sums in enumerate(total)]
     model.minimize(period)
     solver = model_builder.Solver("GLOP")
     alone = np.eye(1, len(added)).reshape(-1)
@@ -188,6 +181,6 @@ def relax(problem: SearchProblem) -> Relaxation:
     rows = _rows(problem)
     weights = _weights(rows)
     value = [terms @ weights for terms in rows.terms]
-    bound_s = sum(float(v.min()) for v in value) + float(rows.constant @ weights) - float(weights[rows.timed :].sum())
+    bound_s = sum(float(v.min()) for v in value) - float(weights[rows.timed :].sum())
     bound_s -= ROUNDING * abs(bound_s)
     return Relaxation(max(0.0, bound_s), tuple(bound_s + (v - v.min()) * (1 - ROUNDING) for v in value))

@@ -103,7 +103,6 @@ def tables(problem: SearchProblem) -> Tables:
         price=np.ascontiguousarray(np.concatenate([np.stack(columns, axis=1) for columns in prices])),
         call=_call_rows(problem, offset),
         edge=np.array([(e.source, e.target, e.distance) for e in edges], np.int64).reshape(-1, 3),
-        delay=np.array([e.delay_s for e in edges], np.float64),
         turn=np.array([(e.source, e.target, e.distance) for e in problem.turns], np.int64).reshape(-1, 3),
         moves=moves,
         move_row=move_row,
@@ -121,7 +120,6 @@ def scratch(t: Tables) -> Scratch:
     return Scratch(
         node=np.zeros((5, 2 * n), np.int64),
         wait=np.zeros((2 * n, waits, 2), np.int64),
-        delay=np.zeros((2 * n, waits)),
         duration=np.zeros(2 * n),
         ends=np.zeros((kernels.PERIODS + deepest, 2 * n)),
         tried=np.zeros((3, n), np.int64),
@@ -133,9 +131,9 @@ def rows(decision: Decision) -> IntArray:
     return np.array([decision.choice, decision.order, decision.lag], np.int64)
 
 
-def _measured(t: Tables, decision: Decision, rule: int) -> FloatArray:
+def _measured(t: Tables, decision: Decision) -> FloatArray:
     x, costs = rows(decision), np.full(5, np.nan)
-    kernels.metropolis(t, scratch(t), x, x.copy(), np.ones(4, np.int64), costs, 1.0, 0, rule)
+    kernels.metropolis(t, scratch(t), x, x.copy(), np.ones(4, np.int64), costs, 1.0, 0)
     return costs
 
 
@@ -163,7 +161,7 @@ def is_legal(problem: SearchProblem, decision: Decision) -> bool:
 
 def evaluate(t: Tables, decision: Decision) -> Cost:
     """Cost of a legal decision."""
-    costs = _measured(t, decision, kernels.STEADY)
+    costs = _measured(t, decision)
     assert not np.isnan(costs[kernels.PRESENT]), f"illegal order {decision.order} with lags {decision.lag}"
     return Cost(*(float(costs[k]) for k in (kernels.PERIOD, kernels.LATENCY, kernels.OVERFLOW)))
 
@@ -172,9 +170,3 @@ def cost(problem: SearchProblem, decision: Decision) -> Cost:
     """Cost of one legal decision, without tables of all options."""
     alone = problem.restrict(tuple(np.array([option], np.int64) for option in decision.choice))
     return evaluate(tables(alone), Decision(problem.n_calls * (0,), decision.order, decision.lag))
-
-
-def readiness_makespan(t: Tables, choice: tuple[int, ...]) -> float:
-    """Seconds of five iterations in which ready calls start in order of readiness."""
-    in_order = Decision(choice, tuple(range(len(choice))), (0,) * len(choice))
-    return float(_measured(t, in_order, kernels.READINESS)[kernels.PERIOD])

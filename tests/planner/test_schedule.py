@@ -10,6 +10,7 @@ import sys
 import fixed_tables
 import numpy as np
 import pytest
+import readiness
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_problems import TESTS, call, decisions, fits, is_legal, latency_s, period_s, problems, random_table
@@ -114,16 +115,16 @@ def test_readiness_equals_replay(seed: int) -> None:
     for _ in range(10):
         plan = {name: int(random.integers(len(rows))) for name, rows in table["options"].items()}
         choice = tuple(plan[name] for name in problem.names)
-        assert schedule.readiness_makespan(t, choice) == pytest.approx(replay(table, plan), abs=1e-9)
+        assert readiness.makespan_s(t, choice) == pytest.approx(replay(table, plan), abs=1e-9)
 
 
 def test_same_numbers_without_compiler() -> None:
     """Plain Python takes the same walk as compiled code, to the last bit."""
     script = (
         "import numpy as np; from small_problems import random_table; import fixed_tables;"
-        "from planner.search import mcmc;"
+        "from planner.search import kernels, mcmc; import readiness;"
         "p = fixed_tables.problem_of(random_table(np.random.default_rng(3)));"
-        "f = [mcmc.search(p, seed=5, evaluations=900, rule=r) for r in mcmc.Objective];"
+        "f = [mcmc.search(p, seed=5, evaluations=900, loop=r.metropolis) for r in (kernels, readiness)];"
         "print([(x.decision, x.objective_s.hex()) for x in f])"
     )
     said = [

@@ -132,7 +132,7 @@ def test_proposals_change_one_thing_or_two_meshes(walk: ModuleType) -> None:
     kinds, lags = Counter[tuple[int, bool]](), set()
     for _ in range(4000):
         x = before.copy()
-        walk.propose(t, random, x, walk.STEADY)
+        walk.propose(t, random, x)
         changed = int((x[0] != before[0]).sum())
         moved = bool((x[1:] != before[1:]).any())
         assert changed <= 2 and all(0 <= x[0, c] < len(o) for c, o in enumerate(problem().options))
@@ -144,10 +144,6 @@ def test_proposals_change_one_thing_or_two_meshes(walk: ModuleType) -> None:
     assert moves == pytest.approx(0.25 * (1 - 1 / 3 * 1 / 2), abs=0.02), "a quarter, less those that change nothing"
     both = sum(count for (changed, moved), count in kinds.items() if changed and moved) / 4000
     assert 0 < both < 0.05, "one in twenty does both"
-    for _ in range(500):
-        x = before.copy()
-        walk.propose(t, random, x, walk.READINESS)
-        assert (x[1:] == before[1:]).all(), "the order of readiness is no decision"
 
 
 def test_calls_that_share_a_mesh_move_together(walk: ModuleType) -> None:
@@ -155,7 +151,7 @@ def test_calls_that_share_a_mesh_move_together(walk: ModuleType) -> None:
     t, random, kept = schedule.tables(together), draws(), 0
     for _ in range(600):
         x = schedule.rows(Decision((0, 0, 0), (0, 1, 2), (0, 0, 0)))
-        walk.propose(t, random, x, walk.STEADY)
+        walk.propose(t, random, x)
         meshes = {together.mesh(c, int(x[0, c])) for c in range(3)}
         kept += len(meshes) == 1
         assert len(meshes) == 1 or WHOLE in meshes, "only A has options on the whole"
@@ -172,7 +168,7 @@ def chain(
     costs[walk.BEST] = np.inf
     scratch, seen = schedule.scratch(t), []
     for _ in range(steps):
-        walk.metropolis(t, scratch, now, best, random, costs, temperature, 1, walk.STEADY)
+        walk.metropolis(t, scratch, now, best, random, costs, temperature, 1)
         seen.append((now.copy(), best.copy(), costs.copy()))
     return seen
 
@@ -211,7 +207,7 @@ def test_a_rise_is_accepted_at_metropolis_rate(walk: ModuleType) -> None:
         for _ in range(count):
             now, costs = schedule.rows(start), np.full(5, np.nan)
             costs[walk.BEST] = np.inf
-            walk.metropolis(t, scratch, now, now.copy(), random, costs, temperature, 1, walk.STEADY)
+            walk.metropolis(t, scratch, now, now.copy(), random, costs, temperature, 1)
             rises += int(now[0, 0])
         return rises / count
 
