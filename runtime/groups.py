@@ -2,20 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, wait
 from datetime import timedelta
-from typing import Any
+from functools import partial
+from threading import Thread
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from plans.errors import RealplanError
 from plans.layout import Layout, Place
 from runtime.models.mcore import ProcessGroupCollection
+
+T = TypeVar("T")
 
 
 def backend_of(device: torch.device) -> str:
     """The communication library of a device: `nccl` for CUDA, `gloo` for the CPU."""
     return "nccl" if device.type == "cuda" else "gloo"
+
+
+class MeetingError(RealplanError):
+    """Ranks that did not all come to make a communicator. `late`: another rank may know why."""
+
+    late = True
+
+
+def meet(join: Callable[[], T], ranks: Sequence[int], timeout: timedelta) -> T:
+    """What `join`, which makes a communicator of `ranks`, returns. Raises MeetingError after `timeout`.
+
+    gloo waits for a peer that left its address and died for five times the timeout of the group to be, and for as long
+    as that for one that left none. So it waits in a thread of its own, which ends with the process.
+    """
+    made: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            made.set_result(join())
+        except BaseException as error:  # the caller raises it
+            made.set_exception(error)
+
+    Thread(target=work, name="meeting", daemon=True).start()
+    wait([made], timeout.total_seconds())
+    if not made.done():
+        named = "ranks " + (f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 8 else ", ".join(map(str, ranks)))
+        raise MeetingError(
+            f"{named} did not find each other within {timeout.total_seconds():g} s",
+            "what did the others say? `timeout_s` in the run file is how long they wait for each other",
+        )
+    return made.result()
 
 
 class GroupCache:
@@ -49,11 +86,9 @@ class GroupCache:
             me = dist.get_rank()
             alone = len(key[1]) == 1
             # A group of one is made by its only member, so that a large world does not wait for it rank by rank.
-            made = (
-                dist.new_group(list(key[1]), self.timeout, backend, use_local_synchronization=alone)
-                if not alone or me in key[1]
-                else None
-            )
+            if not alone or me in key[1]:
+                make = partial(dist.new_group, list(key[1]), self.timeout, backend, use_local_synchronization=alone)
+                made = meet(make, key[1], self.timeout)
             self._groups[key] = made if me in key[1] else None
         return self._groups[key]
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import torch
@@ -20,9 +18,9 @@ from plans.runfile import RunFile, patience_s
 from runtime.checkpoints.course import run_iterations, take_up
 from runtime.checkpoints.stopping import StopAgreement
 from runtime.executor import Executor
-from runtime.groups import GroupCache
+from runtime.groups import GroupCache, meet
 from runtime.job import prepare_job
-from runtime.launching.failures import Failure, RunFailed, write_failure
+from runtime.launching.failures import Failure, write_failure
 from runtime.launching.member import Member, device_index
 from runtime.launching.stores import open_store
 from runtime.models.installation import install
@@ -47,31 +45,6 @@ def guarded(plan: ExecutionPlan, run: RunFile, member: Member, scratch: Path) ->
     return None
 
 
-def _meet(backend: str, store: Any, member: Member, timeout: timedelta) -> None:
-    """Make the group of all ranks.
-
-    gloo waits five times its timeout for the connection of a peer that has left its address and died. So it waits in a
-    thread, which ends with the process. Raises RunFailed when the others have not come within `timeout`.
-    """
-    meeting: Future[None] = Future()
-
-    def join() -> None:
-        try:
-            dist.init_process_group(backend, store=store, rank=member.rank, world_size=member.world, timeout=timeout)
-            meeting.set_result(None)
-        except BaseException as error:  # raised again by the rank that waits
-            meeting.set_exception(error)
-
-    Thread(target=join, name="meeting", daemon=True).start()
-    try:
-        meeting.result(timeout.total_seconds())
-    except TimeoutError:
-        raise RunFailed(
-            f"rank {member.rank}: {member.world} ranks did not find each other within {timeout.total_seconds():g} s",
-            "what did the other ranks say? `timeout_s` is how long they wait for each other",
-        ) from None
-
-
 def work(plan: ExecutionPlan, run: RunFile, member: Member, scratch: Path) -> None:
     """The life of a rank, until it has said that it is done."""
     rank, world = member.rank, member.world
@@ -81,7 +54,8 @@ def work(plan: ExecutionPlan, run: RunFile, member: Member, scratch: Path) -> No
     install(device)
     store = open_store(member, timeout)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    _meet(backend, store, member, timeout)
+    joined = {"store": store, "rank": rank, "world_size": world, "timeout": timeout}
+    meet(lambda: dist.init_process_group(backend, **joined), range(world), timeout)
     if device.type == "cuda":
         dist.barrier(device_ids=[device.index])  # makes the communicator that reallocation sends with
     if rank == 0:
@@ -93,7 +67,7 @@ def work(plan: ExecutionPlan, run: RunFile, member: Member, scratch: Path) -> No
     try:
         executor = Executor(job, GroupCache(device, timeout), device, recorder)
         take_up(executor, _agreed_start(store, run, rank))
-        stop = StopAgreement(scratch)
+        stop = StopAgreement(scratch, timeout)
         if run.checkpoint.every:  # the keyboard speaks to the launcher, which asks its ranks
             alone = isinstance(member.meeting, Path)
             stop.listen(signal.SIGTERM, *(() if alone else (signal.SIGINT,)))

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from runtime.checkpoints.folder import stop_request
+from runtime.groups import meet
 
 _FOREVER = timedelta(days=365)  # whoever hangs is found by the collectives of the calls
 
@@ -20,15 +21,18 @@ _FOREVER = timedelta(days=365)  # whoever hangs is found by the collectives of t
 class StopAgreement:
     """Whether to stop before an iteration, the same on every rank. Making it is collective over all ranks.
 
+    `timeout`: how long making it waits for the other ranks.
+
     Ranks reach an iteration at different times, so none may decide by itself. At the start of iteration i each sends
     whether it was asked to stop, and goes on; at the start of i + 1 it takes the sum. No rank waits for one that is
     less than an iteration behind.
     """
 
-    def __init__(self, scratch: Path) -> None:
+    def __init__(self, scratch: Path, timeout: timedelta) -> None:
         self._request = stop_request(scratch)
         self._asked = False
-        self._group = dist.new_group(timeout=_FOREVER, backend="gloo")
+        everyone = range(dist.get_world_size())
+        self._group = meet(lambda: dist.new_group(timeout=_FOREVER, backend="gloo"), everyone, timeout)
         self._sent: dict[int, tuple[Tensor, Any]] = {}
 
     def listen(self, *signals: signal.Signals) -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def leg(plan: ExecutionPlan, run: RunFile) -> list[Metrics]:
         job = prepare_job(plan, ranks_run)
         executor = Executor(job, GroupCache(CPU), CPU, recorder)
         take_up(executor, ranks_run.resume_from)
-        run_iterations(executor, ranks_run, recorder, StopAgreement(scratch))
+        run_iterations(executor, ranks_run, recorder, StopAgreement(scratch, timedelta(minutes=1)))
         if job.reward is not None:
             job.reward.close()
 

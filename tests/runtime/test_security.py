@@ -104,7 +104,7 @@ def test_a_client_of_the_store_cannot_make_a_rank_run_code(tmp_path: Path) -> No
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = arguments(tmp_path, iterations=2, export=False, timeout_s=20)
+    command = arguments(tmp_path, iterations=2, export=False, timeout_s=10)
     processes = [
         subprocess.Popen(
             command, cwd=ROOT, env={**os.environ, **environment, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True
