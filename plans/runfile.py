@@ -276,10 +276,10 @@ def load_run(path: Path | None, overrides: Sequence[str] = ()) -> RunFile:
         run = RunFile.model_validate(data)
     except ValidationError as error:
         problems = shape_problems(RunFile, data, error, "the run file")
-        typed = [p for p in problems if any(p.path[: len(key)] == key for key in said)]
-        if typed:
-            override = next(text for key, text in said.items() if typed[0].path[: len(key)] == key)
-            raise RunFileError(f"`{shortened(override)}`: {typed[0].message}", typed[0].hint) from None
+        for problem in problems:
+            override = next((said[key] for key in said if _made(problem.path, key, document)), None)
+            if override is not None:
+                raise RunFileError(f"`{shortened(override)}`: {problem.message}", problem.hint) from None
         refuse(RunFileError, path or "the defaults", document.locate(problems))
     return _absolute(run, path.parent.resolve() if path else Path.cwd())
 
@@ -308,6 +308,12 @@ def _apply(data: dict[str, Any], override: str) -> tuple[Path_, str]:
     except BadText:
         node[last] = value
     return (*parents, last), override
+
+
+def _made(path: Path_, key: Path_, document: Yaml) -> bool:
+    """Whether the override of a key brought a value: at the key or below, or a parent that the file has not."""
+    above = key[: len(path)] == path and not document.has(path)
+    return path[: len(key)] == key or above
 
 
 def _absolute(run: RunFile, base: Path) -> RunFile:

@@ -40,6 +40,10 @@ class Yaml:
     data: Any
     root: yaml.Node | None
 
+    def has(self, path: Path_) -> bool:
+        """Whether the text has a value at a path."""
+        return _node_at(self.root, path)[1] == len(path)
+
     def locate(self, problems: Iterable[Problem]) -> list[Problem]:
         """Give the first problems the place of their value, or of the nearest parent that exists."""
         placed = [p if p.line else _at_node(self.root, p) for p in counted(problems)]
@@ -136,15 +140,21 @@ def _at_mark(node: yaml.Node, problem: Problem) -> Problem:
 
 
 def _at_node(node: yaml.Node | None, problem: Problem) -> Problem:
+    node, _ = _node_at(node, problem.path)
+    return problem if node is None else _at_mark(node, problem)
+
+
+def _node_at(node: yaml.Node | None, path: Path_) -> tuple[yaml.Node | None, int]:
+    """The node at a path or its nearest parent, and how many steps of the path lead there (-1: no node at all)."""
     if node is None:
-        return problem
-    for step in problem.path:
+        return None, -1
+    for done, step in enumerate(path):
         inner = None
         if isinstance(node, yaml.MappingNode):
             inner = next((value for key, value in node.value if key.value == str(step)), None)
         elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
             inner = node.value[step]
         if inner is None:
-            break
+            return node, done
         node = inner
-    return _at_mark(node, problem)
+    return node, len(path)

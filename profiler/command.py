@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from dataclasses import replace
@@ -64,10 +65,8 @@ def _check_output(output: Path, model: str, hardware: str, precision: str) -> No
 
 
 def _degrees(text: str) -> tuple[int, ...]:
-    try:
-        found = tuple(sorted({int(part) for part in text.split(",")}))
-    except ValueError:
-        found = ()
+    legal = re.fullmatch(r"[0-9]{1,6}(,[0-9]{1,6})*", text)
+    found = tuple(sorted({int(part) for part in text.split(",")})) if legal else ()
     if not found or found[0] < 1:
         raise RealplanError(f"--tp `{text}` is not a list of degrees", "for example 1,2,4,8")
     return found

@@ -87,6 +87,8 @@ RULE = re.compile(r"\s*(\*|\w+)\.(\w+)\s*(>=|<=|!=|==|=|<|>)\s*(.+?)\s*")
 class Options:
     """A folder with legal files, in which attempts run; what would take long is left out."""
 
+    TURNS = ("rule", "override", "environment", "command", "command", "run")  # the method for each number in turn
+
     def __init__(self, folder: Path) -> None:
         self.commands = cache(typer.main.get_command)  # made once instead of for every command line
         plan = tiny_plan(2, "d2 t1 p1", reward_model=True, order=SEVEN_CALLS)
@@ -105,8 +107,7 @@ class Options:
         """One broken input of some kind."""
         os.chdir(self.folder)
         rng = random.Random(f"option {number}")
-        kinds = (self.rule, self.override, self.environment, self.command, self.command, self.run)
-        return kinds[number % len(kinds)](rng)
+        return getattr(self, self.TURNS[number % len(self.TURNS)])(rng)
 
     def rule(self, rng: random.Random) -> Outcome:
         """A rule of `--pin`."""
@@ -195,7 +196,7 @@ def _answer(kind: str, read: Callable[[], Any], same: Callable[[Any], bool], sai
         found = read()
     except RealplanError as error:
         assert error.message.strip() and len(str(error)) < 5000, (said, str(error)[:300])
-        return Outcome(kind, True, bool(error.hint.strip()))
+        return Outcome(kind, True, bool(error.hint.strip()), said=f"{said!r}: {error}"[:500])
     assert same(found), ("accepted", said)
     return Outcome(kind)
 
@@ -218,7 +219,7 @@ def _line(kind: str, main: Callable[[], None], words: list[str], kept: list[Any]
     refused = code not in (0, None) and not kept
     assert not refused or said.strip() or out.getvalue().strip(), words
     hinted = any(part in said + out.getvalue() for part in ("hint", "--help", "did you mean", "Usage"))
-    return Outcome(kind, refused, hinted and refused)
+    return Outcome(kind, refused, hinted and refused, said=f"{words}: {said}"[:500])
 
 
 def _check_sizes(words: list[str], workload: Any) -> None:
@@ -227,7 +228,9 @@ def _check_sizes(words: list[str], workload: Any) -> None:
     for option, name in SIZES.items():
         if option in given and name != "group_size":
             said, got = given[option], getattr(workload, name)
-            assert got == (int(said) if isinstance(got, int) else said), (words, option)  # 1_0 is ten to Python
+            whole = isinstance(got, int)
+            assert got == (int(said) if whole else said), (words, option)
+            assert not whole or re.fullmatch("[+-]?[0-9]+", said), (words, option)
 
 
 def _leave_out_launch(patch: pytest.MonkeyPatch) -> None:

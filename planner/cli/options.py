@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from plans.problems import shortened
+
+
+def _whole(text: str | int) -> int:
+    # Python reads `1_0` as ten, and the digits of every script.
+    if not re.fullmatch(r"[+-]?[0-9]{1,18}", str(text)):
+        raise typer.BadParameter(f"`{shortened(text)}` is not a whole number; for example 4")
+    return int(text)
+
+
+def whole(help_text: str, *names: str) -> Any:
+    """An option whose value is a whole number, written with digits alone."""
+    return typer.Option(*names, parser=_whole, metavar="INTEGER", help=help_text)
+
 
 PlanPath = Annotated[Path, typer.Argument(metavar="PLAN", help="plan file (JSON)")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object")]

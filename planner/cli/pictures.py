@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from planner.cli.options import AsJson, Html, PlanPath, TimelinePath
+from planner.cli.options import AsJson, Html, PlanPath, TimelinePath, whole
 
 
 def show(path: PlanPath, html: Html = None, timeline: TimelinePath = None) -> None:
@@ -55,7 +55,7 @@ def diff(
 def headline(
     engine: Annotated[str, typer.Option(help="engine of the searched plan and the uniform baselines")] = "",
     seconds: Annotated[float, typer.Option(help="search budget")] = 10.0,
-    seed: Annotated[int, typer.Option(help="random seed")] = 0,
+    seed: Annotated[int, whole("random seed")] = 0,
     html: Html = None,
     as_json: AsJson = False,
 ) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from cost_models.engines.constants import DEFAULT_ENGINE
-from planner.cli.options import AllowLong, AsJson, EngineName, PlanPath, TablePath
+from planner.cli.options import AllowLong, AsJson, EngineName, PlanPath, TablePath, whole
 from plans.algorithms import ALGORITHMS
 from plans.errors import RealplanError
 
@@ -29,19 +29,19 @@ def search(
     critic: Annotated[str, typer.Option(help="critic architecture")] = "",
     reward: Annotated[str, typer.Option(help="reward model architecture")] = "",
     ref: Annotated[str, typer.Option(help="reference model architecture")] = "",
-    gpus: Annotated[int | None, typer.Option(help="GPUs in all (default: one node)")] = None,
+    gpus: Annotated[int | None, whole("GPUs in all (default: one node)")] = None,
     cluster: Annotated[str, typer.Option(help="see `realplan clusters`")] = "h100-80gb-sxm",
-    gpus_per_node: Annotated[int | None, typer.Option(help="default: as the cluster has")] = None,
+    gpus_per_node: Annotated[int | None, whole("default: as the cluster has")] = None,
     run: Annotated[Path | None, typer.Option(help="run file to take the workload from")] = None,
     algorithm: Annotated[str | None, typer.Option(help=f"{', '.join(ALGORITHMS)} [ppo]")] = None,
     graph: Annotated[Path | None, typer.Option(help="YAML file with a graph of your own")] = None,
-    staleness: Annotated[int, typer.Option("--async", help="iterations that generation runs ahead, exactly")] = 0,
-    batch_size: Annotated[int | None, typer.Option(help="prompts per iteration [512]")] = None,
-    group_size: Annotated[int | None, typer.Option(help="samples per prompt [1]")] = None,
-    prompt_tokens: Annotated[int | None, typer.Option(help="longest prompt [1024]")] = None,
-    response_tokens: Annotated[int | None, typer.Option(help="longest response [1024]")] = None,
+    staleness: Annotated[int, whole("iterations that generation runs ahead, exactly", "--async")] = 0,
+    batch_size: Annotated[int | None, whole("prompts per iteration [512]")] = None,
+    group_size: Annotated[int | None, whole("samples per prompt [1]")] = None,
+    prompt_tokens: Annotated[int | None, whole("longest prompt [1024]")] = None,
+    response_tokens: Annotated[int | None, whole("longest response [1024]")] = None,
     mean_response_tokens: Annotated[
-        int | None, typer.Option(help="mean of the long-tailed response lengths [all reach the longest]")
+        int | None, whole("mean of the long-tailed response lengths [all reach the longest]")
     ] = None,
     lengths: Annotated[
         Path | None,
@@ -49,7 +49,7 @@ def search(
             help="lengths of a run (its folder or metrics.jsonl), or a file with one response length per line"
         ),
     ] = None,
-    minibatches: Annotated[int | None, typer.Option(help="optimizer steps per iteration [4]")] = None,
+    minibatches: Annotated[int | None, whole("optimizer steps per iteration [4]")] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32 [bf16]")] = None,
     recompute_logprobs: Annotated[
         bool | None, typer.Option("--recompute-logprobs", help="old log-probs in a call of their own")
@@ -59,7 +59,7 @@ def search(
     table: TablePath = None,
     method: Annotated[Literal["auto", "exact", "mcmc"], typer.Option(help="how to search")] = "auto",
     seconds: Annotated[float, typer.Option(help="search budget")] = 10.0,
-    seed: Annotated[int, typer.Option(help="random seed")] = 0,
+    seed: Annotated[int, whole("random seed")] = 0,
     pin: Annotated[list[str] | None, typer.Option(help="a layout rule, such as actor_train.tp=4")] = None,
     forbid: Annotated[list[str] | None, typer.Option(help="such as 'critic_train.pp>2'; call * is every call")] = None,
     same_mesh: Annotated[
@@ -157,7 +157,7 @@ def explain(
     engine: EngineName = DEFAULT_ENGINE,
     table: TablePath = None,
     seconds: Annotated[float, typer.Option(help="for the short searches in all", min=0.1)] = 20.0,
-    seed: Annotated[int, typer.Option(help="random seed")] = 0,
+    seed: Annotated[int, whole("random seed")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Why this plan: its critical path, what binds, what each call would cost elsewhere, what hardware would bring."""

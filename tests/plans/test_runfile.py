@@ -77,6 +77,12 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
         ("a: [", [], "run.yaml:2:1: not YAML"),
         ("", ["iterations"], "key=value"),
         ("", ["actor.lr=fast"], "actor.lr"),
+        ("", ["a.b.c=3"], "`a.b.c=3`: unknown key `a`"),
+        ("ppo: {clip: 0.1}", ["seed=1", "ppo.x.y=3"], "`ppo.x.y=3`: unknown key `ppo.x`"),
+        ("a: {b: 1}", ["a.c=3"], "run.yaml:1:4: unknown key `a`"),
+        ("iterations: 1_0", [], 'run.yaml:1:13: iterations is "1_0"; it must be a whole number'),
+        ("iterations: 1e3", [], "run.yaml:1:13: iterations is 1000.0; it must be a whole number"),
+        ("", ["iterations=1_0"], '`iterations=1_0`: iterations is "1_0"; it must be a whole number'),
         ("iterations: 3", ["iterations.x=1"], "holds a value"),
     ],
 )
