@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from importlib.resources import files
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from scipy.optimize import least_squares, minimize_scalar
 
@@ -220,25 +220,27 @@ def held_out(fit: Fit, cases: Sequence[Case], start: Constants) -> tuple[list[Ca
     return [*halves[0], *halves[1]], np.concatenate(found)
 
 
+def quantiles(ratios: pd.DataFrame) -> list[dict[str, object]]:
+    """Entries of the residuals: columns engine, kind and ratio by engine and kind, and over all engines by kind."""
+    every = pd.concat([ratios, ratios.assign(engine=ANY_ENGINE)])
+    grouped = every.groupby(["engine", "kind"])["ratio"]
+    table = grouped.quantile([0.1, 0.5, 0.9]).unstack().round(4).set_axis(["low", "middle", "high"], axis=1)
+    table.insert(0, "rows", grouped.size())
+    return table.reset_index().to_dict("records")
+
+
 def write_residuals() -> None:
     """Quantiles of measured / predicted by engine and kind of work, over rows that the constants were not fitted to."""
-    ratios: dict[tuple[str, str], list[float]] = defaultdict(list)
+    found = []
     for fit in FITS:
         cases, start = cases_of(fit), general_constants(fit)
         if len(cases) < FEWEST_TO_HALVE:
             continue
         ordered, logs = held_out(fit, cases, start)
-        for (_, quantity), log in zip(ordered, logs.tolist(), strict=True):
-            ratios[fit.engine, KINDS[quantity]].append(float(np.exp(-log)))
-            ratios[ANY_ENGINE, KINDS[quantity]].append(float(np.exp(-log)))
+        kinds = [KINDS[quantity] for _, quantity in ordered]
+        found.append(pd.DataFrame({"engine": fit.engine, "kind": kinds, "ratio": np.exp(-logs)}))
         print(f"{fit.engine} on {fit.gpu}: {100 * np.mean(np.abs(np.expm1(logs))):.1f} % on rows not fitted")
-    entries = []
-    for (engine, kind), values in sorted(ratios.items()):
-        low, middle, high = (round(float(q), 4) for q in np.quantile(values, (0.1, 0.5, 0.9)))
-        entries.append(
-            {"engine": engine, "kind": kind, "rows": len(values), "low": low, "middle": middle, "high": high}
-        )
-    lines = ",\n".join("    " + json.dumps(entry) for entry in entries)
+    lines = ",\n".join("    " + json.dumps(entry) for entry in quantiles(pd.concat(found)))
     RESIDUALS.write_text('{\n  "entries": [\n' + lines + "\n  ]\n}\n")
 
 

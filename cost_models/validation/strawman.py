@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -54,8 +52,7 @@ def _iteration(row: Row) -> float:
     return flops / (row_gpus(row) * ppo_cluster(row).gpu.bf16_tflops)
 
 
-def fitted(costs: Sequence[float], measured: Sequence[float]) -> NDArray[np.float64]:
+def fitted(costs: NDArray[np.float64], measured: NDArray[np.float64]) -> NDArray[np.float64]:
     """Strawman predictions: the costs times the constant of least squares in logarithms."""
-    cost, truth = np.array(costs), np.array(measured)
-    scaled: NDArray[np.float64] = cost * np.exp(np.mean(np.log(truth / cost)))
+    scaled: NDArray[np.float64] = costs * np.exp(np.mean(np.log(measured / costs)))
     return scaled

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import kendalltau
 
@@ -73,12 +74,28 @@ def validate(files: Iterable[Path] | None = None) -> Report:
         for result in row_results(row):
             where = f"{path}: " if result.reason and files is not None and len(paths) > 1 else ""
             results.append(replace(result, all_count=all_count, reason=where + result.reason))
-    groups = (
-        *_groups(results, Grouping.KIND, _kind),
-        *_groups(results, Grouping.FAMILY, _family),
-        *_rankings(results),
-    )
+    table = _table(results)
+    counted = table[table["counted"]]
+    groups = (*_groups(counted, Grouping.KIND), *_groups(counted, Grouping.FAMILY), *_rankings(table))
     return Report(tuple(results), groups)
+
+
+def _table(results: Sequence[RowResult]) -> pd.DataFrame:
+    """A line for every prediction; in the columns of `Grouping` the name of its group. Of `naive` NaN is none."""
+    predicted = [r for r in results if r.predicted is not None]
+    return pd.DataFrame(
+        {
+            Grouping.KIND: [_kind(r) for r in predicted],
+            Grouping.FAMILY: [_family(r) for r in predicted],
+            Grouping.PLANS: [_plans_of(r) for r in predicted],
+            "quantity": [r.quantity for r in predicted],
+            "counted": np.array([r.counted for r in predicted], dtype=bool),
+            "gpus": np.array([bool(r.row.get("gpus")) for r in predicted], dtype=bool),
+            "predicted": np.array([r.predicted for r in predicted], dtype=np.float64),
+            "measured": np.array([r.measured for r in predicted], dtype=np.float64),
+            "naive": np.array([r.naive for r in predicted], dtype=np.float64),
+        }
+    )
 
 
 def _distinct_rows(paths: Iterable[Path]) -> list[tuple[Path, Row]]:
@@ -109,71 +126,44 @@ def _plans_of(result: RowResult) -> str:
     return f"{row.get('model')} | {_kind(result)}, {cluster} | gbs {row.get('gbs')} seq {row.get('seq_len')}"
 
 
-def _groups(results: Sequence[RowResult], grouping: Grouping, key: Callable[[RowResult], str]) -> list[GroupResult]:
-    members = _collect((r for r in results if r.counted), key)
-    groups = []
-    for (name, quantity), group in sorted(members.items()):
-        errors = np.array([r.error for r in group])
-        groups.append(
-            GroupResult(
-                grouping=grouping,
-                name=name,
-                quantity=quantity,
-                rows=len(group),
-                mape=float(np.mean(np.abs(errors))),
-                bias=float(np.mean(errors)),
-                strawman_mape=_strawman_mape(group),
-            )
-        )
-    return groups
+def _groups(table: pd.DataFrame, grouping: Grouping) -> list[GroupResult]:
+    return [GroupResult(**_errors(name, rows, grouping)) for name, rows in table.groupby([grouping, "quantity"])]
 
 
-def _collect(results: Iterable[RowResult], key: Callable[[RowResult], str]) -> dict[tuple[str, str], list[RowResult]]:
-    members: dict[tuple[str, str], list[RowResult]] = defaultdict(list)
-    for result in results:
-        members[key(result), result.quantity].append(result)
-    return members
+def _errors(name: tuple[Hashable, ...], rows: pd.DataFrame, grouping: Grouping) -> dict[str, Any]:
+    """What every group has of `GroupResult`."""
+    error, naive = rows["predicted"] / rows["measured"] - 1.0, _strawman(rows)
+    return {
+        "grouping": grouping,
+        "name": str(name[0]),
+        "quantity": str(name[1]),
+        "rows": len(rows),
+        "mape": float(error.abs().mean()),
+        "bias": float(error.mean()),
+        "strawman_mape": None if naive is None else float((naive / rows["measured"] - 1.0).abs().mean()),
+    }
 
 
-def _strawman(group: Sequence[RowResult]) -> NDArray[np.float64] | None:
-    if any(r.naive is None for r in group):
-        return None
-    return fitted([r.naive or 0.0 for r in group], [r.measured for r in group])
+def _strawman(rows: pd.DataFrame) -> NDArray[np.float64] | None:
+    """The strawman's predictions, where it has one for every row."""
+    return None if rows["naive"].isna().any() else fitted(rows["naive"].to_numpy(), rows["measured"].to_numpy())
 
 
-def _strawman_mape(group: Sequence[RowResult]) -> float | None:
-    naive = _strawman(group)
-    measured = np.array([r.measured for r in group])
-    return None if naive is None else float(np.mean(np.abs(naive / measured - 1.0)))
-
-
-def _rankings(results: Sequence[RowResult]) -> list[GroupResult]:
+def _rankings(table: pd.DataFrame) -> Iterator[GroupResult]:
     """Models on one cluster and batch with at least FEWEST_PLANS plans."""
-    steps = (r for r in results if r.predicted is not None and r.quantity == "step_time_s" and r.row.get("gpus"))
-    rankings = []
-    for (name, quantity), group in sorted(_collect(steps, _plans_of).items()):
-        if len(group) < FEWEST_PLANS:
+    steps = table[table["gpus"] & (table["quantity"] == "step_time_s")]
+    for name, rows in steps.groupby([Grouping.PLANS, "quantity"]):
+        if len(rows) < FEWEST_PLANS:
             continue
-        measured = np.array([r.measured for r in group])
-        predicted = np.array([r.predicted for r in group], dtype=np.float64)
-        naive = _strawman(group)
-        rankings.append(
-            GroupResult(
-                grouping=Grouping.PLANS,
-                name=name,
-                quantity=quantity,
-                rows=len(group),
-                mape=float(np.mean(np.abs(predicted / measured - 1.0))),
-                bias=float(np.mean(predicted / measured - 1.0)),
-                strawman_mape=_strawman_mape(group),
-                regret_1=regret(predicted, measured, 1),
-                regret_5=regret(predicted, measured, 5),
-                kendall_tau=_tau(predicted, measured),
-                strawman_regret_1=None if naive is None else regret(naive, measured, 1),
-                strawman_kendall_tau=None if naive is None else _tau(naive, measured),
-            )
+        predicted, measured, naive = rows["predicted"].to_numpy(), rows["measured"].to_numpy(), _strawman(rows)
+        yield GroupResult(
+            **_errors(name, rows, Grouping.PLANS),
+            regret_1=regret(predicted, measured, 1),
+            regret_5=regret(predicted, measured, 5),
+            kendall_tau=_tau(predicted, measured),
+            strawman_regret_1=None if naive is None else regret(naive, measured, 1),
+            strawman_kendall_tau=None if naive is None else _tau(naive, measured),
         )
-    return rankings
 
 
 def regret(predicted: NDArray[np.float64], measured: NDArray[np.float64], top: int) -> float:

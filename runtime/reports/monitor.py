@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from math import isnan
 from pathlib import Path
 from threading import Event, Thread
 from types import TracebackType
@@ -125,20 +126,21 @@ def progress_line(metrics: Metrics, iterations: int) -> str:
 
 def summary(plan: ExecutionPlan, lines: Sequence[Metrics]) -> list[str]:
     """The reward of the first against the last quarter of a run, and predicted against measured seconds."""
-    said: list[str] = []
-    quarter = max(1, len(lines) // 4)
-    rewards = [line["critic/score/mean"] for line in lines if "critic/score/mean" in line]
-    if rewards:
-        first, last = sum(rewards[:quarter]) / quarter, sum(rewards[-quarter:]) / quarter
+    import pandas as pd  # half a second, which the start of a run does without
+
+    said, table, quarter = list[str](), pd.DataFrame(list(lines)), max(1, len(lines) // 4)
+    if "critic/score/mean" in table:
+        rewards = table["critic/score/mean"].dropna()
+        first, last = rewards.head(quarter).mean(), rewards.tail(quarter).mean()
         said.append(f"reward: first quarter {first:+.3f}, last quarter {last:+.3f} (mean score per sample)")
     if plan.estimate is None or not lines:
         return said
-    steady = lines[1:] or lines  # the first iteration warms up
+    steady = table.iloc[min(1, len(table) - 1) :].mean(numeric_only=True)  # the first iteration warms up
     said.append(f"{'seconds':<16}{'predicted':>10}{'measured':>10}")
     rows = [(call.name, f"plan/{call.name}/measured_s") for call in plan.workload.graph.calls]
     predicted = {**plan.estimate.calls_s, "iteration": plan.estimate.iteration_s}
     for name, key in [*rows, ("iteration", "timing_s/step")]:
-        measured = [line[key] for line in steady if key in line]
-        if measured and name in predicted:
-            said.append(f"{name:<16}{predicted[name]:>10.3f}{sum(measured) / len(measured):>10.3f}")
+        measured = float(steady.get(key, float("nan")))
+        if name in predicted and not isnan(measured):
+            said.append(f"{name:<16}{predicted[name]:>10.3f}{measured:>10.3f}")
     return said
