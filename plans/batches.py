@@ -21,7 +21,7 @@ from plans.plan import ExecutionPlan
 from plans.strategy import ParallelStrategy
 from plans.workload import Workload
 
-Samples = tuple[int, ...]
+Numbers = tuple[int, ...]
 """Numbers of samples of an iteration."""
 
 
@@ -31,7 +31,7 @@ class Message:
 
     source: int
     target: int
-    rows: Samples
+    rows: Numbers
     keys: tuple[str, ...]
 
 
@@ -44,7 +44,7 @@ def sample_work(spec: ModelSpec, tokens: int) -> int:
 
 def assign(
     workload: Workload, call: str, layout: Layout, lengths: Sequence[int] | None = None
-) -> tuple[tuple[Samples, ...], ...]:
+) -> tuple[tuple[Numbers, ...], ...]:
     """Samples of each dp rank of a call: dp rank -> pass (a minibatch in training, else the only one) -> numbers.
 
     lengths: tokens of every sample of the iteration, once they are known. Without them, and where nothing is gained by
@@ -64,7 +64,7 @@ def unit_of(workload: Workload, call: str) -> int:
     return pair_size(workload.graph) if trains else 1
 
 
-def _deal(rows: range, unit: int, layout: Layout, lengths: Sequence[int] | None) -> list[Samples]:
+def _deal(rows: range, unit: int, layout: Layout, lengths: Sequence[int] | None) -> list[Numbers]:
     units = [tuple(rows[at : at + unit]) for at in range(0, len(rows), unit)]
     bounds = [d * len(units) // layout.dp for d in range(layout.dp + 1)]
     runs = [tuple(row for one in units[a:b] for row in one) for a, b in pairwise(bounds)]
@@ -77,7 +77,7 @@ def _deal(rows: range, unit: int, layout: Layout, lengths: Sequence[int] | None)
     return runs if before <= most else found
 
 
-def evenly(work: Sequence[int], parts: int) -> list[Samples]:
+def evenly(work: Sequence[int], parts: int) -> list[Numbers]:
     """Indices of `work` in `parts` parts of nearly equal sums: the largest first, each to the part that has least
     (Graham 1969: at most 4/3 of the optimum)."""
     heap = [(0, part) for part in range(parts)]
@@ -90,7 +90,7 @@ def evenly(work: Sequence[int], parts: int) -> list[Samples]:
     return [tuple(sorted(part)) for part in found]
 
 
-def packs(tokens: Sequence[int], limit: int) -> list[Samples]:
+def packs(tokens: Sequence[int], limit: int) -> list[Numbers]:
     """Indices of `tokens` in micro-batches of at most `limit` tokens, by first-fit decreasing (at most 11/9 of the
     fewest, plus one; Johnson 1973). Where as many parts of nearly equal sums keep the limit, they are taken.
 
@@ -113,8 +113,8 @@ def packs(tokens: Sequence[int], limit: int) -> list[Samples]:
 
 
 def micro_batches(
-    strategy: ParallelStrategy, shares: Sequence[Samples], lengths: Sequence[int], unit: int = 1
-) -> list[list[Samples]]:
+    strategy: ParallelStrategy, shares: Sequence[Numbers], lengths: Sequence[int], unit: int = 1
+) -> list[list[Numbers]]:
     """Micro-batches of one pass: dp rank -> micro-batch -> samples.
 
     shares: the samples of each dp rank (`assign`). Where all ranks of a stage must run in step (model chunks that take
@@ -129,7 +129,7 @@ def micro_batches(
     return found
 
 
-def _of_share(strategy: ParallelStrategy, share: Samples, lengths: Sequence[int], unit: int) -> list[Samples]:
+def _of_share(strategy: ParallelStrategy, share: Numbers, lengths: Sequence[int], unit: int) -> list[Numbers]:
     units = [share[at : at + unit] for at in range(0, len(share), unit)]
     tokens = [sum(lengths[row] for row in one) for one in units]
     limit = strategy.micro_batch_tokens
@@ -146,12 +146,12 @@ class Share:
     minibatch.
     """
 
-    passes: tuple[Samples, ...]
-    micro_batches: tuple[tuple[Samples, ...], ...]
+    passes: tuple[Numbers, ...]
+    micro_batches: tuple[tuple[Numbers, ...], ...]
     imbalance: float
 
     @property
-    def samples(self) -> Samples:
+    def samples(self) -> Numbers:
         """All samples, in processing order."""
         return sum(self.passes, ())
 
@@ -172,7 +172,7 @@ def share_of(plan: ExecutionPlan, call: str, rank: int, lengths: Sequence[int]) 
     return Share(shares[own], tuple(cuts), busiest * layout.dp / max(total, 1))
 
 
-def rank_samples(plan: ExecutionPlan, call: str, lengths: Sequence[int] | None = None) -> dict[int, Samples]:
+def rank_samples(plan: ExecutionPlan, call: str, lengths: Sequence[int] | None = None) -> dict[int, Numbers]:
     """Samples that each rank of a call's mesh handles, in processing order; a function runs on the mesh of its host."""
     host = plan.workload.graph.host(call)
     layout = plan.layout(host)
@@ -251,8 +251,8 @@ def batch_transfers(
 def _messages(
     plan: ExecutionPlan,
     host: str,
-    made: Sequence[tuple[Samples, ...]],
-    needed: Mapping[int, Samples],
+    made: Sequence[tuple[Numbers, ...]],
+    needed: Mapping[int, Numbers],
     keys: tuple[str, ...],
     held: Mapping[tuple[int, str], Collection[int]],
 ) -> tuple[Message, ...]:

@@ -27,10 +27,11 @@ from plans.checkpoint import Entry, missing
 from plans.codec import load_plan
 from plans.documents import BadText, parse_json, read_text
 from plans.errors import RealplanError
+from plans.lengthsfile import METRICS
 from plans.plan import ExecutionPlan
 from plans.runfile import CHECKPOINTS
 
-INDEX, PLAN, RUN, METRICS = "index.json", "plan.json", "run.yaml", "metrics.jsonl"
+INDEX, PLAN, RUN = "index.json", "plan.json", "run.yaml"
 NEWEST = "latest_checkpointed_iteration.txt"  # the name that Megatron and verl use
 MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
 STATE_BYTES = 12  # master and two moments of a parameter, float32

@@ -9,7 +9,7 @@ from functools import cached_property
 from plans.errors import SpecError
 from plans.problems import shortened
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 MOST_GPUS = 65_536
 SLOWEST, FASTEST = 1e-6, 1e6
 """What a memory size, a speed or a bandwidth can be, in its own unit; outside, the sums lose their meaning."""

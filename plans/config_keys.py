@@ -39,7 +39,7 @@ Size = Annotated[int, Field(ge=1, le=10**8)]
 Experts = Annotated[int, Field(ge=1, le=10**5)]
 Layers = Annotated[int, Field(ge=1, le=10**4)]
 Tiny = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
-Amount = Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)]
+PositiveNumber = Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)]
 
 
 def refusal(words: str, hint: str, key: str | None = None) -> PydanticCustomError:
@@ -71,7 +71,7 @@ class Closed(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-Factors = Annotated[list[Amount], Field(min_length=1, max_length=4096)]
+Factors = Annotated[list[PositiveNumber], Field(min_length=1, max_length=4096)]
 _NEEDS = {
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -85,17 +85,17 @@ class Rope(Closed):
 
     rope_type: RopeType | None = None
     type: RopeType | None = None
-    rope_theta: Amount | None = None
-    factor: Amount | None = None
-    low_freq_factor: Amount | None = None
-    high_freq_factor: Amount | None = None
+    rope_theta: PositiveNumber | None = None
+    factor: PositiveNumber | None = None
+    low_freq_factor: PositiveNumber | None = None
+    high_freq_factor: PositiveNumber | None = None
     original_max_position_embeddings: Size | None = None
     partial_rotary_factor: Portion | None = None
-    attention_factor: Amount | None = None
-    beta_fast: Amount | None = None
-    beta_slow: Amount | None = None
-    mscale: Amount | None = None
-    mscale_all_dim: Amount | None = None
+    attention_factor: PositiveNumber | None = None
+    beta_fast: PositiveNumber | None = None
+    beta_slow: PositiveNumber | None = None
+    mscale: PositiveNumber | None = None
+    mscale_all_dim: PositiveNumber | None = None
     truncate: bool | None = None
     short_factor: Factors | None = None
     long_factor: Factors | None = None

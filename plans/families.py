@@ -15,13 +15,13 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from plans.config_keys import (
-    Amount,
     Closed,
     Experts,
     Layers,
     NoDropout,
     Off,
     Portion,
+    PositiveNumber,
     Rope,
     Silu,
     Size,
@@ -56,7 +56,7 @@ class Decoder(Closed):
     tie_word_embeddings: bool = False
     rms_norm_eps: Tiny = 1e-6
     max_position_embeddings: Size
-    rope_theta: Amount = 10000.0
+    rope_theta: PositiveNumber = 10000.0
     rope_scaling: Rope | None = None
     rope_parameters: Rope | None = None
     attention_dropout: NoDropout = 0.0
@@ -234,7 +234,7 @@ class Mixtral(Decoder):
     num_key_value_heads: Size | None = 8
     max_position_embeddings: Size = 131072
     rms_norm_eps: Tiny = 1e-5
-    rope_theta: Amount = 1e6
+    rope_theta: PositiveNumber = 1e6
     sliding_window: Annotated[int, Field(ge=0, le=10**8)] | None = None
     num_local_experts: Experts = 8
     num_experts_per_tok: Experts = 2
@@ -327,8 +327,8 @@ class Gemma2(Gemma):
     sliding_window: Annotated[int, Field(ge=0, le=10**8)] | None = 4096
     sliding_window_size: Annotated[int, Field(ge=0, le=10**8)] | None = None
     layer_types: list[Literal["full_attention", "sliding_attention"]] | None = None
-    attn_logit_softcapping: Amount | None = 50.0
-    final_logit_softcapping: Amount | None = 30.0
+    attn_logit_softcapping: PositiveNumber | None = 50.0
+    final_logit_softcapping: PositiveNumber | None = 30.0
 
     @model_validator(mode="after")
     def _known_layers(self) -> Gemma2:
@@ -373,10 +373,10 @@ class Gemma3(Gemma2):
     num_key_value_heads: Size | None = 4
     vocab_size: Size = 262208
     max_position_embeddings: Size = 131072
-    attn_logit_softcapping: Amount | None = None
-    final_logit_softcapping: Amount | None = None
-    rope_theta: Amount = 1e6
-    rope_local_base_freq: Amount = 10000.0
+    attn_logit_softcapping: PositiveNumber | None = None
+    final_logit_softcapping: PositiveNumber | None = None
+    rope_theta: PositiveNumber = 1e6
+    rope_local_base_freq: PositiveNumber = 10000.0
     rope_parameters: Rope | _LayeredRope | None = None  # type: ignore[assignment]
     sliding_window_pattern: Annotated[int, Field(ge=1, le=10**4)] = 6
     use_bidirectional_attention: Annotated[bool | None, only(False, None)] = False

@@ -153,6 +153,7 @@ def model_units(spec: ModelSpec) -> tuple[Unit, ...]:
     return (Unit(EMBEDDING, tuple(embedding)), *blocks, Unit(HEAD, tuple(head)))
 
 
+@lru_cache(maxsize=1024)
 def default_split(layers: int, pp: int) -> tuple[int, ...]:
     """Layers of each pipeline stage. What does not divide goes to the middle stages, one layer each, because the first
     stage also has the embedding and the last one the head; of two stages the first takes it: the head weighs more."""
@@ -289,10 +290,15 @@ class Layout:
         """
         return self == other or (
             self.ranks == other.ranks
-            and (self.tp, self.pp, self.vpp, self.ep) == (other.tp, other.pp, other.vpp, other.ep)
-            and self.stage_layers == other.stage_layers
             and self.spec == other.spec
+            and held_slices(self.spec, self) == held_slices(other.spec, other)
         )
+
+
+def held_slices(spec: ModelSpec, cut: ParallelStrategy | Layout) -> tuple[int, int, int, int, tuple[int, ...]]:
+    """What says which slices of a model's weights each rank of a mesh holds: equal for strategies of which one copy
+    serves both."""
+    return cut.tp, cut.pp, cut.vpp, cut.ep, cut.layers_per_stage or default_split(spec.layers, cut.pp)
 
 
 def fraction(layout: Layout, rank: int, grid: int) -> tuple[int, int]:

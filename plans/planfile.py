@@ -11,13 +11,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from plans.cluster import FASTEST, MOST_GPUS
+from plans.config_keys import Size
 from plans.graph import MOST_STALENESS
 from plans.strategy import KEYS, SETTINGS, Setting
 from plans.workload import MOST_SAMPLES, MOST_TOKENS
 
 FORMAT = "realplan/1"
 MOST_CALLS = 200
-Size = Annotated[int, Field(ge=1, le=10**8)]
 SampleCount = Annotated[int, Field(ge=1, le=MOST_SAMPLES)]
 PercentilesFile = Annotated[
     dict[str, Annotated[int, Field(ge=0, le=MOST_TOKENS)]],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from itertools import pairwise
 
 from plans.cluster import ClusterSpec
 from plans.graph import CallKind
@@ -154,3 +155,10 @@ def _lane_name(first: int, last: int, per_node: int) -> str:
         return f"node {a}" if a == b else f"nodes {a}-{b}"
     a, b = first % per_node, last % per_node
     return f"node {first // per_node} gpu {a}" if first == last else f"node {first // per_node} gpus {a}-{b}"
+
+
+def rank_ranges(ranks: Sequence[int]) -> str:
+    """Ascending ranks as `0-7, 16-23`."""
+    starts = [ranks[0], *(b for a, b in pairwise(ranks) if b != a + 1)]
+    ends = [*(a for a, b in pairwise(ranks) if b != a + 1), ranks[-1]]
+    return ", ".join(f"{a}-{b}" if a != b else f"{a}" for a, b in zip(starts, ends, strict=True))

@@ -32,7 +32,7 @@ class RunFileError(RealplanError):
 
 
 Count = Annotated[int, Field(ge=0, le=10**9)]
-Share = Annotated[float, Field(ge=0, le=1)]
+ZeroToOne = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Above = Annotated[float, Field(gt=0)]
 
@@ -135,7 +135,7 @@ class Optimizer(_Closed):
     lr: Annotated[float, Field(ge=0)] = 1e-6
     warmup_steps: Count = 0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    final_lr: Share = 0.0
+    final_lr: ZeroToOne = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     beta1: Decay = 0.9
     beta2: Decay = 0.95
@@ -172,7 +172,7 @@ class Ppo(_Closed):
     kl_in: Literal["reward", "loss"] | None = None
     kl_estimator: Literal["k1", "k2", "k3"] | None = None
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
-    gae_lambda: Share = 0.95
+    gae_lambda: ZeroToOne = 0.95
     whiten_advantages: bool = True
     divide_by_deviation: bool = True
     reward_clip: Above | None = None

@@ -18,10 +18,11 @@ import torch.distributed as dist
 from scipy.optimize import isotonic_regression
 from torch.multiprocessing.spawn import start_processes
 
+from plans.cluster import MIB
 from profiler.results import Coordinates
 from profiler.timers import WARM_UPS, Timing, summary
 
-KIB, MIB = 2**10, 2**20
+KIB = 2**10
 CPU_BYTES = (4 * KIB, 64 * KIB, MIB, 16 * MIB, 128 * MIB)
 GPU_BYTES = (64 * KIB, MIB, 16 * MIB, 256 * MIB)
 STREAM, LONG_STREAM, STREAMS = 20, 3, 7

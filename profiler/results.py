@@ -14,7 +14,7 @@ import numpy as np
 
 from cost_models.tables.table_file import load_table, parse_table
 from cost_models.tables.table_schema import OPERATIONS
-from cost_models.tables.tables import CostTable, Entry, table_text
+from cost_models.tables.tables import CostTable, TableEntry, table_text
 from plans.files import write_atomically
 from profiler.timers import Timing
 
@@ -65,7 +65,7 @@ def conditions(table: CostTable) -> tuple[object, ...]:
     return table.hardware, table.device, table.model, table.precision, table.source, dict(table.versions)
 
 
-def full_grid(operation: str, points: Mapping[Coordinates, Timing]) -> Entry:
+def full_grid(operation: str, points: Mapping[Coordinates, Timing]) -> TableEntry:
     """Points on a full grid; sizes at which some point is missing are left out with their whole row."""
     names = OPERATIONS[operation].axes
     axes = [sorted({point[i] for point in points}) for i in range(len(names))]
@@ -79,13 +79,13 @@ def full_grid(operation: str, points: Mapping[Coordinates, Timing]) -> Entry:
     kept = list(itertools.product(*axes))
     values = np.array([points[point].seconds for point in kept], dtype=np.float64)
     spread = statistics.median([points[point].spread for point in kept]) if kept else 0.0
-    return Entry(
+    return TableEntry(
         axes={name: np.array(axis, dtype=np.float64) for name, axis in zip(names, axes, strict=True)},
         values=values.reshape([len(axis) for axis in axes]),
         spread=spread,
     )
 
 
-def _points(entry: Entry) -> dict[Coordinates, Timing]:
+def _points(entry: TableEntry) -> dict[Coordinates, Timing]:
     grid = itertools.product(*([int(value) for value in axis] for axis in entry.axes.values()))
     return {point: Timing(float(v), entry.spread) for point, v in zip(grid, entry.values.flat, strict=True)}

@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 import torch
 
+from plans.cluster import MIB
 from plans.errors import RealplanError
 from profiler.collectives import device_count, measure_collectives
 from profiler.timers import Timed, measure
 
-MIB = 2**20
 SIZE, CPU_SIZE = 1024 * MIB, 64 * MIB
 MESSAGES = (64 * 1024, 64 * MIB)
 BUDGET_S = 0.1

@@ -20,7 +20,7 @@ from runtime.algorithms.samples import gather_samples
 from runtime.batches.reward_errors import RewardError
 from runtime.batches.rewards import Scored
 from runtime.batches.sequences import Sequences
-from runtime.generation.generate import Limits, generate
+from runtime.generation.generate import FlightLimits, generate
 from runtime.generation.sampling import Sampling
 from runtime.job import Job
 from runtime.models.model import Model
@@ -49,7 +49,7 @@ def generate_call(
         iteration=iteration,
         stop_ids=job.stop_ids,
         ended=job.ended,
-        limits=Limits(
+        limits=FlightLimits(
             slots=slots_per_replica(len(rows), strategy.slots, strategy.waves),
             groups=strategy.groups,
             allow_long=workload.allow_long,

@@ -14,7 +14,7 @@ from plans.graph import CallKind
 from plans.plan import ExecutionPlan
 from plans.runfile import RANDOM, Optimizer, RunFile, patience_s
 from runtime.batches.datasets import DataSet, read_data
-from runtime.batches.rewards import Reward, RewardLimits
+from runtime.batches.rewards import ProcessLimits, Reward
 from runtime.batches.sources import Examples, Prompts, RandomExamples, RandomPrompts, TextExamples, TextPrompts
 from runtime.batches.tokenizer import Tokenizer
 from runtime.generation.sampling import Sampling
@@ -189,4 +189,4 @@ def _reward(plan: ExecutionPlan, run: RunFile, tokenizer: Tokenizer | None, colu
             "that wait for the scores give up",
             f"timeout_s={2.5 * seconds:g}, or reward_limits.seconds={share:g}",
         )
-    return Reward(run.rewards, RewardLimits(seconds, limits.memory_gib, limits.workers, limits.on_failure), columns)
+    return Reward(run.rewards, ProcessLimits(seconds, limits.memory_gib, limits.workers, limits.on_failure), columns)

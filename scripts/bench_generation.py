@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from plans.huggingface import spec_from_folder
 from plans.layout import Layout
 from profiler.alone import alone
-from runtime.generation.generate import Limits, generate
+from runtime.generation.generate import FlightLimits, generate
 from runtime.generation.sampling import Sampling
 from runtime.models.model import Model, build_model
 from runtime.weights.hf import load_weights
@@ -78,7 +78,7 @@ def both(folder: Path) -> Iterator[tuple[Model, Any]]:
 
 
 def ours(
-    model: Model, prompts: Sequence[Sequence[int]], lengths: int | Sequence[int], limits: Limits | None = None
+    model: Model, prompts: Sequence[Sequence[int]], lengths: int | Sequence[int], limits: FlightLimits | None = None
 ) -> Callable[[], object]:
     """A generation of ours with forced lengths."""
     words = {"sampling": Sampling(temperature=0), "seed": 0, "iteration": 0}
@@ -134,7 +134,7 @@ def tail(options: argparse.Namespace) -> Iterator[str]:
         prompts = random_prompts(model.spec.vocab, TAILED, PROMPT)
         mine, its = medians(
             options.repeats,
-            ours(model, prompts, lengths, Limits(slots=SLOTS)),
+            ours(model, prompts, lengths, FlightLimits(slots=SLOTS)),
             theirs(other, prompts, max(lengths)),
         )
     tokens = sum(lengths)

@@ -25,7 +25,7 @@ import numpy as np
 
 from cost_models.tables.table_file import save_table
 from cost_models.tables.table_schema import OPERATIONS
-from cost_models.tables.tables import CostTable, Entry
+from cost_models.tables.tables import CostTable, TableEntry
 from plans.cluster import GpuSpec
 from plans.library import load_gpu
 
@@ -93,7 +93,7 @@ def _median(parts: list[pd.Series[float]]) -> pd.Series[float]:
     return median
 
 
-def full_grid(operation: str, series: pd.Series[float], points: tuple[tuple[int, ...], ...]) -> Entry:
+def full_grid(operation: str, series: pd.Series[float], points: tuple[tuple[int, ...], ...]) -> TableEntry:
     """The values at the points; axis points are dropped, those with the most holes first, until no hole is left."""
     kept = [list(axis) for axis in points]
     while True:
@@ -102,7 +102,7 @@ def full_grid(operation: str, series: pd.Series[float], points: tuple[tuple[int,
         if not holes.any():
             names = OPERATIONS[operation].axes
             axes = {name: np.array(axis, dtype=np.float64) for name, axis in zip(names, kept, strict=True)}
-            return Entry(axes=axes, values=grid)
+            return TableEntry(axes=axes, values=grid)
         shares = [holes.mean(axis=tuple(j for j in range(grid.ndim) if j != i)) for i in range(grid.ndim)]
         worst = max(range(grid.ndim), key=lambda i: shares[i].max())
         del kept[worst][int(shares[worst].argmax())]
@@ -114,7 +114,7 @@ def _product(axes: list[list[int]]) -> pd.MultiIndex:
     return pd.MultiIndex.from_product(axes)
 
 
-def gemm(wheel: Wheel, gpu: GpuSpec) -> dict[str, Entry]:
+def gemm(wheel: Wheel, gpu: GpuSpec) -> dict[str, TableEntry]:
     """Share of the bf16 peak that C[m, n] = A[m, k] B[k, n] reaches."""
     parts = []
     for _, table in wheel.read(r"gemm/\w+/[^/]+/gemm_perf.parquet"):
@@ -136,7 +136,7 @@ def _attention(wheel: Wheel, kind: str) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def attention(wheel: Wheel, gpu: GpuSpec) -> dict[str, Entry]:
+def attention(wheel: Wheel, gpu: GpuSpec) -> dict[str, TableEntry]:
     """Causal prefill as a share of the bf16 peak (half of the score matrix counted), decode as a share of the memory
     bandwidth (the KV cache read once), by what runs side by side and the sequence length. Head dimension 128."""
     prefill = _attention(wheel, "context")
@@ -156,7 +156,7 @@ def attention(wheel: Wheel, gpu: GpuSpec) -> dict[str, Entry]:
     return found
 
 
-def collectives(wheel: Wheel) -> dict[str, Entry]:
+def collectives(wheel: Wheel) -> dict[str, TableEntry]:
     """Seconds of NCCL collectives (median over its versions: single points are noisy) and of a one-kernel
     all-reduce (TensorRT-LLM), inside a node."""
     import pandas as pd

@@ -38,9 +38,9 @@ from plans.plan import Estimate
 from plans.problems import blank_comments
 from plans.runfile import load_run
 from plans.timeline import load_timeline
-from runtime.batches.files import read_rows as read_data_rows
+from runtime.batches.files import read_data_rows
 from runtime.batches.tokenizer import Tokenizer
-from runtime.weights.hf_files import INDEX, Checkpoint
+from runtime.weights.hf_files import INDEX, WeightFiles
 from runtime.weights.hf_names import hf_names, hf_shape
 from runtime.weights.hf_quantised import quantisation
 
@@ -297,7 +297,7 @@ def _index_text() -> str:
 
 
 def _weights(path: Path) -> Any:
-    checkpoint = Checkpoint(path.parent)
+    checkpoint = WeightFiles(path.parent)
     checkpoint.check(spec_from_folder(path.parent))
     return checkpoint.files
 

@@ -19,7 +19,7 @@ from cost_models.calibration.predictions import TABLE_PREDICTORS, predict_entry
 from cost_models.candidates import Array
 from cost_models.engines.constants import Constants
 from cost_models.engines.machine import Machine, machine_of
-from cost_models.tables.tables import CostTable, Entry
+from cost_models.tables.tables import CostTable, TableEntry
 from plans.cluster import ClusterSpec
 from plans.library import load_gpu, load_model
 from plans.model import ModelSpec
@@ -80,7 +80,7 @@ def _cluster(table: CostTable) -> ClusterSpec:
 
 
 def _fit_operations(
-    table: CostTable, constants: Constants, cluster: ClusterSpec, spec: ModelSpec, entries: Mapping[str, Entry]
+    table: CostTable, constants: Constants, cluster: ClusterSpec, spec: ModelSpec, entries: Mapping[str, TableEntry]
 ) -> Constants:
     names = [name for name in STARTS if getattr(constants, name) > 0 or name not in HOST]
     start = np.log([getattr(constants, name) or STARTS[name] for name in names])
@@ -146,7 +146,7 @@ def _share(table: CostTable, constants: Constants, cluster: ClusterSpec, operati
     return float(np.exp(np.mean(np.log(predicted / entry.values)[:, -1])))
 
 
-def _collective(machine: Machine, operation: str, entry: Entry) -> Array:
+def _collective(machine: Machine, operation: str, entry: TableEntry) -> Array:
     ranks, message = np.meshgrid(entry.axes["ranks"], entry.axes["bytes"], indexing="ij")
     kernels = machine.kernels
     if operation == "send_recv_node":

@@ -11,7 +11,7 @@ from cost_models.candidates import Array, Candidates
 from cost_models.engines.machine import Machine
 from cost_models.tables.shards import call_spec, shard_spec
 from cost_models.tables.table_schema import CALL_VOCAB, STEP_PROMPT, STEP_TOKENS
-from cost_models.tables.tables import Entry
+from cost_models.tables.tables import TableEntry
 from cost_models.time import operations
 from cost_models.time.data_parallel import accumulation
 from cost_models.time.generation import decode_step
@@ -26,7 +26,7 @@ Points = Mapping[str, Array]
 TablePredictor = Callable[[Machine, ModelSpec, Points], Array]
 
 
-def predict_entry(machine: Machine, spec: ModelSpec, operation: str, entry: Entry) -> Array:
+def predict_entry(machine: Machine, spec: ModelSpec, operation: str, entry: TableEntry) -> Array:
     """Seconds of a model's operation at the points of an entry, in the shape of its values."""
     axes = dict(entry.axes)
     if "tp" not in axes:

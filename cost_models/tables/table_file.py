@@ -12,7 +12,7 @@ import numpy as np
 
 from cost_models.candidates import Array
 from cost_models.tables.table_schema import FORMAT, OPERATIONS, Operation, TableError
-from cost_models.tables.tables import CostTable, Entry, table_text
+from cost_models.tables.tables import CostTable, TableEntry, table_text
 from plans.documents import BadText, locate, parse_json, read_text
 from plans.errors import nearest
 from plans.files import write_atomically
@@ -123,7 +123,7 @@ def _check_keys(data: Any, path: Path_, required: tuple[str, ...], optional: tup
             raise _Fault(path, f"key `{key}` is missing", f'add "{key}"; {_WRITER}')
 
 
-def _entry(name: str, data: Any) -> Entry:
+def _entry(name: str, data: Any) -> TableEntry:
     at: Path_ = ("entries", name)
     if name not in OPERATIONS:
         raise _Fault(at, f"unknown operation `{shortened(name)}`", nearest(name, list(OPERATIONS)))
@@ -141,7 +141,7 @@ def _entry(name: str, data: Any) -> Entry:
     spread = data.get("spread", 0.0)
     if not _is_number(spread) or spread < 0:
         raise _Fault((*at, "spread"), f"{_shown(spread)} must be a number that is not negative", '"spread": 0.01')
-    entry = Entry(axes=axes, values=values, spread=float(spread))
+    entry = TableEntry(axes=axes, values=values, spread=float(spread))
     _check_consistent(what, entry, (*at, "values"))
     return entry
 
@@ -186,7 +186,7 @@ def _values(data: Any, shape: tuple[int, ...], path: Path_) -> Array:
     return np.stack([_values(item, shape[1:], (*path, i)) for i, item in enumerate(data)])
 
 
-def _check_consistent(what: Operation, entry: Entry, path: Path_) -> None:
+def _check_consistent(what: Operation, entry: TableEntry, path: Path_) -> None:
     """Efficiencies are at most 1; seconds and bytes may not halve where the work grows."""
     if what.unit == "1":
         if entry.values.max() > 1.0:

@@ -45,7 +45,7 @@ from cost_models.tables.table_schema import FORMAT, OPERATIONS
 
 
 @dataclass(frozen=True, eq=False)
-class Entry:
+class TableEntry:
     """Measured values of one operation on a full grid, in the order of the operation's axes."""
 
     axes: Mapping[str, Array]
@@ -65,7 +65,7 @@ class CostTable:
     model: str = ""
     clocks_mhz: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
-    entries: Mapping[str, Entry] = field(default_factory=dict)
+    entries: Mapping[str, TableEntry] = field(default_factory=dict)
 
     def grid(self, operation: str) -> Grid | None:
         """The grid of an operation, None when the table does not have it."""
@@ -94,7 +94,7 @@ def table_text(table: CostTable) -> str:
     return "{\n" + "\n".join(lines) + '\n  "entries": {\n' + entries + "\n  }\n}\n"
 
 
-def _entry_text(entry: Entry) -> str:
+def _entry_text(entry: TableEntry) -> str:
     axes = ", ".join(f"{json.dumps(name)}: {_row(points)}" for name, points in entry.axes.items())
     spread = f',\n      "spread": {_number(entry.spread)}' if entry.spread else ""
     return f'{{\n      "axes": {{{axes}}},\n      "values": {_nested(entry.values, 8)}{spread}\n    }}'

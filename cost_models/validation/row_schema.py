@@ -98,7 +98,7 @@ MAGNITUDES = (1e-15, 1e15)
 SHOWN = 60
 """Characters of a value that a reason shows."""
 
-Rule = tuple[Callable[[Any], bool], str]
+KeyRule = tuple[Callable[[Any], bool], str]
 
 
 def is_number(value: object) -> bool:
@@ -135,23 +135,23 @@ def _is_bar(value: Any) -> bool:
     return isinstance(value, bool) or (isinstance(value, list) and all(entry in known for entry in value))
 
 
-COUNT: Rule = (_is_count, "must be a positive whole number")
-COUNT_OR_NONE: Rule = (lambda value: value == 0 or _is_count(value), "must be a whole number that is not negative")
-AMOUNT: Rule = (_is_amount, "must be a positive number")
-LAYERS: Rule = (
+COUNT: KeyRule = (_is_count, "must be a positive whole number")
+COUNT_OR_NONE: KeyRule = (lambda value: value == 0 or _is_count(value), "must be a whole number that is not negative")
+AMOUNT: KeyRule = (_is_amount, "must be a positive number")
+LAYERS: KeyRule = (
     lambda value: value == 0 or (_is_count(value) and value <= MOST_LAYERS),
     f"must be a whole number that is not negative, {MOST_LAYERS} at the most",
 )
-DEGREE: Rule = (
+DEGREE: KeyRule = (
     lambda value: _is_count(value) and value <= MOST_ROW_GPUS,
     f"must be a positive whole number, {MOST_ROW_GPUS} at the most",
 )
-BAR: Rule = (_is_bar, f"must be true, false or a list of {', '.join((*TIME_QUANTITIES, *MEMORY_QUANTITIES))}")
-FLAG: Rule = (lambda value: isinstance(value, bool), "must be true or false")
-TEXT: Rule = (lambda value: isinstance(value, str), "must be a text")
-OBJECT: Rule = (lambda value: isinstance(value, dict), "must be an object")
-STAGE: Rule = (lambda value: is_number(value) and value in (0, 1, 2, 3), "must be a ZeRO stage, 0 to 3")
-RULES: Mapping[str, Rule] = {
+BAR: KeyRule = (_is_bar, f"must be true, false or a list of {', '.join((*TIME_QUANTITIES, *MEMORY_QUANTITIES))}")
+FLAG: KeyRule = (lambda value: isinstance(value, bool), "must be true or false")
+TEXT: KeyRule = (lambda value: isinstance(value, str), "must be a text")
+OBJECT: KeyRule = (lambda value: isinstance(value, dict), "must be an object")
+STAGE: KeyRule = (lambda value: is_number(value) and value in (0, 1, 2, 3), "must be a ZeRO stage, 0 to 3")
+RULES: Mapping[str, KeyRule] = {
     **dict.fromkeys(COUNTS, COUNT),
     **dict.fromkeys(DEGREES, DEGREE),
     **dict.fromkeys(AMOUNTS, AMOUNT),
@@ -162,7 +162,7 @@ RULES: Mapping[str, Rule] = {
     "arch": OBJECT,
     "models": OBJECT,
 }
-ARCH_RULES: Mapping[str, Rule] = {
+ARCH_RULES: Mapping[str, KeyRule] = {
     **dict.fromkeys(ARCH_COUNTS, COUNT_OR_NONE),
     **dict.fromkeys(ARCH_FLAGS, FLAG),
     "layers": LAYERS,
@@ -183,7 +183,7 @@ def row_problem(row: Mapping[str, Any]) -> str:
     return _inconsistent(row)
 
 
-def _broken(values: Mapping[str, Any], rules: Mapping[str, Rule]) -> str:
+def _broken(values: Mapping[str, Any], rules: Mapping[str, KeyRule]) -> str:
     for key, (holds, rule) in rules.items():
         if values.get(key) is not None and not holds(values[key]):
             return f"{key} is {short(values[key])}; it {rule}"

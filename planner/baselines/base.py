@@ -8,8 +8,7 @@ from itertools import islice
 
 from cost_models.engines.engine import Engine
 from cost_models.estimate import PlanCost, cost_plan
-from planner.space.layouts import Pruned, Shape
-from planner.space.numbering import Placement
+from planner.space.layouts import Placement, Pruned, Shape
 from planner.space.pricing import Priced, price_call
 from plans.cluster import ClusterSpec, DeviceMesh
 from plans.errors import Infeasible

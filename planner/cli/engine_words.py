@@ -22,7 +22,7 @@ def engine_of(words: str, table: Path | None = None) -> Engine:
             f"--engine {words}: {len(names)} engines; there can be two, for training and scoring and for generation",
             f"`{names[0]}+{names[-1]}`, for example",
         )
-    first, *rest = (profiled_engine(table) if table and name == DEFAULT_ENGINE else _single(name) for name in names)
+    first, *rest = (_of_table(table) if table and name == DEFAULT_ENGINE else _single(name) for name in names)
     return ComposedEngine(first, rest[0]) if rest else first
 
 
@@ -31,11 +31,11 @@ def plan_engine(plan: ExecutionPlan) -> Engine:
     return engine_of(plan.estimate.engine) if plan.estimate else MEGATRON
 
 
-def profiled_engine(table: Path) -> Engine:
+def _of_table(table: Path) -> Engine:
     """The engine of a profiled machine; its fit needs scipy, which other engines do without."""
-    from cost_models.calibration.profiled import profiled_engine as fitted
+    from cost_models.calibration.profiled import profiled_engine
 
-    return fitted(table)
+    return profiled_engine(table)
 
 
 def _check_table(words: str, names: list[str], table: Path) -> None:
@@ -51,4 +51,4 @@ def _check_table(words: str, names: list[str], table: Path) -> None:
 
 
 def _single(name: str) -> Engine:
-    return profiled_engine(Path(name)) if name.endswith(TABLE_SUFFIX) else NamedEngine(name)
+    return _of_table(Path(name)) if name.endswith(TABLE_SUFFIX) else NamedEngine(name)

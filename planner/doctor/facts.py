@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from planner.doctor.probe import Probe, numbers
+from plans.cluster import GIB, MIB
 
-MIB, GIB = 2**20, 2**30
 GPU_FIELDS = (
     "name", "memory.total", "memory.used", "driver_version", "clocks.max.sm", "clocks.max.memory",
     "pcie.link.gen.current", "pcie.link.width.current", "power.limit", "mig.mode.current", "compute_cap",

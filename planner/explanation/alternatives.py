@@ -9,7 +9,7 @@ from enum import StrEnum
 from cost_models.estimate import PlanCost, cost_plan
 from planner.explanation.critical import critical_path
 from planner.explanation.neighbourhood import Neighbour, moved, neighbours
-from planner.space.numbering import Placement
+from planner.space.layouts import Placement
 from planner.space.pricing import Space
 from plans.checks import check_plan
 from plans.plan import PlannedCall

@@ -13,9 +13,9 @@ from cost_models.estimate import PlanCost
 from cost_models.memory.memory import call_memory
 from planner.search import schedule
 from planner.search.problem import Decision, SearchProblem
-from planner.space.layouts import Pruned, Shape
+from planner.space.layouts import Placement, Pruned, Shape
 from planner.space.limits import Limits
-from planner.space.numbering import Placement, options_of, problem_of
+from planner.space.numbering import options_of, problem_of
 from planner.space.pricing import Space, price_call, usable_bytes
 from plans.plan import ExecutionPlan
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import pairwise
 
 from cost_models.estimate import PlanCost
 from cost_models.memory.moments import RankGroup
@@ -13,6 +12,7 @@ from cost_models.validation.error_band import ErrorBand
 from planner.explanation.binding import BindingTerm, by_resource
 from planner.text import PROSE_WIDTH, wrapped
 from plans.cluster import GIB
+from plans.render import rank_ranges
 
 CALLS_PER_TABLE = 6
 BAR = 20
@@ -109,7 +109,7 @@ def _memory(cost: PlanCost) -> Iterator[str]:
 
 
 def _rank_group(group: RankGroup) -> Iterator[str]:
-    heading = f"ranks {ranges(group.ranks)}: {group.peak_bytes / GIB:.1f} in {group.step}"
+    heading = f"ranks {rank_ranges(group.ranks)}: {group.peak_bytes / GIB:.1f} in {group.step}"
     yield from textwrap.wrap(heading, PROSE_WIDTH, initial_indent="  ", subsequent_indent="  ")
     parts = [f"{name} {size / GIB:.1f}" for name, size in _rounded(group.terms).items()]
     yield from textwrap.wrap(", ".join(parts), PROSE_WIDTH, initial_indent="    ", subsequent_indent="    ")
@@ -120,10 +120,3 @@ def _rounded(terms: Mapping[str, float]) -> dict[str, float]:
     large = {name: size for name, size in terms.items() if size >= 0.05 * GIB}
     rest = sum(terms.values()) - sum(large.values())
     return large | ({"others": rest} if rest >= 0.05 * GIB else {})
-
-
-def ranges(ranks: Sequence[int]) -> str:
-    """Ascending ranks as `0-7, 16-23`."""
-    starts = [ranks[0], *(b for a, b in pairwise(ranks) if b != a + 1)]
-    ends = [*(a for a, b in pairwise(ranks) if b != a + 1), ranks[-1]]
-    return ", ".join(f"{a}-{b}" if a != b else f"{a}" for a, b in zip(starts, ends, strict=True))

@@ -19,6 +19,7 @@ from plans.graph import CallKind
 from plans.strategy import ParallelStrategy, Recompute
 from plans.workload import Workload
 
+Placement = tuple[DeviceMesh, ParallelStrategy]
 MICRO_BATCH_SAMPLES = (1, 2, 4, 8, 16, 32, 64)
 INTERLEAVINGS = (1, 2, 4)
 CONTEXT_DEGREES = (1, 2, 4, 8)
@@ -44,6 +45,9 @@ class Shape:
     def at(self, node: int, gpu: int = 0) -> DeviceMesh:
         """The mesh of this shape at a place."""
         return DeviceMesh(first_node=node, nodes=self.nodes, first_gpu=gpu, gpus=self.gpus)
+
+
+Layouts = list[tuple[Shape, ParallelStrategy]]
 
 
 def shapes(cluster: ClusterSpec) -> list[Shape]:

@@ -11,14 +11,12 @@ from numpy.typing import NDArray
 from cost_models.engines.machine import Machine
 from cost_models.reallocation import reallocation_matrix
 from planner.search.problem import Dependency, Moves, Options, SearchProblem
-from plans.cluster import ClusterSpec, DeviceMesh
+from planner.space.layouts import Placement
+from plans.cluster import ClusterSpec
 from plans.graph import Edge
-from plans.layout import Layout
+from plans.layout import Layout, held_slices
 from plans.model import ModelSpec
-from plans.strategy import ParallelStrategy
 from plans.workload import Workload
-
-Placement = tuple[DeviceMesh, ParallelStrategy]
 
 
 def problem_of(
@@ -33,12 +31,17 @@ def problem_of(
 
     Both are by call, in graph order; same_mesh: groups of calls that must share a mesh. capacity_bytes: of one GPU.
     """
-    names = tuple(layouts)
+    names, slices = tuple(layouts), dict[object, int]()
+    numbered = []
+    for name in names:
+        spec = workload.models[workload.graph.call(name).model]
+        ids = [slices.setdefault(held_slices(spec, strategy), len(slices)) for _, strategy in layouts[name]]
+        numbered.append(replace(options[name], layout=np.array(ids)))
     return SearchProblem(
         gpus=machine.cluster.size,
         capacity_bytes=capacity_bytes,
         names=names,
-        options=tuple(options[name] for name in names),
+        options=tuple(numbered),
         edges=_dependencies(names, workload.graph.model_edges),
         turns=_dependencies(names, workload.graph.version_ends),
         moves=_moves(workload, machine, layouts),
@@ -47,29 +50,17 @@ def problem_of(
 
 
 def options_of(entries: Sequence[Placement], cluster: ClusterSpec, price: NDArray[np.float64]) -> Options:
-    """The figures of some layouts of one call. price: [entries, 4] seconds, resident, transient and shared bytes."""
+    """The figures of some layouts of one call; `problem_of` numbers the layouts. price: [entries, 4] seconds, resident,
+    transient and shared bytes."""
     return Options(
         first=np.array([mesh.ranks(cluster).start for mesh, _ in entries]),
         width=np.array([mesh.size for mesh, _ in entries]),
         time_s=price[:, 0],
         resident_bytes=price[:, 1],
         transient_bytes=price[:, 2],
-        layout=np.array([_layout_id(strategy) for _, strategy in entries]),
+        layout=np.zeros(len(entries), np.int64),
         copy_bytes=price[:, 3],
     )
-
-
-def slices_of(strategy: ParallelStrategy) -> tuple[int, ...]:
-    """What says which slices of the weights each rank of a mesh holds."""
-    return strategy.tp, strategy.pp, strategy.vpp, strategy.ep
-
-
-def _layout_id(strategy: ParallelStrategy) -> int:
-    """Equal for strategies that put the same slices on the ranks of a mesh."""
-    number = 0
-    for degree in slices_of(strategy):
-        number = number * 4096 + degree
-    return number
 
 
 def _joined(groups: Sequence[Sequence[str]]) -> list[list[str]]:
@@ -109,11 +100,11 @@ def _distinct(
     spec: ModelSpec, entries: Sequence[Placement], cluster: ClusterSpec
 ) -> tuple[list[Layout], NDArray[np.intp]]:
     """The different layouts of some options, and which one each option has. Ranks of cp hold what ranks of dp hold."""
-    numbers: dict[tuple[DeviceMesh, tuple[int, ...]], int] = {}
+    numbers: dict[object, int] = {}
     layouts: list[Layout] = []
     index = []
     for mesh, strategy in entries:
-        key = (mesh, slices_of(strategy))
+        key = (mesh, held_slices(spec, strategy))
         if key not in numbers:
             numbers[key] = len(layouts)
             layouts.append(Layout.of(spec, mesh, replace(strategy, dp=strategy.dp * strategy.cp, cp=1), cluster))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from planner.space.layouts import Pruned, Shape, positions, shapes
+from planner.space.layouts import Layouts, Pruned, Shape, positions, shapes
 from planner.space.limits import Limits, Rule
 from plans.checks import CALL_CHECKS
 from plans.cluster import ClusterSpec, DeviceMesh, check_mesh, parse_mesh
@@ -19,8 +19,6 @@ from plans.problems import shortened
 from plans.strategy import SETTINGS, ParallelStrategy
 from plans.workload import Workload
 
-Found = list[tuple[Shape, ParallelStrategy]]
-Placed = tuple[DeviceMesh, ParallelStrategy]
 DEGREES = ("dp", "tp", "pp", "cp", "ep")
 """Fields of which the space has every legal value."""
 SAMPLE = 50
@@ -73,7 +71,7 @@ def _legal(mesh: DeviceMesh, cluster: ClusterSpec) -> DeviceMesh:
     return mesh
 
 
-def with_pinned(call: str, found: Found, workload: Workload, cluster: ClusterSpec, limits: Limits) -> Found:
+def with_pinned(call: str, found: Layouts, workload: Workload, cluster: ClusterSpec, limits: Limits) -> Layouts:
     """The layouts, and legal ones that have the settings that pins of the call name."""
     wanted = {
         rule.field: rule.value
@@ -114,7 +112,7 @@ def _problem(
     return ()  # type: ignore[return-value]
 
 
-def allowed(call: str, found: Found, cluster: ClusterSpec, limits: Limits, pruned: Pruned) -> Found:
+def allowed(call: str, found: Layouts, cluster: ClusterSpec, limits: Limits, pruned: Pruned) -> Layouts:
     """The layouts that the rules allow somewhere."""
     if not limits.pins and not limits.forbids:
         return found
@@ -129,7 +127,7 @@ def allowed(call: str, found: Found, cluster: ClusterSpec, limits: Limits, prune
     return kept
 
 
-def why_none(call: str, found: Found, workload: Workload, cluster: ClusterSpec, limits: Limits) -> Infeasible:
+def why_none(call: str, found: Layouts, workload: Workload, cluster: ClusterSpec, limits: Limits) -> Infeasible:
     """The rule that leaves no layout of a call, why, and the values that it could have."""
     rules = [(rule, True) for rule in limits.pins if rule.call in ("*", call)]
     rules += [(rule, False) for rule in limits.forbids if rule.call in ("*", call)]

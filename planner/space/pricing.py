@@ -14,17 +14,17 @@ from cost_models.engines.machine import Machine
 from cost_models.memory.memory import call_memory
 from cost_models.time.calls import call_time
 from planner.search.problem import Decision, Options, SearchProblem
-from planner.space.layouts import Pruned, Shape, strategies
+from planner.space.layouts import Layouts, Placement, Pruned, Shape, strategies
 from planner.space.limits import Limits
-from planner.space.numbering import Placement, options_of, problem_of, slices_of
+from planner.space.numbering import options_of, problem_of
 from planner.space.pins import allowed, positions_for, shapes_for, why_none, with_pinned
 from plans.cluster import GIB, ClusterSpec
 from plans.errors import Infeasible
+from plans.layout import held_slices
+from plans.model import ModelSpec
 from plans.plan import ExecutionPlan, PlannedCall
 from plans.strategy import ParallelStrategy
 from plans.workload import Workload
-
-Layouts = list[tuple[Shape, ParallelStrategy]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ def build_space(workload: Workload, cluster: ClusterSpec, engine: Engine, limits
         if not len(fits):
             return _too_large(call.name, priced, capacity, cluster, limits)
         priced = priced.take(fits)
-        kept = _undominated(priced, frozen=call.model not in workload.graph.trainers)
+        kept = _undominated(priced, workload.models[call.model], frozen=call.model not in workload.graph.trainers)
         pruned.note("another layout of the same shape is faster and smaller", len(priced.time_s) - len(kept))
         options[call.name], columns[call.name] = _place(call.name, priced.take(kept), cluster, limits, pruned)
     problem = problem_of(workload, machine, capacity, options, columns, limits.same_mesh)
@@ -173,12 +173,12 @@ def price_layouts(workload: Workload, call: str, cluster: ClusterSpec, engine: E
     )
 
 
-def _undominated(priced: Priced, *, frozen: bool) -> NDArray[np.intp]:
+def _undominated(priced: Priced, spec: ModelSpec, *, frozen: bool) -> NDArray[np.intp]:
     """Indices of layouts that no other of the same shape beats in time, resident and peak memory; of equal ones the
     first stays. A trained model's layouts compete only where they hold the same slices, because others are reallocated
     in another time: `planner.search.dominance` compares those."""
-    number = {slices: i for i, slices in enumerate({slices_of(s): None for s in priced.strategies})}
-    slices = np.array([number[slices_of(s)] for s in priced.strategies])
+    number = dict[object, int]()
+    slices = np.array([number.setdefault(held_slices(spec, s), len(number)) for s in priced.strategies])
     by_shape: dict[Shape, list[int]] = {}
     for i in np.lexsort((priced.transient, priced.resident, priced.time_s)).tolist():
         by_shape.setdefault(priced.shapes[i], []).append(i)

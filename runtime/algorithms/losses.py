@@ -12,7 +12,7 @@ from torch import Tensor
 from runtime.batches.sequences import run_sums
 
 Loss = tuple[Tensor, Mapping[str, Tensor]]
-Weights = Tensor | float
+TokenWeights = Tensor | float
 """What each response token counts in a loss, over the whole minibatch one in all."""
 
 
@@ -30,7 +30,7 @@ def policy_loss(
     old_logprobs: Tensor,
     advantages: Tensor,
     clip: Clip,
-    weights: Weights,
+    weights: TokenWeights,
     *,
     tokens: float,
     lengths: Sequence[int] | None = None,
@@ -70,7 +70,7 @@ def kl_estimate(log_ratio: Tensor, estimator: str) -> Tensor:
     return (-log_ratio).exp() - 1 + log_ratio
 
 
-def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, weights: Weights, estimator: str = "k3") -> Loss:
+def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, weights: TokenWeights, estimator: str = "k3") -> Loss:
     """The KL to the reference, by k3 as in GRPO (Shao et al. 2024, eq. 4)."""
     loss = (kl_estimate(logprobs - ref_logprobs, estimator) * weights).sum()
     return loss, {"kl_loss": loss}

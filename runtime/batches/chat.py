@@ -22,7 +22,7 @@ TEMPLATE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 MOST_TEMPLATE_BYTES = 2**22
-Message = Mapping[str, Any]
+ChatMessage = Mapping[str, Any]
 
 
 class ChatError(RealplanError):
@@ -68,7 +68,7 @@ class ChatTemplate:
         special = {name: _token(config.get(name)) for name in SPECIAL}
         return cls(text, {name: token for name, token in special.items() if token}, switches or {}, str(where))
 
-    def render(self, messages: Sequence[Message], *, generation: bool) -> str:
+    def render(self, messages: Sequence[ChatMessage], *, generation: bool) -> str:
         """The text of a conversation; with `generation` it ends where the model's answer begins. Raises ChatError."""
         try:
             return self._template.render(messages=messages, add_generation_prompt=generation, **self._values)

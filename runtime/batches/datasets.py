@@ -10,7 +10,7 @@ from typing import Any
 from plans.runfile import Data, DataPart
 from runtime.batches.chat import ChatError, ChatTemplate, conversation
 from runtime.batches.data import MOVIE_REVIEWS, PromptSet, fitting, left_out, movie_review_prompts
-from runtime.batches.files import DataError, Row, read_rows
+from runtime.batches.files import DataError, DataRow, read_data_rows
 from runtime.batches.tokenizer import Tokenizer
 
 MESSAGES, ANSWER = "messages", "answer"
@@ -40,11 +40,11 @@ class _Example:
     prompt: str
     asked: str
     responses: tuple[str, ...]
-    row: Row
+    row: DataRow
     chat: bool
 
 
-class Reader:
+class DataReader:
     """Makes examples of rows. responses: names of the given responses that the algorithm needs."""
 
     def __init__(self, data: Data, responses: Sequence[str], folder: Path) -> None:
@@ -54,9 +54,9 @@ class Reader:
     def examples(self, part: DataPart) -> list[_Example]:
         """The examples of a file or folder. Raises DataError, located."""
         if part.path == MOVIE_REVIEWS and not self._responses:
-            rows = [Row({"prompt": text}, MOVIE_REVIEWS) for text in movie_review_prompts()]
+            rows = [DataRow({"prompt": text}, MOVIE_REVIEWS) for text in movie_review_prompts()]
         else:
-            rows = read_rows(part.path, self._wanted(part))
+            rows = read_data_rows(part.path, self._wanted(part))
         return [self._example(row) for row in rows]
 
     def _wanted(self, part: DataPart) -> list[str]:
@@ -64,7 +64,7 @@ class Reader:
         named = [self._data.column("prompt"), *(self._data.column(name) for name in self._responses)]
         return named if part.path.endswith(".csv") else []
 
-    def _example(self, row: Row) -> _Example:
+    def _example(self, row: DataRow) -> _Example:
         column = self._data.column("prompt")
         value = row.values.get(column)
         if value is None and not self._data.prompt and MESSAGES in row.values:
@@ -84,7 +84,7 @@ class Reader:
         asked = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
         return _Example(self._render(row, messages, column), asked, given, row, chat=True)
 
-    def _messages(self, row: Row, column: str, value: Any) -> list[dict[str, Any]]:
+    def _messages(self, row: DataRow, column: str, value: Any) -> list[dict[str, Any]]:
         if isinstance(value, list):
             try:
                 messages = conversation(value)
@@ -96,7 +96,7 @@ class Reader:
             messages.insert(0, {"role": "system", "content": self._data.system})
         return messages
 
-    def _render(self, row: Row, messages: list[dict[str, Any]], column: str) -> str:
+    def _render(self, row: DataRow, messages: list[dict[str, Any]], column: str) -> str:
         if self._template is None:
             self._template = ChatTemplate.of_folder(self._folder, self._data.template)
         try:
@@ -104,7 +104,7 @@ class Reader:
         except ChatError as error:
             raise row.error(error.message, "the template of the tokenizer says what it takes", column) from None
 
-    def _given(self, row: Row) -> tuple[str, ...]:
+    def _given(self, row: DataRow) -> tuple[str, ...]:
         found = []
         for name in self._responses:
             column = self._data.column(name)
@@ -126,7 +126,7 @@ def read_data(
     responses: names of the given responses that the algorithm needs. folder: the tokenizer's, whose chat template is
     used. Raises DataError or ChatError.
     """
-    reader, kept, given, sizes = Reader(data, list(responses), folder), list[_Example](), 0, []
+    reader, kept, given, sizes = DataReader(data, list(responses), folder), list[_Example](), 0, []
     for part in data.parts:
         examples = reader.examples(part)
         given += len(examples)
@@ -158,7 +158,7 @@ def _fitting(examples: Sequence[_Example], tokenizer: Tokenizer, prompt_tokens: 
     return (examples[index] for index in fitting(texts, tokenizer, prompt_tokens, special=special))
 
 
-def _columns(data: Data, rows: Sequence[Row]) -> dict[str, tuple[Any, ...]]:
+def _columns(data: Data, rows: Sequence[DataRow]) -> dict[str, tuple[Any, ...]]:
     names = dict.fromkeys(name for row in rows for name in row.values)
     columns = {name: tuple(row.values.get(name) for row in rows) for name in names}
     if data.answer:

@@ -25,7 +25,7 @@ class DataError(RealplanError):
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class DataRow:
     """A row of a file. `where` is file:line (file:row of what is no text); `line` its JSON, in which keys are found."""
 
     values: Mapping[str, Any]
@@ -57,7 +57,7 @@ class Row:
         return DataError(f"{self.where}:{at}: {rule}", hint)
 
 
-def read_rows(source: str | Path, columns: Sequence[str] = ()) -> list[Row]:
+def read_data_rows(source: str | Path, columns: Sequence[str] = ()) -> list[DataRow]:
     """Rows of a file, or of all files of a folder by name. Raises DataError, located, for what cannot be read or lacks
     one of `columns` throughout, and for a source without rows."""
     rows = list(_rows(Path(source), columns))
@@ -66,7 +66,7 @@ def read_rows(source: str | Path, columns: Sequence[str] = ()) -> list[Row]:
     return rows
 
 
-def _rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+def _rows(path: Path, columns: Sequence[str]) -> Iterator[DataRow]:
     if os.path.isdir(path):
         return _folder(path, columns)
     if path.suffix not in SUFFIXES:
@@ -78,7 +78,7 @@ def _rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     return readers[path.suffix](path, columns)
 
 
-def _folder(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+def _folder(path: Path, columns: Sequence[str]) -> Iterator[DataRow]:
     """What `datasets` has saved to a disk (its `train` part where it has parts), or files of the known kinds."""
     if os.path.isfile(path / SPLITS):
         return _folder(path / "train", columns)
@@ -108,7 +108,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise DataError(f"cannot read data `{path}`: {error.strerror}", "a file that you may read") from None
 
 
-def _jsonl(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+def _jsonl(path: Path, columns: Sequence[str]) -> Iterator[DataRow]:
     form = ", ".join(f'"{column}": "text"' for column in columns or ("prompt",))
     for number, line in _lines(path):
         if not line.strip():
@@ -121,10 +121,10 @@ def _jsonl(path: Path, columns: Sequence[str]) -> Iterator[Row]:
         if not isinstance(row, dict):
             kind = type(row).__name__
             raise DataError(f"{path}:{number}:1: a {kind}, not an object", f"lines of the form {{{form}}}")
-        yield Row(row, f"{path}:{number}", line)
+        yield DataRow(row, f"{path}:{number}", line)
 
 
-def _csv(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+def _csv(path: Path, columns: Sequence[str]) -> Iterator[DataRow]:
     reader = csv.reader(text for _, text in _lines(path))
     limit = csv.field_size_limit(MOST_LINE_BYTES)  # of the process: put back
     try:
@@ -139,7 +139,7 @@ def _csv(path: Path, columns: Sequence[str]) -> Iterator[Row]:
                 hint = 'quote texts that hold a comma: "one, two"'
                 raise DataError(f"{where}:1: {len(row)} fields, and the first line names {len(found)}", hint)
             if row:
-                yield Row(dict(zip(found, row, strict=True)), where)
+                yield DataRow(dict(zip(found, row, strict=True)), where)
     except csv.Error as error:
         raise DataError(
             f"{path}:{reader.line_num}:1: not CSV: {error}", "RFC 4180: quotes in quotes are doubled"
@@ -156,7 +156,7 @@ def _check_columns(where: str, found: Sequence[str], columns: Sequence[str], hin
             )
 
 
-def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+def _parquet(path: Path, columns: Sequence[str]) -> Iterator[DataRow]:
     pyarrow = _pyarrow(path)
     from pyarrow import parquet
 
@@ -167,7 +167,7 @@ def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Row]:
         raise DataError(f"{path}: no Parquet: {shortened(str(error), 200)}", "a file that pyarrow writes") from None
 
 
-def _arrow(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+def _arrow(path: Path, columns: Sequence[str]) -> Iterator[DataRow]:
     """The files that `datasets.save_to_disk` names in `state.json`: streams of Arrow batches."""
     pyarrow = _pyarrow(path)
     try:
@@ -181,13 +181,13 @@ def _arrow(path: Path, columns: Sequence[str]) -> Iterator[Row]:
         raise DataError(f"{path}: not what `datasets` saves: {what}", "`dataset.save_to_disk(FOLDER)`") from None
 
 
-def _batches(path: Path, found: Sequence[str], columns: Sequence[str], batches: Any) -> Iterator[Row]:
+def _batches(path: Path, found: Sequence[str], columns: Sequence[str], batches: Any) -> Iterator[DataRow]:
     _check_columns(str(path), found, columns, "a file with a column `{}`")
     number = 0
     for batch in batches:
         for values in batch.to_pylist():
             number += 1
-            yield Row(values, f"{path}:{number}")
+            yield DataRow(values, f"{path}:{number}")
 
 
 def _pyarrow(path: Path) -> Any:

@@ -27,7 +27,7 @@ Columns = Mapping[str, Sequence[Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class RewardLimits:
+class ProcessLimits:
     """seconds: of one call of the functions. memory_gib: of each of their processes. workers: processes. on_failure:
     `stop` raises for a sample that a function fails on, `zero` scores it 0."""
 
@@ -61,7 +61,7 @@ class Reward:
     def __init__(
         self,
         functions: str | Mapping[str, float],
-        limits: RewardLimits = RewardLimits(),
+        limits: ProcessLimits = ProcessLimits(),
         columns: Sequence[str] = (),
     ) -> None:
         self._functions = {functions: 1.0} if isinstance(functions, str) else dict(functions)
@@ -175,7 +175,7 @@ def _short(text: str) -> str:
 class _Worker:
     """One process of a reward, started again after it was ended."""
 
-    def __init__(self, functions: Mapping[str, float], limits: RewardLimits, columns: Sequence[str]) -> None:
+    def __init__(self, functions: Mapping[str, float], limits: ProcessLimits, columns: Sequence[str]) -> None:
         self._functions = functions
         self._name = " + ".join(functions)
         self._limits = limits

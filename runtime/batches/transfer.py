@@ -22,7 +22,7 @@ from plans.graph import CallKind
 from plans.plan import ExecutionPlan
 from runtime.batches.sequences import Sequences
 
-Lengths = Sequence[tuple[int, int]]
+SampleLengths = Sequence[tuple[int, int]]
 """Tokens of prompt and response of every sample of an iteration."""
 LENGTHS_TAG = 1
 """Messages of lengths are matched apart from those of rows: generate call i has the tag LENGTHS_TAG + i."""
@@ -64,13 +64,13 @@ class BatchStore:
     """
 
     def __init__(
-        self, plan: ExecutionPlan, device: torch.device, given: Callable[[int], Lengths] | None = None
+        self, plan: ExecutionPlan, device: torch.device, given: Callable[[int], SampleLengths] | None = None
     ) -> None:
         self._plan = plan
         self._device = device
         self._given = given
         self._rows: dict[tuple[int, str], dict[int, Tensor]] = {}
-        self._lengths: dict[tuple[int, str], Lengths] = {}
+        self._lengths: dict[tuple[int, str], SampleLengths] = {}
         self._expected: dict[str, dict[int, tuple[Any, Tensor]]] = {}
         self._next: dict[str, int] = {}
         self._first = 0
@@ -97,7 +97,7 @@ class BatchStore:
                 work = dist.isend(found, target, tag=self._tag(generate))
                 self._departures.setdefault(iteration, []).append((work, found))
 
-    def lengths(self, iteration: int, call: str) -> Lengths:
+    def lengths(self, iteration: int, call: str) -> SampleLengths:
         """The lengths by which a call's samples are dealt; waits for them. Raises LateError when they do not come."""
         generate = lengths_from(self._plan, call)
         if (iteration, generate) not in self._lengths and not self._receive(iteration, generate, wait=True):
@@ -137,7 +137,7 @@ class BatchStore:
 
     # Rows
 
-    def _of_key(self, iteration: int, key: str) -> Lengths:
+    def _of_key(self, iteration: int, key: str) -> SampleLengths:
         return self.lengths(iteration, self._plan.workload.graph.producers[key])
 
     def _sizes(self, iteration: int, key: str, rows: Sequence[int]) -> list[int]:

@@ -13,7 +13,6 @@ from types import TracebackType
 
 from plans.checkpoint_files import (
     INDEX,
-    METRICS,
     NEWEST,
     PLAN,
     RUN,
@@ -25,6 +24,7 @@ from plans.checkpoint_files import (
     steps_in,
 )
 from plans.files import write_atomically
+from plans.lengthsfile import METRICS
 from plans.runfile import RunFile
 from runtime.checkpoints.folder import partial_folder, rank_word, sync_folder
 

@@ -14,7 +14,7 @@ from plans.checkpoint import Entry
 from plans.checkpoint_files import MASTER, RUN, Checkpoint, CheckpointError, find_whole, verify_files
 from plans.files import check_target
 from plans.layout import Parameter, model_units
-from runtime.checkpoints.read import Reader
+from runtime.checkpoints.read import CheckpointReader
 from runtime.weights.export import write_folder
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -40,7 +40,7 @@ def export_checkpoint(place: Path, folder: Path, role: str = "", dtype: str = ""
 
 
 def _parameters(checkpoint: Checkpoint, role: str, dtype: torch.dtype) -> Iterator[tuple[Parameter, Tensor]]:
-    with Reader(checkpoint, role) as reader:
+    with CheckpointReader(checkpoint, role) as reader:
         for unit in model_units(checkpoint.plan.workload.models[role]):
             for parameter in unit.parameters:
                 whole = reader.read(Entry(parameter.name, 0, 1, 0, parameter.size), MASTER)

@@ -28,7 +28,7 @@ def stop_request(scratch: Path) -> Path:
     return scratch / "stop"
 
 
-def state_bytes(plan: ExecutionPlan) -> int:
+def checkpoint_bytes(plan: ExecutionPlan) -> int:
     """Bytes of one checkpoint of a plan."""
     models = [plan.workload.models[role] for role in plan.workload.graph.trainers]
     return STATE_BYTES * sum(p.size for spec in models for p in parameters_of(spec).values())
@@ -58,7 +58,7 @@ def prepare_folder(plan: ExecutionPlan, run: RunFile) -> None:
         raise RealplanError(
             f"cannot write checkpoints to `{folder}`: {error.strerror}", "checkpoint.folder=FOLDER"
         ) from None
-    size = state_bytes(plan)
+    size = checkpoint_bytes(plan)
     # One more than is kept stands there while the oldest waits to be removed.
     need = size * max(run.checkpoint.keep + 1 - len(there), 1)
     if free < need:

@@ -20,7 +20,7 @@ from runtime.passes.training import Slot, Trainer
 Slices = Mapping[str, tuple[int, int]]
 
 
-class Reader:
+class CheckpointReader:
     """Reads elements of a role's state out of a checkpoint's files, and no more than it needs of them."""
 
     def __init__(self, checkpoint: Checkpoint, role: str) -> None:
@@ -33,7 +33,7 @@ class Reader:
         self._files: dict[str, Any] = {}
         self._open = ExitStack()
 
-    def __enter__(self) -> Reader:
+    def __enter__(self) -> CheckpointReader:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -71,12 +71,12 @@ def restore(checkpoint: Checkpoint, trainers: Mapping[str, Trainer]) -> None:
     for role, trainer in trainers.items():
         layout, state = trainer.model.layout, checkpoint.index.roles[role]
         slices = {parameter.name: slice_of(layout, rank, parameter) for parameter, _ in named_shards(trainer.model)}
-        with Reader(checkpoint, role) as reader:
+        with CheckpointReader(checkpoint, role) as reader:
             for parameter, held in named_shards(trainer.model):
                 whole = _entry(parameter.name, slices, 0, held.numel())
                 held.data.copy_(reader.read(whole, MASTER).view_as(held))
 
-            def read(slot: Slot, kind: str, reader: Reader = reader, slices: Slices = slices) -> Tensor:
+            def read(slot: Slot, kind: str, reader: CheckpointReader = reader, slices: Slices = slices) -> Tensor:
                 return reader.read(_entry(slot.parameter, slices, slot.start, slot.stop), kind)
 
             trainer.restore(state.steps, state.adam_steps, read)

@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from plans.checkpoint_files import METRICS, RUN, Checkpoint, CheckpointError, find_usable
+from plans.checkpoint_files import RUN, Checkpoint, CheckpointError, find_usable
+from plans.lengthsfile import METRICS
 from plans.plan import ExecutionPlan
 from plans.runfile import RunFile
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from plans.errors import RealplanError
-from runtime.generation.blocks import Copy
+from runtime.generation.blocks import BlockCopy
 from runtime.generation.lean import Attend, LeanStage
 from runtime.models.packed_attention import Runs, attention, packed_attention
 
@@ -52,7 +52,7 @@ class Pool:
         """Write keys and values of tokens [n] to flat places [n]."""
         self.flat[layer].index_copy_(0, places, qkv[:, :, -2:])
 
-    def copy(self, copies: Sequence[Copy]) -> None:
+    def copy(self, copies: Sequence[BlockCopy]) -> None:
         """Copy the beginnings of blocks, one after the other."""
         for one in copies:
             self.data[:, one.target, : one.tokens].copy_(self.data[:, one.source, : one.tokens])

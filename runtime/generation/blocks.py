@@ -13,7 +13,7 @@ Prompt = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Copy:
+class BlockCopy:
     """The first `tokens` tokens of a block go to another one."""
 
     source: int
@@ -22,12 +22,12 @@ class Copy:
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
+class Admission:
     """What must be done for a newcomer: compute its prompt's keys (`prefill`), or copy those of another slot; `late`:
     the other slot's keys are computed for newcomers of the same round, so the copy comes after that."""
 
     prefill: bool = False
-    copy: Copy | None = None
+    copy: BlockCopy | None = None
     late: bool = False
 
 
@@ -38,9 +38,9 @@ class Blocks(Protocol):
     tables: list[list[int]]
 
     def begin(self) -> None: ...
-    def admit(self, slot: int, prompt: Prompt, response_tokens: int) -> Placed | None: ...
+    def admit(self, slot: int, prompt: Prompt, response_tokens: int) -> Admission | None: ...
     def retire(self, slot: int) -> None: ...
-    def move(self, source: int, target: int) -> Copy | None: ...
+    def move(self, source: int, target: int) -> BlockCopy | None: ...
 
 
 class RowBlocks:
@@ -57,12 +57,12 @@ class RowBlocks:
         """A new round: the keys of all slots are there."""
         self._fresh.clear()
 
-    def admit(self, slot: int, prompt: Prompt, response_tokens: int) -> Placed:
+    def admit(self, slot: int, prompt: Prompt, response_tokens: int) -> Admission:
         """Give a free slot to a sample. Keys of a sample that has ended serve as well while its slot is free."""
         tokens = len(prompt) - 1
         if not tokens or self._prompts[slot] == prompt:
             self._prompts[slot] = prompt
-            return Placed()
+            return Admission()
         source = next((other for other, held in enumerate(self._prompts) if held == prompt), None)
         self._prompts[slot] = prompt
         late = source in self._fresh
@@ -70,15 +70,15 @@ class RowBlocks:
             self._fresh.add(slot)
         else:
             self._fresh.discard(slot)
-        return Placed(prefill=True) if source is None else Placed(copy=Copy(source, slot, tokens), late=late)
+        return Admission(prefill=True) if source is None else Admission(copy=BlockCopy(source, slot, tokens), late=late)
 
     def retire(self, slot: int) -> None:
         """A sample has ended; its keys stay until the slot is given away."""
 
-    def move(self, source: int, target: int) -> Copy:
+    def move(self, source: int, target: int) -> BlockCopy:
         """Move a sample to a free slot."""
         self._prompts[target], self._prompts[source] = self._prompts[source], None
-        return Copy(source, target, self.block_tokens)
+        return BlockCopy(source, target, self.block_tokens)
 
 
 @dataclass
@@ -104,7 +104,7 @@ class PagedBlocks:
         """A new round: the keys of all prompts are there."""
         self._fresh.clear()
 
-    def admit(self, slot: int, prompt: Prompt, response_tokens: int) -> Placed | None:
+    def admit(self, slot: int, prompt: Prompt, response_tokens: int) -> Admission | None:
         """Give a free slot to a sample; None while there are too few free blocks."""
         size, held = self.block_tokens, self._held.get(prompt)
         shared = shared_blocks(len(prompt), size)
@@ -119,11 +119,11 @@ class PagedBlocks:
         tail = len(prompt) - 1 - shared * size
         copy = None
         if known and tail:
-            copy = Copy(self.tables[min(held.slots)][shared], mine[0], tail)
+            copy = BlockCopy(self.tables[min(held.slots)][shared], mine[0], tail)
         held.slots.add(slot)
         self._prompts[slot] = prompt
         self.tables[slot] = [*held.shared, *mine]
-        return Placed(prefill=not known and len(prompt) > 1, copy=copy, late=prompt in self._fresh)
+        return Admission(prefill=not known and len(prompt) > 1, copy=copy, late=prompt in self._fresh)
 
     def _take(self, count: int) -> list[int]:
         return [self._free.popleft() for _ in range(count)]

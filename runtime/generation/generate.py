@@ -19,7 +19,7 @@ from plans.errors import RealplanError
 from plans.kvcache import BLOCK_TOKENS, BURST_STEPS, PREFILL_TOKENS, cache_blocks
 from runtime.batches.sequences import Sequences
 from runtime.generation.attention import Pool, paged_kernel
-from runtime.generation.blocks import Blocks, PagedBlocks, Placed, RowBlocks, flat_places
+from runtime.generation.blocks import Admission, Blocks, PagedBlocks, RowBlocks, flat_places
 from runtime.generation.capture import CapturedSteps, cuda_recorder
 from runtime.generation.flight import Flight, Live
 from runtime.generation.lean import LeanStage
@@ -43,7 +43,7 @@ class Generated:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class FlightLimits:
     """Sizes of a generation. slots: samples in flight on the replica, 0 for all; groups: parts of the slots that go
     through a pipeline in turn; burst: steps between two looks at what has ended; prefill: most prompt tokens of one
     pass; block: tokens of a KV block, 0 for what suits the device; capture: record steps as CUDA graphs where there is
@@ -74,7 +74,7 @@ def generate(
     iteration: int,
     stop_ids: Sequence[int] = (),
     ended: Ended | None = None,
-    limits: Limits | None = None,
+    limits: FlightLimits | None = None,
 ) -> Generated:
     """Continue each prompt (token ids, at least one) by up to `response_tokens` tokens, for all or for each.
 
@@ -84,7 +84,7 @@ def generate(
     responses, positions beyond the model's context, and slots that do not fit.
     """
     most = [response_tokens] * len(prompts) if isinstance(response_tokens, int) else list(response_tokens)
-    limits = limits or Limits()
+    limits = limits or FlightLimits()
     _check(model, prompts, most, limits.allow_long)
     lives = [Live(i, tuple(p), limit) for i, (p, limit) in enumerate(zip(prompts, most, strict=True))]
     computed = 0
@@ -115,7 +115,9 @@ def _check(model: Model, prompts: Sequence[Sequence[int]], most: Sequence[int], 
 class _Run:
     """One generation: the queue, the flights and the pipeline."""
 
-    def __init__(self, model: Model, lives: Sequence[Live], sampling: Sampling, limits: Limits, keys: Tensor) -> None:
+    def __init__(
+        self, model: Model, lives: Sequence[Live], sampling: Sampling, limits: FlightLimits, keys: Tensor
+    ) -> None:
         self._limits, self._keys, self._device = limits, keys, model.device
         self._queue = deque(lives)
         stage = LeanStage(model)
@@ -176,7 +178,7 @@ class _Run:
     def _admit(self, flight: Flight) -> None:
         """Give free slots to the next samples of the queue, and compute what these need."""
         flight.blocks.begin()
-        placed: list[tuple[int, Live, Placed]] = []
+        placed: list[tuple[int, Live, Admission]] = []
         for slot, held in enumerate(flight.lives):
             if held is not None or not self._queue:
                 continue

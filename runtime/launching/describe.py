@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Iterator
 
 from plans.algorithms import tensor_kind
 from plans.graph import CallKind
@@ -11,6 +10,7 @@ from plans.kvcache import slots_per_replica
 from plans.plan import ExecutionPlan
 from plans.program import Program, Step, StepKind, compile_program
 from plans.reallocation import reallocation
+from plans.render import rank_ranges
 from plans.workload import Workload
 
 
@@ -48,18 +48,11 @@ def program_words(plan: ExecutionPlan) -> Iterator[str]:
     for rank in range(plan.cluster.size):
         groups.setdefault(program.projection(rank), []).append(rank)
     for steps, ranks in groups.items():
-        yield f"rank{'s' if len(ranks) > 1 else ''} {ranges(ranks)}" + ("" if steps else ": idle")
+        yield f"rank{'s' if len(ranks) > 1 else ''} {rank_ranges(ranks)}" + ("" if steps else ": idle")
         for step in steps:
             kind = f" ({plan.workload.graph.call(step.subject).kind})" if step.kind is StepKind.CALL else ""
             lag = f"  {step.lag} period{'s' * (step.lag > 1)} later" if step.lag else ""
             yield f"  {step.name + kind:<44}{figures[step.name]}{lag}".rstrip()
-
-
-def ranges(ranks: Sequence[int]) -> str:
-    """Ascending ranks as `0-7, 16-23`."""
-    starts = [ranks[0], *(b for a, b in pairwise(ranks) if b != a + 1)]
-    ends = [*(a for a, b in pairwise(ranks) if b != a + 1), ranks[-1]]
-    return ", ".join(f"{a}-{b}" if a != b else f"{a}" for a, b in zip(starts, ends, strict=True))
 
 
 def step_bytes(program: Program, step: Step) -> int:

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import yaml
 
+from plans.checkpoint_files import PLAN, RUN
 from plans.codec import dump_plan, save_plan
 from plans.files import OutputError, check_target, free_name, write_atomically
+from plans.lengthsfile import METRICS
 from plans.plan import ExecutionPlan
 from plans.runfile import CHECKPOINTS, RANDOM, RunFile
-
-PLAN, RUN, METRICS, TIMELINE, SAMPLES = "plan.json", "run.yaml", "metrics.jsonl", "timeline.json", "samples.jsonl"
+from runtime.reports.records import SAMPLES, TIMELINE
 
 
 def exported_role(plan: ExecutionPlan) -> str:

@@ -89,9 +89,9 @@ def check_weights(plan: ExecutionPlan, run: RunFile) -> None:
 def _check_tensors(folder: Path, spec: ModelSpec) -> None:
     """The files of a folder hold the tensors of the model, and no others."""
     check_packages()
-    from runtime.weights.hf_files import Checkpoint
+    from runtime.weights.hf_files import WeightFiles
 
-    Checkpoint(folder).check(spec)
+    WeightFiles(folder).check(spec)
 
 
 def _differences(found: ModelSpec, planned: ModelSpec) -> dict[str, tuple[Any, Any]]:

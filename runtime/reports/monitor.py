@@ -15,14 +15,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from plans.files import OutputError, write_atomically, writing
+from plans.lengthsfile import METRICS
 from plans.plan import ExecutionPlan
 from plans.program import compile_program
 from plans.terminal import printable
 from runtime.reports.metrics import TIMING_NAMES, Metrics, MetricsLog
-from runtime.reports.records import RecordReader
+from runtime.reports.records import SAMPLES, TIMELINE, RecordReader
 
 POLL_S = 0.2
-SAMPLES = "samples.jsonl"
 
 
 class Monitor:
@@ -36,8 +36,8 @@ class Monitor:
         program = compile_program(plan)
         ranks = tuple(rank for rank in range(plan.cluster.size) if program.projection(rank))
         self._reader = RecordReader(scratch, ranks, len(earlier))
-        self._log = MetricsLog(program, output / "metrics.jsonl", earlier)
-        self._timeline = output / "timeline.json"
+        self._log = MetricsLog(program, output / METRICS, earlier)
+        self._timeline = output / TIMELINE
         self._samples = output / SAMPLES
         self._keep_samples(len(earlier))
         self._ranks = plan.cluster.size

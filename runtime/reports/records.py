@@ -19,6 +19,8 @@ from plans.files import writing
 from plans.program import Step, StepKind
 from runtime.reports.stats import Stat, merge_stats
 
+TIMELINE, SAMPLES = "timeline.json", "samples.jsonl"
+"""Files of a run's output beside those that a checkpoint has too (`plans.checkpoint_files`)."""
 STATUS_BYTES = 512
 RESERVE_BYTES = 2**14
 

@@ -12,7 +12,7 @@ from plans.layout import Parameter
 from plans.model import Head, ModelSpec
 from runtime.models.model import Model, named_shards
 from runtime.models.shards import shard
-from runtime.weights.hf_files import VALUE_HEADS, Checkpoint, WeightsError
+from runtime.weights.hf_files import VALUE_HEADS, WeightFiles, WeightsError
 from runtime.weights.hf_names import SCORE, has_vocabulary, hf_names, hf_shape, join
 
 INITIAL_STD = 0.02
@@ -26,7 +26,7 @@ def load_weights(model: Model, folder: Path, *, trained: bool = True) -> None:
     Raises WeightsError unless the folder has exactly the model's tensors, in their shapes (`Checkpoint.check`). Not
     collective.
     """
-    checkpoint = Checkpoint(folder)
+    checkpoint = WeightFiles(folder)
     spec, place = model.spec, model.place
     checkpoint.check(spec)
     if spec.head is Head.VALUE and not trained and not any(checkpoint.find(name) for name in VALUE_HEADS):

@@ -31,7 +31,7 @@ class WeightsError(RealplanError):
     """A checkpoint that cannot be read or does not fit the model."""
 
 
-class Checkpoint:
+class WeightFiles:
     """The tensors of a Hugging Face folder, of one file or of those that an index names; files stay open.
 
     Raises WeightsError for files that are missing, broken or git-LFS pointers, for an index that contradicts its

@@ -34,7 +34,7 @@ LAYER_NAMES = {
 }
 CONTROL_TOKEN = 3  # token type of special tokens in GGUF
 
-Weights = dict[str, npt.NDArray[np.float32]]
+Tensors = dict[str, npt.NDArray[np.float32]]
 
 
 def prepare_smollm2(folder: str | Path) -> Path:
@@ -116,10 +116,10 @@ def _config(fields: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _weights(reader: Any, config: dict[str, Any]) -> Weights:
+def _weights(reader: Any, config: dict[str, Any]) -> Tensors:
     from gguf import dequantize
 
-    weights: Weights = {}
+    weights: Tensors = {}
     for tensor in reader.tensors:
         weight = dequantize(tensor.data, tensor.tensor_type)
         if ".attn_q." in tensor.name:

@@ -18,7 +18,7 @@ def captured_decode(device: Any, groups: Any, dtype: str) -> dict[str, float]:
 
     from plans.layout import Layout
     from plans.library import load_model
-    from runtime.generation.generate import Limits, generate
+    from runtime.generation.generate import FlightLimits, generate
     from runtime.generation.sampling import Sampling
     from runtime.models.model import build_model
     from runtime.weights.hf import load_weights
@@ -29,7 +29,7 @@ def captured_decode(device: Any, groups: Any, dtype: str) -> dict[str, float]:
     with_graphs, without = (
         generate(
             model, PROMPTS, range(len(PROMPTS)), response_tokens=LIMITS, sampling=Sampling(), seed=1, iteration=0,
-            limits=Limits(slots=4, burst=4, capture=capture),
+            limits=FlightLimits(slots=4, burst=4, capture=capture),
         )
         for capture in (True, False)
     )  # fmt: skip

@@ -35,11 +35,11 @@ def generation(model: Any, rows: int, context: int, steps: int, *, capture: bool
     """A generation of `steps` tokens after random prompts, to be called."""
     import torch
 
-    from runtime.generation.generate import Limits, generate
+    from runtime.generation.generate import FlightLimits, generate
     from runtime.generation.sampling import Sampling
 
     prompts = torch.randint(model.spec.vocab, (rows, context)).tolist()
-    words = {"sampling": Sampling(), "seed": 0, "iteration": 0, "limits": Limits(capture=capture)}
+    words = {"sampling": Sampling(), "seed": 0, "iteration": 0, "limits": FlightLimits(capture=capture)}
     return lambda: generate(model, prompts, range(rows), response_tokens=steps, **words)
 
 

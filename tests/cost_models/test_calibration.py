@@ -18,7 +18,7 @@ from cost_models.estimate import cost_plan
 from cost_models.provenance.sources import plan_sources
 from cost_models.tables.table_file import save_table
 from cost_models.tables.table_schema import OPERATIONS, TableError
-from cost_models.tables.tables import CostTable, Entry
+from cost_models.tables.tables import CostTable, TableEntry
 from plans.algorithms import algorithm_graph
 from plans.library import load_cluster, load_model
 from plans.plan import ExecutionPlan, PlannedCall
@@ -67,7 +67,7 @@ def table_of(constants: Constants, noise: float = 0.0) -> CostTable:
     entries = {}
     for name in TABLE_PREDICTORS:
         axes = {axis: np.array(AXES[axis], dtype=np.float64) for axis in OPERATIONS[name].axes}
-        blank = Entry(axes=axes, values=np.ones([len(points) for points in axes.values()]))
+        blank = TableEntry(axes=axes, values=np.ones([len(points) for points in axes.values()]))
         values = predict_entry(machine, load_model(MODEL), name, blank)
         entries[name] = replace(blank, values=values * np.exp(noise * random.standard_normal(values.shape)))
     ranks, size = np.array([2.0, 4.0, 8.0]), np.array([2.0**16, 2.0**20, 2.0**24, 2.0**28])
@@ -78,7 +78,7 @@ def table_of(constants: Constants, noise: float = 0.0) -> CostTable:
         "reduce_scatter_node": machine.kernels.reduce_scatter(grid[1], grid[0], grid[0]),
         "send_recv_node": machine.kernels.send(grid[1], np.zeros_like(grid[1], dtype=np.bool_)),
     }
-    entries |= {name: Entry(axes={"ranks": ranks, "bytes": size}, values=values) for name, values in made.items()}
+    entries |= {name: TableEntry(axes={"ranks": ranks, "bytes": size}, values=values) for name, values in made.items()}
     return CostTable(
         hardware=GPU, device="none", model=MODEL, precision="bf16", date="2026-01-01", source="test", entries=entries
     )

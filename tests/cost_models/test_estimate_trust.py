@@ -17,12 +17,13 @@ from cost_models.validation.error_band import ANY_ENGINE, KINDS, error_band, res
 from planner.cli.commands.estimate import estimate_command
 from planner.explanation.binding import binding_terms
 from planner.explanation.critical import critical_path
-from planner.explanation.report import ranges, render_cost
+from planner.explanation.report import render_cost
 from plans.algorithms import algorithm_graph
 from plans.cluster import DeviceMesh
 from plans.codec import save_plan
 from plans.library import load_cluster, load_model
 from plans.plan import ExecutionPlan, PlannedCall
+from plans.render import rank_ranges
 from plans.strategy import ParallelStrategy, Recompute
 from plans.workload import Workload
 
@@ -114,7 +115,7 @@ def test_the_report_fits_100_columns_and_names_every_part() -> None:
     assert max(len(line) for line in text.splitlines()) <= 100
     for words in ("80 % band", "residuals of", "interpolated", "decode_attention", "bounding terms", "ranks 0-7"):
         assert words in text
-    assert ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
+    assert rank_ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
 
 
 def test_json_carries_sources_band_and_binding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

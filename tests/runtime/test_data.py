@@ -16,7 +16,7 @@ from runtime.batches.data import (
     response_tokens_of,
 )
 from runtime.batches.datasets import DataSet, read_data
-from runtime.batches.files import DataError, read_rows
+from runtime.batches.files import DataError, read_data_rows
 from runtime.batches.tokenizer import Tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -36,7 +36,7 @@ def data_of(data: Data, responses: tuple[str, ...] = (), most: int = 10**6) -> D
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    return [row.text("prompt") for row in read_rows(path, ("prompt",))]
+    return [row.text("prompt") for row in read_data_rows(path, ("prompt",))]
 
 
 def test_jsonl_fixture() -> None:

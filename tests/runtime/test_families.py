@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from plans.huggingface import config_from_spec, spec_from_config, spec_from_folder
 from plans.layout import model_units
 from runtime.batches.sequences import Sequences
-from runtime.generation.generate import Limits, generate
+from runtime.generation.generate import FlightLimits, generate
 from runtime.generation.sampling import Sampling
 from runtime.groups import GroupCache
 from runtime.models import installation
@@ -72,7 +72,7 @@ def test_generation_export_and_values_equal_transformers(kind: str, tmp_path: Pa
                     tensor.data.copy_(head[None])
             made = generate(
                 model, PROMPTS, [0, 1, 2], response_tokens=STEPS, sampling=Sampling(temperature=0), seed=0, iteration=0,
-                limits=Limits(slots=2),
+                limits=FlightLimits(slots=2),
             )  # fmt: skip
             export(model, tmp_path / f"out{number}", tmp_path / "source")
             found.append((made.sequences, made.logprobs, token_values(valued, batch)))

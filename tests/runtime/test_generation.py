@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 from plans.errors import RealplanError
 from plans.huggingface import spec_from_folder
 from plans.layout import Layout
-from runtime.batches.files import read_rows
+from runtime.batches.files import read_data_rows
 from runtime.batches.tokenizer import Tokenizer
-from runtime.generation.generate import Generated, Limits, generate
+from runtime.generation.generate import FlightLimits, Generated, generate
 from runtime.generation.sampling import Sampling
 from runtime.groups import GroupCache
 from runtime.models import installation
@@ -57,7 +57,7 @@ LAYOUTS: tuple[tuple[int, dict[str, int], dict[str, int]], ...] = (
 
 def _prompts() -> list[list[int]]:
     """Prompts of mixed lengths, each of the first third three times."""
-    texts = [row.text("prompt") for row in read_rows(FIXTURES / "prompts.jsonl")][::8]
+    texts = [row.text("prompt") for row in read_data_rows(FIXTURES / "prompts.jsonl")][::8]
     ids = Tokenizer.of_folder(FOLDER).encode_batch(texts)
     fitting = [row for row in ids if 0 < len(row) <= PROMPT]
     return [row for i, row in enumerate(fitting) for _ in range(3 if i < 4 else 1)][:SAMPLES]
@@ -69,7 +69,12 @@ def _generate(model: Model, sampling: Sampling, limits: dict[str, int] | None = 
     settings: dict[str, Any] = {"seed": 1, "iteration": 2, "stop_ids": [EOS], "response_tokens": RESPONSE} | changes
     prompts = _prompts()
     return generate(
-        model, [prompts[i] for i in share], share, sampling=sampling, limits=Limits(**(limits or {})), **settings
+        model,
+        [prompts[i] for i in share],
+        share,
+        sampling=sampling,
+        limits=FlightLimits(**(limits or {})),
+        **settings,
     )
 
 
@@ -209,7 +214,7 @@ def test_every_architecture(kind: str, degrees: dict[str, int], tmp_path: Path) 
     def work(model: Model) -> Any:
         assert model.spec.padded_vocab > model.spec.vocab
         common: dict[str, Any] = {"seed": 0, "iteration": 0, "response_tokens": 8, "sample_ids": range(5)}
-        limits = Limits(slots=2, groups=2)
+        limits = FlightLimits(slots=2, groups=2)
         hot = generate(model, prompts, sampling=Sampling(temperature=50.0), **common)
         greedy = generate(model, prompts, sampling=GREEDY, limits=limits, **common)
         return [row for _, row in greedy.sequences.texts()], int(hot.sequences.tokens.max())
@@ -244,7 +249,7 @@ def test_a_prompt_is_computed_once_for_its_samples() -> None:
             for block in (0, 8):
                 generate(
                     model, [prompt] * 8, range(8), response_tokens=1, sampling=GREEDY, seed=0, iteration=0,
-                    limits=Limits(block=block),
+                    limits=FlightLimits(block=block),
                 )  # fmt: skip
         return tokens
 
@@ -308,7 +313,7 @@ def test_no_rows_and_bad_input() -> None:
         words = []
         for prompts, tokens, limits in (([[]], 4, {}), ([[3]], 0, {}), ([[3]], 4, {"slots": -1}), ([[3]], 10**13, {})):
             with pytest.raises(RealplanError) as error:
-                generate(model, prompts, [0], response_tokens=tokens, limits=Limits(**limits), **common)
+                generate(model, prompts, [0], response_tokens=tokens, limits=FlightLimits(**limits), **common)
             words.append(error.value.message)
         return words
 

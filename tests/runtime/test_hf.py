@@ -27,7 +27,7 @@ from runtime.models.model import named_shards
 from runtime.passes.forward import sample_scores
 from runtime.weights.export import export, weight_files
 from runtime.weights.hf import load_weights, random_weights
-from runtime.weights.hf_files import INDEX, Checkpoint, WeightsError
+from runtime.weights.hf_files import INDEX, WeightFiles, WeightsError
 
 CPU = torch.device("cpu")
 
@@ -136,8 +136,8 @@ def test_each_rank_reads_only_its_part(tmp_path: Path, monkeypatch: pytest.Monke
             return found
 
     count = [0]
-    real = Checkpoint.tensor
-    monkeypatch.setattr(Checkpoint, "tensor", lambda self, name, shape: Counting(real(self, name, shape)))
+    real = WeightFiles.tensor
+    monkeypatch.setattr(WeightFiles, "tensor", lambda self, name, shape: Counting(real(self, name, shape)))
 
     def read() -> int:
         installation.install(CPU)
@@ -162,12 +162,12 @@ def test_weight_files_hold_every_parameter_once():
 
 def test_missing_files_are_named(tmp_path: Path):
     with pytest.raises(WeightsError, match="no weights at"):
-        Checkpoint(tmp_path)
+        WeightFiles(tmp_path)
 
 
 def test_missing_and_misshapen_tensors_are_named(tmp_path: Path):
     save_file({"model.norm.weight": torch.ones(8)}, tmp_path / "model.safetensors")
-    checkpoint = Checkpoint(tmp_path)
+    checkpoint = WeightFiles(tmp_path)
     with pytest.raises(WeightsError, match=r"no tensor `model.norms.weight`[^?]*`model.norm.weight`"):
         checkpoint.tensor("model.norms.weight", (8,))
     with pytest.raises(WeightsError, match=r"shape \[8\]; the model needs \[16\]"):
@@ -243,7 +243,7 @@ def test_scaled_weights_are_what_they_stand_for(
         if "_proj" in name:
             held[name], held[name + ending], meant[name] = in_blocks(tensor, rows, columns)
     rewrite(tmp_path, held, quantization_config=quantisation)
-    checkpoint = Checkpoint(tmp_path)
+    checkpoint = WeightFiles(tmp_path)
     checkpoint.check(spec)
     for name, tensor in meant.items():
         whole = checkpoint.tensor(name, tuple(tensor.shape))
@@ -314,16 +314,16 @@ def broken_folder(folder: Path, what: str) -> None:
 def test_folders_that_are_not_what_they_seem(what: str, words: str, hint: str, tmp_path: Path) -> None:
     broken_folder(tmp_path, what)
     with pytest.raises(WeightsError) as raised:
-        Checkpoint(tmp_path).check(spec_from_folder(tmp_path))
+        WeightFiles(tmp_path).check(spec_from_folder(tmp_path))
     assert words in str(raised.value) and hint in str(raised.value)
 
 
 def test_heads_of_other_roles_are_left_alone(tmp_path: Path) -> None:
     spec, held = small_folder(tmp_path)
-    Checkpoint(tmp_path).check(spec.with_value_head())
+    WeightFiles(tmp_path).check(spec.with_value_head())
     rewrite(tmp_path, held | {"v_head.summary.weight": torch.ones(1, 64), "model.rotary_emb.inv_freq": torch.ones(8)})
-    Checkpoint(tmp_path).check(spec)
-    Checkpoint(tmp_path).check(spec.with_value_head())
+    WeightFiles(tmp_path).check(spec)
+    WeightFiles(tmp_path).check(spec.with_value_head())
     broken_folder(tmp_path, "wide score")
     with pytest.raises(WeightsError, match=r"`score.weight` has shape \[2, 64\]"):
-        Checkpoint(tmp_path).check(spec.with_value_head())
+        WeightFiles(tmp_path).check(spec.with_value_head())

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from runtime.batches.rewards import Reward, RewardError, RewardLimits
+from runtime.batches.rewards import ProcessLimits, Reward, RewardError
 
 PROMPTS, RESPONSES = ["p", "q", "r"], ["first", "second", "third one"]
-LIMITS = RewardLimits(seconds=60, memory_gib=1)
+LIMITS = ProcessLimits(seconds=60, memory_gib=1)
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def rewards(tmp_path: Path) -> Iterator[object]:
     """Makes a reward of the text of a file, and closes it afterwards."""
     made: list[Reward] = []
 
-    def make(text: str, function: str = "f", limits: RewardLimits = LIMITS, file: str = "mine.py") -> Reward:
+    def make(text: str, function: str = "f", limits: ProcessLimits = LIMITS, file: str = "mine.py") -> Reward:
         path = tmp_path / file
         path.write_text(text)
         made.append(Reward(f"{path}:{function}", limits))
@@ -164,7 +164,7 @@ def test_a_function_that_hangs_is_ended_with_all_it_started(rewards, tmp_path: P
         "        open(place, 'w').write(str(subprocess.Popen(['sleep', '1000']).pid))\n        time.sleep(1000)\n"
         "    return [0.0] * len(responses)\n"
     )
-    error = error_of(rewards(text, limits=RewardLimits(seconds=3, memory_gib=1)))
+    error = error_of(rewards(text, limits=ProcessLimits(seconds=3, memory_gib=1)))
     assert "had not answered after" in error.message and "sample 1: prompt 'q'" in error.message
     assert "reward_limits.seconds = 3" in error.hint and error.sample == 1
     child = Path("/proc", (tmp_path / "child").read_text(), "stat")
@@ -176,14 +176,14 @@ def test_a_function_that_hangs_is_ended_with_all_it_started(rewards, tmp_path: P
 
 def test_slow_is_not_blamed_on_a_sample(rewards) -> None:  # type: ignore[no-untyped-def]
     text = "import time\ndef f(responses):\n    time.sleep(len(responses) ** 3)\n    return [0.0] * len(responses)"
-    assert "for 3 responses together" in error_of(rewards(text, limits=RewardLimits(seconds=6, memory_gib=1))).message
+    assert "for 3 responses together" in error_of(rewards(text, limits=ProcessLimits(seconds=6, memory_gib=1))).message
 
 
 def test_several_processes_keep_the_order_and_the_number_of_a_sample(rewards) -> None:  # type: ignore[no-untyped-def]
     text = (
         "import os\ndef f(responses):\n    assert 'r7' not in responses\n    return [float(r[1:]) for r in responses]"
     )
-    reward = rewards(text, limits=RewardLimits(60, 1, workers=2))
+    reward = rewards(text, limits=ProcessLimits(60, 1, workers=2))
     assert reward(["p"] * 7, [f"r{i}" for i in range(7)]) == [float(i) for i in range(7)]
     with pytest.raises(RewardError, match=r"AssertionError.* sample 7: prompt 'p', response 'r7'"):
         reward(["p"] * 9, [f"r{i}" for i in range(9)])

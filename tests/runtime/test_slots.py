@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from plans.huggingface import spec_from_folder
 from runtime.generation.blocks import PagedBlocks, Prompt, RowBlocks, flat_places
 from runtime.generation.capture import CapturedSteps
-from runtime.generation.generate import Limits, generate
+from runtime.generation.generate import FlightLimits, generate
 from runtime.generation.pipeline import Pipeline
 from runtime.generation.sampling import Chooser, Sampling
 from runtime.generation.stopping import ended_by
@@ -170,7 +170,7 @@ def test_replayed_steps_give_the_same_tokens(tmp_path: Path) -> None:
             patch.setattr(Pipeline, "__init__", create)
             found = generate(
                 model, [[3, 4, 5], [6], [7, 8]], range(3), response_tokens=[9, 30, 20], sampling=Sampling(),
-                seed=0, iteration=0, limits=Limits(slots=2, burst=4),
+                seed=0, iteration=0, limits=FlightLimits(slots=2, burst=4),
             )  # fmt: skip
         return list(found.sequences.tokens.tolist())
 
