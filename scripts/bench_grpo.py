@@ -82,7 +82,7 @@ def measure(folder: Path, scratch: Path, name: str, prompts: int, group: int, re
     rows = prompts * group
     lengths = long_tail(rows, longest) if tailed else [longest] * rows
     texts = prompt_texts(folder, prompts * (repeats + 1), tokens)
-    executor = our_side(folder, scratch, texts, tokens, lengths, group, tailed)
+    executor, _ = our_side(folder, scratch, texts, tokens, lengths, group, tailed)
     times: list[list[float]] = [[], []]
 
     class Turns(TrainerCallback):  # type: ignore[misc]
@@ -120,8 +120,8 @@ def prompt_texts(folder: Path, count: int, tokens: int) -> list[str]:
 
 def our_side(
     folder: Path, scratch: Path, texts: Sequence[str], tokens: int, lengths: Sequence[int], group: int, tailed: bool
-) -> Executor:
-    """An executor of the plan on one rank, with forced lengths."""
+) -> tuple[Executor, ExecutionPlan]:
+    """An executor of a plan on one rank, with forced lengths, and the plan."""
     spec, cluster = spec_from_folder(folder), load_cluster("local-cpu", gpus=1, gpus_per_node=1)
     graph = algorithm_graph("grpo", reward_seconds_per_sample=1e-5)
     sizes: dict[str, Any] = {
@@ -152,7 +152,7 @@ def our_side(
         return generate(model, prompts, rows, **{**words, "response_tokens": [lengths[row] for row in rows]})
 
     calls.generate = forced
-    return Executor(job, GroupCache(CPU), CPU, Recorder(scratch, 0, time.time()))
+    return Executor(job, GroupCache(CPU), CPU, Recorder(scratch, 0, time.time())), plan
 
 
 class Forced(LogitsProcessor):  # type: ignore[misc]
