@@ -1,72 +1,100 @@
 """What every node of a layout holds, for many layouts at once, as arrays.
 
 What a node holds does not depend on where the mesh starts, and few different *contents* of a node occur in thousands
-of layouts: a layout is its form (a row of contents, node by node) and its first node.
+of layouts: a layout is its form (a row of contents, node by node) and its first node. What a GPU holds of a model with
+experts is a product, the blocks of its stage x a share of every block's experts, so that the thousands of experts of a
+model (94 blocks of 128) are never listed one by one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
 
 from cost_models.candidates import Array, Flags
-from plans.layout import Layout, model_units
+from plans.layout import Layout, expert_of, model_units
 from plans.model import ModelSpec
 
 IntArray = NDArray[np.int64]
-Slicing = tuple[int, int, int, tuple[int, ...]]  # pp, vpp, ep, a split of its own: which units a rank holds
-Form = tuple[Slicing, int, int, int]  # slicing, tp, GPUs in the mesh, first GPU on its node
+Slicing = tuple[int, int, tuple[int, ...]]  # pp, vpp, a split of its own: which units a stage holds
+Form = tuple[Slicing, int, int, int, int]  # slicing, ep, tp, GPUs in the mesh, first GPU on its node
 
 
 @dataclass(frozen=True, eq=False)
 class UnitSizes:
-    """Elements of each unit, or of units that go everywhere together: cut by tensor parallelism, and held whole; and
-    how many they are. Shapes [units]."""
+    """Elements of each unit that is no expert: cut by tensor parallelism, and held whole; and of one expert of the unit
+    (0 where it has none). Shapes [units]."""
 
     sharded: Array
     replicated: Array
-    count: Array
+    expert: Array
 
 
 @lru_cache(maxsize=32)
 def unit_sizes(spec: ModelSpec) -> UnitSizes:
     """Sizes of a model's units in pipeline order."""
-    units = model_units(spec)
+    units = [unit for unit in model_units(spec) if expert_of(unit.name) is None]
+    expert = {unit.name: unit.replicated for unit in model_units(spec) if expert_of(unit.name) == 0}
     return UnitSizes(
         sharded=np.array([u.sharded for u in units], dtype=np.float64),
         replicated=np.array([u.replicated for u in units], dtype=np.float64),
-        count=np.ones(len(units)),
+        expert=np.array([expert.get(f"{u.name}.expert.0", 0) for u in units], dtype=np.float64),
     )
 
 
 @lru_cache(maxsize=256)
-def _rank_units(spec: ModelSpec, slicing: Slicing) -> Flags:
-    """[pp x ep, units] whether a rank of the stage at a place in its run of ep ranks holds the unit."""
-    pp, vpp, ep, split = slicing
-    index = {unit.name: i for i, unit in enumerate(model_units(spec))}
-    layout = Layout(spec, tuple(range(pp * ep)), dp=ep, pp=pp, vpp=vpp, ep=ep, layers_per_stage=split)
-    table = np.zeros((pp * ep, len(index)), dtype=np.bool_)
-    for rank in layout.ranks:
-        table[rank, [index[name] for name in layout.rank_units(rank)]] = True
+def _stage_units(spec: ModelSpec, slicing: Slicing) -> Flags:
+    """[pp, units] whether a stage holds the unit, experts left out."""
+    pp, vpp, split = slicing
+    units = (unit.name for unit in model_units(spec) if expert_of(unit.name) is None)
+    index = {name: i for i, name in enumerate(units)}
+    layout = Layout(spec, tuple(range(pp)), pp=pp, vpp=vpp, layers_per_stage=split)
+    table = np.zeros((pp, len(index)), dtype=np.bool_)
+    for stage in range(pp):
+        table[stage, [index[name] for name in layout.stage_units(stage) if expert_of(name) is None]] = True
     return table
+
+
+def _shares(spec: ModelSpec, ep: int) -> Flags:
+    """[ep, experts] whether the rank at a place in its run of ep ranks holds the expert of every block."""
+    layout = Layout(spec, tuple(range(ep)), dp=ep, ep=ep)
+    table = np.zeros((ep, spec.experts), dtype=np.bool_)
+    for rank in layout.ranks:
+        table[rank, list(layout.experts_of(rank))] = True
+    return table
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """Products of blocks and experts that some contents consist of: of every block of a stage the same experts.
+
+    stage: [parts]. experts: [parts, experts] 1 where the part has the expert. of: [contents, parts], how often.
+    """
+
+    stage: IntArray
+    experts: Array
+    of: csr_matrix
 
 
 @dataclass(frozen=True, eq=False)
 class Contents:
     """The different contents of a node; number 0 is that of a node outside the mesh.
 
-    stage: [contents, GPUs], the row of `units` that the GPU holds its tp part of. units: [stages, units], whether the
-    stage (with experts: its ranks at one place of their runs) holds the unit; stage 0 holds nothing. tp: [contents];
-    GPU g has the part g % tp of every sharded parameter.
+    stage: [contents, GPUs], the row of `units` that the GPU holds its tp part of; share: [contents, GPUs], the row of
+    `experts` that it holds of every block of the stage. units: [stages, units]; experts: [shares, experts]; the first
+    row of both is nothing. tp: [contents]; GPU g has the part g % tp of every sharded parameter.
     """
 
     stage: IntArray
+    share: IntArray
     tp: IntArray
     units: Flags
+    experts: Flags
 
     def __len__(self) -> int:
         return len(self.tp)
@@ -77,15 +105,49 @@ class Contents:
         return self.units.astype(np.float64)
 
     @cached_property
+    def share_experts(self) -> Array:
+        """[shares, experts] 1 where the share has the expert."""
+        return self.experts.astype(np.float64)
+
+    @cached_property
     def node_units(self) -> Array:
         """[contents, units] 1 where the node holds the unit (then with all its tp parts)."""
         return np.asarray(self.units[self.stage].any(axis=1), dtype=np.float64)
 
+    @cached_property
+    def gpu_parts(self) -> Parts:
+        """What the GPUs of every content hold of experts, each for itself."""
+        width = len(self.experts)
+        keys, part = np.unique(self.stage * width + self.share, return_inverse=True)
+        row = np.repeat(np.arange(len(self)), self.stage.shape[1])
+        of = csr_matrix((np.ones(len(row)), (row, part.reshape(-1))), shape=(len(self), len(keys)))
+        return Parts(keys // width, self.share_experts[keys % width], of)
+
+    @cached_property
+    def node_parts(self) -> Parts:
+        """What the nodes hold of experts: GPUs of one stage together hold all that one of them holds."""
+        row = np.repeat(np.arange(len(self)), self.stage.shape[1])
+        keys, inverse = np.unique(row * len(self.units) + self.stage.reshape(-1), return_inverse=True)
+        together = np.zeros((len(keys), self.experts.shape[1]), dtype=np.bool_)
+        np.logical_or.at(together, inverse.reshape(-1), self.experts[self.share.reshape(-1)])
+        stage = keys % len(self.units)
+        table = np.concatenate([stage.astype(">i8").view(np.uint8).reshape(-1, 8), np.packbits(together, axis=1)], 1)
+        packed = np.ascontiguousarray(table).view(f"V{table.shape[1]}")[:, 0]
+        _, first, part = np.unique(packed, return_index=True, return_inverse=True)
+        of = csr_matrix((np.ones(len(keys)), (keys // len(self.units), part)), shape=(len(self), len(first)))
+        return Parts(stage[first], together[first].astype(np.float64), of)
+
     def take(self, numbers: IntArray) -> Contents:
-        """Some of the contents, with the stages that occur in them; number 0 stays the first."""
-        stages, stage = np.unique(np.append(self.stage[numbers], 0), return_inverse=True)
-        shape = (len(numbers), self.stage.shape[1])
-        return Contents(stage.reshape(-1)[:-1].reshape(shape), self.tp[numbers], self.units[stages])
+        """Some of the contents, with the stages and shares that occur in them; number 0 stays the first."""
+        stages, stage = _occurring(self.stage[numbers])
+        shares, share = _occurring(self.share[numbers])
+        return Contents(stage, share, self.tp[numbers], self.units[stages], self.experts[shares])
+
+
+def _occurring(numbers: IntArray) -> tuple[IntArray, IntArray]:
+    """The different numbers in an array, 0 among them, and the array in their places."""
+    found, place = np.unique(np.append(numbers, 0), return_inverse=True)
+    return found, place.reshape(-1)[:-1].reshape(numbers.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,11 +179,10 @@ class Holdings:
     def take(self, layouts: IntArray) -> Holdings:
         """Some of the layouts, with what their nodes hold."""
         forms, form = np.unique(self.form[layouts], return_inverse=True)
-        numbers, content = np.unique(np.append(self.content[forms], 0), return_inverse=True)
-        shape = (len(forms), self.content.shape[1])
+        numbers, content = _occurring(self.content[forms])
         return Holdings(
             contents=self.contents.take(numbers),
-            content=content.reshape(-1)[:-1].reshape(shape),
+            content=content,
             form=form.reshape(-1),
             first=self.first[layouts],
             last=self.last[layouts],
@@ -132,42 +193,36 @@ def _form(layout: Layout, per_node: int) -> Form:
     first_gpu, size = layout.ranks[0] % per_node, len(layout.ranks)
     in_node = first_gpu + size <= per_node or per_node % layout.tp == 0
     assert in_node and first_gpu % layout.tp == 0, f"tp groups of {layout.tp} span nodes"
-    return (layout.pp, layout.vpp, layout.ep, layout.layers_per_stage), layout.tp, size, first_gpu
+    return (layout.pp, layout.vpp, layout.layers_per_stage), layout.ep, layout.tp, size, first_gpu
 
 
 def _contents(spec: ModelSpec, forms: Sequence[Form], per_node: int) -> tuple[Contents, IntArray]:
     """The different contents of the nodes of some forms, and their numbers [forms, nodes]."""
     slicings = list(dict.fromkeys(slicing for slicing, *_ in forms))
-    before = np.cumsum([1] + [pp * ep for pp, _, ep, _ in slicings])
-    offset = dict(zip(slicings, before.tolist(), strict=False))
+    degrees = list(dict.fromkeys(ep for _, ep, *_ in forms))
+    units = [np.zeros((1, len(unit_sizes(spec).sharded)), np.bool_), *(_stage_units(spec, s) for s in slicings)]
+    experts = [np.zeros((1, spec.experts), np.bool_), *(_shares(spec, ep) for ep in degrees)]
+    stage_of = dict(zip(slicings, np.cumsum([len(rows) for rows in units]).tolist(), strict=False))
+    share_of = dict(zip(degrees, np.cumsum([len(rows) for rows in experts]).tolist(), strict=False))
     nodes = max((first_gpu + size - 1) // per_node for *_, size, first_gpu in forms) + 1
     place = np.arange(nodes * per_node)
-    rows = np.zeros((len(forms), nodes, 1 + per_node), dtype=np.int64)
-    for row, (slicing, tp, size, first_gpu) in zip(rows, forms, strict=True):
-        inside = (place >= first_gpu) & (place < first_gpu + size)
-        (pp, _, ep, _), inside_mesh = slicing, place - first_gpu
-        stage = offset[slicing] + inside_mesh // (size // pp) * ep + inside_mesh % ep
-        row[:, 1:] = np.where(inside, stage, 0).reshape(nodes, per_node)
-        row[:, 0] = np.where(row[:, 1:].any(axis=1), tp, 0)
-    outside = np.zeros((1, 1 + per_node), dtype=np.int64)
+    rows = np.zeros((len(forms), nodes, 1 + 2 * per_node), dtype=np.int64)
+    for row, (slicing, ep, tp, size, first_gpu) in zip(rows, forms, strict=True):
+        inside, at = (place >= first_gpu) & (place < first_gpu + size), place - first_gpu
+        stage = np.where(inside, stage_of[slicing] + at // (size // slicing[0]), 0)
+        share = np.where(inside, share_of[ep] + at % ep, 0)
+        row[:, 1 : 1 + per_node] = stage.reshape(nodes, per_node)
+        row[:, 1 + per_node :] = share.reshape(nodes, per_node)
+        row[:, 0] = np.where(inside.reshape(nodes, per_node).any(axis=1), tp, 0)
+    outside = np.zeros((1, rows.shape[2]), dtype=np.int64)
     different, number = np.unique(
-        np.concatenate([outside, rows.reshape(-1, 1 + per_node)]), axis=0, return_inverse=True
+        np.concatenate([outside, rows.reshape(-1, rows.shape[2])]), axis=0, return_inverse=True
     )
-    nothing = np.zeros((1, len(model_units(spec))), dtype=np.bool_)
-    units = [nothing, *(_rank_units(spec, slicing) for slicing in slicings)]
-    contents = Contents(different[:, 1:], np.maximum(different[:, 0], 1), np.concatenate(units))
+    contents = Contents(
+        stage=different[:, 1 : 1 + per_node],
+        share=different[:, 1 + per_node :],
+        tp=np.maximum(different[:, 0], 1),
+        units=np.concatenate(units),
+        experts=np.concatenate(experts),
+    )
     return contents, number.reshape(-1)[1:].reshape(len(forms), nodes)
-
-
-def merged(sizes: UnitSizes, source: Contents, target: Contents) -> tuple[UnitSizes, Contents, Contents]:
-    """The same with units that the same stages hold, in all layouts of both sides, taken as one.
-
-    Thousands of experts (94 layers of 128) are few dozen kinds: a block and a share of its experts are always together.
-    Units without sharded parameters travel in another way and are kept apart from the rest.
-    """
-    table = np.concatenate([source.units, target.units, sizes.sharded[None] > 0])
-    packed = np.ascontiguousarray(np.packbits(table, axis=0).T)
-    _, first, kind = np.unique(packed.view(f"V{packed.shape[1]}")[:, 0], return_index=True, return_inverse=True)
-    sums = [np.bincount(kind, weights=w).astype(np.float64) for w in (sizes.sharded, sizes.replicated, sizes.count)]
-    ours, theirs = (replace(contents, units=contents.units[:, first]) for contents in (source, target))
-    return UnitSizes(*sums), ours, theirs

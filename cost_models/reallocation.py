@@ -9,15 +9,15 @@ summed over the nodes that the two meshes share; the target's other nodes receiv
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 
 from cost_models.candidates import Array, Flags
 from cost_models.engines.machine import Machine
-from cost_models.holdings import Contents, Holdings, IntArray, UnitSizes, merged, unit_sizes
+from cost_models.holdings import Contents, Holdings, IntArray, Parts, UnitSizes, unit_sizes
 from plans.cluster import ClusterSpec
 from plans.layout import Layout
 
@@ -86,8 +86,7 @@ def _traffic_in_parts(
     do not fit the processor's cache are slow. Sources of one form stand in one part, because their nodes' contents are
     the same."""
     source, target = (Holdings.of(layouts, cluster.gpus_per_node) for layouts in (sources, targets))
-    sizes, ours, theirs = merged(unit_sizes(targets[0].spec), source.contents, target.contents)
-    source, target = replace(source, contents=ours), replace(target, contents=theirs)
+    sizes, theirs = unit_sizes(targets[0].spec), target.contents
     rows = np.bincount(source.form, minlength=len(source.content))
     different = np.array([len(np.unique(contents)) for contents in source.content])
     pairs = rows * len(targets) + different * len(theirs)  # of layouts and of contents, of every form
@@ -129,22 +128,31 @@ def _node_traffic(sizes: UnitSizes, source: Contents, target: Contents) -> _Node
     for rows, own in _runs(source.tp):
         for columns, part in _runs(target.tp):
             block = rows, columns
-            holds, needs = source.stage[rows].T, target.stage[columns].T
-            alike = Counter(
-                (held.tobytes(), needed.tobytes(), _overlap(gpu, own, part))
-                for gpu, (held, needed) in enumerate(zip(holds, needs, strict=True))
-            )
-            for (held, needed, overlap), gpus in alike.items():
-                elements, pieces = common.missing(own, part, overlap)
-                at = np.ix_(np.frombuffer(held, dtype=np.int64), np.frombuffer(needed, dtype=np.int64))
-                moved = elements[at]
+            for gpus, at, overlap in _alike(source, target, block, own, part):
+                moved, pieces = common.missing(own, part, overlap, *at)
                 received[block] += gpus * moved
                 np.maximum(peak[block], moved, out=peak[block])
-                np.maximum(messages[block], pieces[at], out=messages[block])
+                np.maximum(messages[block], pieces, out=messages[block])
     network, away = _from_other_nodes(sizes, source, target)
     owners, takers = (np.maximum((contents.stage > 0).sum(axis=1), 1) for contents in (source, target))
     sends = (received - away) / owners[:, None] + (away - network) / takers
     return _NodeTraffic(received, network, np.maximum(peak, sends), messages)
+
+
+def _alike(
+    source: Contents, target: Contents, block: tuple[slice, slice], own: int, part: int
+) -> Iterator[tuple[int, tuple[IntArray, ...], int]]:
+    """GPUs of a node to which the same happens in some pairs of contents: how many they are; the stages and shares
+    that they hold, and those that they need; and what their tp parts have in common."""
+    rows, columns = block
+    held = zip(source.stage[rows].T, source.share[rows].T, strict=True)
+    needed = zip(target.stage[columns].T, target.share[columns].T, strict=True)
+    found: dict[tuple[bytes, int], list[tuple[IntArray, ...]]] = defaultdict(list)
+    for gpu, ((*ours,), (*theirs,)) in enumerate(zip(held, needed, strict=True)):
+        at, overlap = (*ours, *theirs), _overlap(gpu, own, part)
+        found[b"".join(array.tobytes() for array in at), overlap].append(at)
+    for (_, overlap), same in found.items():
+        yield len(same), same[0], overlap
 
 
 def _runs(tp: IntArray) -> Iterator[tuple[slice, int]]:
@@ -170,34 +178,71 @@ def _from_other_nodes(sizes: UnitSizes, source: Contents, target: Contents) -> t
     each = target.stage_units[target.stage].sum(axis=1) * (sizes.sharded / tp + sizes.replicated)
     held = source.node_units.T
     network, away = (needed.sum(axis=1) - (needed @ held).T for needed in (once, each))
+    if sizes.expert.any():
+        network += _experts_missing(sizes, source, target, target.node_parts)
+        away += _experts_missing(sizes, source, target, target.gpu_parts)
     return network, away
+
+
+def _experts_missing(sizes: UnitSizes, source: Contents, target: Contents, needed: Parts) -> Array:
+    """Elements of the experts in some parts of the target's contents that a node of the source's does not hold,
+    [source contents, target contents]."""
+    held = source.node_parts
+    blocks = (source.stage_units * sizes.expert) @ target.stage_units.T
+    common = blocks[np.ix_(held.stage, needed.stage)] * (held.experts @ needed.experts.T)
+    whole = (target.stage_units @ sizes.expert)[needed.stage] * needed.experts.sum(axis=1)
+    missing: Array = needed.of @ whole - (needed.of @ (held.of @ common).T).T
+    return missing
 
 
 @dataclass(frozen=True, eq=False)
 class _Common:
-    """What source stages and target stages have in common, [source stages, target stages]: elements that tp cuts,
-    elements held whole, and units. need: the same three of a target stage alone, [3, target stages]. known: answers of
-    `missing`, which few different overlaps ask for."""
+    """What the stages of a source and of a target have in common, [source stages, target stages]: elements that tp
+    cuts, elements held whole, units, elements of one expert of every common block, and blocks with experts. need: the
+    same five of a target stage alone, [5, target stages]. shares: experts that two shares have in common, [source
+    shares, target shares]; wanted: experts of a target share alone. known: parts of the answers of `missing`, which
+    few different overlaps ask for."""
 
     sharded: Array
     replicated: Array
     units: Array
+    expert: Array
+    blocks: Array
     need: Array
+    shares: Array
+    wanted: Array
     known: dict[tuple[int, int, int], tuple[Array, Array]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, sizes: UnitSizes, source: Contents, target: Contents) -> _Common:
-        weights = np.stack([sizes.sharded, sizes.replicated, sizes.count])
-        sharded, replicated, units = ((source.stage_units * weight) @ target.stage_units.T for weight in weights)
-        return cls(sharded, replicated, units, weights @ target.stage_units.T)
+        each, has_experts = np.ones(len(sizes.expert)), (sizes.expert > 0).astype(np.float64)
+        weights = np.stack([sizes.sharded, sizes.replicated, each, sizes.expert, has_experts])
+        sharded, replicated, units, expert, blocks = (
+            (source.stage_units * weight) @ target.stage_units.T for weight in weights
+        )
+        need, shares = weights @ target.stage_units.T, source.share_experts @ target.share_experts.T
+        wanted = target.share_experts.sum(axis=1)
+        return cls(sharded, replicated, units, expert, blocks, need, shares, wanted)
 
-    def missing(self, own: int, part: int, overlap: int) -> tuple[Array, Array]:
-        """Elements and pieces that a GPU must receive which holds its `own`-th of a source stage and needs its
-        `part`-th of a target stage, [source stages, target stages]; the two have `overlap` / (own x part) of each
-        parameter in common."""
+    def missing(
+        self, own: int, part: int, overlap: int, held: IntArray, has: IntArray, needed: IntArray, wants: IntArray
+    ) -> tuple[Array, Array]:
+        """Elements and pieces that GPUs must receive which hold their `own`-th of the stages `held`, with the shares
+        `has`, and need their `part`-th of the stages `needed`, with the shares `wants`: [held, needed] each. The tp
+        parts have `overlap` / (own x part) of each parameter in common; experts are not cut."""
+        at = np.ix_(held, needed)
+        elements, pieces = (figure[at] for figure in self._without_experts(own, part, overlap))
+        if self.need[4].any():
+            _, _, _, expert, blocks = self.need
+            wanted, shared = self.wanted[wants], self.shares[np.ix_(has, wants)]
+            elements += expert[needed] * wanted - self.expert[at] * shared
+            pieces += blocks[needed] * wanted - self.blocks[at] * shared
+        return elements, pieces
+
+    def _without_experts(self, own: int, part: int, overlap: int) -> tuple[Array, Array]:
         key = own, part, overlap
         if key not in self.known:
-            sharded, replicated, units = self.need
+            sharded, replicated, units, *_ = self.need
             elements = sharded / part + replicated - overlap * self.sharded / (own * part) - self.replicated
             self.known[key] = elements, units - overlap * self.units / own
         return self.known[key]

@@ -6,7 +6,7 @@ import itertools
 import random
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -84,6 +84,25 @@ def test_bytes_equal_the_listed_transfers(spec: ModelSpec, per_node: int) -> Non
         nodes = len({rank // per_node for rank in source.ranks})
         balanced = sum(listed.arrived.values()) / nodes
         assert moved.node_peak[i, j] == max(balanced, max(listed.arrived.values(), default=0))
+
+
+def test_bytes_of_experts_under_uneven_stages_equal_the_listed_transfers() -> None:
+    cluster, spec = load_cluster("a100-80gb", gpus=12, gpus_per_node=6), tiny(layers=7, experts=6, experts_per_token=2)
+    generator, found = random.Random(4), []
+    for mesh in all_meshes(cluster):
+        for tp, pp, ep in itertools.product((1, 2, 3), (1, 2, 3, 4, 6), (1, 2, 3, 6)):
+            if mesh.size % (tp * pp) == 0 and mesh.gpus % tp == 0 and mesh.size // pp % ep == 0:
+                strategy = ParallelStrategy(dp=mesh.size // (tp * pp), tp=tp, pp=pp, ep=ep)
+                found.append(Layout.of(spec, mesh, strategy, cluster))
+                split = (*itertools.repeat(1, pp - 1), 8 - pp)
+                found.append(Layout.of(spec, mesh, replace(strategy, layers_per_stage=split), cluster))
+    sources, targets = (generator.sample(found, 14) for _ in range(2))
+    moved = reallocation_traffic(cluster, sources, targets)
+    for (i, source), (j, target) in itertools.product(enumerate(sources), enumerate(targets)):
+        listed = Listed.of(source, target, 6)
+        assert moved.received[i, j] == sum(listed.received.values()), (source, target)
+        assert moved.network[i, j] == sum(listed.arrived.values()), (source, target)
+        assert moved.rank_peak[i, j] >= max(listed.received.values(), default=0)
 
 
 def test_the_busiest_rank_is_that_of_the_listed_transfers() -> None:
