@@ -16,7 +16,6 @@ from torch import Tensor
 from plans.layout import Layout
 from plans.model import ModelSpec
 from profiler.timers import Timed
-from runtime.batches.sequences import Sequences
 from runtime.generation.attention import Pool, prefill_attention, row_attention
 from runtime.generation.generate import generate
 from runtime.generation.lean import Attend, LeanStage
@@ -28,6 +27,7 @@ from runtime.passes.logprobs import token_logprobs_of
 from runtime.passes.optimizer import AdamSettings
 from runtime.passes.packs import Batch
 from runtime.passes.training import Trainer
+from runtime.sequences import Sequences
 
 Point = Mapping[str, int]
 

@@ -69,7 +69,6 @@ def _run(
     from runtime.checkpoints.resume import Start, choose_start
     from runtime.launching.describe import batch_words, program_words
     from runtime.launching.entry import prepare_ranks
-    from runtime.launching.member import began_again, outside_member
     from runtime.launching.output import check_output
     from runtime.launching.preflight import (
         check_context,
@@ -82,6 +81,7 @@ def _run(
     )
     from runtime.launching.slurm import rank_variables
     from runtime.models.support import check_supported
+    from runtime.processes.member import began_again, outside_member
 
     member = outside_member({**os.environ, **rank_variables(os.environ)})
     plan = legal_plan(path)

@@ -19,17 +19,17 @@ from plans.layout import Place
 from plans.lengthsfile import recorded
 from plans.program import Step, StepKind, compile_program
 from plans.runfile import RANDOM, patience_s
-from runtime.batches.shown import shown_samples
 from runtime.batches.transfer import BatchStore, LateError
-from runtime.calls import PendingScores, Values, begin_reward, end_reward, generate_call, inference_call
+from runtime.calls.forward_calls import PendingScores, Values, begin_reward, end_reward, generate_call, inference_call
+from runtime.calls.shown import shown_samples
+from runtime.calls.train_call import train_call
 from runtime.groups import GroupCache
 from runtime.job import Job
-from runtime.launching.failures import MEMORY_HINT, lost_peer, memory_words, timed_out
 from runtime.models.model import Model, nonfinite_parameter
 from runtime.passes.training import Trainer
+from runtime.processes.failures import MEMORY_HINT, lost_peer, memory_words, timed_out
 from runtime.reports.records import Recorder
 from runtime.reports.stats import Stat
-from runtime.train_call import train_call
 from runtime.weights.copies import Copies
 from runtime.weights.export import export
 

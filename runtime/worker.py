@@ -20,10 +20,10 @@ from runtime.checkpoints.stopping import StopAgreement
 from runtime.executor import Executor
 from runtime.groups import GroupCache, meet
 from runtime.job import prepare_job
-from runtime.launching.failures import Failure, write_failure
-from runtime.launching.member import Member, device_index
-from runtime.launching.stores import open_store
 from runtime.models.installation import install
+from runtime.processes.failures import Failure, write_failure
+from runtime.processes.member import Member, device_index
+from runtime.processes.stores import open_store
 from runtime.reports.records import Recorder
 
 # A rank that lost a peer gives the launcher this long to find the peer first, and to stop everybody.

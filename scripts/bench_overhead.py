@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 from plans.huggingface import spec_from_folder
 from plans.layout import Layout
 from runtime.algorithms.losses import Clip, Loss, kl_loss, policy_loss
-from runtime.generation.generate import Limits, generate
+from runtime.generation.generate import FlightLimits, generate
 from runtime.generation.sampling import Sampling
 from runtime.groups import GroupCache
 from runtime.models.installation import install
@@ -55,7 +55,7 @@ class PlainLoop:
         rows = range(len(texts))
         made = generate(
             self.trainer.model, self.tokenizer(texts)["input_ids"], rows, response_tokens=[self.response] * len(texts),
-            sampling=Sampling(), seed=0, iteration=number, limits=Limits(slots=len(texts)),
+            sampling=Sampling(), seed=0, iteration=number, limits=FlightLimits(slots=len(texts)),
         )  # fmt: skip
         sequences, old = made.sequences, made.logprobs
         reference = token_logprobs(self.reference, sequences, micro_batches=[list(rows)])

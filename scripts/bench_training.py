@@ -27,7 +27,6 @@ from plans.huggingface import spec_from_folder
 from plans.layout import Layout
 from runtime.algorithms.losses import Loss
 from runtime.algorithms.offline import sft_loss
-from runtime.batches.sequences import Sequences
 from runtime.groups import GroupCache
 from runtime.models.installation import install
 from runtime.models.model import build_model
@@ -35,6 +34,7 @@ from runtime.passes.forward import TokenOutput
 from runtime.passes.optimizer import AdamSettings
 from runtime.passes.packs import Batch
 from runtime.passes.training import Trainer
+from runtime.sequences import Sequences
 from runtime.weights.hf import load_weights
 from runtime.weights.smollm import prepare_smollm2
 

@@ -34,8 +34,8 @@ from planner.space.limits import parse_limits
 from plans.codec import dump_plan
 from plans.errors import Infeasible, RealplanError
 from plans.runfile import load_run
-from runtime.launching.member import outside_member
 from runtime.launching.slurm import rank_variables
+from runtime.processes.member import outside_member
 
 CALLS = ["actor_generate", "reward_infer", "actor_train"]
 MODEL = "--model llama-7b --cluster h100-80gb-sxm -o out.json"

@@ -15,7 +15,6 @@ from torch import Tensor
 from plans.plan import ExecutionPlan
 from plans.program import compile_program
 from plans.runfile import RunFile
-from runtime.batches.sequences import Sequences
 from runtime.batches.transfer import BatchStore
 from runtime.executor import Executor
 from runtime.groups import GroupCache
@@ -23,6 +22,7 @@ from runtime.job import prepare_job
 from runtime.models.installation import install
 from runtime.reports.metrics import Metrics, iteration_metrics
 from runtime.reports.records import Recorder, RecordReader
+from runtime.sequences import Sequences
 
 CPU = torch.device("cpu")
 Tokens = dict[tuple[int, int], tuple[list[int], list[int]]]

@@ -41,24 +41,11 @@ FLOORS = {
         *("alone", "cases", "devices", "timers", "layers", "results", "collectives", "profile", "command", "speeds"),
     ),
     "runtime": (
-        *("batches.sequences", "batches.reward_errors", "launching.lifetime", "launching.member", "launching.stores"),
-        *("reports", "launching.failures", "algorithms", "batches", "models", "groups", "passes", "generation", "job"),
-        *(
-            "batches.shown",
-            "calls",
-            "batches.experience",
-            "train_call",
-            "weights",
-            "executor",
-            "checkpoints",
-            "worker",
-            "launching",
-        ),
-        "cli",
+        *("sequences", "reports", "processes", "algorithms", "batches", "models", "groups", "passes", "generation"),
+        *("job", "calls", "weights", "executor", "checkpoints", "worker", "launching", "cli"),
     ),
 }
-"""Rooms of a package from the ground up: a room imports only those before it. A file that stands in another place than
-the rest of its room is named by itself."""
+"""Rooms of a package from the ground up: a room imports only those before it."""
 
 
 def imported_files(path: Path) -> set[str]:
@@ -100,27 +87,15 @@ def test_no_file_imports_in_a_circle() -> None:
     assert not circles
 
 
-@pytest.mark.parametrize("package", ["plans", "cost_models", "planner", "profiler"])
-def test_no_room_imports_in_a_circle(package: str) -> None:
-    rooms: nx.DiGraph[str] = nx.DiGraph()
-    for source, target in import_graph().edges:
-        (one, *above), (other, *below) = source.split("."), target.split(".")
-        if one == other == package and above and below and above[0] != below[0]:
-            rooms.add_edge(above[0], below[0])
-    assert nx.is_directed_acyclic_graph(rooms), nx.find_cycle(rooms)
-
-
 @pytest.mark.parametrize("package", FLOORS)
 def test_rooms_stand_on_those_before_them(package: str) -> None:
     order = FLOORS[package]
 
     def floor(module: str) -> int:
-        room, *inner = module.split(".")[1:] or [order[0]]
-        alone = f"{room}.{inner[0]}" if inner else room
-        return order.index(alone if alone in order else room)
+        return order.index((module.split(".")[1:] or [order[0]])[0])
 
     here = {path.stem for path in (ROOT / package).iterdir() if path.suffix == ".py" or list(path.glob("*.py"))}
-    assert here - {"__init__"} == {room for room in order if "." not in room}
+    assert here - {"__init__"} == set(order)
     inside = [edge for edge in import_graph().edges if all(f"{name}.".startswith(f"{package}.") for name in edge)]
     assert not [f"{source} imports {target}" for source, target in inside if floor(target) > floor(source)]
 

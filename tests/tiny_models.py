@@ -39,9 +39,9 @@ from transformers import (
 
 from plans.layout import Layout
 from plans.model import ModelSpec
-from runtime.batches.sequences import Sequences
 from runtime.groups import GroupCache
 from runtime.models.model import Model, build_model
+from runtime.sequences import Sequences
 
 MIXTURE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 LLAMA3_ROPE = {

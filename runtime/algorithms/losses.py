@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from runtime.batches.sequences import run_sums
+from runtime.sequences import run_sums
 
 Loss = tuple[Tensor, Mapping[str, Tensor]]
 TokenWeights = Tensor | float

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from runtime.algorithms.losses import Loss
-from runtime.batches.sequences import run_sums
+from runtime.sequences import run_sums
 
 
 def sft_loss(logprobs: Tensor, tokens: float) -> Loss:

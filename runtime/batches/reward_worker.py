@@ -16,7 +16,7 @@ from typing import Any
 
 from runtime.batches.reward_errors import RewardError
 from runtime.batches.reward_functions import bind, call, load_function, scores_of
-from runtime.launching.lifetime import die_with
+from runtime.processes.lifetime import die_with
 
 
 def main(

@@ -12,8 +12,8 @@ import torch
 from plans.workload import Workload
 from runtime.batches.data import prompt_tokens_of, response_tokens_of
 from runtime.batches.datasets import DataSet
-from runtime.batches.sequences import Sequences
 from runtime.batches.tokenizer import Tokenizer
+from runtime.sequences import Sequences
 
 
 class Prompts(Protocol):

@@ -20,7 +20,7 @@ from plans.algorithms import tensor_kind
 from plans.batches import Message, batch_transfers, lengths_from, lengths_routes
 from plans.graph import CallKind
 from plans.plan import ExecutionPlan
-from runtime.batches.sequences import Sequences
+from runtime.sequences import Sequences
 
 SampleLengths = Sequence[tuple[int, int]]
 """Tokens of prompt and response of every sample of an iteration."""

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from plans.errors import RealplanError
 from plans.kvcache import BLOCK_TOKENS, BURST_STEPS, PREFILL_TOKENS, cache_blocks
-from runtime.batches.sequences import Sequences
 from runtime.generation.attention import Pool, paged_kernel
 from runtime.generation.blocks import Admission, Blocks, PagedBlocks, RowBlocks, flat_places
 from runtime.generation.capture import CapturedSteps, cuda_recorder
@@ -27,6 +26,7 @@ from runtime.generation.pipeline import Pipeline
 from runtime.generation.sampling import Chooser, Sampling, sample_keys
 from runtime.generation.stopping import Ended
 from runtime.models.model import Model
+from runtime.sequences import Sequences
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Starting a run, and why one failed: checks before it, processes, launchers, causes."""
+"""Starting a run: checks before it, its ranks, launchers, its output, its restarts."""

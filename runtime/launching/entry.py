@@ -14,8 +14,8 @@ from pathlib import Path
 from plans.errors import RealplanError
 from plans.plan import ExecutionPlan
 from plans.runfile import RunFile
-from runtime.launching.lifetime import die_with
-from runtime.launching.member import Address, Member
+from runtime.processes.lifetime import die_with
+from runtime.processes.member import Address, Member
 from runtime.reports.records import crash_path
 
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
@@ -49,7 +49,7 @@ def prepare_ranks(plan: ExecutionPlan) -> None:
 def prepare_joining(plan: ExecutionPlan, address: Address) -> None:
     """The same for a process that another launcher has started as a rank: gloo listens on the interface that leads to
     rank 0, where the user names none."""
-    from runtime.launching.stores import interface_of, resolve
+    from runtime.processes.stores import interface_of, resolve
 
     defaults = rank_defaults(plan.cluster.gpu.name == "cpu")
     if interface := interface_of(resolve(address)[1]):

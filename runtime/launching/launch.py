@@ -23,11 +23,11 @@ from runtime.checkpoints.complete import Completer
 from runtime.checkpoints.folder import prepare_folder, stop_request
 from runtime.checkpoints.resume import Start
 from runtime.launching.entry import launched_worker, prepare_joining, prepare_ranks, start_method
-from runtime.launching.failures import RunFailed, Stopped, find_cause, knows_cause
-from runtime.launching.lifetime import die_with
-from runtime.launching.member import Address, Member
 from runtime.launching.output import held_output
 from runtime.launching.restarts import with_restarts
+from runtime.processes.failures import RunFailed, Stopped, find_cause, knows_cause
+from runtime.processes.lifetime import die_with
+from runtime.processes.member import Address, Member
 from runtime.reports.metrics import Metrics
 from runtime.reports.monitor import Monitor
 from runtime.reports.records import read_status

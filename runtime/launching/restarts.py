@@ -9,7 +9,7 @@ from plans.checkpoint_files import CheckpointError
 from plans.plan import ExecutionPlan
 from plans.runfile import RunFile
 from runtime.checkpoints.resume import Start, choose_start
-from runtime.launching.failures import RunFailed, Stopped
+from runtime.processes.failures import RunFailed, Stopped
 from runtime.reports.metrics import Metrics
 
 Attempt = Callable[[Start], Sequence[Metrics]]

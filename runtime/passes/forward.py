@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from plans.model import Head
-from runtime.batches.sequences import Sequences, take_runs
 from runtime.models.mcore import (
     DistributedDataParallel,
     P2PCommunicator,
@@ -23,6 +22,7 @@ from runtime.models.mcore import (
 from runtime.models.model import Model
 from runtime.passes.logprobs import token_logprobs_of
 from runtime.passes.packs import Batch, Pack, packs_of
+from runtime.sequences import Sequences, take_runs
 
 MicroBatches = Sequence[Sequence[int]]
 """Samples of each micro-batch of a pass (`plans.batches.micro_batches`). An empty one computes on a token that no loss

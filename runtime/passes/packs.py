@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from runtime.batches.sequences import Sequences, take_runs
 from runtime.models.context_parallel import CutRuns, own_places
 from runtime.models.model import Model
 from runtime.models.packed_attention import Runs
+from runtime.sequences import Sequences, take_runs
 
 
 @dataclass(frozen=True)

@@ -66,11 +66,11 @@ def _measured(setting: Setting, model: Any, packs: Packs) -> tuple[float, float]
     import torch
 
     from profiler.timers import Timed, measure
-    from runtime.batches.sequences import Sequences
     from runtime.passes.forward import TokenOutput
     from runtime.passes.optimizer import AdamSettings
     from runtime.passes.packs import Batch
     from runtime.passes.training import Trainer
+    from runtime.sequences import Sequences
 
     trainer = Trainer(model, AdamSettings())
     lengths = [length for pack in packs for length in pack]

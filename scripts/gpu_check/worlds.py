@@ -64,7 +64,7 @@ def run_world(world: World, function: Callable[..., Any], *words: Any, may_die: 
     """
     # On the CPU the ranks of a rehearsal take over what the stage has imported.
     context = multiprocessing.get_context("spawn" if world.spawns else "fork")
-    from runtime.launching.failures import lost_peer
+    from runtime.processes.failures import lost_peer
 
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")

@@ -16,13 +16,13 @@ from cost_models.validation.memory_rows import training_case_of
 from plans.layout import Layout
 from plans.model import ModelSpec
 from plans.strategy import Recompute
-from runtime.batches.sequences import Sequences
 from runtime.groups import GroupCache
 from runtime.models import installation
 from runtime.models.mcore import schedules
 from runtime.models.model import TORCH_DTYPES, build_model
 from runtime.passes.forward import hidden_states
 from runtime.passes.packs import packs_of
+from runtime.sequences import Sequences
 
 CPU = torch.device("cpu")
 SPEC = ModelSpec(

@@ -25,7 +25,7 @@ from plans.files import OutputError
 from plans.huggingface import spec_from_folder
 from plans.layout import model_units
 from plans.program import compile_program
-from runtime.launching.failures import find_cause, write_failure
+from runtime.processes.failures import find_cause, write_failure
 from runtime.reports.metrics import MetricsLog
 from runtime.reports.records import Record, Recorder
 from runtime.reports.stats import Stat

@@ -27,7 +27,7 @@ from runtime.algorithms.samples import (
     token_rewards,
 )
 from runtime.algorithms.table import ADVANTAGES
-from runtime.train_call import sample_weights
+from runtime.calls.train_call import sample_weights
 
 LENGTHS = torch.tensor([5, 1, 3, 0])
 R = 5

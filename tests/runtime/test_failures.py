@@ -8,7 +8,7 @@ from pathlib import Path
 
 from plans.errors import RealplanError
 from runtime.executor import StepError
-from runtime.launching.failures import find_cause, memory_words, write_failure
+from runtime.processes.failures import find_cause, memory_words, write_failure
 from runtime.reports.records import Recorder, crash_path
 
 

@@ -17,13 +17,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from plans.huggingface import config_from_spec, spec_from_config, spec_from_folder
 from plans.layout import model_units
-from runtime.batches.sequences import Sequences
 from runtime.generation.generate import FlightLimits, generate
 from runtime.generation.sampling import Sampling
 from runtime.groups import GroupCache
 from runtime.models import installation
 from runtime.models.model import named_shards
 from runtime.passes.forward import token_values
+from runtime.sequences import Sequences
 from runtime.weights.export import export
 from runtime.weights.hf import load_weights
 

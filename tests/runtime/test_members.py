@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from plans.errors import RealplanError
-from runtime.launching.member import Address, Member, device_index, outside_member
-from runtime.launching.stores import interface_of, open_store, resolve
+from runtime.processes.member import Address, Member, device_index, outside_member
+from runtime.processes.stores import interface_of, open_store, resolve
 
 STATIC = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
 

@@ -16,7 +16,6 @@ from plans.huggingface import spec_from_folder
 from plans.layout import Layout, model_units
 from plans.model import ModelSpec, Norm, Position
 from plans.strategy import Recompute
-from runtime.batches.sequences import Sequences
 from runtime.generation.generate import generate
 from runtime.generation.sampling import Sampling
 from runtime.groups import GroupCache, rank_sets
@@ -24,6 +23,7 @@ from runtime.models import installation
 from runtime.models.model import alias_parameters, build_model, named_shards
 from runtime.models.shards import shard, shard_shape, unshard
 from runtime.passes.forward import sample_scores, token_logprobs, token_values
+from runtime.sequences import Sequences
 from runtime.weights.hf import load_weights, random_weights
 
 CPU = torch.device("cpu")

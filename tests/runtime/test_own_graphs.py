@@ -21,7 +21,7 @@ from plans.plan import ExecutionPlan, PlannedCall
 from plans.runnable import run_problems
 from plans.strategy import ParallelStrategy, parse_degrees
 from plans.workload import Workload, role_spec
-from runtime.train_call import checked_loss
+from runtime.calls.train_call import checked_loss
 
 GRAPHS = Path(plans.library.__file__).parent / "graphs"
 TINY = Path(__file__).parents[1] / "fixtures" / "tiny-llama"

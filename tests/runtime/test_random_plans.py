@@ -22,7 +22,6 @@ from ranks import run_ranks
 from plans.plan import ExecutionPlan
 from plans.program import compile_program
 from plans.runfile import RunFile
-from runtime.batches.sequences import Sequences
 from runtime.batches.transfer import BatchStore
 from runtime.executor import Executor
 from runtime.groups import GroupCache
@@ -30,6 +29,7 @@ from runtime.job import Job, prepare_job
 from runtime.models.installation import install
 from runtime.reports.metrics import Metrics, iteration_metrics
 from runtime.reports.records import Recorder, RecordReader
+from runtime.sequences import Sequences
 
 CPU = torch.device("cpu")
 ITERATIONS = 2

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from runtime.checkpoints.resume import Start
-from runtime.launching.failures import RunFailed, Stopped
 from runtime.launching.restarts import with_restarts
+from runtime.processes.failures import RunFailed, Stopped
 from runtime.reports.metrics import Metrics
 
 

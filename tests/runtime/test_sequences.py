@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from runtime.batches.sequences import Sequences, padded, ranges, run_sums, take_runs, unpadded
+from runtime.sequences import Sequences, padded, ranges, run_sums, take_runs, unpadded
 
 PROMPTS = [[1, 2, 3], [4], [5, 6]]
 RESPONSES = [[7], [], [8, 9]]

@@ -13,7 +13,6 @@ from tiny_models import build, checkpoint_tensors, layout_of, mixed_sequences, s
 
 from plans.huggingface import spec_from_folder
 from plans.strategy import Recompute
-from runtime.batches.sequences import Sequences
 from runtime.groups import GroupCache
 from runtime.models import installation
 from runtime.models.model import Model, named_shards
@@ -23,6 +22,7 @@ from runtime.passes.logprobs import token_logprobs_of
 from runtime.passes.optimizer import AdamSettings
 from runtime.passes.packs import Batch, pack
 from runtime.passes.training import Trainer
+from runtime.sequences import Sequences
 from runtime.weights.hf import load_weights
 from runtime.weights.hf_names import hf_names, hf_shape, join
 

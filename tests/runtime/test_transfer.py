@@ -17,9 +17,9 @@ from plans.plan import ExecutionPlan, PlannedCall
 from plans.program import StepKind, compile_program
 from plans.strategy import ParallelStrategy, parse_degrees
 from plans.workload import Workload
-from runtime.batches.sequences import Sequences
 from runtime.batches.transfer import BatchStore
 from runtime.launching.describe import step_bytes
+from runtime.sequences import Sequences
 
 LAYOUTS = {
     "actor_generate": ("node 0", "d4 t1 p1"),

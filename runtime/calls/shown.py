@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from runtime.batches.sequences import Sequences
 from runtime.job import Job
+from runtime.sequences import Sequences
 
 
 def shown_samples(

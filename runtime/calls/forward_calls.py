@@ -19,12 +19,12 @@ from plans.plan import PlannedCall
 from runtime.algorithms.samples import gather_samples
 from runtime.batches.reward_errors import RewardError
 from runtime.batches.rewards import Scored
-from runtime.batches.sequences import Sequences
 from runtime.generation.generate import FlightLimits, generate
 from runtime.generation.sampling import Sampling
 from runtime.job import Job
 from runtime.models.model import Model
 from runtime.passes.forward import sample_scores, token_logprobs, token_values
+from runtime.sequences import Sequences
 
 Values = Sequences | Tensor
 """Rows of a tensor of the graph, end to end: sequences, numbers per response token, or numbers per sample."""

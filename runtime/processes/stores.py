@@ -16,7 +16,7 @@ from typing import Any
 from torch._C._distributed_c10d import FileStore, PrefixStore, TCPStore
 
 from plans.errors import RealplanError
-from runtime.launching.member import Address, Member
+from runtime.processes.member import Address, Member
 
 RETRY_S = 0.1
 

@@ -16,9 +16,9 @@ from plans.errors import RealplanError
 from plans.graph import Call
 from runtime.algorithms.losses import Clip, Loss, kl_loss, policy_loss, value_loss
 from runtime.algorithms.offline import dpo_loss, pair_loss, sft_loss
-from runtime.batches.experience import Experience, experience
 from runtime.batches.reward_functions import load_function
-from runtime.calls import Values
+from runtime.calls.experience import Experience, experience
+from runtime.calls.forward_calls import Values
 from runtime.job import Job
 from runtime.passes.forward import LossFunction, MicroBatches, TokenOutput
 from runtime.passes.packs import Batch

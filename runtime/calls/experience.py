@@ -14,11 +14,11 @@ from plans.graph import Call
 from runtime.algorithms.groups import spread
 from runtime.algorithms.samples import Samples, Signal, gather_samples, overlong, response_mask
 from runtime.algorithms.table import ADVANTAGES
-from runtime.batches.sequences import Sequences, padded, unpadded
-from runtime.calls import Values
+from runtime.calls.forward_calls import Values
 from runtime.job import Job
 from runtime.passes.packs import Batch
 from runtime.passes.training import Trainer
+from runtime.sequences import Sequences, padded, unpadded
 
 
 @dataclass(frozen=True)
