@@ -11,10 +11,11 @@ call -> function calls on its outputs -> transfers of everything made -> offload
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
 
+from plans.algorithms import GREEDY, tensor_kind
 from plans.batches import Message, batch_transfers, can_move
 from plans.errors import PlanError
 from plans.graph import CallKind
@@ -140,6 +141,28 @@ def compile_program(plan: ExecutionPlan) -> Program:
     program = Program(plan, copies, tuple(steps), messages)
     _check_versions(program)
     return program
+
+
+def scoring_program(program: Program) -> Program:
+    """The steps of a program that generate responses and score them, and no other: what an evaluation runs. Greedy
+    baselines of the algorithm are left out."""
+    graph = program.plan.workload.graph
+    scores = [key for key in graph.producers if tensor_kind(key) == "rewards" and not key.endswith(GREEDY)]
+    needed, waiting = set[str](), [graph.producers[key] for key in scores]
+    while waiting:
+        call = waiting.pop()
+        if call not in needed:
+            needed |= {call, graph.host(call)}
+            waiting += [graph.producers[key] for key in graph.call(call).inputs if key in graph.producers]
+    used = {program.copy_of[call].name for call in needed if call in program.copy_of}
+
+    def serves(step: Step) -> bool:
+        if step.kind in (StepKind.CALL, StepKind.FUNCTION, StepKind.TRANSFER):
+            return step.subject in needed and (not step.consumer or step.consumer in needed)
+        return step.copy in used
+
+    steps = tuple(replace(step, lag=0) for step in sorted(filter(serves, program.steps), key=lambda step: step.lag))
+    return replace(program, steps=steps)
 
 
 def _check_versions(program: Program) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from plans.documents import BadText, read_text, refuse
@@ -207,6 +207,28 @@ class Checkpoints(_Closed):
     folder: str = ""
 
 
+class Evaluation(_Closed):
+    """When responses to prompts that training never sees are scored: before the first iteration, after every `every`-th
+    and after the last (0: never), each prompt once, by the likeliest tokens, with the rewards of the run.
+
+    source: a file or folder of prompts with the columns of `data`; or held_out: so many prompts of `data`, drawn by the
+    seed. keep_best: the trained model of the best mean score stays as a Hugging Face folder, `best` in the output.
+    """
+
+    every: Count = 0
+    source: str = ""
+    held_out: Count = 0
+    keep_best: bool = False
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Evaluation:
+        if self.every and bool(self.source) == bool(self.held_out):
+            raise PydanticCustomError(
+                REFUSED, "it needs prompts of its own: `source`, or `held_out` of `data`", {"hint": "held_out: 64"}
+            )
+        return self
+
+
 class RunFile(_Closed):
     """Everything a run needs beside the plan. Relative paths are relative to the run file.
 
@@ -238,6 +260,7 @@ class RunFile(_Closed):
     timeout_s: Annotated[float, Field(ge=0, le=1e7)] = 0.0
     on_nonfinite: Literal["stop", "skip"] = "stop"
     checkpoint: Checkpoints = Checkpoints()
+    evaluation: Evaluation = Evaluation()
     restarts: Annotated[int, Field(ge=0, le=10**6)] = 0
     resume_from: str = ""
     workload: RunWorkload = RunWorkload()
@@ -340,8 +363,15 @@ def _absolute(run: RunFile, base: Path) -> RunFile:
         reward = function(run.reward)
     else:
         reward = {function(name): weight for name, weight in run.reward.items()}
-    update = {"weights": found, "data": data, "tokenizer": place(run.tokenizer), "workload": workload, "reward": reward}
+    update: dict[str, Any] = {
+        "weights": found,
+        "data": data,
+        "tokenizer": place(run.tokenizer),
+        "workload": workload,
+        "reward": reward,
+    }
     update |= {"resume_from": place(run.resume_from)}
+    update |= {"evaluation": run.evaluation.model_copy(update={"source": place(run.evaluation.source)})}
     return run.model_copy(update=update)
 
 

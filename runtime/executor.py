@@ -19,6 +19,7 @@ from plans.layout import Place
 from plans.lengthsfile import recorded
 from plans.program import Step, StepKind, compile_program
 from plans.runfile import RANDOM, patience_s
+from runtime.batches.rewards import Reward
 from runtime.batches.transfer import BatchStore, LateError
 from runtime.calls.forward_calls import PendingScores, Values, begin_reward, end_reward, generate_call, inference_call
 from runtime.calls.shown import shown_samples
@@ -28,7 +29,7 @@ from runtime.job import Job
 from runtime.models.model import Model, nonfinite_parameter
 from runtime.passes.training import Trainer
 from runtime.processes.failures import MEMORY_HINT, lost_peer, memory_words, timed_out
-from runtime.reports.records import Recorder
+from runtime.reports.records import Records
 from runtime.reports.stats import Stat
 from runtime.weights.copies import Copies
 from runtime.weights.export import export
@@ -57,9 +58,14 @@ class RunState:
 
 
 class Executor:
-    """Runs a job on this rank. Making it and running it is collective over all ranks of the cluster."""
+    """Runs a job on this rank. Making it and running it is collective over all ranks of the cluster.
 
-    def __init__(self, job: Job, groups: GroupCache, device: torch.device, recorder: Recorder) -> None:
+    copies: weights that another executor of the same plan has loaded.
+    """
+
+    def __init__(
+        self, job: Job, groups: GroupCache, device: torch.device, recorder: Records, *, copies: Copies | None = None
+    ) -> None:
         self.program = compile_program(job.plan)
         self._job = job
         self._rank = dist.get_rank()
@@ -67,11 +73,13 @@ class Executor:
         self._recorder = recorder
         self._store = BatchStore(job.plan, device, self._given_lengths)
         self._scores: dict[tuple[int, str], PendingScores] = {}
-        self._start_rewards()
-        self._copies = Copies(job, self.program, groups, device)
-        self.state = RunState(self._copies.trainers)
-        if self._job.reward is not None and self._hosts:
-            self._job.reward.ready()
+        if copies is None:
+            scores = self._start_rewards()
+            copies = Copies(job, self.program, groups, device)
+            if scores is not None:
+                scores.ready()
+        self.copies = copies
+        self.state = RunState(copies.trainers)
 
     def run(self, iterations: int, first: int = 0, stops: Callable[[int], bool] | None = None) -> int:
         """Run iterations [first, iterations); how many are done then. Raises StepError with rank, iteration and step.
@@ -115,7 +123,7 @@ class Executor:
         """Write a trained role as a Hugging Face folder. Collective over the ranks of its home."""
         home = self.program.homes[role]
         if self._rank in home.layout.ranks:
-            weights, model = self._job.run.weights_of(role), self._copies.model(home.calls[0])
+            weights, model = self._job.run.weights_of(role), self.copies.model(home.calls[0])
             check_finite(model, f"rank {self._rank}: the weights of `{role}`, which were to be exported")
             export(model, folder, None if weights == RANDOM else Path(weights))
 
@@ -134,16 +142,17 @@ class Executor:
             if step.kind is not StepKind.TRANSFER:
                 self._synchronize()
 
-    def _start_rewards(self) -> None:
+    def _start_rewards(self) -> Reward | None:
         """Start the processes of the reward where its function runs, the first rank of each replica: they load it while
-        this one loads weights."""
+        this one loads weights. None on other ranks."""
         plan = self._job.plan
         hosts = [plan.layout(plan.workload.graph.host(step.subject)) for step in self.program.steps
                  if step.kind is StepKind.FUNCTION]  # fmt: skip
         places = [layout.places[self._rank] for layout in hosts if self._rank in layout.ranks]
-        self._hosts = any(place.tp == 0 and place.pp == 0 for place in places)
-        if self._job.reward is not None and self._hosts:
-            self._job.reward.start()
+        if self._job.reward is None or not any(place.tp == 0 and place.pp == 0 for place in places):
+            return None
+        self._job.reward.start()
+        return self._job.reward
 
     def _due(self, step: Step, iteration: int) -> list[str]:
         """Functions under way on this rank whose scores a step reads or sends. Every rank of the replica takes them at
@@ -176,13 +185,13 @@ class Executor:
         match step.kind:
             case StepKind.REALLOCATE:
                 self._store.post(step.ranks)
-                self._copies.reallocate(copy)
+                self.copies.reallocate(copy)
             case StepKind.RELEASE:
-                self._copies.release(copy)
+                self.copies.release(copy)
             case StepKind.LOAD:
-                self._copies.load(copy)
+                self.copies.load(copy)
             case _:
-                self._copies.offload(copy)
+                self.copies.offload(copy)
 
     def _given_lengths(self, iteration: int) -> list[tuple[int, int]]:
         assert self._job.examples is not None
@@ -214,7 +223,7 @@ class Executor:
 
     def _compute(self, call: Call, share: Share, inputs: Mapping[str, Values], iteration: int) -> Mapping[str, Values]:
         job, planned = self._job, self._job.plan.planned(self._job.plan.workload.graph.host(call.name))
-        model = self._copies.model(planned.call)
+        model = self.copies.model(planned.call)
         if call.kind is CallKind.GENERATE:
             return generate_call(job, call, planned, model, share.samples, iteration)
         if call.kind is CallKind.INFERENCE:
@@ -227,7 +236,7 @@ class Executor:
         if model.place == Place(dp=0, tp=0, pp=0):
             figures = recorded(lengths) | {f"plan/{call.name}/imbalance": share.imbalance}
             self._recorder.add(iteration, {name: Stat.one(value) for name, value in figures.items()})
-        with self._copies.training(call.model, offload=planned.strategy.offload) as trainer:
+        with self.copies.training(call.model, offload=planned.strategy.offload) as trainer:
             self._recorder.add(iteration, train_call(job, call, share, trainer, inputs, responses, iteration))
         place = model.place
         if place.tp == place.pp == place.cp == 0 and call.model == next(iter(job.plan.workload.graph.trainers)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +15,15 @@ from plans.plan import ExecutionPlan
 from plans.runfile import RANDOM, Optimizer, RunFile, patience_s
 from runtime.batches.datasets import DataSet, read_data
 from runtime.batches.rewards import ProcessLimits, Reward
-from runtime.batches.sources import Examples, Prompts, RandomExamples, RandomPrompts, TextExamples, TextPrompts
+from runtime.batches.sources import (
+    Examples,
+    HeldOutPrompts,
+    Prompts,
+    RandomExamples,
+    RandomPrompts,
+    TextExamples,
+    TextPrompts,
+)
 from runtime.batches.tokenizer import Tokenizer
 from runtime.generation.sampling import Sampling
 from runtime.generation.stopping import Ended, ended_by
@@ -26,7 +34,7 @@ from runtime.passes.optimizer import AdamSettings
 @dataclass(frozen=True)
 class Job:
     """A plan with everything it runs on: prompts where responses are generated, examples where they are given. `note`
-    is what a person should know of the data."""
+    is what a person should know of the data, `held_out` the prompts of evaluations."""
 
     plan: ExecutionPlan
     run: RunFile
@@ -35,6 +43,7 @@ class Job:
     tokenizer: Tokenizer | None
     reward: Reward | None
     note: str = ""
+    held_out: HeldOutPrompts | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -64,10 +73,25 @@ class Job:
         stops = self.run.sampling.stop
         return ended_by(stops, self.tokenizer.decode) if stops and self.tokenizer else None
 
+    def numbers(self, samples: Sequence[int]) -> list[int]:
+        """Numbers of the prompts of samples: of an evaluation each has its own."""
+        if isinstance(self.prompts, HeldOutPrompts):
+            return list(samples)
+        return [sample // self.plan.workload.group_size for sample in samples]
+
+    def evaluation(self) -> Job:
+        """The job of an evaluation: held-out prompts, each continued by the likeliest tokens."""
+        assert self.held_out is not None
+        sampling = self.run.sampling.model_copy(update={"temperature": 0.0})
+        return replace(self, prompts=self.held_out, run=self.run.model_copy(update={"sampling": sampling}))
+
     def limits(self, iteration: int, samples: Sequence[int]) -> list[int]:
-        """Most response tokens of samples of an iteration."""
+        """Most response tokens of samples of an iteration; one where an evaluation has no prompt for a sample."""
         if isinstance(self.prompts, RandomPrompts):
             return self.prompts.limits(iteration, samples)
+        if isinstance(self.prompts, HeldOutPrompts):
+            most = self.plan.workload.response_tokens
+            return [most if self.prompts.holds(iteration, sample) else 1 for sample in samples]
         return [self.plan.workload.response_tokens] * len(samples)
 
     @property
@@ -102,24 +126,38 @@ def prepare_job(plan: ExecutionPlan, run: RunFile) -> Job:
     if tokenizer is not None:
         _check_vocabulary(plan, tokenizer)
     if is_offline(workload.graph):
+        if run.evaluation.every:
+            message = f"evaluation scores generated responses, and `{workload.graph.name}` generates none"
+            raise RealplanError(message, "evaluation.every=0")
         examples, note = _examples(plan, run, tokenizer)
         return Job(plan, run, None, examples, tokenizer, _reward(plan, run, tokenizer, ()), note)
-    prompts, columns, note = _prompts(plan, run, tokenizer)
-    return Job(plan, run, prompts, None, tokenizer, _reward(plan, run, tokenizer, columns), note)
+    prompts, held_out = _prompts(plan, run, tokenizer)
+    columns, note = ((), "") if isinstance(prompts, RandomPrompts) else (tuple(prompts.data.columns), prompts.data.note)
+    return Job(plan, run, prompts, None, tokenizer, _reward(plan, run, tokenizer, columns), note, held_out)
 
 
-def _prompts(plan: ExecutionPlan, run: RunFile, tokenizer: Tokenizer | None) -> tuple[Prompts, tuple[str, ...], str]:
-    """Prompts, the columns beside them, and what to say of them."""
+def _prompts(
+    plan: ExecutionPlan, run: RunFile, tokenizer: Tokenizer | None
+) -> tuple[RandomPrompts | TextPrompts, HeldOutPrompts | None]:
+    """Prompts of training, and those of evaluations where there are any."""
     workload = plan.workload
     if run.sampling.stop and tokenizer is None:
         raise RealplanError(
             "sampling.stop names texts, which need a tokenizer", "tokenizer=FOLDER with a tokenizer.json"
         )
+    evaluation = run.evaluation
     if not run.data.source:
-        return RandomPrompts(_random_vocabulary(plan, run), workload, run.seed), (), ""
+        if evaluation.every:
+            raise RealplanError(
+                "evaluation needs prompts with texts, and the run file names no data", "data.source=FILE"
+            )
+        return RandomPrompts(_random_vocabulary(plan, run), workload, run.seed), None
     tokenizer = _needed(tokenizer)
-    data = _data(plan, run, tokenizer, ())
-    return TextPrompts(data, tokenizer, workload.prompt_tokens), tuple(data.columns), data.note
+    data, apart = _data(plan, run, tokenizer, (), held_out=evaluation.held_out if evaluation.every else 0)
+    if evaluation.every and evaluation.source:
+        apart, _ = _data(plan, run, tokenizer, (), source=evaluation.source)
+    held = HeldOutPrompts(apart, tokenizer, workload.prompt_tokens, workload.samples) if apart else None
+    return TextPrompts(data, tokenizer, workload.prompt_tokens), held
 
 
 def _examples(plan: ExecutionPlan, run: RunFile, tokenizer: Tokenizer | None) -> tuple[Examples, str]:
@@ -128,15 +166,20 @@ def _examples(plan: ExecutionPlan, run: RunFile, tokenizer: Tokenizer | None) ->
     if not run.data.source:
         return RandomExamples(_random_vocabulary(plan, run), workload, run.seed), ""
     tokenizer = _needed(tokenizer)
-    data = _data(plan, run, tokenizer, ALGORITHMS[workload.graph.name].columns[1:])
+    data, _ = _data(plan, run, tokenizer, ALGORITHMS[workload.graph.name].columns[1:])
     return TextExamples(data, tokenizer, *sizes, run.sampling.stop_at_eos), data.note
 
 
-def _data(plan: ExecutionPlan, run: RunFile, tokenizer: Tokenizer, responses: Sequence[str]) -> DataSet:
+def _data(
+    plan: ExecutionPlan, run: RunFile, tokenizer: Tokenizer, responses: Sequence[str], *, source: str = "",
+    held_out: int = 0,
+) -> tuple[DataSet, DataSet | None]:  # fmt: skip
+    """The data set of the run file, or of `source` in its form, without `held_out` prompts, and those."""
     workload, folder = plan.workload, run.tokenizer or run.weights_of(plan.workload.graph.roles[0])
+    data = run.data.model_copy(update={"source": source, "max_prompts": 0}) if source else run.data
     return read_data(
-        run.data, responses, tokenizer, Path(folder), prompt_tokens=workload.prompt_tokens,
-        batch_size=workload.batch_size, seed=run.seed,
+        data, responses, tokenizer, Path(folder), prompt_tokens=workload.prompt_tokens,
+        batch_size=workload.batch_size, seed=run.seed, held_out=held_out,
     )  # fmt: skip
 
 

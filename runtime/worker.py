@@ -17,6 +17,7 @@ from plans.plan import ExecutionPlan
 from plans.runfile import RunFile, patience_s
 from runtime.checkpoints.course import run_iterations, take_up
 from runtime.checkpoints.stopping import StopAgreement
+from runtime.evaluation import Evaluations, Evaluator
 from runtime.executor import Executor
 from runtime.groups import GroupCache, meet
 from runtime.job import prepare_job
@@ -65,13 +66,18 @@ def work(plan: ExecutionPlan, run: RunFile, member: Member, scratch: Path) -> No
     if rank == 0 and job.note:
         print(f"data: {job.note}", file=sys.stderr, flush=True)
     try:
-        executor = Executor(job, GroupCache(device, timeout), device, recorder)
+        groups = GroupCache(device, timeout)
+        executor = Executor(job, groups, device, recorder)
         take_up(executor, _agreed_start(store, run, rank))
+        evaluations = None
+        if job.held_out is not None:
+            evaluator = Evaluator(executor, job, groups, device, recorder)
+            evaluations = Evaluations(executor, evaluator, job, rank, executor.state.iterations)
         stop = StopAgreement(scratch, timeout)
         if run.checkpoint.every:  # the keyboard speaks to the launcher, which asks its ranks
             alone = isinstance(member.meeting, Path)
             stop.listen(signal.SIGTERM, *(() if alone else (signal.SIGINT,)))
-        done = run_iterations(executor, run, recorder, stop)
+        done = run_iterations(executor, run, recorder, stop, evaluations)
     finally:
         if job.reward is not None:
             job.reward.close()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,36 +121,64 @@ class DataReader:
 
 def read_data(
     data: Data, responses: Sequence[str], tokenizer: Tokenizer, folder: Path, *, prompt_tokens: int, batch_size: int,
-    seed: int,
-) -> DataSet:  # fmt: skip
-    """Read what the run file names; prompts that have no token or more than `prompt_tokens` are left out, and counted.
+    seed: int, held_out: int = 0,
+) -> tuple[DataSet, DataSet | None]:  # fmt: skip
+    """Read what the run file names, but for `held_out` prompts, which the seed draws; and those. Prompts that have no
+    token or more than `prompt_tokens` are left out, and counted.
 
     responses: names of the given responses that the algorithm needs. folder: the tokenizer's, whose chat template is
     used. Raises DataError or ChatError.
     """
-    reader, kept, given, sizes = DataReader(data, list(responses), folder), list[_Example](), 0, []
+    reader, parts, given = DataReader(data, list(responses), folder), list[list[_Example]](), 0
     for part in data.parts:
         examples = reader.examples(part)
         given += len(examples)
-        fits = [*_fitting(examples, tokenizer, prompt_tokens)]
-        sizes.append((len(fits), part.weight))
-        kept += fits
-    if data.max_prompts and data.max_prompts < len(kept):
-        if len(sizes) > 1:
+        parts.append([*_fitting(examples, tokenizer, prompt_tokens)])
+    note = left_out(given, sum(map(len, parts)), prompt_tokens)
+    if data.max_prompts and data.max_prompts < sum(map(len, parts)):
+        if len(parts) > 1:
             raise DataError("data.max_prompts and several sources", "weights say how much of each is used")
-        kept, sizes = kept[: data.max_prompts], [(data.max_prompts, sizes[0][1])]
-    chats = {example.chat for example in kept}
+        parts, note = [parts[0][: data.max_prompts]], ""
+    apart: list[_Example] = []
+    if held_out:
+        parts, apart = _without(parts, held_out, seed)
+    weights = [part.weight for part in data.parts]
+    sizes = tuple((len(part), weight) for part, weight in zip(parts, weights, strict=True))
+    order = sizes if any(weight != 1.0 for weight in weights) else ()
+    kept = [example for part in parts for example in part]
+    set_of = partial(_data_set, data, batch_size=batch_size, seed=seed)
+    return set_of(kept, order, note=note), set_of(apart, (), note="") if apart else None
+
+
+def _without(parts: Sequence[list[_Example]], count: int, seed: int) -> tuple[list[list[_Example]], list[_Example]]:
+    """Parts without `count` examples, and those, in their order."""
+    total = sum(map(len, parts))
+    if count >= total:
+        hint = f"evaluation.held_out={max(1, total // 10)}"
+        raise DataError(f"evaluation.held_out={count} leaves none of {total} prompts", hint)
+    drawn, first = set(random.Random(f"{seed}:held out").sample(range(total), count)), 0
+    left, apart = list[list[_Example]](), list[_Example]()
+    for part in parts:
+        left.append([example for i, example in enumerate(part, first) if i not in drawn])
+        apart += [example for i, example in enumerate(part, first) if i in drawn]
+        first += len(part)
+    return left, apart
+
+
+def _data_set(
+    data: Data, examples: Sequence[_Example], parts: tuple[tuple[int, float], ...], *, batch_size: int, seed: int,
+    note: str,
+) -> DataSet:  # fmt: skip
+    chats = {example.chat for example in examples}
     if len(chats) > 1:
         raise DataError("some prompts are conversations and some are texts", "data.chat=true for all")
-    parts = tuple(sizes) if any(weight != 1.0 for _, weight in sizes) else ()
-    texts = tuple(example.prompt for example in kept)
     return DataSet(
-        PromptSet(texts, batch_size, seed, parts, data.shuffle),
-        tuple(example.asked for example in kept),
-        tuple(example.responses for example in kept),
-        _columns(data, [example.row for example in kept]),
+        PromptSet(tuple(example.prompt for example in examples), batch_size, seed, parts, data.shuffle),
+        tuple(example.asked for example in examples),
+        tuple(example.responses for example in examples),
+        _columns(data, [example.row for example in examples]),
         special=chats != {True},
-        note=left_out(given, sum(count for count, _ in sizes) if not data.max_prompts else given, prompt_tokens),
+        note=note,
     )
 
 

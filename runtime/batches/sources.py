@@ -59,6 +59,45 @@ class TextPrompts:
 
 
 @dataclass(frozen=True)
+class HeldOutPrompts:
+    """Prompts of evaluations in their order: `samples` of them in each pass. The last pass is filled up with prompts
+    that do not count."""
+
+    data: DataSet
+    tokenizer: Tokenizer
+    prompt_tokens: int
+    samples: int
+
+    @property
+    def count(self) -> int:
+        """Prompts of an evaluation."""
+        return len(self.data.asked)
+
+    @property
+    def passes(self) -> int:
+        """Passes of an evaluation."""
+        return -(-self.count // self.samples)
+
+    def holds(self, iteration: int, number: int) -> bool:
+        """Whether a pass has a prompt for a sample."""
+        return iteration * self.samples + number < self.count
+
+    def tokens(self, iteration: int, prompts: Sequence[int]) -> Sequences:
+        texts = [self.data.prompts.prompts[i] for i in self._places(iteration, prompts)]
+        return Sequences.of(prompt_tokens_of(texts, self.tokenizer, self.prompt_tokens, special=self.data.special))
+
+    def asked(self, iteration: int, prompts: Sequence[int]) -> list[str]:
+        return [self.data.asked[i] for i in self._places(iteration, prompts)]
+
+    def columns(self, iteration: int, prompts: Sequence[int]) -> dict[str, list[Any]]:
+        places = self._places(iteration, prompts)
+        return {name: [values[i] for i in places] for name, values in self.data.columns.items()}
+
+    def _places(self, iteration: int, numbers: Sequence[int]) -> list[int]:
+        return [min(iteration * self.samples + number, self.count - 1) for number in numbers]
+
+
+@dataclass(frozen=True)
 class TextExamples:
     """Prompts of a data set, each with its responses: one, or the chosen and the rejected. `stop`: a response ends with
     the stop token where it fits."""

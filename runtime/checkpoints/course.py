@@ -9,6 +9,7 @@ from plans.runfile import RunFile
 from runtime.checkpoints.read import restore
 from runtime.checkpoints.stopping import StopAgreement
 from runtime.checkpoints.write import Saver
+from runtime.evaluation import Evaluations
 from runtime.executor import Executor
 from runtime.reports.records import Recorder
 
@@ -21,25 +22,43 @@ def take_up(executor: Executor, folder: str) -> None:
         executor.state.iterations = checkpoint.index.iteration
 
 
-def run_iterations(executor: Executor, run: RunFile, recorder: Recorder, stop: StopAgreement) -> int:
+def run_iterations(
+    executor: Executor, run: RunFile, recorder: Recorder, stop: StopAgreement, evaluations: Evaluations | None = None
+) -> int:
     """Run what is left of a run; how many iterations are done then, fewer than its own where all ranks stopped.
 
-    A plan with lag is drained before a checkpoint, so that the state is that after a whole iteration; what a call reads
-    does not depend on when it runs.
+    A plan with lag is drained before a checkpoint or an evaluation, so that the state is that after a whole iteration;
+    what a call reads does not depend on when it runs.
     """
     every, done = run.checkpoint.every, executor.state.iterations
-    if not every:
+    if not every and evaluations is None:
         return executor.run(run.iterations, done)
-    saver = Saver(run.checkpoint_folder, executor.state.trainers)
+    saver = Saver(run.checkpoint_folder, executor.state.trainers) if every else None
+    if evaluations is not None and evaluations.due(done):
+        evaluations.evaluate(done)
     while done < run.iterations:
-        target = min(run.iterations, (done // every + 1) * every)
-        reached = executor.run(target, done, stop.before)
-        recorder.say("checkpoint", reached)
-        if reached > done:
+        target = next_pause(run, done)
+        reached = executor.run(target, done, stop.before if every else None)
+        if saver is not None and reached > done and (reached < target or checkpoint_due(run, reached)):
+            recorder.say("checkpoint", reached)
             saver.save(reached)
         done = reached
         if reached < target:
             break
+        if evaluations is not None and evaluations.due(done):
+            evaluations.evaluate(done)
     stop.close()
-    saver.wait()
+    if saver is not None:
+        saver.wait()
     return done
+
+
+def checkpoint_due(run: RunFile, iteration: int) -> bool:
+    """Whether the state after so many iterations is kept."""
+    return bool(run.checkpoint.every) and (iteration % run.checkpoint.every == 0 or iteration == run.iterations)
+
+
+def next_pause(run: RunFile, done: int) -> int:
+    """How many iterations are done at the next checkpoint or evaluation, or at the end."""
+    steps = [every for every in (run.checkpoint.every, run.evaluation.every) if every]
+    return min([run.iterations, *((done // every + 1) * every for every in steps)])

@@ -17,7 +17,7 @@ from plans.files import OutputError, check_target, free_name, write_atomically
 from plans.lengthsfile import METRICS
 from plans.plan import ExecutionPlan
 from plans.runfile import CHECKPOINTS, RANDOM, RunFile
-from runtime.reports.records import SAMPLES, TIMELINE
+from runtime.reports.records import BEST, EVALUATIONS, SAMPLES, TIMELINE
 
 
 def exported_role(plan: ExecutionPlan) -> str:
@@ -31,15 +31,20 @@ def check_output(plan: ExecutionPlan, run: RunFile) -> None:
     if os.path.lexists(output) and not os.path.isdir(output):
         raise OutputError(f"cannot write to output `{output}`: it is no folder", "output=FOLDER")
     check_target(output / ".check")
-    weights = output / exported_role(plan)
+    _check_weights(plan, run, output / exported_role(plan), "export=false" if run.export else "")
+    _check_weights(plan, run, output / BEST, "evaluation.keep_best=false" if run.evaluation.keep_best else "")
+
+
+def _check_weights(plan: ExecutionPlan, run: RunFile, weights: Path, without: str) -> None:
+    """What `check_output` says of a folder of weights. without: the key that keeps this run from writing one."""
     if not os.path.lexists(weights):
         return
-    if not _is_of_a_run(output):
-        if not run.export:
+    if not _is_of_a_run(weights.parent):
+        if not without:
             return
         raise OutputError(
-            f"output `{output}` holds `{weights.name}`, which no run has written and this run would replace",
-            "output=FOLDER, a new one, or export=false",
+            f"output `{weights.parent}` holds `{weights.name}`, which no run has written and this run would replace",
+            f"output=FOLDER, a new one, or {without}",
         )
     for key, path in _inputs(plan, run):
         if Path(path).resolve().is_relative_to(weights.resolve()):
@@ -72,8 +77,9 @@ def held_output(plan: ExecutionPlan, run: RunFile, *, goes_on: bool = False) -> 
         )
         yield moved
     finally:
-        with suppress(OSError):
-            shutil.rmtree(partial_export(output, exported_role(plan)))
+        for weights in (exported_role(plan), BEST):
+            with suppress(OSError):
+                shutil.rmtree(partial_export(output, weights))
         os.close(descriptor)
 
 
@@ -100,7 +106,7 @@ def _set_aside(plan: ExecutionPlan, output: Path) -> Path | None:
     role = exported_role(plan)
     if _is_of_a_run(output) and not (output / METRICS).stat().st_size and not os.path.lexists(output / role):
         return None  # it failed before its first iteration
-    moving = [METRICS, TIMELINE, SAMPLES, *([role, CHECKPOINTS] if _is_of_a_run(output) else [])]
+    moving = [METRICS, TIMELINE, SAMPLES, EVALUATIONS, *([role, BEST, CHECKPOINTS] if _is_of_a_run(output) else [])]
     moving = [name for name in moving if os.path.lexists(output / name)]
     copied = [name for name in (PLAN, RUN) if os.path.isfile(output / name)]
     if not moving and (not copied or _holds(output / PLAN, plan)) and RUN not in copied:
@@ -131,6 +137,7 @@ def _inputs(plan: ExecutionPlan, run: RunFile) -> Iterator[tuple[str, str]]:
         if run.weights_of(role) not in ("", RANDOM):
             yield f"weights of `{role}`", run.weights_of(role)
     named = [("tokenizer", run.tokenizer), *(("reward", name.rpartition(":")[0]) for name in run.rewards)]
+    named += [("evaluation.source", run.evaluation.source)]
     for key, place in [*named, *(("data.source", part.path) for part in run.data.parts)]:
         if place and os.path.exists(place):
             yield key, place

@@ -10,16 +10,16 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from plans.files import writing
 from plans.program import Step, StepKind
 from runtime.reports.stats import Stat, merge_stats
 
-TIMELINE, SAMPLES = "timeline.json", "samples.jsonl"
+TIMELINE, SAMPLES, EVALUATIONS, BEST = "timeline.json", "samples.jsonl", "evaluation.jsonl", "best"
 """Files of a run's output beside those that a checkpoint has too (`plans.checkpoint_files`)."""
 STATUS_BYTES = 512
 RESERVE_BYTES = 2**14
@@ -76,6 +76,28 @@ def read_status(folder: Path, rank: int) -> Status | None:
         return Status(**json.loads(text)) if text else None
     except (OSError, ValueError, TypeError):
         return None
+
+
+class Records(Protocol):
+    """What an executor tells while it runs."""
+
+    def say(self, step: str, iteration: int, *, done: bool = False) -> None:
+        """Where this rank is."""
+
+    def span(self, step: Step, iteration: int) -> AbstractContextManager[None]:
+        """Measure a step."""
+
+    def add_span(self, name: str, kind: StepKind, iteration: int, start_s: float, end_s: float) -> None:
+        """Keep a span that was measured."""
+
+    def add(self, iteration: int, stats: Mapping[str, Stat]) -> None:
+        """Keep statistics of an iteration."""
+
+    def show(self, iteration: int, samples: Iterable[Mapping[str, Any]]) -> None:
+        """Keep samples that a person looks at."""
+
+    def finish(self, iteration: int) -> None:
+        """This rank has done everything of an iteration."""
 
 
 class Recorder:

@@ -32,7 +32,7 @@ def tokenizer() -> Tokenizer:
 
 def data_of(data: Data, responses: tuple[str, ...] = (), most: int = 10**6) -> DataSet:
     tokenizer = Tokenizer.of_folder(TINY)
-    return read_data(data, responses, tokenizer, TINY, prompt_tokens=most, batch_size=2, seed=0)
+    return read_data(data, responses, tokenizer, TINY, prompt_tokens=most, batch_size=2, seed=0)[0]
 
 
 def read_prompts(path: str | Path) -> list[str]:

@@ -55,7 +55,7 @@ def folder_with(template: str, folder: Path, **config: Any) -> Path:
 
 def data_of(data: Data, responses: tuple[str, ...] = (), folder: Path = TINY, batch: int = 2) -> DataSet:
     tokenizer = Tokenizer.of_folder(TINY)
-    return read_data(data, responses, tokenizer, folder, prompt_tokens=10**6, batch_size=batch, seed=3)
+    return read_data(data, responses, tokenizer, folder, prompt_tokens=10**6, batch_size=batch, seed=3)[0]
 
 
 def lines(path: Path, *rows: dict[str, Any]) -> str:
