@@ -38,8 +38,9 @@ class Message:
 def sample_work(spec: ModelSpec, tokens: int) -> int:
     """What a sample costs in the blocks of a forward pass, multiply-adds: every active weight once per token, and
     causal attention's queries x keys and weights x values, tokens^2 / 2 pairs each (Kaplan et al. 2020, 2.1)."""
-    idle = max(spec.experts - spec.experts_per_token, 0) * (3 if spec.gated_mlp else 2) * spec.hidden * spec.ffn
-    return tokens * spec.layers * (spec.layer_params - idle + spec.heads * spec.head_dim * tokens)
+    idle = spec.expert_layers * (spec.experts - spec.experts_per_token) * spec.expert_params
+    pairs = spec.layers * spec.heads * (spec.head_dim + spec.value_width) // 2 * tokens
+    return tokens * (spec.blocks_params - idle + pairs)
 
 
 def assign(

@@ -91,7 +91,7 @@ def tensor_parallel(plan: ExecutionPlan, planned: PlannedCall, spec: ModelSpec) 
             f"{planned.call}: tp {tp} does not divide the {spec.kv_heads} KV heads of {spec.name}",
             f"tp one of {legal}",
         )
-    for what, extent in (("ffn", spec.ffn), ("padded vocabulary", spec.padded_vocab)):
+    for what, extent in (*(("ffn", width) for width in spec.cut_widths), ("padded vocabulary", spec.padded_vocab)):
         if extent % tp:
             hint = f"tp {closest_divisor(extent, tp)}"
             message = f"{planned.call}: tp {tp} does not divide the {what} {extent} of {spec.name}"

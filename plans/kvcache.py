@@ -49,5 +49,7 @@ def cache_blocks(
 
 
 def token_bytes(spec: ModelSpec, layers: int, tp: int, element_bytes: int) -> int:
-    """Bytes of one token's keys and values on a rank that holds `layers` layers at tensor degree `tp`."""
-    return 2 * layers * (spec.kv_heads // tp) * spec.head_dim * element_bytes
+    """Bytes of one token's keys and values on a rank that holds `layers` layers at tensor degree `tp`. Latent attention
+    caches one vector for all heads, which every tp rank holds whole."""
+    width = spec.latent_width or spec.kv_heads // tp * (spec.head_dim + spec.value_width)
+    return layers * width * element_bytes

@@ -11,7 +11,7 @@ Names and storage order are Megatron-core's at tp = 1. The cost model counts the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from plans.cluster import ClusterSpec, DeviceMesh
@@ -65,8 +65,9 @@ def _norm(spec: ModelSpec, name: str, width: int | None = None) -> list[Paramete
     return [*parameters, Parameter(f"{name}.bias", shape)] if spec.norm is Norm.LAYER else parameters
 
 
-def _linear(name: str, rows: int, cols: int, axis: int, bias: bool, blocks: int = 1) -> list[Parameter]:
-    """A linear layer [rows, cols]; axis 0 is column-parallel (its bias is sharded), axis 1 row-parallel."""
+def _linear(name: str, rows: int, cols: int, axis: int | None, bias: bool, blocks: int = 1) -> list[Parameter]:
+    """A linear layer [rows, cols]; axis 0 is column-parallel (its bias is sharded), axis 1 row-parallel, None whole on
+    every rank."""
     weight = Parameter(f"{name}.weight", (rows, cols), axis, blocks)
     if not bias:
         return [weight]
@@ -79,8 +80,8 @@ def _layer_parameters(spec: ModelSpec, index: int) -> tuple[Parameter, ...]:
     heads_width = spec.heads * spec.head_dim
     parameters = [
         *(_norm(spec, f"{at}.input_layernorm") if spec.norms_before else ()),
-        *_linear(f"{attention}.linear_qkv", spec.qkv_width, spec.hidden, 0, spec.qkv_bias or spec.linear_bias),
-        *_linear(f"{attention}.linear_proj", spec.hidden, heads_width, 1, spec.linear_bias),
+        *(_latent_inputs if spec.kv_rank else _query_key_value)(spec, attention),
+        *_linear(f"{attention}.linear_proj", spec.hidden, spec.heads * spec.value_width, 1, spec.linear_bias),
         *(_norm(spec, f"{at}.pre_mlp_layernorm") if spec.norms_before else ()),
         *(_norm(spec, f"{attention}.post_norm") if spec.norms_after else ()),
         *(_norm(spec, f"{at}.mlp.post_norm") if spec.norms_after else ()),
@@ -91,28 +92,46 @@ def _layer_parameters(spec: ModelSpec, index: int) -> tuple[Parameter, ...]:
     elif spec.qk_norm:
         parameters += _norm(spec, f"{attention}.q_layernorm", spec.head_dim)
         parameters += _norm(spec, f"{attention}.k_layernorm", spec.head_dim)
-    gates = 2 if spec.gated_mlp else 1
-    if not spec.experts:
-        parameters += _linear(f"{at}.mlp.linear_fc1", gates * spec.ffn, spec.hidden, 0, spec.linear_bias, gates)
-        parameters += _linear(f"{at}.mlp.linear_fc2", spec.hidden, spec.ffn, 1, spec.linear_bias)
-        return tuple(parameters)
-    parameters.append(Parameter(f"{at}.mlp.router.weight", (spec.experts, spec.hidden)))
+    if spec.sinks:
+        parameters.append(Parameter(f"{attention}.core_attention.softmax_offset", (spec.heads,), 0))
+    if not spec.has_experts(index):
+        return (*parameters, *_mlp(spec, f"{at}.mlp", spec.dense_ffn if spec.experts else spec.ffn))
+    parameters += _linear(f"{at}.mlp.router", spec.experts, spec.hidden, None, spec.linear_bias)
     if spec.shared_ffn:
-        shared = f"{at}.mlp.shared_experts"
-        parameters += _linear(f"{shared}.linear_fc1", gates * spec.shared_ffn, spec.hidden, 0, False, gates)
-        parameters += _linear(f"{shared}.linear_fc2", spec.hidden, spec.shared_ffn, 1, False)
-        parameters.append(Parameter(f"{shared}.gate_weight", (1, spec.hidden)))
+        parameters += _mlp(spec, f"{at}.mlp.shared_experts", spec.shared_ffn)
+        if spec.shared_gate:
+            parameters.append(Parameter(f"{at}.mlp.shared_experts.gate_weight", (1, spec.hidden)))
     return tuple(parameters)
+
+
+def _query_key_value(spec: ModelSpec, attention: str) -> list[Parameter]:
+    return _linear(f"{attention}.linear_qkv", spec.qkv_width, spec.hidden, 0, spec.qkv_bias or spec.linear_bias)
+
+
+def _latent_inputs(spec: ModelSpec, attention: str) -> list[Parameter]:
+    """Latent attention's way to query, key and value: what goes down is whole on every rank, what goes up is cut."""
+    expanded = spec.heads * (spec.head_dim - spec.rotary_dim + spec.value_width)
+    parameters = []
+    if spec.q_rank:
+        parameters += _linear(f"{attention}.linear_q_down_proj", spec.q_rank, spec.hidden, None, False)
+        parameters += _norm(spec, f"{attention}.q_layernorm", spec.q_rank)
+    up = "linear_q_up_proj" if spec.q_rank else "linear_q_proj"
+    parameters += _linear(f"{attention}.{up}", spec.heads * spec.head_dim, spec.q_rank or spec.hidden, 0, False)
+    parameters += _linear(f"{attention}.linear_kv_down_proj", spec.latent_width, spec.hidden, None, False)
+    parameters += _norm(spec, f"{attention}.kv_layernorm", spec.kv_rank)
+    return parameters + _linear(f"{attention}.linear_kv_up_proj", expanded, spec.kv_rank, 0, False)
+
+
+def _mlp(spec: ModelSpec, at: str, width: int) -> list[Parameter]:
+    gates = 2 if spec.gated_mlp else 1
+    first = _linear(f"{at}.linear_fc1", gates * width, spec.hidden, 0, spec.linear_bias, gates)
+    return first + _linear(f"{at}.linear_fc2", spec.hidden, width, 1, spec.linear_bias)
 
 
 def _expert_parameters(spec: ModelSpec, layer: int, expert: int) -> tuple[Parameter, ...]:
     """An expert is never cut: it lies whole on the ranks that hold it."""
     at = f"decoder.layers.{layer}.mlp.experts.local_experts.{expert}"
-    gates = 2 if spec.gated_mlp else 1
-    return (
-        Parameter(f"{at}.linear_fc1.weight", (gates * spec.ffn, spec.hidden), None, gates),
-        Parameter(f"{at}.linear_fc2.weight", (spec.hidden, spec.ffn)),
-    )
+    return tuple(replace(parameter, axis=None) for parameter in _mlp(spec, at, spec.ffn))
 
 
 def layer_unit(layer: int) -> str:
@@ -149,7 +168,8 @@ def model_units(spec: ModelSpec) -> tuple[Unit, ...]:
     blocks = []
     for i in range(spec.layers):
         blocks.append(Unit(layer_unit(i), _layer_parameters(spec, i)))
-        blocks += [Unit(expert_unit(i, e), _expert_parameters(spec, i, e)) for e in range(spec.experts)]
+        experts = range(spec.experts if spec.has_experts(i) else 0)
+        blocks += [Unit(expert_unit(i, e), _expert_parameters(spec, i, e)) for e in experts]
     return (Unit(EMBEDDING, tuple(embedding)), *blocks, Unit(HEAD, tuple(head)))
 
 
@@ -266,7 +286,7 @@ class Layout:
         for chunk in range(self.vpp):
             for i in self.chunk_layers(stage, chunk):
                 names.append(layer_unit(i))
-                names += [expert_unit(i, expert) for expert in experts]
+                names += [expert_unit(i, expert) for expert in experts if self.spec.has_experts(i)]
         if stage == self.pp - 1:
             if self.spec.tied_embeddings and stage > 0:
                 names.append(EMBEDDING)

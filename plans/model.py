@@ -57,7 +57,13 @@ class ModelSpec:
     `wide_qk_norm`: the norms of query and key are over all heads together (OLMo 2), not over each.
     A token goes to `experts_per_token` of `experts`, weighted by their gates: a softmax over all experts, of which the
     chosen ones are scaled to a sum of 1 (`normalize_gates`; Mixtral, Qwen3) or kept as they are (Qwen1.5 and Qwen2).
-    `shared_ffn` is the width of an expert that every token visits, weighted by a gate of its own.
+    `shared_ffn` is the width of an expert that every token visits, weighted by a gate of its own (`shared_gate`; Qwen)
+    or added as it is (DeepSeek, Llama 4). The first `dense_first` layers, and those whose number from 1 is no multiple
+    of `experts_every`, have one MLP of the width `dense_ffn` instead of experts.
+    Latent attention (`kv_rank` above 0; DeepSeek-V2, arXiv:2405.04434, 2.1) makes keys and values out of kv_rank
+    numbers per token, and one key of `rotary_dim` numbers with positions that all heads share: generation caches both.
+    Queries come out of `q_rank` numbers (0: of the hidden state). Values have `value_dim` numbers a head (0: head_dim).
+    `sinks`: each head has a learned score that takes a part of the attention (GPT-OSS).
     """
 
     name: str
@@ -97,6 +103,14 @@ class ModelSpec:
     experts_per_token: int = 0
     normalize_gates: bool = True
     shared_ffn: int = 0
+    shared_gate: bool = True
+    dense_first: int = 0
+    dense_ffn: int = 0
+    experts_every: int = 1
+    q_rank: int = 0
+    kv_rank: int = 0
+    value_dim: int = 0
+    sinks: bool = False
     head: Head = Head.LM
     family: str = ""
 
@@ -128,6 +142,13 @@ class ModelSpec:
             raise SpecError(
                 f"model `{self.name}`: experts_per_token {self.experts_per_token} exceeds experts {self.experts}"
             )
+
+        if self.expert_layers < self.layers and self.experts and not self.dense_ffn:
+            raise SpecError(
+                f"model `{self.name}`: layers without experts need a dense_ffn", "dense_ffn 4096, for example"
+            )
+        if self.kv_rank and not self.rotary_dim:
+            raise SpecError(f"model `{self.name}`: latent attention needs a rotary_dim", "rotary_dim 64, for example")
 
     def _check_pairs(self, scaling: LongRopeScaling) -> None:
         for name in ("short_factor", "long_factor"):
@@ -173,27 +194,85 @@ class ModelSpec:
         return self.hidden * (2 if self.norm is Norm.LAYER else 1)
 
     @property
+    def value_width(self) -> int:
+        """Numbers of a head's value."""
+        return self.value_dim or self.head_dim
+
+    @property
+    def key_value_width(self) -> int:
+        """Numbers per token of a block's keys and values, before tensor parallelism cuts them."""
+        return self.kv_heads * (self.head_dim + self.value_width)
+
+    @property
+    def latent_width(self) -> int:
+        """Numbers per token that a block with latent attention caches, whole on every tp rank; 0 for others."""
+        return self.kv_rank + self.rotary_dim if self.kv_rank else 0
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer (from 0) is a choice of experts."""
+        return bool(self.experts) and layer >= self.dense_first and (layer + 1) % self.experts_every == 0
+
+    @property
+    def expert_layers(self) -> int:
+        """Layers that are a choice of experts."""
+        if not self.experts:
+            return 0
+        return self.layers // self.experts_every - min(self.dense_first, self.layers) // self.experts_every
+
+    @property
+    def cut_widths(self) -> tuple[int, ...]:
+        """Widths of the MLPs that tensor parallelism cuts; experts are never cut."""
+        if not self.experts:
+            return (self.ffn,)
+        return tuple(width for width in (self.shared_ffn, self.dense_ffn) if width)
+
+    @property
     def attention_params(self) -> int:
-        """Parameters of one attention block without its norms."""
+        """Parameters of one attention block without its norms over the hidden width."""
+        if self.kv_rank:
+            return self._latent_params
         weights = self.hidden * self.qkv_width + self.heads * self.head_dim * self.hidden
         bias = self.qkv_width * (self.qkv_bias or self.linear_bias) + self.hidden * self.linear_bias
         normed = self.heads + self.kv_heads if self.wide_qk_norm else 2
-        return weights + bias + normed * self.head_dim * self.qk_norm
+        return weights + bias + normed * self.head_dim * self.qk_norm + self.heads * self.sinks
+
+    @property
+    def _latent_params(self) -> int:
+        queries = self.heads * self.head_dim
+        down = self.hidden * self.q_rank + self.q_rank if self.q_rank else 0
+        up = (self.q_rank or self.hidden) * queries
+        compressed = self.hidden * self.latent_width + self.kv_rank
+        expanded = self.kv_rank * self.heads * (self.head_dim - self.rotary_dim + self.value_width)
+        return down + up + compressed + expanded + self.heads * self.value_width * self.hidden
+
+    def _one_mlp(self, width: int) -> int:
+        per_width = (3 if self.gated_mlp else 2) * self.hidden
+        return per_width * width + (width * (2 if self.gated_mlp else 1) + self.hidden) * self.linear_bias
+
+    @property
+    def expert_params(self) -> int:
+        """Parameters of one expert."""
+        return self._one_mlp(self.ffn)
 
     @property
     def mlp_params(self) -> int:
         """Parameters of one MLP block: every expert, the shared expert and the router."""
-        per_width = (3 if self.gated_mlp else 2) * self.hidden
-        bias = (self.ffn * (2 if self.gated_mlp else 1) + self.hidden) * self.linear_bias
         if not self.experts:
-            return per_width * self.ffn + bias
-        shared = per_width * self.shared_ffn + (self.hidden if self.shared_ffn else 0)
-        return self.experts * per_width * self.ffn + shared + self.experts * self.hidden
+            return self._one_mlp(self.ffn)
+        shared = self._one_mlp(self.shared_ffn) + self.hidden * self.shared_gate if self.shared_ffn else 0
+        router = self.experts * (self.hidden + self.linear_bias)
+        return self.experts * self.expert_params + shared + router
 
     @property
     def layer_params(self) -> int:
-        """Parameters of one transformer block."""
+        """Parameters of one transformer block; of one with experts, where the model has some."""
         return self.attention_params + self.mlp_params + self.norms_per_layer * self.norm_params
+
+    @property
+    def blocks_params(self) -> int:
+        """Parameters of all transformer blocks."""
+        dense = self.layers - self.expert_layers if self.experts else 0
+        return self.layers * self.layer_params - dense * (self.mlp_params - self._one_mlp(self.dense_ffn))
 
     @property
     def embedding_params(self) -> int:
@@ -210,7 +289,7 @@ class ModelSpec:
     @property
     def params(self) -> int:
         """All parameters."""
-        return self.embedding_params + self.layers * self.layer_params + self.norm_params + self.head_params
+        return self.embedding_params + self.blocks_params + self.norm_params + self.head_params
 
     def with_value_head(self) -> ModelSpec:
         """The same body with one scalar per token, as critic and reward models have."""

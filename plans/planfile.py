@@ -48,6 +48,12 @@ class RopeScalingFile(_Closed):
     long_factor: Annotated[list[Amount], Field(max_length=4096)] | None = None
 
 
+Family = Literal[
+    "", "phi3", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "olmo2", "gpt_oss", "llama4_text", "deepseek_v2",
+    "deepseek_v3",
+]  # fmt: skip
+
+
 class ModelFile(_Closed):
     """An architecture written out, for models that are not in the library."""
 
@@ -88,7 +94,15 @@ class ModelFile(_Closed):
     experts_per_token: Annotated[int, Field(ge=0, le=10**5)] = 0
     normalize_gates: bool = True
     shared_ffn: Annotated[int, Field(ge=0, le=10**8)] = 0
-    family: Literal["", "phi3", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "olmo2"] = ""
+    shared_gate: bool = True
+    dense_first: Annotated[int, Field(ge=0, le=10**4, description="first layers without experts")] = 0
+    dense_ffn: Annotated[int, Field(ge=0, le=10**8, description="MLP width of layers without experts")] = 0
+    experts_every: Annotated[int, Field(ge=1, le=10**4, description="every so many-th layer has experts")] = 1
+    q_rank: Annotated[int, Field(ge=0, le=10**6)] = 0
+    kv_rank: Annotated[int, Field(ge=0, le=10**6, description="above 0: latent attention")] = 0
+    value_dim: Annotated[int, Field(ge=0, le=10**6, description="numbers of a head's value; 0: head_dim")] = 0
+    sinks: bool = False
+    family: Family = ""
 
 
 class GraphCallFile(_Closed):

@@ -49,18 +49,32 @@ def block_widths(spec: ModelSpec, *, fused_pointwise: bool, element: float = 2.0
     mlp = float(stored * spec.ffn)
     plain_norm = not fused_pointwise and spec.norm is Norm.RMS
     norm = 2.0 + (4.0 / element if plain_norm else 0.0)
+    widest = mlp
     if spec.experts:
+        sparse = spec.expert_layers / spec.layers
         mlp = spec.experts_per_token * (mlp + 2.0 * spec.hidden) + stored * spec.shared_ffn
-    rotated = 0 if fused_pointwise else (spec.heads + spec.kv_heads) * spec.head_dim
+        widest = max(mlp, float(stored * spec.dense_ffn))
+        mlp = mlp * sparse + stored * spec.dense_ffn * (1.0 - sparse)
     return BlockWidths(
         stream=norm * spec.norms_per_layer * spec.hidden,
-        cut=spec.qkv_width + rotated + spec.heads * spec.head_dim + mlp,
+        cut=_attention_width(spec, fused_pointwise=fused_pointwise) + mlp,
         heads=float(spec.heads),
-        keys=2.0 * spec.kv_heads * spec.head_dim,
+        keys=float(spec.key_value_width),
         hidden=float(spec.hidden),
-        mlp=mlp,
+        mlp=widest,
         norm_bytes=_norm_bytes(spec, element, plain=plain_norm),
     )
+
+
+def _attention_width(spec: ModelSpec, *, fused_pointwise: bool) -> int:
+    """Elements per token that attention stores. Latent attention: both projections down and their norms, query, key,
+    the joint key-value that the values are a view of, and the output."""
+    if spec.kv_rank:
+        ranks = 2 * (spec.q_rank + spec.kv_rank) + spec.rotary_dim
+        joint = spec.heads * (spec.head_dim - spec.rotary_dim + 2 * spec.value_width)
+        return ranks + 2 * spec.heads * spec.head_dim + joint
+    rotated = 0 if fused_pointwise else (spec.heads + spec.kv_heads) * spec.head_dim
+    return spec.qkv_width + rotated + spec.heads * spec.head_dim
 
 
 def _norm_bytes(spec: ModelSpec, element: float, *, plain: bool) -> float:
@@ -111,6 +125,6 @@ def forward_block_bytes(spec: ModelSpec, element: float, tp: Array, *, fused_poi
     """Bytes per token alive at once in a forward pass without gradients: the residual and a norm's temporaries, or
     residual, norm output and the wider of attention (projection, rotated copies, output) and MLP (all its steps)."""
     widths = block_widths(spec, fused_pointwise=fused_pointwise, element=element)
-    attention = 2.0 * spec.qkv_width + spec.heads * spec.head_dim
+    attention = 2.0 * (spec.heads * spec.head_dim + spec.key_value_width) + spec.heads * spec.value_width
     inner = element * (2.0 * spec.hidden + max(attention, widths.mlp) / tp)
     return np.maximum(inner, element * spec.hidden + widths.norm_bytes)

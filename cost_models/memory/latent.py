@@ -1,7 +1,7 @@
-"""Memory of DeepSeek's blocks (multi-head latent attention, dense layers before expert layers), for published rows.
+"""Memory of DeepSeek models cut down to a few layers, stage by stage, for published rows.
 
-`ModelSpec` cannot say these architectures, and this project does not train them: they are here because measured peaks
-of truncated DeepSeek models test the expert and pipeline terms of the memory model.
+The memory model takes every stage for one without dense layers, an upper bound that is too high where one layer of four
+is dense: measured peaks of such models test the expert and pipeline terms, so that their stages are counted exactly.
 """
 
 from __future__ import annotations

@@ -29,10 +29,11 @@ def weight_bytes(stage: StageParts, candidates: Candidates, element: float) -> A
 def kv_cache_bytes(
     spec: ModelSpec, candidates: Candidates, sequences: Array, tokens: Array | float, element: float
 ) -> Array:
-    """KV cache of a rank: key and value of every layer of the fullest stage, kv_heads / tp heads, `tokens` of each of
-    the replica's `sequences`."""
+    """KV cache of a rank: key and value of every layer of the fullest stage, kv_heads / tp heads (or latent attention's
+    one vector), `tokens` of each of the replica's `sequences`."""
     layers, _ = stage_layers(spec, candidates)
-    per_token = 2.0 * layers * spec.kv_heads / candidates.tp * spec.head_dim * element
+    width = spec.latent_width or spec.key_value_width / candidates.tp
+    per_token = layers * width * element
     cache: Array = per_token * tokens * sequences
     return cache
 

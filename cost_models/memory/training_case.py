@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from cost_models.candidates import Array
 from cost_models.stages import default_layers
-from plans.layout import Unit, model_units
+from plans.layout import Unit, layer_unit, model_units
 from plans.model import Head, ModelSpec
 
 OPERATOR_RECOMPUTE = 3
@@ -94,21 +94,28 @@ def unit_elements(unit: Unit, experts: Sequence[Unit] = ()) -> Elements:
 
 @dataclass(frozen=True, slots=True)
 class ModelParts:
-    """Elements of a model's units; `head_inputs`: vocabulary entries that the last stage computes per token."""
+    """Elements of a model's units: blocks with experts where there are some, and blocks without; `head_inputs`:
+    vocabulary entries that the last stage computes per token."""
 
     embedding: Elements
     block: Elements
+    dense: Elements
     head: Elements
     head_inputs: int
 
 
 @lru_cache(maxsize=64)
 def model_parts(spec: ModelSpec) -> ModelParts:
-    """Elements of the units of `plans.layout`; every block of a model has the same."""
+    """Elements of the units of `plans.layout`; every block of a kind has the same."""
     units = model_units(spec)
+    place = {unit.name: at for at, unit in enumerate(units)}
+    blocks = {spec.has_experts(layer): place[layer_unit(layer)] for layer in reversed(range(spec.layers))}
+    dense = blocks.get(False, blocks.get(True, 0))
+    block = blocks.get(True, dense)
     return ModelParts(
         embedding=unit_elements(units[0]),
-        block=unit_elements(units[1], units[2 : 2 + spec.experts]),
+        block=unit_elements(units[block], units[block + 1 : block + 1 + spec.experts] if True in blocks else ()),
+        dense=unit_elements(units[dense]),
         head=unit_elements(units[-1]),
         head_inputs=spec.padded_vocab if spec.head is Head.LM else 0,
     )
@@ -137,7 +144,8 @@ def stage_parts(
     spec: ModelSpec, pp: Array, *, last: bool, own_fullest: Array | float = 0.0, own_last: Array | float = 0.0
 ) -> StageParts:
     """The first or the last stage. Stages in between hold no more than the first, so one of the two is the fullest:
-    where stages are uneven the first counts with the layers of the fullest, which is an upper bound."""
+    where stages are uneven the first counts with the layers of the fullest, which is an upper bound; and where first
+    layers lack experts, with those of a stage that has none of them."""
     parts = model_parts(spec)
     fullest, ending = default_layers(spec.layers, pp)
     own = np.asarray(own_fullest) > 0
@@ -145,16 +153,20 @@ def stage_parts(
     first_here, last_here = (pp == 1, np.ones_like(pp, dtype=bool)) if last else (np.ones_like(pp, dtype=bool), pp == 1)
     tied_copy = last_here & ~first_here & (spec.tied_embeddings and spec.head is Head.LM)
     embeddings = first_here.astype(float) + tied_copy
+    sparse = np.minimum(np.ceil(layers / spec.experts_every), spec.expert_layers) if spec.experts else layers
+
+    def blocks(kind: str) -> Array:
+        held: Array = sparse * getattr(parts.block, kind) + (layers - sparse) * getattr(parts.dense, kind)
+        return held
+
     return StageParts(
         index=pp - 1 if last else np.zeros_like(pp),
         layers=layers,
-        sharded=layers * parts.block.sharded + embeddings * parts.embedding.sharded + last_here * parts.head.sharded,
-        replicated=layers * parts.block.replicated
-        + embeddings * parts.embedding.replicated
-        + last_here * parts.head.replicated,
-        experts=layers * parts.block.experts,
+        sharded=blocks("sharded") + embeddings * parts.embedding.sharded + last_here * parts.head.sharded,
+        replicated=blocks("replicated") + embeddings * parts.embedding.replicated + last_here * parts.head.replicated,
+        experts=sparse * parts.block.experts,
         embedding=first_here * float(parts.embedding.sharded),
         vocabulary=last_here * float(parts.head_inputs),
-        shapes=parts.block.shapes,
-        largest=parts.block.largest,
+        shapes=max(parts.block.shapes, parts.dense.shapes),
+        largest=max(parts.block.largest, parts.dense.largest),
     )

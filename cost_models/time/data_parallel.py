@@ -24,13 +24,11 @@ def _held_params(spec: ModelSpec, candidates: Candidates) -> tuple[Array, Array]
     """The rank's share of what tp cuts, and its experts, which lie whole on the ranks that hold them."""
     c = candidates
     layers, _ = stage_layers(spec, c)
-    experts = 0.0
-    if spec.experts:
-        experts = (3.0 if spec.gated_mlp else 2.0) * spec.hidden * spec.ffn * spec.experts
+    experts = float(spec.expert_params * spec.experts * spec.expert_layers / spec.layers)  # of a layer, in the mean
     vocabulary = float(spec.padded_vocab * spec.hidden)
     own_head = spec.head is Head.LM and not spec.tied_embeddings
     ends = vocabulary * np.where(c.pp == 1, 1.0 + own_head, 1.0)
-    dense = (layers * (spec.layer_params - experts) + ends) / c.tp
+    dense = (layers * (spec.blocks_params / spec.layers - experts) + ends) / c.tp
     return dense, layers * experts / c.ep
 
 

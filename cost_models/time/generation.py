@@ -145,7 +145,10 @@ def _decode_parts(
 
 
 def decode_attention(machine: Machine, spec: ModelSpec, candidates: Candidates, rows: Array, length: Array) -> Array:
-    """Seconds to read the keys and values of one layer: rows x length x 2 x kv_heads / tp x head_dim elements."""
+    """Seconds to read the keys and values of one layer: rows x length x 2 x kv_heads / tp x head_dim elements; with
+    latent attention the vector that all heads share."""
+    if spec.latent_width:
+        return machine.kernels.cache_read(spec.latent_width // 2, rows, length, np.ones_like(candidates.tp))
     kv_heads = np.maximum(spec.kv_heads / candidates.tp, 1.0)
     return machine.kernels.cache_read(spec.head_dim, rows, length, kv_heads)
 

@@ -98,7 +98,8 @@ def context_parallel(
     (Grattafiori et al. 2024, 3.3.2).
     """
     c = candidates
-    kv_bytes = tokens * 2.0 * np.maximum(spec.kv_heads / c.tp, 1.0) * float(spec.head_dim * machine.element_bytes)
+    width = float((spec.head_dim + spec.value_width) * machine.element_bytes)
+    kv_bytes = tokens * np.maximum(spec.kv_heads / c.tp, 1.0) * width
     per_node = c.ranks_per_node(c.tp, c.cp)
     if machine.constants.gathers_context:
         return machine.kernels.all_gather(kv_bytes * c.cp, c.cp, per_node)
@@ -125,13 +126,15 @@ def expert_gather(machine: Machine, spec: ModelSpec, candidates: Candidates, tok
     message = tokens * replicas * float(spec.hidden * machine.element_bytes)
     group = replicas, c.ranks_per_node(c.tp, replicas)
     gather = machine.kernels.all_gather(message, *group)
-    return np.where(replicas > 1.0, gather + machine.kernels.reduce_scatter(message, *group), 0.0)
+    both = gather + machine.kernels.reduce_scatter(message, *group)
+    return np.where(replicas > 1.0, both * (spec.expert_layers / spec.layers), 0.0)
 
 
 def expert_parallel(machine: Machine, spec: ModelSpec, candidates: Candidates, tokens: Array) -> Array:
-    """Seconds of the two all-to-alls that bring tokens to their experts and back."""
+    """Seconds of the two all-to-alls that bring tokens to their experts and back; the mean of a model's layers."""
     if not spec.experts:
         return np.zeros_like(tokens)
     c = candidates
     message = tokens / c.tp * float(spec.experts_per_token * spec.hidden * machine.element_bytes)
-    return 2.0 * machine.kernels.all_to_all(message, c.ep, c.ranks_per_node(np.ones_like(c.tp), c.ep))
+    one = machine.kernels.all_to_all(message, c.ep, c.ranks_per_node(np.ones_like(c.tp), c.ep))
+    return 2.0 * (spec.expert_layers / spec.layers) * one

@@ -44,11 +44,27 @@ def linears_both_ways(machine: Machine, spec: ModelSpec, tokens: Array, tp: Arra
 
 def layer_gemms(spec: ModelSpec, tokens: Array, tp: Array, ep: Array) -> list[Gemm]:
     """The products of one layer on one rank, forward: query-key-value, attention output, and the MLP's."""
+    if spec.kv_rank:
+        return _latent_gemms(spec, tokens, tp) + _mlp_gemms(spec, tokens, tp, ep)
     kv_width = np.maximum(spec.kv_heads / tp, 1.0) * spec.head_dim
     head_width = spec.heads * spec.head_dim / tp
     hidden = float(spec.hidden)
     attention = [Gemm(tokens, head_width + 2 * kv_width, hidden), Gemm(tokens, hidden, head_width)]
     return attention + _mlp_gemms(spec, tokens, tp, ep)
+
+
+def _latent_gemms(spec: ModelSpec, tokens: Array, tp: Array) -> list[Gemm]:
+    """Latent attention's products: down to the ranks (whole on every tp rank), up to the heads, and the output. In
+    generation keys and values are not made anew for every cached token: the same products act on query and output
+    instead (DeepSeek-V2, arXiv:2405.04434, 2.1.2)."""
+    hidden, heads = float(spec.hidden), spec.heads / tp
+    nope = spec.head_dim - spec.rotary_dim
+    down = [Gemm(tokens, float(rank), hidden) for rank in (spec.q_rank, spec.latent_width) if rank]
+    up = [
+        Gemm(tokens, heads * spec.head_dim, float(spec.q_rank or spec.hidden)),
+        Gemm(tokens, heads * (nope + spec.value_width), float(spec.kv_rank)),
+    ]
+    return [*down, *up, Gemm(tokens, hidden, heads * spec.value_width)]
 
 
 def _mlp_gemms(spec: ModelSpec, tokens: Array, tp: Array, ep: Array) -> list[Gemm]:
@@ -57,6 +73,7 @@ def _mlp_gemms(spec: ModelSpec, tokens: Array, tp: Array, ep: Array) -> list[Gem
     Experts are not cut by tp. The ep ranks of a run bring the tokens of ep / tp replicas together (sequence parallel
     ranks a part each), and each of the experts / ep local ones takes its share, tokens x ep / tp x k / experts; of
     those only the expected number that any token chose, E (1 - (1 - k/E)^tokens), is run (it matters in decoding).
+    Where only some layers have experts, products count by their share of the layers.
     """
     gates = 2.0 if spec.gated_mlp else 1.0
     hidden = float(spec.hidden)
@@ -66,12 +83,14 @@ def _mlp_gemms(spec: ModelSpec, tokens: Array, tp: Array, ep: Array) -> list[Gem
 
     if not spec.experts:
         return mlp(tokens, spec.ffn / tp, 1.0)
-    group_tokens = tokens * ep / tp
+    group_tokens, sparse = tokens * ep / tp, spec.expert_layers / spec.layers
     share = spec.experts_per_token / spec.experts
     used = -np.expm1(group_tokens * np.log1p(-share)) if share < 1 else np.ones_like(tokens)
     experts: Array = np.maximum(spec.experts / ep * used, 1.0)
-    routed = mlp(group_tokens * spec.experts_per_token / (experts * ep), np.full_like(tokens, spec.ffn), experts)
-    return routed + (mlp(tokens, spec.shared_ffn / tp, 1.0) if spec.shared_ffn else [])
+    rows = group_tokens * spec.experts_per_token / (experts * ep)
+    routed = mlp(rows, np.full_like(tokens, spec.ffn), experts * sparse)
+    shared = mlp(tokens, spec.shared_ffn / tp, sparse) if spec.shared_ffn else []
+    return routed + shared + (mlp(tokens, spec.dense_ffn / tp, 1.0 - sparse) if sparse < 1 else [])
 
 
 def attention_core(machine: Machine, spec: ModelSpec, tokens: Array, length: Array, tp: Array) -> Array:
@@ -81,9 +100,10 @@ def attention_core(machine: Machine, spec: ModelSpec, tokens: Array, length: Arr
     matrix in memory.
     """
     constants, heads = machine.constants, spec.heads / tp
+    width = (spec.head_dim + spec.value_width) // 2  # of a head's keys and values, in the mean
     if constants.flash_attention:
-        return machine.kernels.attention(spec.head_dim, tokens, length, heads)
-    flops = 4.0 * tokens * length * (heads * spec.head_dim)
+        return machine.kernels.attention(width, tokens, length, heads)
+    flops = 4.0 * tokens * length * (heads * width)
     scores = tokens * length * heads * machine.element_bytes
     return flops / (machine.peak_flops * constants.attention_efficiency) + scores * (
         constants.softmax_passes / machine.memory_bytes_per_s
@@ -97,7 +117,10 @@ def streaming(machine: Machine, spec: ModelSpec, tokens: Array, tp: Array, seque
     """
     constants = machine.constants
     widths = constants.hidden_passes * spec.hidden / np.where(sequence_parallel, tp, 1.0)
-    active = spec.experts_per_token * spec.ffn + spec.shared_ffn if spec.experts else spec.ffn
+    active = float(spec.ffn)
+    if spec.experts:
+        sparse = spec.expert_layers / spec.layers
+        active = (spec.experts_per_token * spec.ffn + spec.shared_ffn) * sparse + spec.dense_ffn * (1.0 - sparse)
     gates = 1.5 if spec.gated_mlp else 1.0
     widths = widths + constants.ffn_passes * gates * active / tp
     return tokens * widths * (machine.element_bytes / machine.memory_bytes_per_s)

@@ -104,7 +104,7 @@ def strategies(
     spec, kind = workload.spec(call), workload.graph.call(call).kind
     samples = workload.samples_per_step(call)
     for tp in divisors(shape.gpus):
-        if spec.kv_heads % tp or (spec.shared_ffn if spec.experts else spec.ffn) % tp or spec.padded_vocab % tp:
+        if any(extent % tp for extent in (spec.kv_heads, *spec.cut_widths, spec.padded_vocab)):
             pruned.note("tp must divide KV heads, ffn and vocabulary")
             continue
         for pp, cp in product(divisors(shape.size // tp), CONTEXT_DEGREES):
