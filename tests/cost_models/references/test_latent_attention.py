@@ -54,7 +54,7 @@ def memory_of(call: str, cluster: ClusterSpec, strategy: ParallelStrategy) -> tu
     """Weights and KV cache of a rank, GB."""
     graph = algorithm_graph("grpo")
     workload = Workload(
-        graph=graph, models={role: V3 for role in graph.roles}, batch_size=16, group_size=32, prompt_tokens=1024,
+        graph=graph, models=dict.fromkeys(graph.roles, V3), batch_size=16, group_size=32, prompt_tokens=1024,
         response_tokens=7168, minibatches=4, dtype="bf16",
     )  # fmt: skip
     terms = call_memory(MEGATRON.on(cluster, "bf16"), workload, call, Candidates.of([(cluster.whole, strategy)]))
