@@ -15,6 +15,7 @@ from plans.graph import MOST_STALENESS, DataflowGraph
 from plans.lengths import percentiles_of
 from plans.lengthsfile import lengths_file
 from plans.library import load_cluster, load_model
+from plans.model import ModelSpec
 from plans.problems import shortened
 from plans.runfile import RunFile, RunWorkload, load_run
 from plans.workload import Workload, role_spec
@@ -72,20 +73,26 @@ def build_request(
     if not actor:
         raise SpecError("no model is given", "--model llama-70b, or --run FILE with workload.models.actor")
     function = bool(file.reward) and "reward" not in names
-    graph = (
-        replace(own_graph, staleness=staleness)
-        if own_graph
-        else algorithm_graph(
-            wanted.algorithm,
-            recompute_logprobs=wanted.recompute_logprobs,
-            reward_seconds_per_sample=PYTHON_REWARD_SECONDS if function else None,
-            staleness=staleness,
-        )
+    graph = replace(own_graph, staleness=staleness) if own_graph else _graph(wanted, function, staleness)
+    specs = {role: role_spec(role, load_model(names.get(role, actor))) for role in graph.roles}
+    workload = _workload(graph, specs, wanted)
+    for problem in context_problems(workload):
+        raise SpecError(problem.message, problem.hint)
+    return Request(workload=workload, cluster=load_cluster(cluster, gpus=gpus, gpus_per_node=gpus_per_node), run=run)
+
+
+def _graph(wanted: RunWorkload, function: bool, staleness: int) -> DataflowGraph:
+    """The graph of a named algorithm; function: its reward is one of Python."""
+    return algorithm_graph(
+        wanted.algorithm,
+        recompute_logprobs=wanted.recompute_logprobs,
+        reward_seconds_per_sample=PYTHON_REWARD_SECONDS if function else None,
+        staleness=staleness,
     )
-    specs = {}
-    for role in graph.roles:
-        specs[role] = role_spec(role, load_model(names.get(role, actor)))
-    workload = Workload(
+
+
+def _workload(graph: DataflowGraph, specs: Mapping[str, ModelSpec], wanted: RunWorkload) -> Workload:
+    return Workload(
         graph=graph,
         models=specs,
         batch_size=wanted.batch_size,
@@ -100,9 +107,6 @@ def build_request(
         dtype=wanted.dtype,
         allow_long=wanted.allow_long,
     )
-    for problem in context_problems(workload):
-        raise SpecError(problem.message, problem.hint)
-    return Request(workload=workload, cluster=load_cluster(cluster, gpus=gpus, gpus_per_node=gpus_per_node), run=run)
 
 
 def _group_size(graph: DataflowGraph, wanted: RunWorkload) -> int:

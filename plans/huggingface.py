@@ -13,9 +13,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from plans.config_keys import INERT
+from plans.decoder import Decoder
 from plans.documents import BadText, locate, parse_json, read_text, refuse
 from plans.errors import SpecError, nearest
-from plans.families import FAMILIES, Decoder
+from plans.families import FAMILIES
 from plans.model import ModelSpec
 from plans.problems import Problem, shortened
 from plans.shapes import shape_problems

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from plans.terminal import plain_streams
+
+if TYPE_CHECKING:
+    from runtime.launching.preparation import Words
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 export_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -45,9 +47,10 @@ def realrun(
             raise typer.BadParameter(f"`{override}` is not of the form key=value", param_hint="overrides")
     from plans.codec import BadPlan
     from plans.errors import RealplanError
+    from runtime.launching.preparation import Words
 
     try:
-        _run(plan, overrides or [], run, dry_run, allow_stale, allow_long, resume)
+        _run(plan, overrides or [], run, Words(dry_run, allow_stale, allow_long, resume))
     except RealplanError as error:
         if debug:
             _say(getattr(error, "details", ""))
@@ -56,66 +59,18 @@ def realrun(
         raise typer.Exit(1) from None
 
 
-def _run(
-    path: Path,
-    overrides: list[str],
-    run_path: Path | None,
-    dry_run: bool,
-    allow_stale: bool,
-    allow_long: bool,
-    resume: bool,
-) -> None:
-    from plans.legal import legal_plan
-    from runtime.checkpoints.resume import Start, choose_start
-    from runtime.launching.describe import batch_words, program_words
-    from runtime.launching.entry import prepare_ranks
-    from runtime.launching.output import check_output
-    from runtime.launching.preflight import (
-        check_context,
-        check_devices,
-        check_estimate,
-        check_job,
-        check_packages,
-        check_weights,
-        read_run,
-    )
-    from runtime.launching.slurm import rank_variables
-    from runtime.models.support import check_supported
-    from runtime.processes.member import began_again, outside_member
+def _run(path: Path, overrides: list[str], run_path: Path | None, words: Words) -> None:
+    from runtime.launching.preparation import prepare
 
-    member = outside_member({**os.environ, **rank_variables(os.environ)})
-    plan = legal_plan(path)
-    if not allow_stale:
-        check_estimate(plan, path)
-    plan = check_context(plan, path, allow_long)
-    run = read_run(plan, path, run_path, overrides)
-    if resume or began_again(member):
-        run = run.model_copy(update={"resume_from": run.resume_from or str(run.checkpoint_folder)})
-    first = member is None or member.rank == 0
-    if dry_run or first:
-        for line in batch_words(plan):
-            print(line) if dry_run else _say(line)
-    if dry_run:
-        for line in program_words(plan):
-            print(line)
-    check_supported(plan)
-    check_weights(plan, run)
-    check_packages()
-    check_devices(plan, None if member is None else member.world)
-    if first:
-        check_output(plan, run)
-    start = choose_start(plan, run) if first else Start()
-    if dry_run:
-        check_job(plan, run)
+    ready = prepare(path, overrides, run_path, words)
+    if words.dry_run:
         return
-    if member is None:
-        prepare_ranks(plan)
     from runtime.launching.launch import launch
     from runtime.reports.monitor import summary
 
-    lines = launch(plan, run, member, start)
-    if first:
-        for line in [*summary(plan, lines), f"output: {run.output}"]:
+    lines = launch(ready.plan, ready.run, ready.member, ready.start)
+    if ready.first:
+        for line in [*summary(ready.plan, lines), f"output: {ready.run.output}"]:
             _say(line)
 
 

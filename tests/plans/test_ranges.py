@@ -13,7 +13,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from plans import planfile, runfile
 from plans.algorithms import algorithm_graph
 from plans.config_keys import Rope
-from plans.families import Decoder, Mixtral, Qwen2Moe, Qwen3Moe
+from plans.decoder import Decoder
+from plans.families import Mixtral, Qwen2Moe, Qwen3Moe
 from plans.graphfile import graph_of
 from plans.library import load_model
 from plans.workload import Workload

@@ -1,0 +1,91 @@
+"""Everything that a process does before a run starts: which rank it is, the plan and the run file, and whether both can
+run here. Light, so that a mistake is named at once: torch is loaded by the last checks alone."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from plans.legal import legal_plan
+from plans.plan import ExecutionPlan
+from plans.runfile import RunFile
+from runtime.checkpoints.resume import Start, choose_start
+from runtime.launching.describe import batch_words, program_words
+from runtime.launching.entry import prepare_ranks
+from runtime.launching.output import check_output
+from runtime.launching.preflight import (
+    check_context,
+    check_devices,
+    check_estimate,
+    check_job,
+    check_packages,
+    check_weights,
+    read_run,
+)
+from runtime.launching.slurm import rank_variables
+from runtime.models.support import check_supported
+from runtime.processes.member import Member, began_again, outside_member
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """What the command line asks for. dry_run: say what would run, and stop. allow_stale: run although the estimate is
+    not of this plan. allow_long: samples may outgrow a model's context. resume: go on from the newest checkpoint."""
+
+    dry_run: bool = False
+    allow_stale: bool = False
+    allow_long: bool = False
+    resume: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A run that can start. member: which rank this process is, None where it starts the ranks of one machine."""
+
+    plan: ExecutionPlan
+    run: RunFile
+    member: Member | None
+    start: Start
+
+    @property
+    def first(self) -> bool:
+        """Whether this process speaks and writes for the run."""
+        return self.member is None or self.member.rank == 0
+
+
+def prepare(path: Path, overrides: list[str], run_path: Path | None, words: Words) -> Ready:
+    """Read, check and describe a run. Raises RealplanError for what cannot run."""
+    member = outside_member({**os.environ, **rank_variables(os.environ)})
+    plan = legal_plan(path)
+    if not words.allow_stale:
+        check_estimate(plan, path)
+    plan = check_context(plan, path, words.allow_long)
+    run = read_run(plan, path, run_path, overrides)
+    if words.resume or began_again(member):
+        run = run.model_copy(update={"resume_from": run.resume_from or str(run.checkpoint_folder)})
+    first = member is None or member.rank == 0
+    _describe(plan, words, first)
+    check_supported(plan)
+    check_weights(plan, run)
+    check_packages()
+    check_devices(plan, None if member is None else member.world)
+    if first:
+        check_output(plan, run)
+    start = choose_start(plan, run) if first else Start()
+    if words.dry_run:
+        check_job(plan, run)
+    elif member is None:
+        prepare_ranks(plan)
+    return Ready(plan, run, member, start)
+
+
+def _describe(plan: ExecutionPlan, words: Words, first: bool) -> None:
+    """The words of the batch; where nothing is to run, what each rank would do."""
+    if words.dry_run or first:
+        for line in batch_words(plan):
+            print(line, file=sys.stdout if words.dry_run else sys.stderr)
+    if words.dry_run:
+        for line in program_words(plan):
+            print(line)
