@@ -1,4 +1,4 @@
-"""The options of the commands that look at plans: show, trace, compare, diff, headline."""
+"""The options of the commands that look at plans: show, trace, compare, diff, headline, report."""
 
 from __future__ import annotations
 
@@ -65,4 +65,14 @@ def headline(
     raise typer.Exit(headline_command(engine=engine, seconds=seconds, seed=seed, html=html, as_json=as_json))
 
 
-COMMANDS = (show, trace, compare, diff, headline)
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="output folder of a run, which may still go on")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="default: report.html in the folder")] = None,
+) -> None:
+    """Write the page of a run: curves, timelines, memory, samples, predicted beside measured."""
+    from planner.cli.commands.report import report_command
+
+    raise typer.Exit(report_command(folder, output=output))
+
+
+COMMANDS = (show, trace, compare, diff, headline, report)

@@ -45,12 +45,17 @@ def render_page(pictures: Sequence[Picture], title: str, table: Table | None = N
     plan = pictures[0].plan
     until_s = _until_s(pictures)
     body = [
-        f"<header><h1>{escape(title)}</h1>{_about(plan)}</header>",
-        _head_table(table) if table else "",
-        _legend(plan),
-        *(_section(picture, until_s) for picture in pictures),
-        _calls(pictures[0]) if len(pictures) == 1 else "",
+        head(title, plan),
+        table_section(table) if table else "",
+        legend(plan),
+        *(section(picture, until_s) for picture in pictures),
+        calls_section(pictures[0]) if len(pictures) == 1 else "",
     ]
+    return document(title, body)
+
+
+def document(title: str, body: Sequence[str]) -> str:
+    """A whole page."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -68,7 +73,8 @@ def _until_s(pictures: Sequence[Picture]) -> float:
     return max(1.02 * max(periods), 2.0 * min(periods))
 
 
-def _about(plan: ExecutionPlan) -> str:
+def head(title: str, plan: ExecutionPlan) -> str:
+    """The head of the page: what is run on what."""
     w, c = plan.workload, plan.cluster
     samples = f"{w.batch_size} prompts" + (f" x {w.group_size} samples" if w.group_size > 1 else "")
     models = ", ".join(f"{role} {w.models[role].name}" for role in w.graph.roles)
@@ -77,10 +83,11 @@ def _about(plan: ExecutionPlan) -> str:
         f"{w.minibatches} minibatches, {w.dtype}. {models}. {c.size} x {c.gpu.name} in {c.nodes} nodes of "
         f"{c.gpus_per_node}."
     )
-    return f'<p class="soft">{escape(words)}</p>'
+    return f'<header><h1>{escape(title)}</h1><p class="soft">{escape(words)}</p></header>'
 
 
-def _legend(plan: ExecutionPlan) -> str:
+def legend(plan: ExecutionPlan) -> str:
+    """The colours of the calls, and the zoom of all timelines."""
     keys = [(f"k{i % PALETTE}", call.name) for i, call in enumerate(plan.workload.graph.calls)]
     keys += [("reallocate", "reallocation of weights"), ("transfer", "transfer of a batch"), ("idle", "idle")]
     words = "".join(
@@ -92,7 +99,8 @@ def _legend(plan: ExecutionPlan) -> str:
     return f'<div class="legend">{words}{zoom}</div>'
 
 
-def _section(picture: Picture, until_s: float) -> str:
+def section(picture: Picture, until_s: float) -> str:
+    """A plan over `until_s` seconds, and its memory."""
     memory = ""
     if picture.memory:
         bars = memory_svg(picture.plan, picture.memory)
@@ -105,29 +113,37 @@ def _section(picture: Picture, until_s: float) -> str:
     )
 
 
-def _figures(picture: Picture) -> str:
-    plan, timeline = picture.plan, picture.timeline
-    idle = "\n".join(f"{mesh}: {share:.1%} idle" for mesh, share in idle_by_mesh(timeline, plan).items())
-    figures = [(f"{timeline.period_s:.4g} s", f"per iteration, {timeline.source}", "", "")]
-    figures.append((f"{idle_share(timeline, plan.cluster):.1%}", "of GPU time idle", "", idle))
-    if picture.memory:
-        capacity, peak = plan.cluster.gpu.memory_gib, picture.memory.peak_gib
-        where = f"peak of {capacity:g} GiB, in {picture.memory.peak_step}"
-        figures.append((f"{peak:.1f} GiB", where, "bad" if peak > capacity else "", ""))
+def figures(found: Sequence[tuple[str, str, str, str]]) -> str:
+    """Large figures, each with words below, a class and words for who asks."""
     cells = "".join(
         f'<div title="{escape(more)}"><b class="{kind}">{escape(figure)}</b><span>{escape(words)}</span></div>'
-        for figure, words, kind, more in figures
+        for figure, words, kind, more in found
     )
     return f'<div class="figures">{cells}</div>'
 
 
-def _head_table(table: Table) -> str:
-    head = "".join(f"<th>{escape(column)}</th>" for column in table.columns)
+def _figures(picture: Picture) -> str:
+    plan, timeline = picture.plan, picture.timeline
+    idle = "\n".join(f"{mesh}: {share:.1%} idle" for mesh, share in idle_by_mesh(timeline, plan).items())
+    found = [(f"{timeline.period_s:.4g} s", f"per iteration, {timeline.source}", "", "")]
+    found.append((f"{idle_share(timeline, plan.cluster):.1%}", "of GPU time idle", "", idle))
+    if picture.memory:
+        capacity, peak = plan.cluster.gpu.memory_gib, picture.memory.peak_gib
+        where = f"peak of {capacity:g} GiB, in {picture.memory.peak_step}"
+        found.append((f"{peak:.1f} GiB", where, "bad" if peak > capacity else "", ""))
+    return figures(found)
+
+
+def table_section(table: Table, title: str = "", kind: str = "table") -> str:
+    """A table with its title; kind: a class of the style sheet."""
+    heading = f"<h2>{escape(title)}</h2>" if title else ""
+    columns = "".join(f"<th>{escape(column)}</th>" for column in table.columns)
     rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
-    return f'<section class="table"><table><tr>{head}</tr>{rows}</table></section>'
+    return f'<section class="{kind}">{heading}<table><tr>{columns}</tr>{rows}</table></section>'
 
 
-def _calls(picture: Picture) -> str:
+def calls_section(picture: Picture) -> str:
+    """The calls of a plan with their seconds."""
     seconds = picture.timeline.call_seconds()
     plan = picture.plan
     rows = "".join(
@@ -136,5 +152,5 @@ def _calls(picture: Picture) -> str:
         f"<td>{seconds.get(p.call, 0.0):.2f}</td></tr>"
         for p in plan.calls
     )
-    head = "<tr><th>call</th><th>mesh</th><th>strategy</th><th>settings</th><th>seconds</th></tr>"
-    return f'<section class="table"><table class="calls">{head}{rows}</table></section>'
+    columns = "<tr><th>call</th><th>mesh</th><th>strategy</th><th>settings</th><th>seconds</th></tr>"
+    return f'<section class="table"><table class="calls">{columns}{rows}</table></section>'

@@ -47,6 +47,11 @@ th{color:var(--soft);font-weight:600;font-size:12px;vertical-align:bottom}
 .table td{white-space:nowrap}td:first-child,th:first-child{text-align:left;padding-left:0}.table{overflow-x:auto}
 .calls td,.calls th{text-align:left}.calls td:last-child,.calls th:last-child{text-align:right}
 .zoom{display:flex;align-items:center;gap:8px;font-size:13px;color:var(--soft);margin-left:auto}
+.curves{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(340px,100%),1fr));gap:16px 22px;margin-top:8px}
+.curves h3{margin:0 0 2px}svg.curve{display:block;width:100%}.curve path{fill:none;stroke-width:1.6;stroke:var(--c0)}
+.curve path.raw{stroke-width:1;opacity:.4}.curve circle{fill:var(--c4)}.curve path.s1{stroke:var(--c4)}
+.texts{overflow-x:auto}
+.texts td,.texts th{text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere}
 #tip{position:fixed;z-index:9;max-width:min(380px,90vw);background:var(--ink);color:var(--bg);padding:8px 11px;
 border-radius:7px;font-size:12.5px;line-height:1.4;white-space:pre-line;pointer-events:none;opacity:0}
 #tip.on{opacity:1}#tip::first-line{font-weight:600}

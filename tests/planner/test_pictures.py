@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from browsers import CHROMIUM, NO_CHROMIUM, browser, reported
 
 from cost_models.estimate import PlanCost, cost_plan
 from planner.pictures.idle import idle_by_mesh, idle_by_rank, idle_share
@@ -26,15 +25,6 @@ from plans.plan import ExecutionPlan, PlannedCall
 from plans.strategy import ParallelStrategy, Recompute, parse_degrees
 from plans.timeline import Span, Timeline
 from plans.workload import Workload
-
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
-)
-FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-)  # fmt: skip
-
 
 PLACES = (
     ("critic_train", "nodes 8-15", "d16 t4 p1", {"micro_batches": 4, "recompute": Recompute.FULL}, 1),
@@ -163,13 +153,7 @@ def test_ticks_are_round_and_few(until: float) -> None:
     assert re.fullmatch(r"[125](\.?0*)?(e[+-]\d+)?", f"{found[1]:e}".replace(".000000", ""))
 
 
-def browser(page: Path, profile: Path) -> str:
-    """The document after its scripts ran."""
-    command = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", "--window-size=1200,900", "--dump-dom", page.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=90, check=True).stdout
-
-
-@pytest.mark.skipif(not CHROMIUM, reason="no chromium on PATH (Debian: apt-get install chromium)")
+@pytest.mark.skipif(not CHROMIUM, reason=NO_CHROMIUM)
 def test_browser_draws_every_bar_without_an_error(
     page: str, plan: ExecutionPlan, cost: PlanCost, tmp_path: Path
 ) -> None:
@@ -181,9 +165,7 @@ def test_browser_draws_every_bar_without_an_error(
         file = tmp_path / f"{name}.html"
         file.write_text(text)
         dom = browser(file, tmp_path / "profile")
-        body = re.search(r"<body[^>]*>", dom)
-        assert body
-        data = dict(re.findall(r'data-(\w+)="([^"]*)"', body.group()))
+        data = reported(dom)
         assert "error" not in data, data
         assert data["ready"] == "yes"
         assert int(data["bars"]) == int(data["drawn"]) == text.count('class="b ') > 30
