@@ -237,8 +237,9 @@ class RunFile(_Closed):
     `format`, `code`, `vader`, or several with their weights; unused where the graph's reward is a model. actor: the
     optimizer of every trained role but the critic. timeout_s bounds every collective; 0: as long as the plan's estimate
     asks for (`patience_s`). on_nonfinite: what happens to an optimizer step whose loss or gradient norm is no finite
-    number. samples: how many of each iteration's samples go to `samples.jsonl` as texts. restarts: how often a run that
-    fails is started again from its newest checkpoint.
+    number. samples: how many of each iteration's samples go to `samples.jsonl` as texts. report: draw the page of the
+    run at its end (`realplan report FOLDER` does it at any time). restarts: how often a run that fails is started again
+    from its newest checkpoint.
     resume_from: a checkpoint, a folder of them, or the output of a run, whose newest usable one is taken up.
     """
 
@@ -257,6 +258,7 @@ class RunFile(_Closed):
     output: str = "runs/latest"
     export: bool = True
     samples: Count = 4
+    report: bool = True
     timeout_s: Annotated[float, Field(ge=0, le=1e7)] = 0.0
     on_nonfinite: Literal["stop", "skip"] = "stop"
     checkpoint: Checkpoints = Checkpoints()

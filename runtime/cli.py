@@ -67,11 +67,14 @@ def _run(path: Path, overrides: list[str], run_path: Path | None, words: Words) 
         return
     from runtime.launching.launch import launch
     from runtime.reports.monitor import summary
+    from runtime.reports.page import write_page
 
     lines = launch(ready.plan, ready.run, ready.member, ready.start)
     if ready.first:
         for line in [*summary(ready.plan, lines), f"output: {ready.run.output}"]:
             _say(line)
+        if ready.run.report and lines:
+            _say(write_page(Path(ready.run.output)))
 
 
 def _say(text: str) -> None:

@@ -84,6 +84,7 @@ def tiny_run(output: Path, **keys: Any) -> RunFile:
         "timeout_s": 60,
         "output": str(output),
         "checkpoint": {"every": 0},
+        "report": False,
     }
     return RunFile.model_validate(data | keys)
 

@@ -17,6 +17,7 @@ from plans.files import OutputError, check_target, free_name, write_atomically
 from plans.lengthsfile import METRICS
 from plans.plan import ExecutionPlan
 from plans.runfile import CHECKPOINTS, RANDOM, RunFile
+from runtime.reports.page import PAGE
 from runtime.reports.records import BEST, EVALUATIONS, SAMPLES, TIMELINE
 
 
@@ -106,7 +107,14 @@ def _set_aside(plan: ExecutionPlan, output: Path) -> Path | None:
     role = exported_role(plan)
     if _is_of_a_run(output) and not (output / METRICS).stat().st_size and not os.path.lexists(output / role):
         return None  # it failed before its first iteration
-    moving = [METRICS, TIMELINE, SAMPLES, EVALUATIONS, *([role, BEST, CHECKPOINTS] if _is_of_a_run(output) else [])]
+    moving = [
+        METRICS,
+        TIMELINE,
+        SAMPLES,
+        EVALUATIONS,
+        PAGE,
+        *([role, BEST, CHECKPOINTS] if _is_of_a_run(output) else []),
+    ]
     moving = [name for name in moving if os.path.lexists(output / name)]
     copied = [name for name in (PLAN, RUN) if os.path.isfile(output / name)]
     if not moving and (not copied or _holds(output / PLAN, plan)) and RUN not in copied:
