@@ -100,6 +100,12 @@ class Contents:
         return len(self.tp)
 
     @cached_property
+    def even(self) -> Flags:
+        """[contents] whether all GPUs of the node hold the same stage and share."""
+        even: Flags = ((self.stage == self.stage[:, :1]) & (self.share == self.share[:, :1])).all(axis=1)
+        return even
+
+    @cached_property
     def stage_units(self) -> Array:
         """[stages, units] 1 where the stage holds the unit, as matrix products want it."""
         return self.units.astype(np.float64)
@@ -176,17 +182,15 @@ class Holdings:
         """Nodes of each mesh, [layouts]."""
         return self.last - self.first + 1
 
-    def take(self, layouts: IntArray) -> Holdings:
-        """Some of the layouts, with what their nodes hold."""
-        forms, form = np.unique(self.form[layouts], return_inverse=True)
+    @cached_property
+    def form_nodes(self) -> IntArray:
+        """Nodes of a mesh of each form, [forms]."""
+        return np.asarray((self.content > 0).sum(axis=1))
+
+    def contents_of(self, forms: IntArray) -> tuple[Contents, IntArray]:
+        """What the nodes of some forms hold, and the numbers of that, [forms, nodes]."""
         numbers, content = _occurring(self.content[forms])
-        return Holdings(
-            contents=self.contents.take(numbers),
-            content=content,
-            form=form.reshape(-1),
-            first=self.first[layouts],
-            last=self.last[layouts],
-        )
+        return self.contents.take(numbers), content
 
 
 def _form(layout: Layout, per_node: int) -> Form:

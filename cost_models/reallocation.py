@@ -2,29 +2,28 @@
 
 The bytes are those of `plans.reallocation` in closed form, without listing transfers: a target rank receives what it
 needs and does not hold; a node receives over the network, once, what some rank of it needs and none of it holds. Both
-are exact for every legal layout (tp groups inside a node). A node's traffic depends only on what the node holds in
-the source and needs in the target, so that it is computed once per pair of node contents (`cost_models.holdings`) and
-summed over the nodes that the two meshes share; the target's other nodes receive all they need.
+are exact for every legal layout (tp groups inside a node). What moves depends on the *relation* of two layouts alone:
+what their nodes hold (`cost_models.holdings`) and how far apart their meshes begin. It is computed once per relation,
+and a node's share of it once per pair of node contents that meet on a node; the target's nodes that the source does
+not have receive all they need.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import product
 
 import numpy as np
 
-from cost_models.candidates import Array, Flags
+from cost_models.candidates import Array
 from cost_models.engines.machine import Machine
-from cost_models.holdings import Contents, Holdings, IntArray, Parts, UnitSizes, unit_sizes
+from cost_models.holdings import Contents, IntArray, Parts, UnitSizes, unit_sizes
+from cost_models.relations import Meeting, Relations
 from plans.cluster import ClusterSpec
 from plans.layout import Layout
-
-PAIRS_AT_ONCE = 2**20
-"""Pairs of layouts whose traffic is computed together."""
-RUN = 256
-"""Contents of nodes that are compared with as many others at a time."""
+from plans.model import ModelSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,11 +51,12 @@ def reallocation_matrix(machine: Machine, sources: Sequence[Layout], targets: Se
     element_bytes, cluster = machine.element_bytes, machine.cluster
     link_s = element_bytes / machine.link_send_bytes_per_s
     network_s = element_bytes / (machine.network_bytes_per_s * cluster.gpus_per_node)
-    seconds = np.empty((len(sources), len(targets)))
-    for rows, moved in _traffic_in_parts(cluster, sources, targets):
-        each = moved.rank_peak * link_s + moved.node_peak * network_s + moved.messages * machine.constants.message_s
-        seconds[rows] = each
-    return seconds
+    relations = Relations.of(sources, targets, cluster.gpus_per_node)
+    each = np.empty(len(relations))
+    for part, moved in _traffic_in_parts(targets[0].spec, relations):
+        message_s = moved.messages * machine.constants.message_s
+        each[part] = moved.rank_peak * link_s + moved.node_peak * network_s + message_s
+    return relations.spread(each)
 
 
 def reallocation_time(machine: Machine, pairs: Sequence[tuple[Layout, Layout]]) -> Array:
@@ -70,49 +70,46 @@ def reallocation_time(machine: Machine, pairs: Sequence[tuple[Layout, Layout]]) 
 
 def reallocation_traffic(cluster: ClusterSpec, sources: Sequence[Layout], targets: Sequence[Layout]) -> Traffic:
     """What moves between every source and target layout of one model."""
-    whole = Traffic(*(np.empty((len(sources), len(targets))) for _ in fields(Traffic)))
-    for rows, moved in _traffic_in_parts(cluster, sources, targets):
-        for figure in fields(Traffic):
-            getattr(whole, figure.name)[rows] = getattr(moved, figure.name)
-    return whole
+    relations = Relations.of(sources, targets, cluster.gpus_per_node)
+    whole = {figure.name: np.empty(len(relations)) for figure in fields(Traffic)}
+    for part, moved in _traffic_in_parts(targets[0].spec, relations):
+        for name, figure in whole.items():
+            figure[part] = getattr(moved, name)
+    return Traffic(**{name: relations.spread(figure) for name, figure in whole.items()})
 
 
-def _traffic_in_parts(
-    cluster: ClusterSpec, sources: Sequence[Layout], targets: Sequence[Layout]
-) -> Iterator[tuple[IntArray, Traffic]]:
-    """Some of the sources, and what moves between each of them and every target.
-
-    A dozen arrays of all pairs would not fit a laptop's memory on a thousand GPUs (20 million pairs), and arrays that
-    do not fit the processor's cache are slow. Sources of one form stand in one part, because their nodes' contents are
-    the same."""
-    source, target = (Holdings.of(layouts, cluster.gpus_per_node) for layouts in (sources, targets))
-    sizes, theirs = unit_sizes(targets[0].spec), target.contents
-    rows = np.bincount(source.form, minlength=len(source.content))
-    different = np.array([len(np.unique(contents)) for contents in source.content])
-    pairs = rows * len(targets) + different * len(theirs)  # of layouts and of contents, of every form
-    part = (np.cumsum(pairs) // PAIRS_AT_ONCE)[source.form]
-    for number in np.unique(part):
-        here = np.flatnonzero(part == number)
-        yield here, _traffic(sizes, source.take(here), target)
+def _traffic_in_parts(spec: ModelSpec, relations: Relations) -> Iterator[tuple[slice, Traffic]]:
+    """Some relations, and what moves in each: arrays of all pairs of contents would not fit a laptop's memory, and
+    arrays that do not fit the processor's cache are slow."""
+    sizes = unit_sizes(spec)
+    for forms in relations.parts():
+        part = relations.of_forms(forms)
+        source = relations.source.contents_of(np.arange(forms.start, forms.stop))
+        yield part, _traffic(sizes, *source, forms.start, relations, part)
 
 
-def _traffic(sizes: UnitSizes, source: Holdings, target: Holdings) -> Traffic:
-    node = _node_traffic(sizes, source.contents, target.contents)
-    shared = _SharedNodes.of(source, target)
-    network = shared.over_nodes(node.network, np.add)
-    node_peak = np.maximum(shared.over_nodes(node.network, np.maximum), network / source.nodes[:, None])
+def _traffic(
+    sizes: UnitSizes, source: Contents, content: IntArray, first_form: int, relations: Relations, part: slice
+) -> Traffic:
+    """What moves in a part of the relations; content: [its source forms, nodes], the first of which is `first_form`."""
+    target = relations.target
+    row, column, offset = (array[part] for array in (relations.row, relations.column, relations.offset))
+    meeting = Meeting.of(content, target.content, row - first_form, column, offset, len(target.contents))
+    node = _node_traffic(sizes, source, target.contents, meeting.cells)
+    network = meeting.over_nodes(node.network, np.add)
+    node_peak = np.maximum(meeting.over_nodes(node.network, np.maximum), network / relations.source.form_nodes[row])
     return Traffic(
-        received=shared.over_nodes(node.received, np.add),
+        received=meeting.over_nodes(node.received, np.add),
         network=network,
-        rank_peak=shared.over_nodes(node.rank_peak, np.maximum),
+        rank_peak=meeting.over_nodes(node.rank_peak, np.maximum),
         node_peak=node_peak,
-        messages=shared.over_nodes(node.messages, np.maximum),
+        messages=meeting.over_nodes(node.messages, np.maximum),
     )
 
 
 @dataclass(frozen=True, eq=False)
 class _NodeTraffic:
-    """Traffic of one node by its contents, [source contents, target contents]; the words are those of `Traffic`."""
+    """Traffic of nodes that turn a source content into a target content, [cells]; the words are those of `Traffic`."""
 
     received: Array
     network: Array
@@ -120,50 +117,39 @@ class _NodeTraffic:
     messages: Array
 
 
-def _node_traffic(sizes: UnitSizes, source: Contents, target: Contents) -> _NodeTraffic:
-    """Traffic of a node that turns each source content into each target content. All sums are whole numbers below
-    2^53, so that they are exact in any order."""
-    received, peak, messages = (np.zeros((len(source), len(target))) for _ in range(3))
+def _node_traffic(sizes: UnitSizes, source: Contents, target: Contents, cells: IntArray) -> _NodeTraffic:
+    """Traffic of the nodes of some cells (source content x target contents + target content). All sums are whole
+    numbers below 2^53, so that they are exact in any order."""
+    held, needed = np.divmod(cells, len(target))
+    received, peak, messages = (np.zeros(len(cells)) for _ in range(3))
     common = _Common.of(sizes, source, target)
-    for rows, own in _runs(source.tp):
-        for columns, part in _runs(target.tp):
-            block = rows, columns
-            for gpus, at, overlap in _alike(source, target, block, own, part):
-                moved, pieces = common.missing(own, part, overlap, *at)
-                received[block] += gpus * moved
-                np.maximum(peak[block], moved, out=peak[block])
-                np.maximum(messages[block], pieces, out=messages[block])
-    network, away = _from_other_nodes(sizes, source, target)
+    even = source.even[held] & target.even[needed]
+    for own, part in product(np.unique(source.tp).tolist(), np.unique(target.tp).tolist()):
+        here = (source.tp[held] == own) & (target.tp[needed] == part)
+        for alike in (True, False):
+            at = np.flatnonzero(here & (even == alike))
+            for gpu, gpus in _gpus(source.stage.shape[1], own, part, alike=alike) if len(at) else ():
+                ours, theirs = held[at], needed[at]
+                holds, needs = (source.stage[ours, gpu], source.share[ours, gpu]), target.stage[theirs, gpu]
+                overlap = _overlap(gpu, own, part)
+                moved, pieces = common.missing(own, part, overlap, *holds, needs, target.share[theirs, gpu])
+                received[at] += gpus * moved
+                peak[at] = np.maximum(peak[at], moved)
+                messages[at] = np.maximum(messages[at], pieces)
+    network, away = (figure[held, needed] for figure in _from_other_nodes(sizes, source, target))
     owners, takers = (np.maximum((contents.stage > 0).sum(axis=1), 1) for contents in (source, target))
-    sends = (received - away) / owners[:, None] + (away - network) / takers
+    sends = (received - away) / owners[held] + (away - network) / takers[needed]
     return _NodeTraffic(received, network, np.maximum(peak, sends), messages)
 
 
-def _alike(
-    source: Contents, target: Contents, block: tuple[slice, slice], own: int, part: int
-) -> Iterator[tuple[int, tuple[IntArray, ...], int]]:
-    """GPUs of a node to which the same happens in some pairs of contents: how many they are; the stages and shares
-    that they hold, and those that they need; and what their tp parts have in common."""
-    rows, columns = block
-    held = zip(source.stage[rows].T, source.share[rows].T, strict=True)
-    needed = zip(target.stage[columns].T, target.share[columns].T, strict=True)
-    found: dict[tuple[bytes, int], list[tuple[IntArray, ...]]] = defaultdict(list)
-    for gpu, ((*ours,), (*theirs,)) in enumerate(zip(held, needed, strict=True)):
-        at, overlap = (*ours, *theirs), _overlap(gpu, own, part)
-        found[b"".join(array.tobytes() for array in at), overlap].append(at)
-    for (_, overlap), same in found.items():
-        yield len(same), same[0], overlap
-
-
-def _runs(tp: IntArray) -> Iterator[tuple[slice, int]]:
-    """Short runs of contents of one tensor degree, and the degree. Short, so that arrays of two runs stay in the
-    processor's cache."""
-    for degree in np.unique(tp).tolist():
-        places = np.flatnonzero(tp == degree)
-        first, end = int(places[0]), int(places[-1]) + 1
-        assert end - first == len(places), "contents stand in the order of their tensor degree"
-        for start in range(first, end, RUN):
-            yield slice(start, min(start + RUN, end)), degree
+def _gpus(per_node: int, own: int, part: int, *, alike: bool) -> list[tuple[int, int]]:
+    """GPUs of a node, and for how many each stands: where all hold and need the same stage and share, only the common
+    part of their tp parts tells them apart."""
+    if not alike:
+        return [(gpu, 1) for gpu in range(per_node)]
+    count = Counter(_overlap(gpu, own, part) for gpu in range(per_node))
+    first = {_overlap(gpu, own, part): gpu for gpu in reversed(range(per_node))}
+    return [(first[overlap], gpus) for overlap, gpus in count.items()]
 
 
 def _from_other_nodes(sizes: UnitSizes, source: Contents, target: Contents) -> tuple[Array, Array]:
@@ -227,16 +213,15 @@ class _Common:
     def missing(
         self, own: int, part: int, overlap: int, held: IntArray, has: IntArray, needed: IntArray, wants: IntArray
     ) -> tuple[Array, Array]:
-        """Elements and pieces that GPUs must receive which hold their `own`-th of the stages `held`, with the shares
-        `has`, and need their `part`-th of the stages `needed`, with the shares `wants`: [held, needed] each. The tp
-        parts have `overlap` / (own x part) of each parameter in common; experts are not cut."""
-        at = np.ix_(held, needed)
-        elements, pieces = (figure[at] for figure in self._without_experts(own, part, overlap))
+        """Elements and pieces that GPUs must receive, [GPUs]: each holds its `own`-th of the stage `held`, with the
+        share `has`, and needs its `part`-th of the stage `needed`, with the share `wants`. The tp parts have `overlap`
+        / (own x part) of each parameter in common; experts are not cut."""
+        elements, pieces = (figure[held, needed] for figure in self._without_experts(own, part, overlap))
         if self.need[4].any():
             _, _, _, expert, blocks = self.need
-            wanted, shared = self.wanted[wants], self.shares[np.ix_(has, wants)]
-            elements += expert[needed] * wanted - self.expert[at] * shared
-            pieces += blocks[needed] * wanted - self.blocks[at] * shared
+            wanted, shared = self.wanted[wants], self.shares[has, wants]
+            elements += expert[needed] * wanted - self.expert[held, needed] * shared
+            pieces += blocks[needed] * wanted - self.blocks[held, needed] * shared
         return elements, pieces
 
     def _without_experts(self, own: int, part: int, overlap: int) -> tuple[Array, Array]:
@@ -253,55 +238,6 @@ def _overlap(gpu: int, own: int, part: int) -> int:
     low = max((gpu % own) * part, (gpu % part) * own)
     high = min((gpu % own + 1) * part, (gpu % part + 1) * own)
     return max(high - low, 0)
-
-
-@dataclass(frozen=True, eq=False)
-class _SharedNodes:
-    """The nodes that a source and a target mesh share, for all pairs of meshes that share some.
-
-    pairs: [sources, targets], where they do. cell: [shared nodes], source and target content of each of them as an
-    index into a flat [source contents, target contents]; those of a pair stand together, the first at `start`.
-    column: [pairs that share], the target. before, after: [pairs that share], the first shared node and the one after
-    the last, counted in the target's mesh.
-    """
-
-    target: Holdings
-    pairs: Flags
-    cell: IntArray
-    start: IntArray
-    column: IntArray
-    before: IntArray
-    after: IntArray
-
-    @classmethod
-    def of(cls, source: Holdings, target: Holdings) -> _SharedNodes:
-        low = np.maximum(source.first[:, None], target.first)
-        high = np.minimum(source.last[:, None], target.last) + 1
-        pairs = high > low
-        row, column = np.nonzero(pairs)
-        low, high = low[pairs], high[pairs]
-        count = high - low
-        start = np.cumsum(count) - count
-        step = np.arange(count.sum()) - np.repeat(start, count)
-        holds, needs = (
-            h.content.reshape(-1)[np.repeat(h.form[i] * h.content.shape[1] + low - h.first[i], count) + step]
-            for h, i in ((source, row), (target, column))
-        )
-        first = target.first[column]
-        return cls(target, pairs, holds * len(target.contents) + needs, start, column, low - first, high - first)
-
-    def over_nodes(self, figure: Array, combine: np.ufunc) -> Array:
-        """A figure of nodes [source contents, target contents] summed (or the largest) over the nodes of the target
-        mesh, [sources, targets]."""
-        apart = figure[0, self.target.content]
-        zero = np.zeros((len(apart), 1))
-        left = np.concatenate([zero, combine.accumulate(apart, axis=1)], axis=1)
-        right = np.concatenate([combine.accumulate(apart[:, ::-1], axis=1)[:, ::-1], zero], axis=1)
-        form = self.target.form
-        result: Array = np.tile(left[form, -1], (len(self.pairs), 1))
-        outside = combine(left[form[self.column], self.before], right[form[self.column], self.after])
-        result[self.pairs] = combine(outside, combine.reduceat(figure.reshape(-1)[self.cell], self.start))
-        return result
 
 
 def transfer_time(machine: Machine, messages: Sequence[tuple[int, int]], message_bytes: Sequence[float]) -> float:
