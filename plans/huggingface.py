@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from pydantic import ValidationError
 
@@ -89,10 +89,14 @@ def _read(config: Any, name: str) -> ModelSpec | list[Problem]:
 def _text_model(config: dict[str, Any]) -> dict[str, Any] | None:
     """The config of the text model inside one of a model of several parts (text and images, say), where it is known."""
     inner = config.get(TEXT)
-    if config.get("model_type") in FAMILIES or not isinstance(inner, dict) or inner.get("model_type") not in FAMILIES:
+    if _is_family(config.get("model_type")) or not isinstance(inner, dict) or not _is_family(inner.get("model_type")):
         return None
     tied = {"tie_word_embeddings": config["tie_word_embeddings"]} if "tie_word_embeddings" in config else {}
     return tied | inner
+
+
+def _is_family(kind: Any) -> TypeGuard[str]:
+    return isinstance(kind, str) and kind in FAMILIES
 
 
 def _family(config: dict[str, Any]) -> type[Decoder] | Problem:
@@ -100,7 +104,7 @@ def _family(config: dict[str, Any]) -> type[Decoder] | Problem:
     run = ", ".join(f"`{name}`" for name, family in FAMILIES.items() if family.RUNS)
     plan = ", ".join(f"`{name}`" for name, family in FAMILIES.items() if not family.RUNS)
     hint = f"these run: {run}; these can be planned: {plan}"
-    if isinstance(kind, str) and kind in FAMILIES:
+    if _is_family(kind):
         return FAMILIES[kind]
     if kind is None:
         return Problem("missing-key", "key `model_type` is missing", hint)

@@ -235,6 +235,9 @@ def test_no_family_is_taken_for_another() -> None:
     (b'{"a": "\xe9"}', ":1:8: byte 0xe9 is not UTF-8"),
     (b"[" * 100_000, ":1:61: brackets stand more than 60 deep"),
     (b"[]", "a config holds one object"),
+    (b'{"model_type": [[1]], "text_config": {}}', ":1:38: model_type `[[1]]` joins a text model (`None`)"),
+    (b'{"model_type": "x", "text_config": {"model_type": {}}}', "joins a text model (`{}`) with other parts"),
+    (b'{"model_type": {}}', ":1:16: model_type `{}` is not known"),
     (b" " * (2**21 + 1), "more than 2,097,152 bytes"),
 ])  # fmt: skip
 def test_files_that_are_no_config(content: bytes, words: str, tmp_path: Path) -> None:
