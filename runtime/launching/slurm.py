@@ -9,6 +9,7 @@ from plans.errors import RealplanError
 from plans.problems import shortened
 
 FIRST_PORT, PORTS = 15000, 10000
+LOOPBACK = "127.0.0.1"
 _HINT = "srun sets these; unset SLURM_STEP_NUM_TASKS, and realrun starts the ranks of one machine itself"
 
 
@@ -16,8 +17,8 @@ def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT of a task of `srun`, without those that are set.
 
     Nothing under torchrun, outside srun, or where srun has started one task, which then starts ranks itself. A batch
-    script has SLURM_PROCID as well; SLURM_STEP_NUM_TASKS is set by srun alone. Rank 0 is on the first node. Raises
-    RealplanError for variables that srun does not set so.
+    script has SLURM_PROCID as well; SLURM_STEP_NUM_TASKS is set by srun alone. Rank 0 is on the first node, and
+    on loopback where there is one node. Raises RealplanError for variables that srun does not set so.
     """
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
     if "RANK" in environment or tasks == "1":
@@ -36,7 +37,7 @@ def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
         "RANK": environment["SLURM_PROCID"],
         "LOCAL_RANK": environment["SLURM_LOCALID"],
         "WORLD_SIZE": tasks,
-        "MASTER_ADDR": first_host(nodes),
+        "MASTER_ADDR": LOOPBACK if environment.get("SLURM_STEP_NUM_NODES") == "1" else first_host(nodes),
         "MASTER_PORT": str(FIRST_PORT + (job * 7 + step) % PORTS),
     }
     return {name: value for name, value in found.items() if name not in environment}

@@ -92,6 +92,7 @@ def test_ranks_of_srun() -> None:
     assert 1024 < int(found["MASTER_PORT"]) < 2**16
     assert rank_variables(SRUN | {"SLURM_PROCID": "0"})["MASTER_PORT"] == found["MASTER_PORT"]
     assert "MASTER_PORT" not in rank_variables(SRUN | {"MASTER_PORT": "29500"})
+    assert rank_variables(SRUN | {"SLURM_STEP_NUM_NODES": "1"})["MASTER_ADDR"] == "127.0.0.1"
     assert rank_variables(SRUN | {"RANK": "0"}) == {}, "torchrun has said"
     batch_script = {name: value for name, value in SRUN.items() if not name.startswith("SLURM_STEP")}
     assert rank_variables(batch_script) == {}, "the script starts the ranks itself"
