@@ -152,6 +152,7 @@ class Bench:
         run = fixture_run(folder / "out", job.algorithm, random=job.experts)
         keys: dict[str, Any] = {
             "iterations": ITERATIONS, "restarts": RESTARTS, "timeout_s": TIMEOUT_S, "checkpoint": {"every": 1},
+            "report": False,
         }  # fmt: skip
         data = run.model_dump(mode="json") | keys
         save_plan(plan, folder / "plan.json")
