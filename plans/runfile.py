@@ -238,8 +238,8 @@ class RunFile(_Closed):
     optimizer of every trained role but the critic. timeout_s bounds every collective; 0: as long as the plan's estimate
     asks for (`patience_s`). on_nonfinite: what happens to an optimizer step whose loss or gradient norm is no finite
     number. samples: how many of each iteration's samples go to `samples.jsonl` as texts. report: draw the page of the
-    run at its end (`realplan report FOLDER` does it at any time). restarts: how often a run that fails is started again
-    from its newest checkpoint.
+    run at its end (`realplan report FOLDER` does it at any time). trackers: packages that get the metrics too, where
+    they are installed. restarts: how often a run that fails is started again from its newest checkpoint.
     resume_from: a checkpoint, a folder of them, or the output of a run, whose newest usable one is taken up.
     """
 
@@ -259,6 +259,7 @@ class RunFile(_Closed):
     export: bool = True
     samples: Count = 4
     report: bool = True
+    trackers: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], Field(strict=False)] = ()
     timeout_s: Annotated[float, Field(ge=0, le=1e7)] = 0.0
     on_nonfinite: Literal["stop", "skip"] = "stop"
     checkpoint: Checkpoints = Checkpoints()

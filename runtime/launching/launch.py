@@ -12,13 +12,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 from plans.plan import ExecutionPlan
-from plans.runfile import RunFile
+from plans.runfile import RunFile, patience_s
 from runtime.checkpoints.complete import Completer
 from runtime.checkpoints.folder import prepare_folder, stop_request
 from runtime.checkpoints.resume import Start
@@ -31,6 +31,8 @@ from runtime.processes.member import Address, Member
 from runtime.reports.metrics import Metrics
 from runtime.reports.monitor import Monitor
 from runtime.reports.records import read_status
+from runtime.reports.trackers import Trackers
+from runtime.reports.watchdog import Watchdog
 
 POLL_S = 0.5
 GRACE_S = 3.0  # longer than a rank that lost a peer waits before it ends itself
@@ -78,8 +80,12 @@ def _kept_files(plan: ExecutionPlan, run: RunFile, start: Start, scratch: Path) 
         # The monitor leaves first: the last checkpoint waits for the last line of metrics.
         with (
             Completer(run, plan.cluster.size),
-            Monitor(plan, run.iterations, scratch, Path(run.output), start.lines) as monitor,
-        ):
+            closing(Trackers(plan, run)) as trackers,
+            Monitor(
+                plan, run.iterations, scratch, Path(run.output), start.lines,
+                trackers=trackers, watchdog=Watchdog(scratch, plan.cluster.size, patience_s(plan, run)),
+            ) as monitor,
+        ):  # fmt: skip
             yield monitor
 
 

@@ -19,6 +19,7 @@ from plans.plan import ExecutionPlan
 from plans.runfile import CHECKPOINTS, RANDOM, RunFile
 from runtime.reports.page import PAGE
 from runtime.reports.records import BEST, EVALUATIONS, SAMPLES, TIMELINE
+from runtime.reports.trackers import EVENTS
 
 
 def exported_role(plan: ExecutionPlan) -> str:
@@ -113,7 +114,7 @@ def _set_aside(plan: ExecutionPlan, output: Path) -> Path | None:
         SAMPLES,
         EVALUATIONS,
         PAGE,
-        *([role, BEST, CHECKPOINTS] if _is_of_a_run(output) else []),
+        *([role, BEST, CHECKPOINTS, EVENTS] if _is_of_a_run(output) else []),
     ]
     moving = [name for name in moving if os.path.lexists(output / name)]
     copied = [name for name in (PLAN, RUN) if os.path.isfile(output / name)]

@@ -27,6 +27,7 @@ from runtime.launching.preflight import (
 from runtime.launching.slurm import rank_variables
 from runtime.models.support import check_supported
 from runtime.processes.member import Member, began_again, outside_member
+from runtime.reports.trackers import check_trackers
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,7 @@ def prepare(path: Path, overrides: list[str], run_path: Path | None, words: Word
     check_supported(plan)
     check_weights(plan, run)
     check_packages()
+    check_trackers(run)
     check_devices(plan, None if member is None else member.world)
     if first:
         check_output(plan, run)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from math import isnan
 from pathlib import Path
@@ -20,18 +21,29 @@ from plans.plan import ExecutionPlan
 from plans.program import compile_program
 from plans.terminal import printable
 from runtime.reports.metrics import TIMING_NAMES, Metrics, MetricsLog
-from runtime.reports.records import SAMPLES, TIMELINE, RecordReader
+from runtime.reports.records import EVALUATIONS, SAMPLES, TIMELINE, NewLines, RecordReader
+from runtime.reports.trackers import Trackers
+from runtime.reports.watchdog import Watchdog
 
 POLL_S = 0.2
+LOOK_S = 2.0
 
 
 class Monitor:
     """Follows the records of all ranks in a thread: writes `metrics.jsonl` and `samples.jsonl`, and on leaving
     `timeline.json`; shows progress on stderr, with a bar on a terminal. earlier: metrics of the iterations that are
-    done already."""
+    done already. trackers: have the metrics too; watchdog: says where ranks stand still."""
 
     def __init__(
-        self, plan: ExecutionPlan, iterations: int, scratch: Path, output: Path, earlier: Sequence[Metrics] = ()
+        self,
+        plan: ExecutionPlan,
+        iterations: int,
+        scratch: Path,
+        output: Path,
+        earlier: Sequence[Metrics] = (),
+        *,
+        trackers: Trackers | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
         program = compile_program(plan)
         ranks = tuple(rank for rank in range(plan.cluster.size) if program.projection(rank))
@@ -42,6 +54,8 @@ class Monitor:
         self._keep_samples(len(earlier))
         self._ranks = plan.cluster.size
         self._iterations = iterations
+        self._trackers, self._watchdog, self._looked_s = trackers, watchdog, 0.0
+        self._evaluations = NewLines(output / EVALUATIONS)
         self._stop = Event()
         self._failed: OutputError | None = None
         self._thread = Thread(target=self._follow, daemon=True)
@@ -100,8 +114,18 @@ class Monitor:
             if samples:
                 with writing(self._samples), self._samples.open("a", encoding="utf-8") as file:
                     file.write("".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
-            self._console.print(printable(progress_line(self._log.add(records), self._iterations)))
+            metrics = self._log.add(records)
+            if self._trackers is not None:
+                self._trackers.log(int(metrics["iteration"]), metrics)
+            self._console.print(printable(progress_line(metrics, self._iterations)))
             self._bar.advance(self._task)
+        if self._trackers is not None:
+            for line in self._evaluations.read():
+                self._trackers.log(line["iteration"], line)
+        if self._watchdog is not None and time.monotonic() - self._looked_s > LOOK_S:
+            self._looked_s = time.monotonic()
+            for words in self._watchdog.look():
+                self._console.print(printable(words))
 
 
 def progress_line(metrics: Metrics, iterations: int) -> str:

@@ -162,36 +162,48 @@ class Recorder:
                 left = left[self._records.write(left) :]
 
 
+class NewLines:
+    """The lines of JSON that a file has gained since it was last read."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """New whole lines; none while there is no file. A file that was begun anew is read from its start."""
+        try:
+            with self._path.open("rb") as file:
+                if os.fstat(file.fileno()).st_size < self._offset:
+                    self._offset = 0
+                file.seek(self._offset)
+                text = file.read()
+        except FileNotFoundError:
+            return []
+        whole = text[: text.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return [json.loads(line) for line in whole.splitlines()]
+
+
 class RecordReader:
     """Reads the records of some ranks as they appear, from iteration `first` on."""
 
     def __init__(self, folder: Path, ranks: tuple[int, ...], first: int = 0) -> None:
-        self._folder = folder
-        self._offsets = dict.fromkeys(ranks, 0)
+        self._files = {rank: NewLines(records_path(folder, rank)) for rank in ranks}
         self._waiting: dict[int, dict[int, Record]] = {}
         self._next = first
 
     def poll(self) -> Iterator[tuple[Record, ...]]:
         """The records of each iteration that all ranks have finished by now, in order, once."""
-        for rank in self._offsets:
+        for rank in self._files:
             for record in self._new(rank):
                 self._waiting.setdefault(record.iteration, {})[rank] = record
-        while len(self._waiting.get(self._next, ())) == len(self._offsets):
+        while len(self._waiting.get(self._next, ())) == len(self._files):
             found = self._waiting.pop(self._next)
             self._next += 1
             yield tuple(found[rank] for rank in sorted(found))
 
     def _new(self, rank: int) -> Iterator[Record]:
-        try:
-            with records_path(self._folder, rank).open("rb") as file:
-                file.seek(self._offsets[rank])
-                text = file.read()
-        except FileNotFoundError:
-            return
-        whole = text[: text.rfind(b"\n") + 1]
-        self._offsets[rank] += len(whole)
-        for line in whole.splitlines():
-            data = json.loads(line)
+        for data in self._files[rank].read():
             stats = {name: Stat(*values) for name, values in data["stats"].items()}
             spans = tuple((name, kind, start, end) for name, kind, start, end in data["spans"])
             yield Record(rank, data["iteration"], spans, stats, tuple(data["samples"]))
