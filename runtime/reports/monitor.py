@@ -20,6 +20,7 @@ from plans.lengthsfile import METRICS
 from plans.plan import ExecutionPlan
 from plans.program import compile_program
 from plans.terminal import printable
+from runtime.reports.drift import Drift
 from runtime.reports.metrics import TIMING_NAMES, Metrics, MetricsLog
 from runtime.reports.records import EVALUATIONS, SAMPLES, TIMELINE, NewLines, RecordReader
 from runtime.reports.trackers import Trackers
@@ -56,6 +57,7 @@ class Monitor:
         self._iterations = iterations
         self._trackers, self._watchdog, self._looked_s = trackers, watchdog, 0.0
         self._evaluations = NewLines(output / EVALUATIONS)
+        self._drift = Drift(plan)
         self._stop = Event()
         self._failed: OutputError | None = None
         self._thread = Thread(target=self._follow, daemon=True)
@@ -119,6 +121,8 @@ class Monitor:
                 self._trackers.log(int(metrics["iteration"]), metrics)
             self._console.print(printable(progress_line(metrics, self._iterations)))
             self._bar.advance(self._task)
+            if words := self._drift.add(metrics):
+                self._console.print(printable(words))
         if self._trackers is not None:
             for line in self._evaluations.read():
                 self._trackers.log(line["iteration"], line)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 from plan_cases import tiny_plan, tiny_run
 
 from plans.errors import RealplanError
-from plans.plan import ExecutionPlan
+from plans.plan import Estimate, ExecutionPlan
+from runtime.reports.drift import Drift
 from runtime.reports.records import NewLines, Recorder, status_path
 from runtime.reports.trackers import Trackers, check_trackers
 from runtime.reports.watchdog import Watchdog
@@ -128,6 +130,31 @@ def test_a_run_that_stands_still_is_told_once_with_every_rank(tmp_path: Path) ->
     places |= {0: ("critic_train", 1300.0, False), 1: ("export", 1000.0, True)}
     say()
     assert watchdog.look(1399.0) == [] and len(watchdog.look(1401.0)) == 3
+
+
+def test_a_plan_that_does_not_fit_is_told_once(plan: ExecutionPlan) -> None:
+    estimate = Estimate(
+        iteration_s=10.0, latency_s=10.0, calls_s={"actor_generate": 4.0, "actor_train": 6.0}, peak_gib=1.0,
+        peak_at="actor_train", host_gib=1.0, engine="megatron", of=plan.digest,
+    )  # fmt: skip
+
+    def said(step_s: float, generate_s: float, train_s: float, count: int = 12) -> list[tuple[int, str]]:
+        drift = Drift(replace(plan, estimate=estimate))
+        line = {
+            "timing_s/step": step_s, "plan/actor_generate/measured_s": generate_s,
+            "plan/actor_train/measured_s": train_s,
+        }  # fmt: skip
+        first = {"timing_s/step": 100.0}  # an iteration that warms up says nothing
+        return [(i, words) for i in range(count) if (words := drift.add(line if i else first))]
+
+    assert said(12.0, 4.5, 7.5) == [] and said(8.0, 3.0, 5.0) == []
+    ((at, words),) = said(20.0, 12.0, 8.0)
+    assert (
+        at == 5 and "predicts 10 s an iteration, the last 5 took 20 s (actor_generate 3 x, actor_train 1.3 x)" in words
+    )
+    ((_, words),) = said(5.0, 1.0, 5.0)
+    assert "took 5 s (actor_generate 0.25 x)" in words
+    assert [Drift(plan).add({"timing_s/step": 9.0}) for _ in range(9)] == [""] * 9  # a plan without an estimate
 
 
 def test_lines_are_read_once_and_whole(tmp_path: Path) -> None:
