@@ -27,6 +27,7 @@ from plans.checkpoint import Entry, missing
 from plans.codec import load_plan
 from plans.documents import BadText, parse_json, read_text
 from plans.errors import RealplanError
+from plans.flat_tensors import tensors_fault
 from plans.lengthsfile import METRICS
 from plans.plan import ExecutionPlan
 from plans.runfile import CHECKPOINTS
@@ -183,7 +184,19 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         fault = missing(plan.workload.models[role], own) if role in plan.workload.models else f"no model `{role}`"
         if fault:
             raise _refused(folder, f"state of `{role}`: {fault}")
+    for name, tensors in _tensors(index).items():
+        if fault := tensors_fault(folder / name, tensors):
+            raise _refused(folder, fault)
     return Checkpoint(folder, index, plan)
+
+
+def _tensors(index: CheckpointIndex) -> dict[str, dict[str, int]]:
+    """The tensors of every file, with their elements."""
+    found: dict[str, dict[str, int]] = {}
+    for stored in index.entries:
+        kinds = (MASTER, *MOMENTS) if index.roles[stored.role].adam_steps else (MASTER,)
+        found.setdefault(stored.file, {}).update({stored.tensor(kind): stored.entry.size for kind in kinds})
+    return found
 
 
 def verify_files(checkpoint: Checkpoint) -> None:

@@ -13,6 +13,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addoption("--fuzz", type=int, default=2000, help="broken inputs that the fuzz suite tries")
     parser.addoption("--plans", type=int, default=6, help="random plans that the invariance suite plays")
+    parser.addoption("--damages", type=int, default=30, help="checkpoints that are damaged and must be refused")
     parser.addoption("--kills", type=int, default=6, help="runs that are killed at random moments")
     parser.addoption("--first-plan", type=int, default=0, help="the number of the first of them")
 

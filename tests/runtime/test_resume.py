@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,19 @@ import yaml
 from plan_cases import tiny_plan, tiny_run
 from ranks import run_ranks
 from run_cases import PATIENCE_S, PLAN, ROOT, arguments, running
+from safetensors.torch import load_file, save_file
 
-from plans.checkpoint_files import CheckpointError, newest_usable, open_checkpoint, steps_in, takeover_problems, usable
+from plans.checkpoint_files import (
+    CheckpointError,
+    CheckpointIndex,
+    newest_usable,
+    open_checkpoint,
+    seal_of,
+    sealed_index,
+    steps_in,
+    takeover_problems,
+    usable,
+)
 from plans.codec import save_plan
 from plans.plan import ExecutionPlan
 from plans.runfile import RunFile
@@ -40,7 +51,9 @@ from runtime.reports.monitor import Monitor
 from runtime.reports.records import Recorder
 
 CPU = torch.device("cpu")
-DAMAGES = int(os.environ.get("REALPLAN_DAMAGES", "30"))
+WORKLOAD = tiny_plan(2, "d2 t1 p1").workload
+OTHERS = {role: replace(spec, name="other", ffn=64) for role, spec in WORKLOAD.models.items()}
+OTHER_PLAN = replace(tiny_plan(2, "d2 t1 p1"), workload=replace(WORKLOAD, models=OTHERS))
 LAGGED = {
     "actor_generate": ("node 0 gpu 0", "d1 t1 p1"),
     "ref_infer": ("node 0 gpu 0", "d1 t1 p1"),
@@ -142,7 +155,7 @@ def damage(rng: random.Random, folder: Path) -> str:
     files = sorted(path for path in folder.iterdir())
     path = rng.choice(files)
     data = bytearray(path.read_bytes())
-    match rng.choice(["missing", "truncated", "flipped", "longer", "swapped", "shape"]):
+    match rng.choice(["missing", "truncated", "flipped", "longer", "swapped", "shape", "other model", "tensors"]):
         case "missing":
             path.unlink()
             return f"{path.name} missing"
@@ -161,17 +174,36 @@ def damage(rng: random.Random, folder: Path) -> str:
             one, two = rng.sample([p for p in files if p.suffix == ".safetensors"], 2)
             one.rename(folder / "x"), two.rename(one), (folder / "x").rename(two)
             return f"{one.name} and {two.name} swapped"
+        case "other model":
+            save_plan(OTHER_PLAN, folder / "plan.json")
+            return reseal(folder, "plan.json")
+        case "tensors":
+            path = rng.choice([p for p in files if p.suffix == ".safetensors"])
+            tensors = load_file(path)
+            name = rng.choice(sorted(tensors))
+            change = rng.choice([lambda t: t[:-1].clone(), lambda t: t.reshape(1, -1), lambda t: t.bfloat16()])
+            save_file(tensors | {name: change(tensors[name])}, path)
+            return reseal(folder, path.name)
     index = json.loads((folder / "index.json").read_text())
     entry = rng.choice(index["entries"])
     entry[rng.choice(["start", "stop", "part", "parts"])] += rng.choice([-1, 1, 2])
     (folder / "index.json").write_text(json.dumps(index))
-    return f"entry of {entry['parameter']}"
+    seal = min(entry["start"], entry["stop"], entry["part"], entry["parts"] - 1) >= 0 and rng.random() < 0.5
+    return f"entry of {entry['parameter']}" + (f", {reseal(folder)}" if seal else "")
 
 
-def test_damaged_checkpoints_are_refused(two_steps: Path, tmp_path: Path):
+def reseal(folder: Path, name: str = "") -> str:
+    """Give a file and the index the digests of what they hold now, as a tool that knows the format would."""
+    index = CheckpointIndex.model_validate_json((folder / "index.json").read_text())
+    files = index.files | ({name: seal_of(folder / name)} if name else {})
+    (folder / "index.json").write_text(sealed_index(index.model_copy(update={"files": files})))
+    return f"{name or 'the index'} altered and sealed again"
+
+
+def test_damaged_checkpoints_are_refused(two_steps: Path, tmp_path: Path, request: pytest.FixtureRequest):
     plan, good = tiny_plan(2, "d2 t1 p1"), two_steps / "checkpoints" / "global_step_2"
     assert usable(good, plan).index.iteration == 2
-    for number in range(DAMAGES):
+    for number in range(request.config.getoption("--damages")):
         folder = tmp_path / "checkpoints" / "global_step_2"
         shutil.copytree(good, folder)
         what = damage(random.Random(number), folder)

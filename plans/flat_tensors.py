@@ -1,0 +1,45 @@
+"""What a safetensors file of flat float32 tensors says it holds; read from its header, without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from plans.documents import BadText, parse_json
+from plans.problems import shortened
+
+MOST_HEADER_BYTES = 2**27
+WORD_BYTES = 8
+ELEMENT_BYTES = 4
+
+
+def tensors_fault(path: Path, wanted: Mapping[str, int]) -> str:
+    """Why a file does not hold the wanted tensors (name -> elements), float32 and flat; empty when it does.
+
+    A header is the length of a JSON text in eight bytes, little-endian, and that text: for each tensor its dtype, its
+    shape, and where its bytes lie after the header (https://huggingface.co/docs/safetensors).
+    """
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(WORD_BYTES), "little")
+        if size > MOST_HEADER_BYTES:
+            return f"`{path.name}` has a header of {size:,} bytes"
+        text = file.read(size)
+    try:
+        header = parse_json(text.decode("utf-8"))
+    except (UnicodeDecodeError, BadText):
+        return f"`{path.name}` has no header of JSON"
+    if not isinstance(header, dict):
+        return f"the header of `{path.name}` is no object"
+    room = path.stat().st_size - WORD_BYTES - size
+    for name, elements in wanted.items():
+        found = header.get(name)
+        if not isinstance(found, dict):
+            return f"`{path.name}` lacks tensor `{name}`"
+        if (found.get("dtype"), found.get("shape")) != ("F32", [elements]):
+            held = shortened(f"{found.get('dtype')} {found.get('shape')}")
+            return f"tensor `{name}` of `{path.name}` is {held}, not F32 [{elements}]"
+        match found.get("data_offsets"):
+            case [int(begin), int(end)] if begin >= 0 and end - begin == ELEMENT_BYTES * elements and end <= room:
+                continue
+        return f"tensor `{name}` of `{path.name}` lies beyond its file"
+    return ""
