@@ -11,14 +11,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import csr_matrix
 
 from cost_models.candidates import Array, Flags
 from plans.layout import Layout, expert_of, model_units
 from plans.model import ModelSpec
+
+if TYPE_CHECKING:  # models with experts alone need it, and it is a third of the start of a command
+    from scipy.sparse import csr_matrix
 
 IntArray = NDArray[np.int64]
 Slicing = tuple[int, int, tuple[int, ...]]  # pp, vpp, a split of its own: which units a stage holds
@@ -123,6 +126,8 @@ class Contents:
     @cached_property
     def gpu_parts(self) -> Parts:
         """What the GPUs of every content hold of experts, each for itself."""
+        from scipy.sparse import csr_matrix
+
         width = len(self.experts)
         keys, part = np.unique(self.stage * width + self.share, return_inverse=True)
         row = np.repeat(np.arange(len(self)), self.stage.shape[1])
@@ -132,6 +137,8 @@ class Contents:
     @cached_property
     def node_parts(self) -> Parts:
         """What the nodes hold of experts: GPUs of one stage together hold all that one of them holds."""
+        from scipy.sparse import csr_matrix
+
         row = np.repeat(np.arange(len(self)), self.stage.shape[1])
         keys, inverse = np.unique(row * len(self.units) + self.stage.reshape(-1), return_inverse=True)
         together = np.zeros((len(keys), self.experts.shape[1]), dtype=np.bool_)

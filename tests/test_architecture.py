@@ -166,6 +166,18 @@ def test_help_loads_nothing_heavy(command: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_plan_of_dense_models_is_shown_without_the_search() -> None:
+    plan = ROOT / "tests" / "fixtures" / "before" / "ppo-tail.json"
+    code = (
+        "import sys\nfrom planner.cli import app\n"
+        f"app(['show', {str(plan)!r}], standalone_mode=False)\n"
+        "heavy = {'torch', 'pandas', 'scipy', 'ortools', 'numba', 'networkx'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 def test_no_path_of_a_machine_and_no_todo() -> None:
     tracked = subprocess.run(
         ["git", "ls-files", "*.py", "*.md", "*.sh", "*.yaml"], capture_output=True, text=True, cwd=ROOT

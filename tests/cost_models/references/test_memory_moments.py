@@ -121,6 +121,8 @@ def test_interleaved_stages_keep_what_they_sent() -> None:
     )
     assert plain.activations == pytest.approx(11 * per_token * TOKENS)
     assert keeping.activations == pytest.approx(11 * (per_token + 2 * WIDTH) * TOKENS)
+    cut = held("actor_train", VALUE, habits=MemoryHabits(keeps_outputs=True), sequence_parallel=True, **settings)
+    assert cut.activations == pytest.approx(11 * (3 * STORED + 2 * WIDTH) / 2 * TOKENS), "everything is cut over tp"
 
 
 def test_zero_3_holds_two_whole_layers_and_the_fp32_gradient_of_one() -> None:
@@ -129,6 +131,20 @@ def test_zero_3_holds_two_whole_layers_and_the_fp32_gradient_of_one() -> None:
     ends = (VOCABULARY * WIDTH + WIDTH + WIDTH) / 24
     expected = TEMPORARIES * TOKENS + LARGEST + (block + ends) * (2 * 2 + 4)
     assert sharded.workspace == pytest.approx(expected, rel=1e-3)
+
+
+def test_zero_3_holds_them_during_the_loss_too() -> None:
+    block = 1536 * 2560 + 1536 * 1536 + 3 * 1536 * 4096 + 2 * 1536
+    terms = held("actor_train", constants={"shards_weights": True}, dp=8, micro_batches=2)
+    ends = (2 * VOCABULARY * WIDTH + WIDTH) / 24
+    loss = 4 * 2 * WIDTH * TOKENS + 2 * VOCABULARY * WIDTH
+    assert terms.logits > 0
+    assert terms.workspace == pytest.approx(loss + (block + ends) * (2 * 2 + 4), rel=1e-3)
+
+
+def test_what_is_offloaded_stays_nowhere_on_the_gpu() -> None:
+    terms = held("actor_train", dp=8, micro_batches=2, offload=True)
+    assert terms.resident_bytes.tolist() == (terms.weights + terms.communicators).tolist()
 
 
 def test_weight_gradients_that_stay_beside_the_others() -> None:
