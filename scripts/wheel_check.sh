@@ -37,7 +37,9 @@ grep -q h100-80gb-sxm clusters.txt
 "$bin/realplan" show plan.json >show.txt
 "$bin/realplan" validate --json | "$bin/python" -c 'import json, sys; assert json.load(sys.stdin)["groups"]'
 if [ "$extra" = run ]; then
-  "$bin/realplan" search --model qwen3-0.6b --cluster local-cpu --gpus 1 --batch-size 2 --seconds 1 --dtype fp32 -o tiny.json >search.txt
+  sizes=(--batch-size 4 --group-size 2 --minibatches 1 --prompt-tokens 32 --response-tokens 32 --dtype fp32)
+  "$bin/realplan" search --model smollm2-135m --algorithm grpo --cluster local-cpu --gpus 1 "${sizes[@]}" \
+    --method mcmc --seconds 1 -o tiny.json >search.txt
   "$bin/realrun" tiny.json weights=random --dry-run >steps.txt
   grep -q actor_train steps.txt
 fi

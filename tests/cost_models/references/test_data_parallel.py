@@ -206,6 +206,16 @@ def test_the_busiest_rank_works_longer_than_the_mean() -> None:
     assert nanoseconds(terms["imbalance"]) == close(0.2 * (24 * layer + head))
 
 
+def test_the_busiest_rank_scores_longer_than_the_mean() -> None:
+    """A fifth of all that the mean rank computes, in however many micro-batches."""
+    work = ForwardPass(DENSE, 32, 2048, head_tokens=2048, packing=Packing(imbalance=1.2))
+    for micro_batches in (1, 8):
+        at = machine(TextbookKernels(flop=NANO))
+        terms = inference_time(at, work, layout(dp=8, micro_batches=micro_batches))
+        computed = sum(terms[name] for name in ("linears", "attention", "head_and_loss"))
+        assert nanoseconds(terms["imbalance"]) == close(0.2 * nanoseconds(computed))
+
+
 def test_backward_of_a_layer_hides_what_it_communicates_too() -> None:
     """The backward pass that a reduction hides behind has the forward's all-reduces in it."""
     plain = network(data_overlap=1.0)

@@ -107,6 +107,8 @@ def test_a_pipeline_decodes_at_the_pace_of_its_groups_or_of_one_trip(groups: int
     step = decode_step(network(), DENSE, layout(tp=2, pp=4, groups=groups), 64, 700)
     rows = 64 / groups
     assert nanoseconds(step["decode_p2p"]) == pytest.approx(rounds * rows * 1536 * 2)
+    alone = decode_step(network(), DENSE, layout(tp=2, groups=groups), 64, 700)
+    assert not alone["decode_p2p"].any(), "one stage sends nothing"
     sums = rounds * 6 * 2 * 2 * 1 / 2 * rows * 1536 * 2
     assert nanoseconds(step["decode_tensor_parallel"]) == pytest.approx(sums)
 
