@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 from plans.errors import SpecError, nearest
 
 if TYPE_CHECKING:
-    import networkx as nx
+    pass
 
 
 MOST_STALENESS = 64
@@ -211,14 +211,3 @@ class DataflowGraph:
             if contracted.source != contracted.target or edge.distance:
                 found[contracted] = None
         return tuple(found)
-
-    def as_networkx(self) -> nx.MultiDiGraph[str]:
-        """The graph for networkx: nodes carry `call`, edges carry `distance`."""
-        import networkx as nx  # a third of the start-up time of a command that only reads a plan
-
-        graph: nx.MultiDiGraph[str] = nx.MultiDiGraph(name=self.name)
-        for call in self.calls:
-            graph.add_node(call.name, call=call)
-        for edge in self.edges:
-            graph.add_edge(edge.source, edge.target, distance=edge.distance)
-        return graph

@@ -129,14 +129,6 @@ class Lengths:
         (a, x), (b, y) = self.percentiles[upper - 1], self.percentiles[upper]
         return 1 - (a + (b - a) * (tokens - x) / (y - x)) / 100
 
-    def expected_maximum(self, count: float, points: int = 256) -> float:
-        """Mean of the longest of `count` lengths, tokens: the integral of 1 - F(t)^count over t from 0 to the maximum,
-        by the midpoint rule."""
-        if self.full or not self.longest:
-            return float(self.longest)
-        step = self.longest / points
-        return step * math.fsum(1 - math.pow(1 - self.beyond((i + 0.5) * step), count) for i in range(points))
-
     def draw(self, count: int, seed: int = 0) -> tuple[int, ...]:
         """`count` lengths that stand for the distribution: the middles of `count` equal shares, in random order. At
         least 1 token each where the maximum is not 0."""

@@ -185,7 +185,7 @@ def figures(case: Case) -> dict[str, dict[str, float]]:
     memory = call_memory(machine, workload, case.call, candidates)
     held = {
         **memory.terms(),
-        "host": memory.host_bytes,
+        "host": memory.host,
         "resident": memory.resident_bytes,
         "transient": memory.transient_bytes,
         "copy": memory.copy_bytes,

@@ -80,11 +80,6 @@ class MemoryTerms:
         return self.weights + self._buffers_beyond if self.is_copy else np.zeros_like(self.weights)
 
     @property
-    def host_bytes(self) -> Array:
-        """Host memory per GPU."""
-        return self.host
-
-    @property
     def allocated_bytes(self) -> Array:
         """What `torch.cuda.max_memory_allocated` reports: live tensors, without cache, NCCL and context."""
         return self.resident_bytes - self.communicators + self.transient_bytes - self.reserve

@@ -16,7 +16,7 @@ from cost_models.memory.memory_terms import MemoryTerms
 from cost_models.memory.memory_training import training_terms
 from cost_models.memory.training_case import OPERATOR_RECOMPUTE, TrainingCase
 from cost_models.validation.published import Unpredictable, number, train_engine_name, whole
-from cost_models.validation.row_layouts import row_dp, row_sequence_parallel, row_zero
+from cost_models.validation.row_layouts import row_degrees, row_dp, row_sequence_parallel, row_zero
 from cost_models.validation.row_schema import MEMORY_QUANTITIES
 from plans.cluster import GIB
 from plans.errors import SpecError
@@ -122,11 +122,7 @@ def _row_terms(row: Mapping[str, Any]) -> MemoryTerms:
     recompute, dp = str(row.get("recompute") or "none").split("(")[0], row_dp(row)
     case = training_case_of(
         dp=dp,
-        tp=whole(row, "tp", 1),
-        pp=whole(row, "pp", 1),
-        cp=whole(row, "cp", 1),
-        ep=whole(row, "ep", 1),
-        vpp=whole(row, "vpp", 1),
+        **row_degrees(row),
         micro_batch=number(row, "mbs"),
         micro_batches=number(row, "gbs") / (dp * number(row, "mbs")),
         seq_len=whole(row, "seq_len"),

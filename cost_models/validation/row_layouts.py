@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from cost_models.candidates import Candidates
 from cost_models.validation.published import Row, Unpredictable, number, row_gpus, train_engine_name, whole
 from plans.cluster import ClusterSpec, DeviceMesh
@@ -44,6 +46,11 @@ def row_sequence_parallel(row: Row) -> bool:
     return train_engine_name(row) == MODERN and whole(row, "tp", 1) > 1
 
 
+def row_degrees(row: Row) -> dict[str, Any]:
+    """Degrees of a training row beside dp, 1 where they are not published."""
+    return {name: whole(row, name, 1) for name in ("tp", "pp", "cp", "ep", "vpp")}
+
+
 def train_candidates(row: Row, cluster: ClusterSpec) -> Candidates:
     """The layout of a training row; what is not published takes the engine's usual setting."""
     dp = row_dp(row)
@@ -53,11 +60,7 @@ def train_candidates(row: Row, cluster: ClusterSpec) -> Candidates:
         raise Unpredictable(f"recompute `{recompute}` is not modelled")
     strategy = ParallelStrategy(
         dp=dp,
-        tp=whole(row, "tp", 1),
-        pp=whole(row, "pp", 1),
-        cp=whole(row, "cp", 1),
-        ep=whole(row, "ep", 1),
-        vpp=whole(row, "vpp", 1),
+        **row_degrees(row),
         micro_batches=max(round(per_rank), 1),
         sequence_parallel=row_sequence_parallel(row),
         recompute=Recompute(recompute.split("(")[0]),

@@ -245,7 +245,7 @@ class TestCalls:
         terms = memory_of("ref_infer", self.WORKLOAD, stays, leaves)
         assert terms.peak_bytes[0] == terms.peak_bytes[1]
         assert terms.resident_bytes[0] - terms.resident_bytes[1] == terms.weights[0]
-        assert terms.host_bytes.tolist() == [0, terms.weights[1]]
+        assert terms.host.tolist() == [0, terms.weights[1]]
 
     def test_kv_cache_of_70b_is_320_kib_per_token(self) -> None:
         workload = ppo_workload("llama2-70b", batch_size=64, minibatches=1)
@@ -290,7 +290,7 @@ class TestCalls:
             (terms.weights + terms.gradients + state + terms.communicators)[0]
         )
         assert terms.resident_bytes[1] == pytest.approx((terms.weights + terms.communicators)[1])
-        assert terms.host_bytes.tolist() == [0, state[1]]
+        assert terms.host.tolist() == [0, state[1]]
         assert terms.peak_bytes[0] == pytest.approx(terms.peak_bytes[1])
 
     def test_a_value_head_has_no_logits(self) -> None:

@@ -53,16 +53,6 @@ def test_measured_lengths_keep_mean_tail_and_maximum() -> None:
     assert (lengths.quantile(0), lengths.quantile(1)) == (ordered[0], ordered[-1])
 
 
-@pytest.mark.parametrize("lengths", [Lengths(LONGEST, 1500), Lengths.measured(lognormal(), LONGEST)])
-def test_the_longest_of_many(lengths: Lengths) -> None:
-    generator = random.Random(3)
-    for count in (1, 8, 64):
-        drawn = [max(lengths.quantile(generator.random()) for _ in range(count)) for _ in range(2000)]
-        assert lengths.expected_maximum(count) == pytest.approx(sum(drawn) / len(drawn), rel=0.05)
-    assert Lengths(100).expected_maximum(7) == 100
-    assert Lengths(0).expected_maximum(7) == 0
-
-
 def test_drawn_lengths_stand_for_the_distribution() -> None:
     lengths = Lengths(LONGEST, 1500)
     drawn = lengths.draw(512, seed=1)
