@@ -152,6 +152,7 @@ class Ppo(_Closed):
     (`sequence`, GRPO's paper), or over samples x response_tokens (`constant`, Dr. GRPO).
 
     The KL is a penalty in the reward (Ouyang et al. 2022), for GRPO a term of the loss; kl_in says otherwise.
+    entropy_coefficient: how much of the policy's entropy is added to the objective (Mnih et al. 2016, section 4).
     kl_estimator: k1, k2 or k3 of Schulman 2020; k1 in the reward and k3 in the loss where it is null.
 
     reward_clip bounds scores (null: not at all). overlong_tokens, overlong_penalty: a response that comes within so
@@ -169,6 +170,7 @@ class Ppo(_Closed):
     loss_average: Literal["token", "sequence", "constant"] = "token"
     value_clip: Above = 0.2
     kl_coefficient: Annotated[float, Field(ge=0)] = 0.05
+    entropy_coefficient: Annotated[float, Field(ge=0)] = 0.0
     kl_in: Literal["reward", "loss"] | None = None
     kl_estimator: Literal["k1", "k2", "k3"] | None = None
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0

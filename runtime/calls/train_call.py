@@ -133,6 +133,8 @@ def actor_loss(job: Job, tokens: float, output: TokenOutput, batch: Batch, *, kl
     old, advantages = batch["old_logprobs"], batch["advantages"]
     loss, terms = policy_loss(logprobs, old, advantages, clip, weights, tokens=tokens, lengths=whole)
     terms = {**terms, "entropy": output.entropy.sum() / tokens}
+    if settings.entropy_coefficient:
+        loss = loss - settings.entropy_coefficient * (output.entropy * weights).sum()
     kl_in = settings.kl_in or ("loss" if kl_in_loss else "reward")
     if kl_in == "loss" and settings.kl_coefficient and "ref_logprobs" in batch.fields:
         kl, kl_terms = kl_loss(logprobs, batch["ref_logprobs"], weights, settings.kl_estimator or "k3")

@@ -28,8 +28,8 @@ def token_logprobs_of(
 
     hidden: [n, width], equal on all ranks of the tp `group`; its gradient is this rank's part of a sum over the group.
     weight: [stored vocabulary / tp, width], this rank's rows. tokens: [n]. vocab: entries beyond it are padding and
-    have probability zero. Two float32 tensors [n], equal on all ranks; only the first is differentiable. One maximum
-    and one sum are exchanged.
+    have probability zero. Two float32 tensors [n], equal on all ranks and differentiable; the gradient of the entropy
+    needs one more number per row. One maximum and one sum are exchanged.
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         logprobs, entropy = _TokenLogProbs.apply(hidden, weight, tokens, group, vocab, temperature, cap)  # type: ignore[no-untyped-call]
@@ -85,8 +85,8 @@ class _Head:
         if self._group.size() > 1:
             dist.all_reduce(sums, group=self._group)
         total = sums[1].log()
-        self._log_sum = peak + total
-        return sums[0] - total, total - sums[2] / sums[1]
+        self._log_sum, self._entropy = peak + total, total - sums[2] / sums[1]
+        return sums[0] - total, self._entropy
 
     def _chosen(self) -> Tensor:
         """Logits of the tokens, those of this rank."""
@@ -108,16 +108,21 @@ class _Head:
         torch.div(self._real[part], self._temperature, out=out)
         out -= by[part, None]
 
-    def gradient(self, of_logprobs: Tensor) -> Tensor:
-        """The gradient in the logits, in their own storage: (onehot - p) / temperature for each row."""
+    def gradient(self, of_logprobs: Tensor, of_entropy: Tensor | None) -> Tensor:
+        """The gradient in the logits, in their own storage: (onehot - p) / temperature for each row, and
+        -p (log p + entropy) / temperature where the entropy H = -sum p log p has one."""
         scale = of_logprobs / self._temperature
         of_chosen = scale * self._here
         if self._cap:
             of_chosen = of_chosen * (1 - (self._chosen().float() / self._cap).square())
         for part in self._rows:
             grad = self._buffers[0, : len(scale[part])]
-            self._shift(part, self._log_sum, grad)
-            grad.exp_().mul_(-scale[part, None])
+            self._shift(part, self._log_sum, grad)  # log p
+            by = -scale[part, None]
+            if of_entropy is not None:
+                spread = torch.add(grad, self._entropy[part, None], out=self._buffers[1, : len(grad)])
+                by = spread.mul_(of_entropy[part, None] / -self._temperature).add_(by)
+            grad.exp_().mul_(by)
             if self._cap:  # the slope of cap x tanh(x / cap), from its value
                 grad.mul_(1 - (self._real[part].float() / self._cap).square())
             self._real[part] = grad
@@ -142,20 +147,22 @@ class _TokenLogProbs(torch.autograd.Function):
                 head.drop()
             ctx.parts.append((rows, kept, head))
         logprobs, entropy = (torch.cat(values) for values in zip(*found, strict=True))
-        ctx.mark_non_differentiable(entropy)
+        ctx.set_materialize_grads(False)
         return logprobs, entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, of_logprobs: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, of_logprobs: Tensor | None, of_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight = ctx.saved_tensors
+        if of_logprobs is None:
+            of_logprobs = torch.zeros(len(hidden), device=hidden.device)
         of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         of_weight: Tensor | None = None
         while ctx.parts:
             rows, kept, head = ctx.parts.pop()
             if not kept:
                 head.take(hidden[rows] @ weight.t())
-            grad = head.gradient(of_logprobs[rows])
+            grad = head.gradient(of_logprobs[rows], None if of_entropy is None else of_entropy[rows])
             del head
             if of_hidden is not None:
                 torch.matmul(grad, weight, out=of_hidden[rows])

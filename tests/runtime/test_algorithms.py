@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from ranks import run_ranks
 from torch import Tensor
 
 from plans.algorithms import ALGORITHMS as RECORDS
-from plans.runfile import Ppo
+from plans.runfile import Ppo, RunFile
 from runtime.algorithms.groups import spread
 from runtime.algorithms.losses import Clip, kl_estimate, kl_loss, policy_loss, value_loss
 from runtime.algorithms.offline import dpo_loss, sft_loss
@@ -27,7 +28,11 @@ from runtime.algorithms.samples import (
     token_rewards,
 )
 from runtime.algorithms.table import ADVANTAGES
-from runtime.calls.train_call import sample_weights
+from runtime.calls.train_call import WEIGHTS, actor_loss, sample_weights
+from runtime.job import Job
+from runtime.passes.forward import TokenOutput
+from runtime.passes.packs import Batch
+from runtime.sequences import Sequences
 
 LENGTHS = torch.tensor([5, 1, 3, 0])
 R = 5
@@ -327,3 +332,20 @@ def test_values_that_stay_near_are_not_counted_as_clipped() -> None:
     values = old + 0.1
     _, terms = value_loss(values, old, returns, 0.2, old.numel())
     assert float(terms["vf_clipfrac"]) == 0.0
+
+
+def test_an_entropy_bonus_raises_the_objective_by_the_mean_entropy() -> None:
+    entropy, weights = random(7).flatten().float().abs(), random(8).flatten().float().abs()
+    output = TokenOutput(random(5).flatten().float(), entropy.requires_grad_(), torch.empty(0), torch.empty(0))
+    lengths = (entropy.numel() - 3, 3)
+    sequences = Sequences(torch.zeros(2 + sum(lengths), dtype=torch.int64), (1, 1), lengths)
+    fields = {"old_logprobs": random(6).flatten().float(), "advantages": random(9).flatten().float(), WEIGHTS: weights}
+
+    def loss(**keys: float) -> torch.Tensor:
+        job = SimpleNamespace(run=RunFile.model_validate({"ppo": {"kl_coefficient": 0.0, **keys}}))
+        return actor_loss(cast(Job, job), 10.0, output, Batch(sequences, fields), kl_in_loss=False)[0]
+
+    bonus = loss() - loss(entropy_coefficient=0.01)
+    assert float(bonus.detach()) == pytest.approx(0.01 * float((entropy.detach() * weights).sum()), rel=1e-4)
+    (gradient,) = torch.autograd.grad(bonus, entropy)
+    torch.testing.assert_close(gradient, 0.01 * weights, rtol=1e-4, atol=1e-8)

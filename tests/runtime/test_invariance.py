@@ -135,8 +135,8 @@ def test_critic_free_algorithms(algorithm: str, layouts: Sequence[str], sizes: d
 
 
 EVERYTHING = {
-    "clip_high": 0.28, "dual_clip": 3.0, "ratio": "sequence", "loss_average": "sequence", "kl_in": "loss",
-    "kl_estimator": "k2", "divide_by_deviation": False, "overlong_tokens": 4, "drop_flat_groups": True,
+    "clip_high": 0.28, "dual_clip": 3.0, "entropy_coefficient": 0.01, "ratio": "sequence", "loss_average": "sequence",
+    "kl_in": "loss", "kl_estimator": "k2", "divide_by_deviation": False, "overlong_tokens": 4, "drop_flat_groups": True,
 }  # fmt: skip
 
 

@@ -87,8 +87,8 @@ TOTAL = sum(full_batch().sequences.responses)
 
 
 def weighted_loss(out: TokenOutput, batch: Batch) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
-    """A policy gradient over the global token count."""
-    loss = -(out.logprobs * batch["weight"]).sum() / TOTAL
+    """A policy gradient over the global token count, and some entropy."""
+    loss = -(out.logprobs * batch["weight"] + 0.3 * out.entropy * batch["weight"].abs()).sum() / TOTAL
     return loss, {"loss": loss, "entropy": out.entropy.sum(), "tokens": torch.tensor(len(batch["weight"]))}
 
 
@@ -347,19 +347,20 @@ def test_logprobs_and_entropy_equal_torch(elements: int, kept: int, monkeypatch:
     want_hidden, want_weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     logs = ((want_hidden @ want_weight.t())[:, :130] / 0.8).log_softmax(-1)
     want = logs.gather(-1, tokens[:, None])[:, 0]
-    entropy = -(logs.exp() * logs).sum(-1).detach()
-    (want * weights).sum().backward()
+    entropy = -(logs.exp() * logs).sum(-1)
+    (want * weights + entropy * weights.flip(0)).sum().backward()
+    entropy = entropy.detach()
 
     def run() -> tuple[torch.Tensor, ...]:
         group = torch.distributed.group.WORLD
         part = weight.chunk(4)[group.rank()].clone().requires_grad_()
         own = hidden.clone().requires_grad_()
         found = token_logprobs_of(own, part, tokens, group, 130, 0.8)
-        (found[0] * weights).sum().backward()
+        (found[0] * weights + found[1] * weights.flip(0)).sum().backward()
         with torch.no_grad():
             scored = token_logprobs_of(own, part, tokens, group, 130, 0.8)
         assert part.grad is not None and own.grad is not None
-        return found[0].detach(), found[1], *scored, own.grad, part.grad
+        return found[0].detach(), found[1].detach(), *scored, own.grad, part.grad
 
     results = run_ranks(4, run)
     for logprobs, spread, scored, scored_spread, _, _ in results:
