@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,8 @@ from plan_cases import CRITIC_FREE, tiny_plan
 from plans.checkpoint import Entry, parameters_of, written
 from plans.checkpoint_files import (
     CHUNK_BYTES,
+    MASTER,
+    MOMENTS,
     CheckpointError,
     RankIndex,
     RoleState,
@@ -41,10 +44,10 @@ def ours() -> ExecutionPlan:
 
 
 def make(folder: Path, iteration: int, plan: ExecutionPlan) -> Path:
-    """A whole checkpoint; the tensors themselves are another file's business."""
+    """A whole checkpoint whose tensors are a hole of zeros."""
     here = folder / f"global_step_{iteration}"
     here.mkdir(parents=True)
-    contents = {"plan.json": dump_plan(plan), "run.yaml": "", "metrics.jsonl": "{}\n", SHARD: "tensors"}
+    contents = {"plan.json": dump_plan(plan), "run.yaml": "", "metrics.jsonl": "{}\n", SHARD: ""}
     for name, text in contents.items():
         (here / name).write_text(text)
     layout = plan.layout("actor_train")
@@ -54,12 +57,25 @@ def make(folder: Path, iteration: int, plan: ExecutionPlan) -> Path:
         )
         for e in written(layout, 0)
     ]
+    _zeros(here / SHARD, entries)
     seals = {name: seal_of(here / name) for name in contents}
     rank = RankIndex(
         iteration=iteration, rank=0, roles={"actor": RoleState(steps=4, adam_steps=4)}, entries=entries, files=seals
     )
     (here / "index.json").write_text(sealed_index(joined([rank])))
     return here
+
+
+def _zeros(path: Path, entries: list[StoredEntry]) -> None:
+    header, at = {}, 0
+    for stored in entries:
+        for kind in (MASTER, *MOMENTS):
+            end = at + 4 * stored.entry.size
+            header[stored.tensor(kind)] = {"dtype": "F32", "shape": [stored.entry.size], "data_offsets": [at, end]}
+            at = end
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(path, 8 + len(text) + at)
 
 
 def reindexed(here: Path, edit: str, into: str) -> None:
@@ -103,7 +119,9 @@ def test_the_newest_that_is_whole_is_taken(tmp_path: Path, ours: ExecutionPlan) 
     assert [path.name for path in steps_in(folder)] == ["global_step_10", "global_step_9", "global_step_5"]
     found, refusals = find_usable(tmp_path, ours)
     assert found is not None and found.index.iteration == 10 and refusals == []
-    (folder / "global_step_10" / SHARD).write_text("tensorz")
+    with (folder / "global_step_10" / SHARD).open("r+b") as shard:
+        shard.seek(-1, os.SEEK_END)
+        shard.write(b"z")
     found, refusals = find_usable(folder, ours)
     assert found is not None and found.index.iteration == 9
     assert len(refusals) == 1 and f"`{SHARD}` was altered: its SHA-256 is not that of the index" in refusals[0]
@@ -134,7 +152,7 @@ def test_a_torn_checkpoint_says_where(tmp_path: Path, ours: ExecutionPlan) -> No
         return raised.value.message.removeprefix(f"checkpoint `{here}` cannot be used: ")
 
     assert torn(shard=None) == f"`{SHARD}` is missing"
-    assert torn(shard="tensor") == f"`{SHARD}` has 6 bytes, not 7"
+    assert torn(shard="tensor") == f"`{SHARD}` has 6 bytes, not {(whole / SHARD).stat().st_size:,}"
     assert torn(index=None) == "`index.json` is missing"
     assert torn(index="{").startswith("`index.json` is ")
     index = (whole / "index.json").read_text()
