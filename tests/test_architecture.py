@@ -31,7 +31,18 @@ FLOORS = {
         "cli",
     ),
     "plans": (
-        *("errors", "files", "terminal", "problems", "documents", "yaml_text", "shapes", "graph", "algorithms"),
+        *(
+            "errors",
+            "files",
+            "terminal",
+            "problems",
+            "documents",
+            "flat_tensors",
+            "yaml_text",
+            "shapes",
+            "graph",
+            "algorithms",
+        ),
         *(
             "lengths",
             "lengthsfile",
