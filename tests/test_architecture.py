@@ -51,6 +51,7 @@ FLOORS = {
             "config_keys",
             "model",
             "decoder",
+            "planned_families",
             "families",
             "kvcache",
             "huggingface",
