@@ -23,7 +23,9 @@ MAX_CALLS = 30  # calls of a mesh are the bits of one integer
 
 
 def _frozen(values: object, dtype: type[np.generic]) -> NDArray[np.generic]:
-    array: NDArray[np.generic] = np.array(values, dtype=dtype)
+    """An array that nobody changes by accident; the values themselves where they are one of the type, because matrices
+    of large clusters fill the memory."""
+    array: NDArray[np.generic] = np.asarray(values, dtype=dtype)
     array.setflags(write=False)
     return array
 
@@ -127,11 +129,15 @@ class Moves:
         """Only some options, with the layouts that they have."""
         rows, row = np.unique(self.row[sources], return_inverse=True)
         columns, column = np.unique(self.column[targets], return_inverse=True)
-        return Moves(self.seconds[np.ix_(rows, columns)], row.reshape(-1), column.reshape(-1))
+        whole = (len(rows), len(columns)) == self.seconds.shape
+        seconds = self.seconds if whole else self.seconds[np.ix_(rows, columns)]
+        return Moves(seconds, row.reshape(-1), column.reshape(-1))
 
     def least_into(self) -> FloatArray:
         """Least seconds to every option of the consumer, [options of the consumer]."""
-        least: FloatArray = self.seconds[np.unique(self.row)].min(axis=0)[self.column]
+        rows = np.unique(self.row)
+        seconds = self.seconds if len(rows) == len(self.seconds) else self.seconds[rows]
+        least: FloatArray = seconds.min(axis=0)[self.column]
         return least
 
 

@@ -28,6 +28,8 @@ CONTEXT_TOKENS = 1024
 SLOT_PARTS = (1, 2, 4, 8, 16, 32)
 """Slots of a dp rank that are tried: its samples, and these parts of them."""
 EVERY_LENGTH_UP_TO = 16
+END_TILES = 16
+"""On clusters of many nodes: places for a short mesh from either end, and as many evenly spread."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -71,7 +73,9 @@ def _lengths(nodes: int) -> list[int]:
 
 def positions(shape: Shape, cluster: ClusterSpec) -> list[DeviceMesh]:
     """Where a shape is tried. Whole nodes: every start up to `EVERY_LENGTH_UP_TO` nodes, on larger clusters tiles from
-    the left and from the right. Parts of a node: on the first and on the last node, because nodes are alike."""
+    the left and from the right; of a mesh that is short all the same, `END_TILES` from either end and as many in
+    between: a plan has few meshes, and a short one lies beside others at an end of the cluster or of a long mesh. Parts
+    of a node: on the first and on the last node, because nodes are alike."""
     if shape.gpus < cluster.gpus_per_node:
         nodes = sorted({0, cluster.nodes - 1})
         return [
@@ -82,7 +86,10 @@ def positions(shape: Shape, cluster: ClusterSpec) -> list[DeviceMesh]:
     last = cluster.nodes - shape.nodes
     if cluster.nodes <= EVERY_LENGTH_UP_TO:
         return [shape.at(node) for node in range(last + 1)]
-    return [shape.at(node) for node in sorted({*range(0, last + 1, shape.nodes), *range(last, -1, -shape.nodes)})]
+    left, right = range(0, last + 1, shape.nodes), range(last, -1, -shape.nodes)
+    between = range(0, last + 1, cluster.nodes // END_TILES) if len(left) > 3 * END_TILES else ()
+    ends = END_TILES if between else len(left)
+    return [shape.at(node) for node in sorted({*left[:ends], *right[:ends], *between})]
 
 
 @dataclass
