@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+from random_plans import SPECS
+
+from cost_models.engines.engine import MEGATRON
 from planner.space.layouts import Pruned, Shape, positions, shapes, strategies
+from planner.space.limits import Limits
+from planner.space.pricing import Space, build_space
 from plans.algorithms import algorithm_graph, ppo
 from plans.checks import CALL_CHECKS
 from plans.cluster import ClusterSpec
 from plans.library import load_cluster, load_model
 from plans.plan import ExecutionPlan, PlannedCall
+from plans.runnable import run_problems
 from plans.strategy import ParallelStrategy
-from plans.workload import Workload
+from plans.workload import Workload, role_spec
 
 
 def workload(model: str, tokens: int = 1024) -> Workload:
@@ -38,6 +45,34 @@ def test_every_layout_of_the_space_passes_the_checks_of_a_plan() -> None:
             for planned in every(work, call.name, cluster, context=context):
                 spec = work.spec(call.name)
                 assert not [p for check in CALL_CHECKS for p in check(plan, planned, spec)], planned
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo", "rloo", "remax", "dpo", "sft", "reward-modelling"])
+@pytest.mark.parametrize("kind", ["biased", "experts", "normed", "tied"])
+def test_what_search_may_write_for_this_engine_runs(algorithm: str, kind: str) -> None:
+    """Every layout that the space of the default engine keeps for a call is one that the runtime takes."""
+    graph, cluster = algorithm_graph(algorithm), load_cluster("h100-80gb-sxm", gpus=8)
+    models = {role: role_spec(role, SPECS[kind]) for role in graph.roles}
+    group = {"grpo": 4, "rloo": 4, "dpo": 2, "reward-modelling": 2}.get(algorithm, 1)
+    work = Workload(graph=graph, models=models, batch_size=16, group_size=group, prompt_tokens=64, response_tokens=8128,
+                    mean_response_tokens=2000, allow_long=True)  # fmt: skip
+    space = build_space(work, cluster, MEGATRON, Limits())
+    assert isinstance(space, Space)
+    first = {name: options[0] for name, options in space.options.items()}
+    seen = set()
+    for name, options in space.options.items():
+        for mesh, strategy in options:
+            if (name, strategy) in seen:
+                continue
+            seen.add((name, strategy))
+            calls = [
+                PlannedCall(call=call, mesh=m, strategy=s)
+                for call, (m, s) in (first | {name: (mesh, strategy)}).items()
+            ]
+            plan = ExecutionPlan(workload=work, cluster=cluster, calls=tuple(calls))
+            assert not run_problems(plan), (name, strategy)
+    assert len({s.ep for options in space.options.values() for _, s in options}) > 1 or kind != "experts"
+    assert any(s.cp > 1 for options in space.options.values() for _, s in options), "context parallelism is tried"
 
 
 def test_unequal_lengths_are_packed_by_tokens() -> None:
