@@ -50,12 +50,13 @@ def simulate(program: Program, durations: Durations) -> Timeline:
     state = _State(np.zeros(program.plan.cluster.size))
     waits = _waits(program)
     snapshots = [_snapshot(program, state, 0)]
+    depth = max((edge.distance for edge in program.plan.workload.graph.edges), default=1)
     for period in range(program.max_lag + 2 * WINDOW):
         for step in program.steps:
             if period >= step.lag:
                 _play(state, step, period - step.lag, durations.of(step), waits)
         snapshots.append(_snapshot(program, state, period))
-        cycle = _settled(snapshots[program.max_lag + 1 :])
+        cycle = _settled(snapshots[program.max_lag + 1 :], depth)
         if cycle and period >= program.max_lag + SHOWN_ITERATIONS:
             break
     cycle = cycle or WINDOW
@@ -64,11 +65,13 @@ def simulate(program: Program, durations: Durations) -> Timeline:
     return Timeline(source="predicted", period_s=float(growth.max()), spans=spans)
 
 
-def _settled(snapshots: list[NDArray[np.float64]]) -> int:
-    """1 or 2 when everything moved on by the same amount over that many last periods, else 0."""
+def _settled(snapshots: list[NDArray[np.float64]], depth: int) -> int:
+    """1 or 2 when everything moved on by the same amount over that many last periods, else 0; and so in each of the
+    last `depth` periods, since a call may wait for what happened so many periods before."""
     for cycle in (1, 2):
-        if len(snapshots) > cycle:
-            growth = snapshots[-1] - snapshots[-1 - cycle]
+        if len(snapshots) > cycle + depth - 1:
+            last = np.array(snapshots[-cycle - depth :])
+            growth = last[cycle:] - last[:-cycle]
             if np.ptp(growth) <= 1e-9 * max(1.0, float(growth.max())):
                 return cycle
     return 0

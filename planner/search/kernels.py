@@ -170,11 +170,10 @@ def link_nodes(t: Tables, x: IntArray, s: Scratch, count: int) -> int:
 
 
 @compiled
-def grown_evenly(s: Scratch, count: int, row: int, span: int) -> bool:
-    """Whether every end grew by the same amount between the rows `row - span` and `row`."""
-    node = s.node[SEQUENCE, 0]
-    growth, slack = s.ends[row, node] - s.ends[row - span, node], 1e-9 * s.ends[row, node]
-    for k in range(1, count):
+def grown_by(s: Scratch, count: int, row: int, span: int, growth: float) -> bool:
+    """Whether every end grew by `growth` between the rows `row - span` and `row`."""
+    slack = 1e-9 * s.ends[row, s.node[SEQUENCE, 0]]
+    for k in range(count):
         node = s.node[SEQUENCE, k]
         if abs(s.ends[row, node] - s.ends[row - span, node] - growth) > slack:
             return False
@@ -194,21 +193,24 @@ def play_period(s: Scratch, count: int, row: int) -> None:
 
 @compiled
 def steady_period(s: Scratch, count: int, deepest: int) -> float:
-    """Seconds per period in the long run, from playing periods until they repeat."""
+    """Seconds per period in the long run, from playing periods until they repeat: as many rows as are looked back at
+    have all grown by the same amount, over one row or over two."""
     for row in range(deepest):
         for k in range(count):
             s.ends[row, s.node[SEQUENCE, k]] = -1e30
-    by_one, by_two, some = 0, 0, s.node[SEQUENCE, 0]
+    by_one, by_two, last_one, last_two, some = 0, 0, 0.0, 0.0, s.node[SEQUENCE, 0]
     for row in range(deepest, deepest + PERIODS):
         play_period(s, count, row)
         if row > deepest:
-            by_one = by_one + 1 if grown_evenly(s, count, row, 1) else 0
+            by_one = by_one + 1 if grown_by(s, count, row, 1, last_one) else 0
+            last_one = s.ends[row, some] - s.ends[row - 1, some]
             if by_one >= deepest:
-                return s.ends[row, some] - s.ends[row - 1, some]
+                return last_one
         if row > deepest + 1:
-            by_two = by_two + 1 if grown_evenly(s, count, row, 2) else 0
+            by_two = by_two + 1 if grown_by(s, count, row, 2, last_two) else 0
+            last_two = s.ends[row, some] - s.ends[row - 2, some]
             if by_two > deepest:
-                return (s.ends[row, some] - s.ends[row - 2, some]) / 2.0
+                return last_two / 2.0
     last, growth = deepest + PERIODS - 1, 0.0
     for k in range(count):
         node = s.node[SEQUENCE, k]

@@ -9,7 +9,7 @@ import pytest
 from plan_cases import all_meshes
 
 from cost_models.simulate import Durations, latency_s, simulate
-from plans.algorithms import Variant, ppo
+from plans.algorithms import Variant, algorithm_graph, ppo
 from plans.checks import check_plan
 from plans.cluster import ClusterSpec, DeviceMesh
 from plans.library import load_cluster, load_model
@@ -117,3 +117,21 @@ def test_disjoint_meshes_run_at_once() -> None:
     seconds = {c.call: 2.0 for c in calls}
     # generate 2, then {ref} beside {reward, critic}: 4, then both trainings at once: 2.
     assert latency_s(program, Durations(seconds)) == pytest.approx(8.0)
+
+
+def test_generation_that_runs_ahead_goes_by_turns() -> None:
+    """Generating, scoring and training take 3 s each on meshes of their own, and generation reads the weights of two
+    iterations before: it starts at 0, 3, 9, 12, 18, ..., two iterations in 9 s."""
+    model, graph = load_model("llama-7b"), algorithm_graph("grpo", staleness=1)
+    work = Workload(graph=graph, models=dict.fromkeys(graph.roles, model), batch_size=512, minibatches=4)
+    calls = tuple(
+        PlannedCall(
+            call=call.name, mesh=DeviceMesh(first_node=0, nodes=1, first_gpu=gpu, gpus=1), strategy=ParallelStrategy(),
+            lag=int(call.name == "actor_train"),
+        )
+        for gpu, call in enumerate(graph.model_calls)
+    )  # fmt: skip
+    plan = ExecutionPlan(workload=work, cluster=load_cluster("h100-80gb-sxm", gpus=4, gpus_per_node=4), calls=calls)
+    assert check_plan(plan) == []
+    seconds = {"actor_generate": 3.0, "reward_infer": 3.0, "ref_infer": 1.0, "actor_train": 3.0}
+    assert simulate(compile_program(plan), Durations(seconds)).period_s == pytest.approx(4.5)

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from plans import yaml_text
 from plans.algorithms import tensor_kind
 from plans.checkpoint_files import CheckpointError, find_whole
-from plans.documents import BadText
+from plans.documents import DEEPEST, BadText
 from plans.errors import SpecError
 from plans.graph import MOST_STALENESS, Call, CallKind, DataflowGraph
 from plans.huggingface import config_from_spec, spec_from_config
@@ -113,6 +113,12 @@ def test_a_document_has_so_many_values_and_no_more(monkeypatch: pytest.MonkeyPat
     for text in ("[1, 2, 3, 4, 5]", "[1, 2, 3, 4, 5, 6, 7]"):
         with pytest.raises(BadText, match="too many values"):
             yaml_text.parse_yaml(text)
+
+
+def test_lists_nest_so_deep_and_no_deeper() -> None:
+    assert yaml_text.parse_yaml("[" * DEEPEST + "]" * DEEPEST).data is not None
+    with pytest.raises(BadText, match="deep"):
+        yaml_text.parse_yaml("[" * (DEEPEST + 1) + "]" * (DEEPEST + 1))
 
 
 def test_functions_beside_a_run_file_are_found_from_anywhere(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from cost_models.memory.moments import CallMemory, memory_profile
 from cost_models.validation.memory_rows import training_case_of
 from plans.algorithms import algorithm_graph
 from plans.cluster import GIB
+from plans.lengths import Lengths
 from plans.model import ModelSpec, Norm
 from plans.program import compile_program
 from plans.strategy import Recompute
@@ -195,6 +196,15 @@ def test_scores_in_parts_exist_a_part_at_a_time() -> None:
     assert few.logits == pytest.approx(18 * VOCABULARY * TOKENS)
     responses = held("ref_infer", constants={"response_head": True}, dp=8, micro_batches=8)
     assert responses.logits == pytest.approx(10 * VOCABULARY * 1024)
+
+
+def test_a_cache_that_grows_is_fullest_before_most_sequences_have_ended() -> None:
+    """64 sequences from the start: the most of how many are still alive times how long they are."""
+    sizes = {"mean_response_tokens": 800}
+    terms = held("actor_generate", sizes=sizes, habits=MemoryHabits(grows=True), dp=1)
+    lengths = Lengths(1024, 800)
+    fullest = max(64 * lengths.beyond(t) * (512 + t) for t in range(1024))
+    assert terms.kv_cache == pytest.approx(fullest * 24 * 2 * 4 * 128 * 2, rel=0.02)
 
 
 def test_generation_holds_a_prefill_and_a_row_of_logits_for_every_sequence() -> None:
