@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from plan_cases import TINY
 from random_plans import SPECS
 
+import plans.library
 from cost_models.engines.engine import MEGATRON
+from planner.request import build_request
 from planner.space.layouts import Pruned, Shape, positions, shapes, strategies
 from planner.space.limits import Limits
 from planner.space.pricing import Space, build_space
 from plans.algorithms import algorithm_graph, ppo
-from plans.checks import CALL_CHECKS
+from plans.checks import CALL_CHECKS, check_plan
 from plans.cluster import ClusterSpec
+from plans.graphfile import load_graph
 from plans.library import load_cluster, load_model
 from plans.plan import ExecutionPlan, PlannedCall
+from plans.runfile import load_run
 from plans.runnable import run_problems
 from plans.strategy import ParallelStrategy
 from plans.workload import Workload, role_spec
@@ -130,3 +136,18 @@ def test_positions_cover_the_cluster_without_leaving_it() -> None:
             ranks = [mesh.ranks(cluster) for mesh in positions(shape, cluster)]
             assert ranks[0].start == 0 and ranks[-1].stop == cluster.size
             assert all(r.start >= 0 and r.stop <= cluster.size and len(r) == shape.size for r in ranks)
+
+
+@pytest.mark.parametrize("name", ["two-rewards", "distillation"])
+def test_own_graphs_that_ship_with_an_experiment_are_found_and_run(name: str) -> None:
+    library = Path(plans.library.__file__).parent
+    graph, run = load_graph(library / "graphs" / f"{name}.yaml"), library / "experiments" / f"{name}.yaml"
+    models = {role: str(TINY) for role in graph.roles}
+    request = build_request(models=models, run=run, own_graph=graph, cluster="local-cpu", gpus=2)
+    space = build_space(request.workload, request.cluster, MEGATRON, Limits())
+    assert isinstance(space, Space)
+    calls = [PlannedCall(call=call, mesh=m, strategy=s) for call, ((m, s), *_) in space.options.items()]
+    plan = ExecutionPlan(workload=request.workload, cluster=request.cluster, calls=tuple(calls))
+    assert not check_plan(plan) and not run_problems(plan)
+    weights = load_run(run).weights
+    assert isinstance(weights, dict) and set(weights) == set(graph.roles), "weights of every role are named"
