@@ -92,8 +92,8 @@ def test_loss_passes_over_fp32_logits() -> None:
     scored, trained = inference_time(at, WORK, layout(**CUT)), training_time(at, STEP, layout(**CUT))
     assert nanoseconds(scored["head_and_loss"]) == pytest.approx(4 * 2 * logits)
     assert nanoseconds(trained["head_and_loss"]) == pytest.approx(4 * 4 * logits)
-    fitted = inference_time(memory(loss_passes=2.5, loss_backward_ratio=1.0), WORK, layout(**CUT))
-    assert nanoseconds(fitted["head_and_loss"]) == pytest.approx(4 * 1.25 * logits), "a fitted number need not be whole"
+    fitted = inference_time(memory(loss_passes=2.6, loss_backward_ratio=1.0), WORK, layout(**CUT))
+    assert nanoseconds(fitted["head_and_loss"]) == pytest.approx(4 * 1.3 * logits), "a fitted number need not be whole"
     slow = training_time(memory(loss_passes=4.0, loss_backward_ratio=2.0), STEP, layout(**CUT))
     assert nanoseconds(slow["head_and_loss"]) == pytest.approx(4 * 6 * logits)
     value = training_time(at, replace(STEP, spec=DENSE.with_value_head()), layout(**CUT))
