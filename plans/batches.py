@@ -196,7 +196,7 @@ def lengths_routes(plan: ExecutionPlan, generate: str) -> dict[int, int]:
     """Target -> source of the lengths that a generate call made: every other rank that deals samples by them, from a
     rank of the generation on its own node where there is one, in turn."""
     makers, per_node = plan.layout(generate).ranks, plan.cluster.gpus_per_node
-    users = [planned.call for planned in plan.calls if lengths_from(plan, planned.call) == generate]
+    users = [call.name for call in plan.workload.graph.calls if lengths_from(plan, call.name) == generate]
     users += [target for call in users for target, _ in consumers(plan, call) if can_move(plan, call, target)]
     targets = sorted({rank for call in users for rank in plan.ranks(plan.workload.graph.host(call))} - set(makers))
     near: dict[int, list[int]] = {}

@@ -8,6 +8,7 @@ from itertools import chain
 
 import pytest
 from plan_cases import tiny_plan
+from random_plans import random_plan
 
 from plans.batches import (
     assign,
@@ -28,6 +29,7 @@ from plans.cluster import ClusterSpec, parse_mesh
 from plans.codec import dump_plan, read_plan
 from plans.library import load_gpu, load_model
 from plans.plan import ExecutionPlan, PlannedCall
+from plans.program import StepKind, compile_program
 from plans.strategy import ParallelStrategy
 
 
@@ -220,3 +222,16 @@ def test_given_responses_have_no_generation_behind_them() -> None:
     places = {"ref_infer": "d2 t1 p1", "actor_train": "d2 t1 p1"}
     p = tiny_plan(2, places, algorithm="dpo", order=tuple(places), batch_size=4, group_size=2, minibatches=1)
     assert lengths_from(p, "ref_infer") == lengths_from(p, "actor_train") == ""
+
+
+@pytest.mark.parametrize("seed", [12, 25, 38, 51, 64, 77])
+def test_who_sends_or_gets_rows_knows_their_lengths(seed: int) -> None:
+    """ReMax with a Python reward: the scores of greedy responses travel, and nothing else of them does."""
+    found = random_plan(seed).plan
+    graph = found.workload.graph
+    assert graph.name == "remax" and graph.call("reward_greedy").model == ""
+    for step in compile_program(found).steps:
+        if step.kind is StepKind.TRANSFER:
+            generate = lengths_from(found, step.subject)
+            knows = {*found.layout(generate).ranks, *lengths_routes(found, generate)}
+            assert set(step.ranks) <= knows, (step.name, generate)
