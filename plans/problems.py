@@ -83,7 +83,8 @@ def value_problem(where: str, detail: ErrorDetails, path: Path_) -> Problem:
         name, words = _BOUNDS[kind]
         bound = context[name]
         legal = bound if name in ("ge", "le") else bound + 1 if name == "gt" else bound / 2
-        rule = f"{words} {int(bound):,}" if float(bound).is_integer() else f"{words} {bound:g}"
+        whole = float(bound).is_integer() and (isinstance(bound, int) or abs(bound) < 1e15)
+        rule = f"{words} {int(bound):,}" if whole else f"{words} {bound:g}"
         example = f"{legal:g}" if isinstance(legal, float) else str(legal)
         return Problem("value", f"{where}{shown}; it must be {rule}", f'"{key}": {example}, for example', path)
     if kind in _LENGTHS:

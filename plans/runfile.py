@@ -34,7 +34,10 @@ class RunFileError(RealplanError):
 Count = Annotated[int, Field(ge=0, le=10**9)]
 ZeroToOne = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-Above = Annotated[float, Field(gt=0)]
+MOST_REAL = 1e30
+"""Of numbers that meet tensors: float32 holds 3.4e38, and torch refuses what it cannot hold."""
+Above = Annotated[float, Field(gt=0, le=MOST_REAL)]
+NotNegative = Annotated[float, Field(ge=0, le=MOST_REAL)]
 
 
 def _temperature(value: float) -> float:
@@ -123,7 +126,7 @@ class RunSampling(_Closed):
     top_k: Count = 0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    repetition_penalty: Above = 1.0
     stop_at_eos: bool = True
     stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)] = ()
 
@@ -132,11 +135,11 @@ class Optimizer(_Closed):
     """AdamW. The rate rises linearly over `warmup_steps` and then stays (constant), or falls linearly or as half a
     cosine to `final_lr` x lr at the last step of the run. `clip` bounds the global gradient norm."""
 
-    lr: Annotated[float, Field(ge=0)] = 1e-6
+    lr: NotNegative = 1e-6
     warmup_steps: Count = 0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     final_lr: ZeroToOne = 0.0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: NotNegative = 0.0
     beta1: Decay = 0.9
     beta2: Decay = 0.95
     eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
@@ -165,12 +168,12 @@ class Ppo(_Closed):
 
     clip: Above = 0.2
     clip_high: Above | None = None
-    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    dual_clip: Annotated[float, Field(gt=1, le=MOST_REAL)] | None = None
     ratio: Literal["token", "sequence"] = "token"
     loss_average: Literal["token", "sequence", "constant"] = "token"
     value_clip: Above = 0.2
-    kl_coefficient: Annotated[float, Field(ge=0)] = 0.05
-    entropy_coefficient: Annotated[float, Field(ge=0)] = 0.0
+    kl_coefficient: NotNegative = 0.05
+    entropy_coefficient: NotNegative = 0.0
     kl_in: Literal["reward", "loss"] | None = None
     kl_estimator: Literal["k1", "k2", "k3"] | None = None
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -179,7 +182,7 @@ class Ppo(_Closed):
     divide_by_deviation: bool = True
     reward_clip: Above | None = None
     overlong_tokens: Count = 0
-    overlong_penalty: Annotated[float, Field(ge=0)] = 1.0
+    overlong_penalty: NotNegative = 1.0
     drop_flat_groups: bool = False
     critic_warmup_iterations: Count = 0
 

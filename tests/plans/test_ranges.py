@@ -19,7 +19,7 @@ from plans.graphfile import graph_of
 from plans.library import load_model
 from plans.workload import Workload
 
-ANY, NONE = float("inf"), object()
+ANY, REAL, NONE = float("inf"), 1e30, object()
 BILLION, MILLION, SIZE = 10**9, 10**6, 10**8
 COUNT = (1, BILLION)
 FRACTION = 1e-6
@@ -34,16 +34,16 @@ RUN: dict[type[BaseModel], dict[str, tuple[float, float, Any]]] = {
     runfile.Data: {"max_prompts": (0, BILLION, 0)},
     runfile.RunSampling: {"top_k": (0, BILLION, 0), "top_p": (FRACTION, 1.0, 1.0), "min_p": (0.0, 1.0, 0.0)},
     runfile.Optimizer: {
-        "lr": (0.0, ANY, 1e-6), "warmup_steps": (0, BILLION, 0), "weight_decay": (0.0, ANY, 0.0),
+        "lr": (0.0, REAL, 1e-6), "warmup_steps": (0, BILLION, 0), "weight_decay": (0.0, REAL, 0.0),
         "beta1": (0.0, 1 - FRACTION, 0.9), "beta2": (0.0, 1 - FRACTION, 0.95), "eps": (FRACTION, 1.0, 1e-8),
-        "clip": (FRACTION, ANY, 1.0),
+        "clip": (FRACTION, REAL, 1.0),
     },
     runfile.Ppo: {
-        "clip": (FRACTION, ANY, 0.2), "value_clip": (FRACTION, ANY, 0.2), "kl_coefficient": (0.0, ANY, 0.05),
+        "clip": (FRACTION, REAL, 0.2), "value_clip": (FRACTION, REAL, 0.2), "kl_coefficient": (0.0, REAL, 0.05),
         "gamma": (FRACTION, 1.0, 1.0), "gae_lambda": (0.0, 1.0, 0.95), "critic_warmup_iterations": (0, BILLION, 0),
     },
     runfile.RewardLimits: {"memory_gib": (0.1, 2.0**20, 8.0), "workers": (1, 256, 1)},
-    runfile.Dpo: {"beta": (FRACTION, ANY, 0.1)},
+    runfile.Dpo: {"beta": (FRACTION, REAL, 0.1)},
     runfile.Checkpoints: {"every": (0, BILLION, 10), "keep": (*COUNT, 2)},
     runfile.RunFile: {
         "iterations": (*COUNT, 10), "seed": (0, 2**63 - 1, 0), "timeout_s": (0.0, 1e7, 0.0),

@@ -77,6 +77,8 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
         ("a: [", [], "run.yaml:2:1: not YAML"),
         ("", ["iterations"], "key=value"),
         ("", ["actor.lr=fast"], "actor.lr"),
+        ("actor: {lr: 1e300}", [], "run.yaml:1:13: actor.lr is 1e+300; it must be at most 1e+30"),
+        ("ppo: {clip: 1e300, kl_coefficient: 1e300}", [], "ppo.kl_coefficient is 1e+300; it must be at most 1e+30"),
         ("", ["a.b.c=3"], "`a.b.c=3`: unknown key `a`"),
         ("ppo: {clip: 0.1}", ["seed=1", "ppo.x.y=3"], "`ppo.x.y=3`: unknown key `ppo.x`"),
         ("a: {b: 1}", ["a.c=3"], "run.yaml:1:4: unknown key `a`"),
