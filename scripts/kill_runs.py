@@ -137,7 +137,7 @@ class Bench:
         if process.returncode and by_itself:
             return f"it did not go on by itself: {said[-500:]}"
         if "Traceback" in said:
-            return f"a traceback: {said[-500:]}"
+            return f"a traceback: {said[max(0, said.index('Traceback') - 200) :][:3000]}"
         if process.returncode:
             again = self._run([*command, "--resume"], folder)
             if again.returncode:

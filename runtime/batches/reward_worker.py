@@ -5,7 +5,6 @@ It holds no memory, device or connection of the rank, so whatever the function d
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import resource
@@ -24,15 +23,24 @@ def main(
 ) -> None:
     """Serve rewards, a score being the weighted sum of theirs, until `requests`, a descriptor, is closed. The process
     leads a session of its own."""
-    with contextlib.suppress(ProcessLookupError):
-        die_with(parent, lambda: os.killpg(0, signal.SIGKILL))
+
+    def end() -> None:
+        os.killpg(0, signal.SIGKILL)
+
+    try:
+        die_with(parent, end)
+    except ProcessLookupError:
+        return
     resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with open(requests, encoding="utf-8") as read, open(replies, "w", encoding="utf-8") as write:
 
         def reply(answer: dict[str, Any]) -> None:
-            write.write(json.dumps(answer) + "\n")
-            write.flush()
+            try:
+                write.write(json.dumps(answer) + "\n")
+                write.flush()
+            except BrokenPipeError:  # the rank is gone, and nobody wants to hear of it
+                end()
 
         functions = []
         for name, weight in weights.items():

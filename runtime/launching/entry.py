@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import tempfile
+from collections.abc import Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -46,6 +47,12 @@ def prepare_ranks(plan: ExecutionPlan) -> None:
             ) from None
 
 
+def multiprocessing_folder() -> list[Path]:
+    """Where the fork server of this process has its socket, where there is one."""
+    folder = multiprocessing.current_process()._config.get("tempdir")  # type: ignore[attr-defined]
+    return [Path(folder)] if folder else []
+
+
 def prepare_joining(plan: ExecutionPlan, address: Address) -> None:
     """The same for a process that another launcher has started as a rank: gloo listens on the interface that leads to
     rank 0, where the user names none."""
@@ -70,13 +77,16 @@ def rank_defaults(cpu: bool) -> dict[str, str]:
     return defaults
 
 
-def launched_worker(plan: ExecutionPlan, run: RunFile, member: Member, scratch: Path, launcher: int) -> None:
-    """Run one rank; an error, which is in `scratch` by then, ends the process at once and without a traceback."""
+def launched_worker(
+    plan: ExecutionPlan, run: RunFile, member: Member, scratch: Path, launcher: int, traces: Sequence[Path]
+) -> None:
+    """Run one rank; an error, which is in `scratch` by then, ends the process at once and without a traceback. traces:
+    folders that a launcher which is killed cannot take away itself."""
     # The keyboard interrupts launcher and ranks alike. With checkpoints the launcher asks the ranks to stop; without,
     # they end at once and show no traceback.
     signal.signal(signal.SIGINT, signal.SIG_IGN if run.checkpoint.every else signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    die_with(launcher, lambda: _die_with_traces(member, scratch))
+    die_with(launcher, lambda: _die_with(traces))
     faulthandler.enable(crash_path(scratch, member.rank).open("w", encoding="utf-8"))
     from runtime.worker import guarded
 
@@ -84,9 +94,7 @@ def launched_worker(plan: ExecutionPlan, run: RunFile, member: Member, scratch: 
         os._exit(1)
 
 
-def _die_with_traces(member: Member, scratch: Path) -> None:
-    """What a launcher that was killed cannot take away itself."""
-    shutil.rmtree(scratch, ignore_errors=True)
-    if isinstance(member.meeting, Path):
-        shutil.rmtree(member.meeting.parent, ignore_errors=True)
+def _die_with(traces: Sequence[Path]) -> None:
+    for folder in traces:
+        shutil.rmtree(folder, ignore_errors=True)
     os.kill(os.getpid(), signal.SIGKILL)

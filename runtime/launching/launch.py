@@ -22,7 +22,13 @@ from plans.runfile import RunFile, patience_s
 from runtime.checkpoints.complete import Completer
 from runtime.checkpoints.folder import prepare_folder, stop_request
 from runtime.checkpoints.resume import Start
-from runtime.launching.entry import launched_worker, prepare_joining, prepare_ranks, start_method
+from runtime.launching.entry import (
+    launched_worker,
+    multiprocessing_folder,
+    prepare_joining,
+    prepare_ranks,
+    start_method,
+)
 from runtime.launching.output import held_output
 from runtime.launching.restarts import with_restarts
 from runtime.processes.failures import RunFailed, Stopped, find_cause, knows_cause
@@ -105,11 +111,12 @@ def attempt(plan: ExecutionPlan, run: RunFile, scratch: Path, check: Callable[[]
     context: Any = multiprocessing.get_context(start_method(plan))
     ranks: dict[int, Any] = {}
     with tempfile.TemporaryDirectory(prefix="realplan-", ignore_cleanup_errors=True) as private:
+        traces = (scratch, Path(private), *multiprocessing_folder())
         try:
             for rank in range(plan.cluster.size):
                 member = Member(rank, plan.cluster.size, rank, Path(private) / "store")
                 ranks[rank] = context.Process(
-                    target=launched_worker, args=(plan, run, member, scratch, os.getpid()), name=f"rank {rank}"
+                    target=launched_worker, args=(plan, run, member, scratch, os.getpid(), traces), name=f"rank {rank}"
                 )
                 ranks[rank].start()
             codes = _wait(ranks, scratch, check)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from plan_cases import REWARDS
+from run_cases import ROOT
 
 from runtime.batches.rewards import ProcessLimits, Reward, RewardError
 
@@ -212,3 +216,25 @@ def test_a_reward_ends_with_its_rank(rewards) -> None:  # type: ignore[no-untype
     while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not Path(f"/proc/{worker}").exists()
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_process_whose_rank_was_killed_ends_without_a_word(alive: bool) -> None:
+    """Its answer meets a pipe that nobody reads, before or after it could see that the rank is gone."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    requests, asks = os.pipe()
+    listens, replies = os.pipe()
+    os.close(listens)
+    parent = os.getpid() if alive else gone.pid
+    code = (
+        "from runtime.batches.reward_worker import main; "
+        f"main({requests}, {replies}, {parent}, 2**33, {{{f'{REWARDS}:vowels'!r}: 1.0}}, ())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], pass_fds=(requests, replies), start_new_session=True, capture_output=True,
+        text=True, timeout=120, cwd=ROOT,
+    )  # fmt: skip
+    for descriptor in (requests, asks, replies):
+        os.close(descriptor)
+    assert done.stderr == "" and done.returncode == (-signal.SIGKILL if alive else 0)
