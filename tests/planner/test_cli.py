@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from cost_models.engines.engine import MEGATRON
+from planner.baselines import BASELINES
 from planner.cli import main
 from planner.explanation.whatif import what_if
 from planner.remedies.memory import memory_hint
@@ -319,3 +320,29 @@ def test_models_clusters_and_schema(realplan: Run) -> None:
     assert refused["llama-7b"]["runtime_refuses"] == [] and "`alibi`" in refused["bloom-176b"]["runtime_refuses"][0]
     assert "local-cpu" in realplan("clusters")[1]
     assert json.loads(realplan("schema")[1])["title"] == "PlanFile"
+
+
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        (["*.tp=2"], "x), within --pin *.tp=2"),
+        (
+            ["actor_generate.tp=1", "actor_train.tp=8"],
+            "x), but ignores --pin actor_generate.tp=1, --pin actor_train.tp=8",
+        ),
+    ],
+)
+def test_it_is_said_whether_baselines_keep_to_the_rules(
+    rules: list[str], words: str, realplan: Run, tmp_path: Path
+) -> None:
+    """One layout for all calls can have one tp for all of them, and not two."""
+    path, pins = str(tmp_path / "plan.json"), [word for rule in rules for word in ("--pin", rule)]
+    command = ["search", "--model", "llama-7b", "--gpus", "8", "--method", "mcmc", "--seconds", "2", "-o", path, *pins]
+    code, _, said = realplan(*command)
+    said = " ".join(said.split())
+    assert code == 0 and "the best symmetric plan takes" in said and words in said
+    strategies = [load_plan(Path(path)).planned(call).strategy for call in ("actor_generate", "actor_train")]
+    assert [strategy.tp for strategy in strategies] in ([2, 2], [1, 8])
+    code, _, said = realplan("show", path)
+    under = ", ".join(f"--pin {rule}" for rule in rules)
+    assert code == 0 and f"under {under}; the baselines ignore that: {', '.join(BASELINES)}" in " ".join(said.split())

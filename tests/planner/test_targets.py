@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -69,24 +68,6 @@ def test_targets_are_tested_before_the_work(
         said = capsys.readouterr().err
         assert ended.value.code in (1, 2) and "cannot write" in said and "hint: " in said, said
     assert sorted(os.listdir(tmp_path)) == ["folder", "plan.json"]
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """Mounts a disk with so many free bytes; needs root."""
-    place = tmp_path / "small"
-    place.mkdir()
-
-    def mount(size: int) -> Path:
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)], capture_output=True, text=True
-        )
-        if done.returncode:
-            pytest.skip(f"no disk can be mounted: {done.stderr.strip()}")
-        return place
-
-    yield mount
-    subprocess.run(["umount", "-l", str(place)], capture_output=True)
 
 
 def test_a_full_disk_keeps_the_old_plan_and_no_part_of_the_new_one(small_disk: Callable[[int], Path]) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -229,3 +231,15 @@ def test_a_run_writes_its_files(tmp_path: Path) -> None:
         "timeline.json",
     ]
     assert (folder / "actor" / "model.safetensors").is_file() and (folder / "actor" / "tokenizer.json").is_file()
+
+
+def test_a_disk_that_fills_up_under_two_ranks_is_one_message(small_disk: Callable[[int], Path], tmp_path: Path) -> None:
+    """The disk has room for what a run says, and none for the weights that it exports."""
+    output = small_disk(200 * resource.getpagesize()) / "out"
+    said = fails(arguments(tmp_path, f"output={output}", iterations=2))
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and str(output) in errors[0] and "No space left on device" in errors[0], said
+    assert said.count("hint: ") == 1 and "free some space there" in said
+    left = {path.name for path in output.rglob("*")}
+    assert not [name for name in left if "partial" in name or name.startswith(".")] and "actor" not in left
+    assert len((output / "metrics.jsonl").read_text().splitlines()) == 2
