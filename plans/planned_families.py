@@ -179,8 +179,9 @@ class DeepseekV3(DeepseekV2):
     RL use the main model alone."""
 
     ARCHITECTURE = "DeepseekV3ForCausalLM"
-    max_position_embeddings: Size = 163840
-    num_nextn_predict_layers: Annotated[int, Field(ge=0, le=100)] = 0
+    max_position_embeddings: Size = 4096
+    first_k_dense_replace: Annotated[int, Field(ge=0, le=10**4)] = 3
+    num_nextn_predict_layers: Annotated[int, Field(ge=0, le=100)] = 1
     scoring_func: str = "sigmoid"
     norm_topk_prob: bool = True
     routed_scaling_factor: PositiveNumber = 2.5

@@ -18,6 +18,7 @@ git ls-files -z | tar --null -T - -c | tar -x -C "$work/tree"
 wheel="$(echo "$work"/dist/realplan-*.whl)"
 "$uv" pip install -q -p "$work/venv/bin/python" -c constraints.txt "realplan${extra:+[$extra]} @ file://$wheel"
 cd "$work"
+unset PYTHONPATH # what is installed is to be found, and not this tree
 export NUMBA_DISABLE_JIT=1 # nothing is searched for long enough that compiling would pay
 bin="$work/venv/bin"
 EXTRA="$extra" "$bin/python" - <<'PY'

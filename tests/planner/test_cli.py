@@ -305,7 +305,7 @@ def test_pins_and_bounds_are_kept(realplan: Run, tmp_path: Path) -> None:
 def test_every_algorithm_can_be_planned(realplan: Run, tmp_path: Path) -> None:
     for algorithm in ("grpo", "remax", "dpo", "sft", "reward-modelling"):
         path = tmp_path / f"{algorithm}.json"
-        arguments = ["--algorithm", algorithm, "--group-size", "2", "--method", "mcmc", "--seconds", "5"]
+        arguments = ["--algorithm", algorithm, "--group-size", "2", "--method", "mcmc", "--seconds", "1"]
         code, _, err = realplan("search", "--model", "llama-7b", "--gpus", "8", *arguments, "-o", str(path), "--json")
         assert code == 0, (algorithm, err)
         assert check_plan(load_plan(path)) == []
@@ -322,27 +322,16 @@ def test_models_clusters_and_schema(realplan: Run) -> None:
     assert json.loads(realplan("schema")[1])["title"] == "PlanFile"
 
 
-@pytest.mark.parametrize(
-    ("rules", "words"),
-    [
-        (["*.tp=2"], "x), within --pin *.tp=2"),
-        (
-            ["actor_generate.tp=1", "actor_train.tp=8"],
-            "x), but ignores --pin actor_generate.tp=1, --pin actor_train.tp=8",
-        ),
-    ],
-)
-def test_it_is_said_whether_baselines_keep_to_the_rules(
-    rules: list[str], words: str, realplan: Run, tmp_path: Path
-) -> None:
+def test_it_is_said_that_baselines_ignore_the_rules(realplan: Run, tmp_path: Path) -> None:
     """One layout for all calls can have one tp for all of them, and not two."""
+    rules = ["actor_generate.tp=1", "actor_train.tp=8"]
     path, pins = str(tmp_path / "plan.json"), [word for rule in rules for word in ("--pin", rule)]
     command = ["search", "--model", "llama-7b", "--gpus", "8", "--method", "mcmc", "--seconds", "2", "-o", path, *pins]
     code, _, said = realplan(*command)
     said = " ".join(said.split())
-    assert code == 0 and "the best symmetric plan takes" in said and words in said
-    strategies = [load_plan(Path(path)).planned(call).strategy for call in ("actor_generate", "actor_train")]
-    assert [strategy.tp for strategy in strategies] in ([2, 2], [1, 8])
-    code, _, said = realplan("show", path)
     under = ", ".join(f"--pin {rule}" for rule in rules)
+    assert code == 0 and "the best symmetric plan takes" in said and f"x), but ignores {under} wrote" in said
+    strategies = [load_plan(Path(path)).planned(call).strategy for call in ("actor_generate", "actor_train")]
+    assert [strategy.tp for strategy in strategies] == [1, 8]
+    code, _, said = realplan("show", path)
     assert code == 0 and f"under {under}; the baselines ignore that: {', '.join(BASELINES)}" in " ".join(said.split())
