@@ -11,9 +11,9 @@ import io
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,12 @@ import yaml
 from plan_cases import TINY, tiny_plan
 from safetensors.torch import save, save_file
 
+from cost_models.engines.engine import MEGATRON
+from cost_models.estimate import PlanCost, cost_plan
 from cost_models.tables.table_file import load_table
 from cost_models.validation.published import read_rows
+from planner.pictures.run_files import RunFiles, read_run
+from planner.pictures.run_page import run_page
 from plans.checkpoint_files import CheckpointIndex, open_checkpoint, seal_of, sealed_index
 from plans.checks import check_plan
 from plans.codec import dump_plan, load_plan, sealed
@@ -69,6 +73,18 @@ METRICS = "".join(
     json.dumps({"iteration": i, "response_length/p50": 100 + i, "response_length/p99": 200, "prompt_length/mean": 9.5})
     + "\n"
     for i in range(4)
+)
+EVALUATED = "".join(
+    json.dumps(
+        {"iteration": i, "val/score/mean": 0.5 + i, "scores": [0.5, 1.0],
+         "samples": [{"prompt": "two and two", "response": "four", "score": 1.0}]}
+    )
+    + "\n"
+    for i in range(3)
+)  # fmt: skip
+SHOWN = "".join(
+    json.dumps({"iteration": i, "sample": 0, "prompt": "two and two", "response": "four", "rewards": 1.0}) + "\n"
+    for i in range(3)
 )
 TABLE = {
     "format": "realplan-costs/1", "hardware": "h100-80gb-sxm", "device": "NVIDIA H100", "model": "llama2-7b",
@@ -220,6 +236,33 @@ def _json_lines(text: str) -> list[Any]:
     return [json.loads(line) for line in text.removeprefix("\ufeff").split("\n") if line.strip()]
 
 
+def _reported(path: Path) -> RunFiles:
+    """The files of a run, of which a page has been drawn."""
+    run = read_run(path.parent)
+    run_page(run, _cost(), "a run")
+    return run
+
+
+@cache
+def _cost() -> PlanCost:
+    return cost_plan(tiny_plan(2, "d2 t1 p1"), MEGATRON)
+
+
+def _a_run(folder: Path) -> None:
+    """What else a run has left."""
+    (folder / "plan.json").write_text(_plan_text())
+    (folder / "metrics.jsonl").write_text(METRICS)
+
+
+def _whole_lines(text: str) -> list[Any]:
+    """A last line that has no end is left out, as a run that goes on may be writing it."""
+    return _json_lines(text[: text.rfind("\n") + 1])
+
+
+def _same_lines(found: Sequence[Any], said: Sequence[Any]) -> bool:
+    return list(found) == list(said)
+
+
 def _same_sheet(rows: list[str], said: str) -> bool:
     table = [row for row in csv.reader(io.StringIO(said.removeprefix("\ufeff"), newline="")) if row]
     return rows == [row[table[0].index("prompt")] for row in table[1:]]
@@ -354,6 +397,8 @@ def kinds() -> list[Kind]:
              lambda rows, said: rows == (said["rows"] if isinstance(said, dict) else said)),
         Kind("lengths.txt", NUMBERS, lengths, _same_numbers, str),
         Kind("metrics.jsonl", METRICS, lengths, _same_metrics, _json_lines),
+        Kind("evaluation.jsonl", EVALUATED, lambda p: _reported(p).evaluated, _same_lines, _whole_lines, beside=_a_run),
+        Kind("samples.jsonl", SHOWN, lambda p: _reported(p).samples, _same_lines, _whole_lines, beside=_a_run),
         Kind(INDEX, _index_text(), _weights, lambda files, said: files == said["weight_map"], beside=_shards),
         Kind("model.safetensors", save(_small_tensors()), _weights, _anything, beside=_with_config),
         Kind("tokenizer.json", _vocabulary(), _tokens, _anything, beside=_copies),

@@ -59,6 +59,7 @@ COMMANDS = (
     "headline --engine megatron --seconds 1 --seed 2 --html page.html",
     "profile --model llama-7b --device cpu --tp 1,2 --dtype fp32 -o table.json",
     "validate rows.json --json",
+    "report .",
     "models --json",
     "schema",
 )
