@@ -22,6 +22,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--first-plan", type=int, default=0, help="the number of the first of them")
 
 
+# Files that take minutes. A worker takes a file at a time: with these first, none is left alone with one at the end.
+LONG = tuple(f"test_{name}.py" for name in ("kills", "training", "gpu_check", "errors", "wheel", "launchers"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 @pytest.fixture
 def fuzz(request: pytest.FixtureRequest) -> int:
     """How many broken inputs to try."""
