@@ -79,5 +79,5 @@ def test_a_folder_scores_as_transformers_does(reward_place: str, tmp_path: Path)
     assert len({round(score, 4) for _, score in found.values()}) > 4
     actor = AutoModelForCausalLM.from_pretrained(tmp_path / "actor", dtype=torch.float32)
     before = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
-    changed = [float((a - b).abs().max()) for a, b in zip(actor.parameters(), before.parameters(), strict=True)]
+    changed = [(a - b).abs().max().item() for a, b in zip(actor.parameters(), before.parameters(), strict=True)]
     assert max(changed) > 1e-5
