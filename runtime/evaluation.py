@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -23,7 +22,7 @@ from plans.runfile import RunFile
 from runtime.executor import Executor
 from runtime.groups import GroupCache
 from runtime.job import Job
-from runtime.reports.records import BEST, EVALUATIONS, Records
+from runtime.reports.records import BEST, EVALUATIONS, Records, lines_before
 from runtime.reports.stats import Stat
 from runtime.sequences import Sequences
 
@@ -79,7 +78,7 @@ class Evaluator(Executor):
 
     def __init__(self, main: Executor, job: Job, groups: GroupCache, device: torch.device, records: Records) -> None:
         self._where = _Where(records)
-        super().__init__(job.evaluation(), groups, device, self._where, copies=main.copies)
+        super().__init__(job.evaluation(), groups, device, self._where, main=main)
         assert job.held_out is not None
         self.program = scoring_program(self.program)
         self._plan, self._prompts = job.plan, job.held_out
@@ -144,16 +143,9 @@ class EvaluationLog:
         assert job.held_out is not None
         self._job, self._prompts = job, job.held_out
         self._file = Path(job.run.output) / EVALUATIONS
-        self._lines = self._earlier(iterations)
-        write_atomically(self._file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self._lines))
-
-    def _earlier(self, iterations: int) -> list[dict[str, Any]]:
-        """Lines of a run that goes on after `iterations`."""
-        if not iterations or not os.path.isfile(self._file):
-            return []
-        lines = self._file.read_text(encoding="utf-8").splitlines(keepends=True)
-        whole = [json.loads(line) for line in lines if line.endswith("\n")]
-        return [line for line in whole if line["iteration"] < iterations]
+        earlier = lines_before(self._file, iterations)
+        self._lines: list[dict[str, Any]] = [json.loads(line) for line in earlier]
+        write_atomically(self._file, "".join(earlier))
 
     def add(self, found: Evaluated) -> bool:
         """Keep and tell an evaluation; whether none before was as good."""

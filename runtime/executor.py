@@ -17,7 +17,7 @@ from plans.errors import RealplanError
 from plans.graph import Call, CallKind
 from plans.layout import Place
 from plans.lengthsfile import recorded
-from plans.program import Step, StepKind, compile_program
+from plans.program import Program, Step, StepKind, compile_program
 from plans.runfile import RANDOM, patience_s
 from runtime.batches.rewards import Reward
 from runtime.batches.transfer import BatchStore, LateError
@@ -60,26 +60,27 @@ class RunState:
 class Executor:
     """Runs a job on this rank. Making it and running it is collective over all ranks of the cluster.
 
-    copies: weights that another executor of the same plan has loaded.
+    main: another executor of the same plan, whose program and weights this one uses too.
     """
 
     def __init__(
-        self, job: Job, groups: GroupCache, device: torch.device, recorder: Records, *, copies: Copies | None = None
+        self, job: Job, groups: GroupCache, device: torch.device, recorder: Records, *, main: Executor | None = None
     ) -> None:
-        self.program = compile_program(job.plan)
+        self.program: Program = compile_program(job.plan) if main is None else main.program
         self._job = job
         self._rank = dist.get_rank()
         self._device = device
         self._recorder = recorder
         self._store = BatchStore(job.plan, device, self._given_lengths)
         self._scores: dict[tuple[int, str], PendingScores] = {}
-        if copies is None:
+        if main is None:
             scores = self._start_rewards()
-            copies = Copies(job, self.program, groups, device)
+            self.copies = Copies(job, self.program, groups, device)
             if scores is not None:
                 scores.ready()
-        self.copies = copies
-        self.state = RunState(copies.trainers)
+        else:
+            self.copies = main.copies
+        self.state = RunState(self.copies.trainers)
 
     def run(self, iterations: int, first: int = 0, stops: Callable[[int], bool] | None = None) -> int:
         """Run iterations [first, iterations); how many are done then. Raises StepError with rank, iteration and step.

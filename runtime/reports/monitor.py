@@ -22,7 +22,7 @@ from plans.program import compile_program
 from plans.terminal import printable
 from runtime.reports.drift import Drift
 from runtime.reports.metrics import TIMING_NAMES, Metrics, MetricsLog
-from runtime.reports.records import EVALUATIONS, SAMPLES, TIMELINE, NewLines, RecordReader
+from runtime.reports.records import EVALUATIONS, SAMPLES, TIMELINE, NewLines, RecordReader, lines_before
 from runtime.reports.trackers import Trackers
 from runtime.reports.watchdog import Watchdog
 
@@ -52,7 +52,8 @@ class Monitor:
         self._log = MetricsLog(program, output / METRICS, earlier)
         self._timeline = output / TIMELINE
         self._samples = output / SAMPLES
-        self._keep_samples(len(earlier))
+        if os.path.isfile(self._samples):
+            write_atomically(self._samples, "".join(lines_before(self._samples, len(earlier))))
         self._ranks = plan.cluster.size
         self._iterations = iterations
         self._trackers, self._watchdog, self._looked_s = trackers, watchdog, 0.0
@@ -102,13 +103,6 @@ class Monitor:
                 self._poll()
             except OutputError as failed:  # whoever started the ranks asks for it, and ends them
                 self._failed = failed
-
-    def _keep_samples(self, iterations: int) -> None:
-        """Leave the samples of the iterations that are done already."""
-        if os.path.isfile(self._samples):
-            lines = self._samples.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] < iterations]
-            write_atomically(self._samples, "".join(kept))
 
     def _poll(self) -> None:
         for records in self._reader.poll():

@@ -184,6 +184,14 @@ class NewLines:
         return [json.loads(line) for line in whole.splitlines()]
 
 
+def lines_before(path: Path, iteration: int) -> list[str]:
+    """The whole lines of a file that a run wrote before an iteration, from which it goes on; none without the file."""
+    if not os.path.isfile(path):
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] < iteration]
+
+
 class RecordReader:
     """Reads the records of some ranks as they appear, from iteration `first` on."""
 
