@@ -242,9 +242,13 @@ class RunFile(_Closed):
     `format`, `code`, `vader`, or several with their weights; unused where the graph's reward is a model. actor: the
     optimizer of every trained role but the critic. timeout_s bounds every collective; 0: as long as the plan's estimate
     asks for (`patience_s`). on_nonfinite: what happens to an optimizer step whose loss or gradient norm is no finite
-    number. samples: how many of each iteration's samples go to `samples.jsonl` as texts. report: draw the page of the
-    run at its end (`realplan report FOLDER` does it at any time). trackers: packages that get the metrics too, where
-    they are installed. restarts: how often a run that fails is started again from its newest checkpoint.
+    number: `stop` the run, `skip` the step, or `rollback`: it goes back to its newest checkpoint, and on from there
+    with the data after the batch that it failed on. kl_bound: it goes back likewise where the mean KL to the reference
+    of an iteration (`actor/reward_kl_penalty`) is beyond it, to a checkpoint from before that. rollbacks: how often at
+    most. skip_batches: batches of the data that are left out so far; checkpoints keep it. samples: how many of each
+    iteration's samples go to `samples.jsonl` as texts. report: draw the page of the run at its end (`realplan report
+    FOLDER` does it at any time). trackers: packages that get the metrics too, where they are installed. restarts: how
+    often a run that fails is started again from its newest checkpoint.
     resume_from: a checkpoint, a folder of them, or the output of a run, whose newest usable one is taken up.
     """
 
@@ -266,12 +270,29 @@ class RunFile(_Closed):
     report: bool = True
     trackers: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], Field(strict=False)] = ()
     timeout_s: Annotated[float, Field(ge=0, le=1e7)] = 0.0
-    on_nonfinite: Literal["stop", "skip"] = "stop"
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    kl_bound: Above | None = None
+    rollbacks: Count = 3
+    skip_batches: Count = 0
     checkpoint: Checkpoints = Checkpoints()
     evaluation: Evaluation = Evaluation()
     restarts: Annotated[int, Field(ge=0, le=10**6)] = 0
     resume_from: str = ""
     workload: RunWorkload = RunWorkload()
+
+    @model_validator(mode="after")
+    def _checkpoints_to_go_back_to(self) -> RunFile:
+        key = "on_nonfinite: rollback" if self.on_nonfinite == "rollback" else "kl_bound"
+        if self.rolls_back and not self.checkpoint.every:
+            raise PydanticCustomError(REFUSED, f"{key} needs checkpoints", {"hint": "checkpoint.every=10"})
+        if self.kl_bound is not None and self.checkpoint.keep < 2:  # the newest may be the one that is beyond it
+            raise PydanticCustomError(REFUSED, "kl_bound needs two checkpoints", {"hint": "checkpoint.keep=2"})
+        return self
+
+    @property
+    def rolls_back(self) -> bool:
+        """Whether the run may go back to an earlier checkpoint."""
+        return self.on_nonfinite == "rollback" or self.kl_bound is not None
 
     @property
     def checkpoint_folder(self) -> Path:

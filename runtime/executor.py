@@ -27,7 +27,7 @@ from runtime.calls.train_call import train_call
 from runtime.groups import GroupCache
 from runtime.job import Job
 from runtime.models.model import Model, nonfinite_parameter
-from runtime.passes.training import Trainer
+from runtime.passes.training import NonFinite, Trainer
 from runtime.processes.failures import MEMORY_HINT, lost_peer, memory_words, timed_out
 from runtime.reports.records import Records
 from runtime.reports.stats import Stat
@@ -37,12 +37,21 @@ from runtime.weights.export import export
 
 class StepError(RealplanError):
     """A step that failed on a rank. `secondary`: a peer went away, so another rank knows the cause; `late`: a peer did
-    not come in time."""
+    not come in time; `nonfinite`: the iteration whose numbers training cannot go on with."""
 
-    def __init__(self, message: str, hint: str = "", *, secondary: bool = False, late: bool = False) -> None:
+    def __init__(
+        self,
+        message: str,
+        hint: str = "",
+        *,
+        secondary: bool = False,
+        late: bool = False,
+        nonfinite: int | None = None,
+    ) -> None:
         super().__init__(message, hint)
         self.secondary = secondary
         self.late = late
+        self.nonfinite = nonfinite
 
 
 @dataclass
@@ -196,7 +205,7 @@ class Executor:
 
     def _given_lengths(self, iteration: int) -> list[tuple[int, int]]:
         assert self._job.examples is not None
-        found = self._job.examples.sequences(iteration, range(self._job.plan.workload.samples))
+        found = self._job.examples.sequences(self._job.batch(iteration), range(self._job.plan.workload.samples))
         return list(zip(found.prompts, found.responses, strict=True))
 
     def _call(self, name: str, iteration: int) -> None:
@@ -208,7 +217,7 @@ class Executor:
             key: self._store.get(iteration, key, rows) for key in call.inputs if key not in graph.sources
         }
         if self._job.examples is not None:
-            examples = self._job.examples.sequences(iteration, rows).to(self._device)
+            examples = self._job.examples.sequences(self._job.batch(iteration), rows).to(self._device)
             inputs |= {key: examples for key in call.inputs if key in graph.sources}
         made = self._compute(call, share, inputs, iteration)
         for key, values in made.items():
@@ -248,6 +257,8 @@ class Executor:
     def _finish(self, iteration: int) -> None:
         """This rank has done all of an iteration. What it sent in the one before is taken by now, or soon."""
         self._recorder.add(iteration, self._memory())
+        if skipped := self._job.run.skip_batches:
+            self._recorder.add(iteration, {"data/skipped_batches": Stat.one(float(skipped))})
         self._recorder.finish(iteration)
         self.state.iterations = iteration + 1
         self._store.drop(iteration)
@@ -266,7 +277,8 @@ class Executor:
     def _explain(self, error: Exception, step: str, ranks: tuple[int, ...], iteration: int) -> StepError:
         where = f"rank {self._rank}, iteration {iteration}, step `{step}`"
         if isinstance(error, RealplanError):
-            return StepError(f"{where}: {error.message}", error.hint)
+            nonfinite = iteration if isinstance(error, NonFinite) else None
+            return StepError(f"{where}: {error.message}", error.hint, nonfinite=nonfinite)
         text = str(error).strip()
         if isinstance(error, torch.OutOfMemoryError):
             return StepError(f"{where}: out of memory. {memory_words(text)}", MEMORY_HINT)
@@ -281,9 +293,9 @@ class Executor:
 
 
 def check_finite(model: Model, what: str) -> None:
-    """Raise RealplanError when this rank holds a weight that is not finite. Local: peers see that this rank is gone."""
+    """Raise NonFinite when this rank holds a weight that is not finite. Local: peers see that this rank is gone."""
     if name := nonfinite_parameter(model):
-        raise RealplanError(f"{what} are not finite: {name}", "a smaller learning rate")
+        raise NonFinite(f"{what} are not finite: {name}", "a smaller learning rate")
 
 
 def _shown(ranks: tuple[int, ...]) -> str:

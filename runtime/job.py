@@ -83,12 +83,17 @@ class Job:
         """The job of an evaluation: held-out prompts, each continued by the likeliest tokens."""
         assert self.held_out is not None
         sampling = self.run.sampling.model_copy(update={"temperature": 0.0})
-        return replace(self, prompts=self.held_out, run=self.run.model_copy(update={"sampling": sampling}))
+        run = self.run.model_copy(update={"sampling": sampling, "skip_batches": 0})
+        return replace(self, prompts=self.held_out, run=run)
+
+    def batch(self, iteration: int) -> int:
+        """Which batch of the data an iteration reads."""
+        return iteration + self.run.skip_batches
 
     def limits(self, iteration: int, samples: Sequence[int]) -> list[int]:
         """Most response tokens of samples of an iteration; one where an evaluation has no prompt for a sample."""
         if isinstance(self.prompts, RandomPrompts):
-            return self.prompts.limits(iteration, samples)
+            return self.prompts.limits(self.batch(iteration), samples)
         if isinstance(self.prompts, HeldOutPrompts):
             most = self.plan.workload.response_tokens
             return [most if self.prompts.holds(iteration, sample) else 1 for sample in samples]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 import time
@@ -62,13 +63,14 @@ def work(plan: ExecutionPlan, run: RunFile, member: Member, scratch: Path) -> No
     if rank == 0:
         store.set(ORIGIN, str(time.time()))
     recorder = Recorder(scratch, rank, float(store.get(ORIGIN)))
+    run = _agreed_start(store, run, rank)
     job = prepare_job(plan, run)
     if rank == 0 and job.note:
         print(f"data: {job.note}", file=sys.stderr, flush=True)
     try:
         groups = GroupCache(device, timeout)
         executor = Executor(job, groups, device, recorder)
-        take_up(executor, _agreed_start(store, run, rank))
+        take_up(executor, run.resume_from)
         evaluations = None
         if job.held_out is not None:
             evaluator = Evaluator(executor, job, groups, device, recorder)
@@ -92,11 +94,13 @@ def work(plan: ExecutionPlan, run: RunFile, member: Member, scratch: Path) -> No
     dist.destroy_process_group()
 
 
-def _agreed_start(store: Any, run: RunFile, rank: int) -> str:
-    """The checkpoint that every rank takes up, empty for none: rank 0's process has chosen it."""
+def _agreed_start(store: Any, run: RunFile, rank: int) -> RunFile:
+    """The run file with the checkpoint that every rank takes up, empty for none, and the place in the data: rank 0's
+    process has chosen both."""
     if rank == 0:
-        store.set(START, f"from {run.resume_from}")
-    return str(store.get(START).decode().removeprefix("from "))
+        store.set(START, json.dumps({"resume_from": run.resume_from, "skip_batches": run.skip_batches}))
+    found = json.loads(store.get(START).decode())
+    return run.model_copy(update={key: found[key] for key in ("resume_from", "skip_batches")})
 
 
 def _device(plan: ExecutionPlan, member: Member) -> torch.device:

@@ -13,6 +13,14 @@ def failing(responses: list[str]) -> list[float]:
     raise ZeroDivisionError("no reward today")
 
 
+def spoiling(prompts: list[str], responses: list[str]) -> list[float]:
+    """The share of vowels, but for the prompts that end with `!` a number whose square float32 cannot hold."""
+    return [
+        3e38 if prompt.endswith("!") else share
+        for prompt, share in zip(prompts, vowels(prompts, responses), strict=True)
+    ]
+
+
 def leaving(responses: list[str]) -> list[float]:
     """A reward that runs what it should not."""
     raise SystemExit(0)

@@ -38,7 +38,7 @@ def generate_call(
     assert job.prompts is not None
     workload, strategy = job.plan.workload, planned.strategy
     sequences, logprobs, lengths = call.outputs
-    prompts = job.prompts.tokens(iteration, job.numbers(rows))
+    prompts = job.prompts.tokens(job.batch(iteration), job.numbers(rows))
     made = generate(
         model,
         [ids for ids, _ in prompts.texts()],
@@ -118,6 +118,6 @@ def _ask(job: Job, sequences: Values, rows: Sequence[int], iteration: int) -> Fu
     assert job.reward is not None and job.tokenizer is not None and isinstance(sequences, Sequences)
     assert job.prompts is not None
     decoded = [[job.tokenizer.decode(ids) for ids in pair] for pair in sequences.texts()]
-    numbers = job.numbers(rows)
-    asked = job.prompts.asked(iteration, numbers) or [prompt for prompt, _ in decoded]
-    return job.reward.submit(asked, [response for _, response in decoded], job.prompts.columns(iteration, numbers))
+    numbers, batch = job.numbers(rows), job.batch(iteration)
+    asked = job.prompts.asked(batch, numbers) or [prompt for prompt, _ in decoded]
+    return job.reward.submit(asked, [response for _, response in decoded], job.prompts.columns(batch, numbers))

@@ -21,7 +21,7 @@ def shown_samples(
         return []
     (sequences,) = (values for values in inputs.values() if isinstance(values, Sequences))
     numbers = [rows[place] // job.plan.workload.group_size for place in places]
-    asked, texts = job.prompts.asked(iteration, numbers), sequences.take(places).texts()
+    asked, texts = job.prompts.asked(job.batch(iteration), numbers), sequences.take(places).texts()
     rewards = {
         key: values for key, values in inputs.items() if key.startswith("rewards") and isinstance(values, Tensor)
     }

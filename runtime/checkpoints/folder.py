@@ -74,6 +74,15 @@ def prepare_folder(plan: ExecutionPlan, run: RunFile) -> None:
         )
 
 
+def remove_after(run: RunFile, iteration: int) -> None:
+    """Remove the checkpoints of a run after so many iterations: their state is one that it must not go on from."""
+    for path in steps_in(run.checkpoint_folder):
+        if int(path.name.rpartition("_")[2]) > iteration:
+            aside = path.with_name(f".{path.name}.old")
+            path.rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
+
+
 def _available_memory() -> int | None:
     """Bytes of host memory that can still be used; None where the system does not say."""
     try:

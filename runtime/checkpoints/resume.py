@@ -16,18 +16,22 @@ from plans.lengthsfile import METRICS
 from plans.plan import ExecutionPlan
 from plans.runfile import RunFile
 
-_FREE = ("output", "export", "timeout_s", "iterations", "checkpoint", "restarts", "samples", "resume_from", "workload")
+_FREE = (
+    "output", "export", "timeout_s", "iterations", "checkpoint", "restarts", "samples", "resume_from", "workload",
+    "on_nonfinite", "kl_bound", "rollbacks", "skip_batches",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Start:
     """The beginning of a run: iterations done, the checkpoint that has their state, their lines of metrics. `own`: the
-    checkpoint is one of the run's own, so that its output goes on."""
+    checkpoint is one of the run's own, so that its output goes on. skip_batches: of the data, left out so far."""
 
     iteration: int = 0
     checkpoint: Path | None = None
     metrics: str = ""
     own: bool = False
+    skip_batches: int = 0
 
     @property
     def lines(self) -> list[dict[str, float]]:
@@ -37,8 +41,9 @@ class Start:
         return [{name: nan if value is None else value for name, value in line.items()} for line in lines]
 
     def of(self, run: RunFile) -> RunFile:
-        """The run file as ranks get it: `resume_from` is the checkpoint itself."""
-        return run.model_copy(update={"resume_from": str(self.checkpoint or "")})
+        """The run file as ranks get it: `resume_from` is the checkpoint itself, and the data go on where it stopped."""
+        skip = max(run.skip_batches, self.skip_batches)
+        return run.model_copy(update={"resume_from": str(self.checkpoint or ""), "skip_batches": skip})
 
 
 def choose_start(plan: ExecutionPlan, run: RunFile) -> Start:
@@ -62,7 +67,8 @@ def choose_start(plan: ExecutionPlan, run: RunFile) -> Start:
         _say(f"  other than in the checkpoint: {change}")
     metrics = (checkpoint.folder / METRICS).read_text(encoding="utf-8")
     own = checkpoint.folder.resolve().parent == run.checkpoint_folder.resolve()
-    return Start(done, checkpoint.folder.resolve(), metrics, own)
+    skipped = int(_run_of(checkpoint).get("skip_batches", 0))
+    return Start(done, checkpoint.folder.resolve(), metrics, own, skipped)
 
 
 def _choose(plan: ExecutionPlan, run: RunFile) -> Checkpoint | None:
@@ -80,10 +86,15 @@ def _choose(plan: ExecutionPlan, run: RunFile) -> Checkpoint | None:
 
 def _changes(checkpoint: Checkpoint, run: RunFile) -> Iterator[str]:
     """Keys of the run file that have another value than when the checkpoint was written."""
-    then = dict(_flat(yaml.safe_load((checkpoint.folder / RUN).read_text(encoding="utf-8"))))
+    then = dict(_flat(_run_of(checkpoint)))
     for key, value in _flat(run.model_dump(mode="json")):
         if key.split(".")[0] not in _FREE and key in then and then[key] != value:
             yield f"{key} was {then[key]}, is {value}"
+
+
+def _run_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((checkpoint.folder / RUN).read_text(encoding="utf-8"))
+    return found
 
 
 def _flat(data: Any, at: str = "") -> Iterator[tuple[str, Any]]:

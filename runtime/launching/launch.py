@@ -29,7 +29,7 @@ from runtime.launching.entry import (
     prepare_ranks,
     start_method,
 )
-from runtime.launching.output import held_output
+from runtime.launching.output import held_output, save_run
 from runtime.launching.restarts import with_restarts
 from runtime.processes.failures import RunFailed, Stopped, find_cause, knows_cause
 from runtime.processes.lifetime import die_with
@@ -83,6 +83,7 @@ def _kept_files(plan: ExecutionPlan, run: RunFile, start: Start, scratch: Path) 
     """The files of an attempt, kept while its ranks run: what ranks say, metrics and checkpoints."""
     with _scratch(scratch):
         prepare_folder(plan, run)
+        save_run(start.of(run))
         # The monitor leaves first: the last checkpoint waits for the last line of metrics.
         with (
             Completer(run, plan.cluster.size),
@@ -90,6 +91,7 @@ def _kept_files(plan: ExecutionPlan, run: RunFile, start: Start, scratch: Path) 
             Monitor(
                 plan, run.iterations, scratch, Path(run.output), start.lines,
                 trackers=trackers, watchdog=Watchdog(scratch, plan.cluster.size, patience_s(plan, run)),
+                kl_bound=run.kl_bound,
             ) as monitor,
         ):  # fmt: skip
             yield monitor

@@ -74,15 +74,19 @@ def held_output(plan: ExecutionPlan, run: RunFile, *, goes_on: bool = False) -> 
         moved = None if goes_on else _set_aside(plan, output)
         if not _holds(output / PLAN, plan):
             save_plan(plan, output / PLAN)
-        write_atomically(
-            output / RUN, yaml.safe_dump(run.model_dump(mode="json", exclude={"resume_from"}), sort_keys=False)
-        )
+        save_run(run)
         yield moved
     finally:
         for weights in (exported_role(plan), BEST):
             with suppress(OSError):
                 shutil.rmtree(partial_export(output, weights))
         os.close(descriptor)
+
+
+def save_run(run: RunFile) -> None:
+    """Keep the run file, as it is run, in the output."""
+    text = yaml.safe_dump(run.model_dump(mode="json", exclude={"resume_from"}), sort_keys=False)
+    write_atomically(Path(run.output) / RUN, text)
 
 
 def partial_export(output: Path, role: str) -> Path:

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from plans.algorithms import is_offline
 from plans.checks import context_problems
 from plans.codec import BadPlan, is_stale, plan_text
 from plans.documents import locate
@@ -60,6 +61,19 @@ def read_run(plan: ExecutionPlan, plan_path: Path, run_path: Path | None, overri
             f"timeout_s={3 * calls_s[call]:.0f}, or leave it out",
         )
     return run
+
+
+def check_rollback(plan: ExecutionPlan, run: RunFile, *, alone: bool) -> None:
+    """A run that may go back can: its ranks are started by this process, and there is a KL where one is bounded."""
+    if run.rolls_back and not alone:
+        raise RealplanError(
+            "on_nonfinite: rollback and kl_bound need a run that realrun starts itself, on one machine",
+            "on_nonfinite=skip or stop, kl_bound=null",
+        )
+    graph = plan.workload.graph
+    scored = any(key.startswith("ref_logprobs") for call in graph.calls for key in call.outputs)
+    if run.kl_bound is not None and (not scored or is_offline(graph)):
+        raise RealplanError(f"kl_bound: `{graph.name}` measures no KL of responses to a reference", "kl_bound=null")
 
 
 def check_weights(plan: ExecutionPlan, run: RunFile) -> None:

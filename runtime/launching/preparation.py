@@ -21,6 +21,7 @@ from runtime.launching.preflight import (
     check_estimate,
     check_job,
     check_packages,
+    check_rollback,
     check_weights,
     read_run,
 )
@@ -66,6 +67,7 @@ def prepare(path: Path, overrides: list[str], run_path: Path | None, words: Word
     run = read_run(plan, path, run_path, overrides)
     if words.resume or began_again(member):
         run = run.model_copy(update={"resume_from": run.resume_from or str(run.checkpoint_folder)})
+    check_rollback(plan, run, alone=member is None)
     first = member is None or member.rank == 0
     _describe(plan, words, first)
     check_supported(plan)

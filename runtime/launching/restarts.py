@@ -1,15 +1,18 @@
-"""Attempts of a run on one machine: what fails is started again from the newest checkpoint."""
+"""Attempts of a run on one machine: what fails is started again from the newest checkpoint; a run whose numbers went
+wrong goes back to one from before that."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from plans.checkpoint_files import CheckpointError
 from plans.plan import ExecutionPlan
 from plans.runfile import RunFile
+from runtime.checkpoints.folder import remove_after
 from runtime.checkpoints.resume import Start, choose_start
-from runtime.processes.failures import RunFailed, Stopped
+from runtime.processes.failures import Beyond, RunFailed, Stopped
 from runtime.reports.metrics import Metrics
 
 Attempt = Callable[[Start], Sequence[Metrics]]
@@ -18,25 +21,54 @@ Attempt = Callable[[Start], Sequence[Metrics]]
 def with_restarts(
     plan: ExecutionPlan, run: RunFile, start: Start, attempt: Attempt, asked: Sequence[str]
 ) -> Sequence[Metrics]:
-    """Metrics of the attempt that ends well, of at most 1 + `run.restarts`.
+    """Metrics of the attempt that ends well, after at most `run.restarts` restarts and `run.rollbacks` rollbacks.
 
     Raises RunFailed with the cause of the last one; at once where the run was asked to stop (`asked`), and where two
     attempts from the same point fail with the same words: what is wrong then is not an accident.
     """
-    begun, seen = start, set[tuple[int, str]]()
-    for left in range(run.restarts, -1, -1):
+    begun, restarts, rollbacks, seen = start, 0, 0, set[tuple[int, str]]()
+    while True:
         try:
             return attempt(begun)
         except Stopped:
             raise
         except RunFailed as error:
-            failure = (begun.iteration, error.message)
-            if not left or asked or failure in seen:
+            bad, failure = _bad_iteration(run, error), (begun.iteration, error.message)
+            if asked or (rollbacks >= run.rollbacks if bad is not None else restarts >= run.restarts):
+                raise
+            if bad is not None:
+                rollbacks += 1
+                _say(f"{error}\nrollback {rollbacks} of {run.rollbacks}")
+                begun = _before(plan, run, start, begun, error, bad)
+                continue
+            if failure in seen:
                 raise
             seen.add(failure)
-            _say(f"{error}\nrestart {run.restarts - left + 1} of {run.restarts}")
-            begun = _next_start(plan, run, start, error)
-    raise AssertionError("the last attempt returns or raises")
+            restarts += 1
+            _say(f"{error}\nrestart {restarts} of {run.restarts}")
+            found = _next_start(plan, run, start, error)
+            begun = replace(found, skip_batches=max(found.skip_batches, begun.skip_batches))
+
+
+def _bad_iteration(run: RunFile, error: RunFailed) -> int | None:
+    """The iteration that a run goes back from; None where that does not help."""
+    if isinstance(error, Beyond):
+        return error.iteration
+    return error.nonfinite if run.on_nonfinite == "rollback" else None
+
+
+def _before(plan: ExecutionPlan, run: RunFile, first: Start, begun: Start, failed: RunFailed, bad: int) -> Start:
+    """The newest state from before an iteration went wrong, with the data after the batch of that iteration.
+
+    The same state and the same data would give the same numbers, so the batches since that state are left out with it.
+    A KL is measured before an iteration trains: the state at its beginning is already beyond.
+    """
+    newest = bad - 1 if isinstance(failed, Beyond) else bad
+    remove_after(run, max(newest, first.iteration))
+    found = _next_start(plan, run, first, failed)
+    skip = bad + 1 + max(begun.skip_batches, run.skip_batches) - found.iteration
+    _say(f"going back to iteration {found.iteration}; batches of the data left out so far: {skip}")
+    return replace(found, skip_batches=skip)
 
 
 def _next_start(plan: ExecutionPlan, run: RunFile, first: Start, failed: RunFailed) -> Start:

@@ -28,11 +28,18 @@ _TERMS_BYTES = 2048
 
 
 class NonFinite(RealplanError):
-    """A number that training cannot go on with, before it has changed a weight. Raised on every rank of a model alike,
-    since losses and gradient norms are sums over all of them."""
+    """A number that training cannot go on with."""
+
+
+class BadStep(NonFinite):
+    """Such a number before it has changed a weight. Raised on every rank of a model alike, since losses and gradient
+    norms are sums over all of them."""
 
     def __init__(self, what: str) -> None:
-        hint = "a smaller learning rate or KL coefficient; on_nonfinite=skip leaves out such optimizer steps"
+        hint = (
+            "a smaller learning rate or KL coefficient; on_nonfinite=skip leaves out such optimizer steps, "
+            "on_nonfinite=rollback goes back to the newest checkpoint and past the batch"
+        )
         super().__init__(f"{what}; nothing was changed by this optimizer step", hint)
         self.what = what
 
@@ -98,7 +105,7 @@ class Trainer:
         """One optimizer step on this replica's part of a minibatch; without `micro_batches`, in one.
 
         The gradient is the sum over all micro-batches and replicas, so `loss` divides by global counts. A loss or
-        gradient norm that is not finite raises NonFinite, or with skip_nonfinite leaves weights and optimizer as they
+        gradient norm that is not finite raises BadStep, or with skip_nonfinite leaves weights and optimizer as they
         were.
         """
         lr = self.settings.lr_at(self.steps)
@@ -106,16 +113,16 @@ class Trainer:
             terms = self.accumulate(batch, loss, micro_batches, temperature)
             for name, value in terms.items():
                 if not math.isfinite(value):
-                    raise NonFinite(f"{name} is {value}")
+                    raise BadStep(f"{name} is {value}")
             return StepStats(terms, self.update(lr), lr)
-        except NonFinite as error:
+        except BadStep as error:
             if not skip_nonfinite:
                 raise
             return StepStats({}, 0.0, lr, skipped=error.what)
 
     @torch.no_grad()
     def update(self, lr: float) -> float:
-        """Clip the accumulated gradients and apply Adam; the global gradient norm before clipping. Raises NonFinite
+        """Clip the accumulated gradients and apply Adam; the global gradient norm before clipping. Raises BadStep
         before anything is applied. These are the parts of Megatron's own `step`, which applies whatever it finds."""
         optimizer = self._optimizer
         for group in optimizer.param_groups:
@@ -123,7 +130,7 @@ class Trainer:
         optimizer.prepare_grads()
         grad_norm = float(optimizer.get_grad_norm())
         if not math.isfinite(grad_norm):
-            raise NonFinite(f"the gradient norm is {grad_norm}")
+            raise BadStep(f"the gradient norm is {grad_norm}")
         for part in parts_of(optimizer):
             if parameters := part.get_parameters():
                 clip_grad_by_total_norm_fp32(parameters, self.settings.clip_norm, grad_norm)

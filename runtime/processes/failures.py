@@ -45,11 +45,24 @@ def memory_words(text: str) -> str:
 
 
 class RunFailed(RealplanError):
-    """A run that ended on some rank. `details`: that rank's traceback, where it had one."""
+    """A run that ended on some rank. `details`: that rank's traceback, where it had one; `nonfinite`: the iteration
+    whose numbers are not finite, where that is the cause."""
 
-    def __init__(self, message: str, hint: str = "", details: str = "") -> None:
+    def __init__(self, message: str, hint: str = "", details: str = "", nonfinite: int | None = None) -> None:
         super().__init__(message, hint)
         self.details = details
+        self.nonfinite = nonfinite
+
+
+class Beyond(RunFailed):
+    """A run whose policy has gone further from the reference than `kl_bound` before an iteration."""
+
+    def __init__(self, iteration: int, kl: float, bound: float) -> None:
+        super().__init__(
+            f"iteration {iteration}: the mean KL to the reference is {kl:.4g}, beyond kl_bound = {bound:g}",
+            "a smaller learning rate, a larger ppo.kl_coefficient, or a larger kl_bound",
+        )
+        self.iteration = iteration
 
 
 class Stopped(RunFailed):
@@ -58,7 +71,8 @@ class Stopped(RunFailed):
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """One rank's error. `secondary`: it only noticed that another rank went away; `late`: it waited too long."""
+    """One rank's error. `secondary`: it only noticed that another rank went away; `late`: it waited too long;
+    `nonfinite`: the iteration whose numbers are not finite."""
 
     message: str
     hint: str
@@ -66,6 +80,7 @@ class Failure:
     late: bool
     at_s: float
     details: str
+    nonfinite: int | None = None
 
 
 def write_failure(folder: Path, rank: int, error: BaseException) -> Failure:
@@ -80,6 +95,7 @@ def write_failure(folder: Path, rank: int, error: BaseException) -> Failure:
         late=getattr(error, "late", False),
         at_s=time.time(),
         details="".join(traceback.format_exception(error)),
+        nonfinite=getattr(error, "nonfinite", None),
     )
     try:
         _keep(folder, rank, failure)
@@ -120,7 +136,7 @@ def find_cause(folder: Path, exit_codes: Mapping[int, int], output: Path | None 
         return RunFailed("the run ended without a word from any rank", "run again with --debug")
     first = min(failures.values(), key=lambda f: (f.secondary, f.late, f.at_s))
     where = "".join(f"\n{line}" for line in places(folder, first.at_s)) if first.late else ""
-    return RunFailed(first.message + where, first.hint, first.details)
+    return RunFailed(first.message + where, first.hint, first.details, first.nonfinite)
 
 
 def places(folder: Path, now_s: float) -> list[str]:

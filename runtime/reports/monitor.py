@@ -20,12 +20,16 @@ from plans.lengthsfile import METRICS
 from plans.plan import ExecutionPlan
 from plans.program import compile_program
 from plans.terminal import printable
+from runtime.processes.failures import Beyond
 from runtime.reports.drift import Drift
 from runtime.reports.metrics import TIMING_NAMES, Metrics, MetricsLog
-from runtime.reports.records import EVALUATIONS, SAMPLES, TIMELINE, NewLines, RecordReader, lines_before
+from runtime.reports.records import EVALUATIONS, SAMPLES, TIMELINE, NewLines, Record, RecordReader, lines_before
+from runtime.reports.stats import merge_stats
 from runtime.reports.trackers import Trackers
 from runtime.reports.watchdog import Watchdog
 
+KL = "actor/reward_kl_penalty"
+"""The mean KL to the reference, per token, under verl's name."""
 POLL_S = 0.2
 LOOK_S = 2.0
 
@@ -33,7 +37,8 @@ LOOK_S = 2.0
 class Monitor:
     """Follows the records of all ranks in a thread: writes `metrics.jsonl` and `samples.jsonl`, and on leaving
     `timeline.json`; shows progress on stderr, with a bar on a terminal. earlier: metrics of the iterations that are
-    done already. trackers: have the metrics too; watchdog: says where ranks stand still."""
+    done already. trackers: have the metrics too; watchdog: says where ranks stand still. kl_bound: an iteration whose
+    mean KL to the reference is beyond it gets no line, and so no checkpoint; `check` raises Beyond."""
 
     def __init__(
         self,
@@ -45,6 +50,7 @@ class Monitor:
         *,
         trackers: Trackers | None = None,
         watchdog: Watchdog | None = None,
+        kl_bound: float | None = None,
     ) -> None:
         program = compile_program(plan)
         ranks = tuple(rank for rank in range(plan.cluster.size) if program.projection(rank))
@@ -60,7 +66,8 @@ class Monitor:
         self._evaluations = NewLines(output / EVALUATIONS)
         self._drift = Drift(plan)
         self._stop = Event()
-        self._failed: OutputError | None = None
+        self._kl_bound = kl_bound
+        self._failed: OutputError | Beyond | None = None
         self._thread = Thread(target=self._follow, daemon=True)
         self._console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
         columns = (TextColumn("iterations"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -81,14 +88,14 @@ class Monitor:
                 self._poll()
             if self._log.lines:
                 self._log.timeline().save(self._timeline)
-        except OutputError as failed:
+        except (OutputError, Beyond) as failed:
             self._failed = self._failed or failed
         self._bar.stop()
         if error is None:
             self.check()
 
     def check(self) -> None:
-        """Raise OutputError where the files of the run could not be written."""
+        """Raise OutputError where the files of the run cannot be written, Beyond where its KL is beyond the bound."""
         if self._failed is not None:
             raise self._failed
 
@@ -101,11 +108,12 @@ class Monitor:
         while self._failed is None and not self._stop.wait(POLL_S):
             try:
                 self._poll()
-            except OutputError as failed:  # whoever started the ranks asks for it, and ends them
+            except (OutputError, Beyond) as failed:  # whoever started the ranks asks for it, and ends them
                 self._failed = failed
 
     def _poll(self) -> None:
         for records in self._reader.poll():
+            self._check_kl(records)
             samples = sorted((sample for record in records for sample in record.samples), key=lambda s: s["sample"])
             if samples:
                 with writing(self._samples), self._samples.open("a", encoding="utf-8") as file:
@@ -125,6 +133,11 @@ class Monitor:
             for words in self._watchdog.look():
                 self._console.print(printable(words))
 
+    def _check_kl(self, records: Sequence[Record]) -> None:
+        parts = [record.stats[KL] for record in records if KL in record.stats]
+        if self._kl_bound is not None and parts and (kl := merge_stats(parts).mean) > self._kl_bound:
+            raise Beyond(records[0].iteration, kl, self._kl_bound)
+
 
 def progress_line(metrics: Metrics, iterations: int) -> str:
     """One iteration: reward and KL to the reference, or the loss, seconds, and the share of each call."""
@@ -135,7 +148,7 @@ def progress_line(metrics: Metrics, iterations: int) -> str:
     if moved:
         parts.append(f"realloc {moved / step_s:.0%}")
     number = f"{int(metrics['iteration']) + 1:>{len(str(iterations))}}/{iterations}"
-    reward, kl = metrics.get("critic/score/mean"), metrics.get("actor/reward_kl_penalty")
+    reward, kl = metrics.get("critic/score/mean"), metrics.get(KL)
     learnt = f"  reward {reward:+.3f}  kl {kl:.4f}" if reward is not None and kl is not None else ""
     learnt += "".join(f"  loss {value:.4f}" for key, value in metrics.items() if key.endswith("/loss"))
     for key, value in metrics.items():

@@ -22,7 +22,7 @@ from runtime.models.installation import install
 from runtime.models.model import named_shards, nonfinite_parameter
 from runtime.passes.forward import TokenOutput
 from runtime.passes.packs import Batch
-from runtime.passes.training import AdamSettings, NonFinite, Trainer
+from runtime.passes.training import AdamSettings, BadStep, Trainer
 from runtime.reports.metrics import MetricsLog, json_line
 from runtime.reports.records import Record
 from runtime.reports.stats import Stat
@@ -63,7 +63,7 @@ def test_every_rank_stops_or_skips_alike_and_nothing_changes(degrees: dict[str, 
         before = {p.name: held.detach().clone() for p, held in named_shards(model)}
         said = []
         for kind in ("loss", "gradient"):
-            with pytest.raises(NonFinite) as raised:
+            with pytest.raises(BadStep) as raised:
                 trainer.step(own, spoilt(kind))  # type: ignore[arg-type]
             skipped = trainer.step(own, spoilt(kind), skip_nonfinite=True)  # type: ignore[arg-type]
             assert skipped.skipped == raised.value.what and not skipped.terms

@@ -9,19 +9,92 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from plan_cases import TINY, tiny_plan, tiny_run
+import yaml
+from plan_cases import FIXTURES, REWARDS, TINY, tiny_plan, tiny_run
 from reward_cases import vowels
 from run_cases import PATIENCE_S, ROOT, arguments, running
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from plans.program import compile_program
+from runtime.checkpoints.folder import remove_after
 from runtime.checkpoints.resume import Start
 from runtime.launching.restarts import with_restarts
-from runtime.processes.failures import RunFailed, Stopped
+from runtime.processes.failures import Beyond, RunFailed, Stopped
 from runtime.reports.metrics import Metrics
+from runtime.reports.monitor import KL, Monitor
+from runtime.reports.records import Recorder
+from runtime.reports.stats import Stat
+
+
+def test_a_run_goes_back_past_a_bad_batch(tmp_path: Path) -> None:
+    texts = [json.loads(line)["prompt"] for line in (FIXTURES / "prompts.jsonl").read_text().splitlines()]
+    with_bad = [*texts[:8], *(f"{text} !" for text in texts[8:16]), *texts[16:40]]
+    keys: dict[str, Any] = {"iterations": 3, "checkpoint": {"every": 1}, "export": False}
+    learnt: dict[str, list[dict[str, float]]] = {}
+    for name, prompts, more in (
+        ("bad", with_bad, {"on_nonfinite": "rollback", "reward": f"{REWARDS}:spoiling"}),
+        ("good", [*with_bad[:8], *with_bad[16:]], {}),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "data.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts))
+        data = {"data": {"source": str(folder / "data.jsonl"), "shuffle": False}}
+        command = arguments(folder, **keys | more | data)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+        lines = [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
+        apart = ("timing_s", "perf", "plan/", "data/")
+        learnt[name] = [{k: v for k, v in line.items() if not k.startswith(apart)} for line in lines]
+        if name == "bad":
+            assert "vf_loss is inf" in done.stderr and "going back to iteration 1" in done.stderr, done.stderr
+            assert [line.get("data/skipped_batches") for line in lines] == [None, 1.0, 1.0]
+            assert yaml.safe_load((folder / "out" / "checkpoints" / "global_step_3" / "run.yaml").read_text())[
+                "skip_batches"
+            ] == 1  # fmt: skip
+    assert learnt["bad"] == learnt["good"]
+
+
+def test_how_far_and_how_often_a_run_goes_back(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, on_nonfinite="rollback", kl_bound=0.1, rollbacks=2, restarts=1, checkpoint={"every": 1})
+    killed, bad = RunFailed("rank 0 was killed"), RunFailed("loss is nan", nonfinite=2)
+    ends: list[RunFailed] = [bad, killed, Beyond(4, 0.2, 0.1), bad]
+    begun: list[Start] = []
+
+    def attempt(start: Start) -> list[Metrics]:
+        begun.append(start)
+        raise ends[len(begun) - 1]
+
+    with pytest.raises(RunFailed, match="loss is nan"):
+        with_restarts(tiny_plan(1, "d1 t1 p1"), run, Start(), attempt, ())
+    # Without a checkpoint yet: batches 0 to 2 of the first failure, then those up to 4 + 3 of the third are left out.
+    assert [start.skip_batches for start in begun] == [0, 3, 3, 8]
+    assert all(start.iteration == 0 for start in begun)
+
+
+def test_a_state_beyond_the_bound_is_no_checkpoint(tmp_path: Path) -> None:
+    plan = tiny_plan(1, "d1 t1 p1")
+    recorder = Recorder(tmp_path / "ranks", 0, 0.0)
+    memory = {"memory/device_gb": Stat.one(1.0), "memory/host_gb": Stat.one(1.0)}
+    step = compile_program(plan).steps[0]
+    for iteration, kl in enumerate((0.0, 0.02, 0.3)):
+        with recorder.span(step, iteration):
+            pass
+        recorder.add(iteration, {**memory, KL: Stat.one(kl)})
+        recorder.finish(iteration)
+    with pytest.raises(Beyond, match=r"iteration 2: the mean KL to the reference is 0.3, beyond kl_bound = 0.1"):  # noqa: SIM117
+        with Monitor(plan, 3, tmp_path / "ranks", tmp_path, kl_bound=0.1):
+            pass
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    run = tiny_run(tmp_path, checkpoint={"every": 1})
+    for number in (1, 2, 3):
+        (run.checkpoint_folder / f"global_step_{number}").mkdir(parents=True)
+    remove_after(run, 1)
+    assert [path.name for path in run.checkpoint_folder.iterdir()] == ["global_step_1"]
 
 
 def attempts(restarts: int, *errors: RunFailed | None, folder: Path, asked: Sequence[str] = ()) -> int:
