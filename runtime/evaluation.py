@@ -19,6 +19,7 @@ from plans.algorithms import GREEDY, tensor_kind
 from plans.files import write_atomically, writing
 from plans.program import Step, StepKind, scoring_program
 from plans.runfile import RunFile
+from runtime.calls.experience import settled
 from runtime.executor import Executor
 from runtime.groups import GroupCache
 from runtime.job import Job
@@ -126,7 +127,8 @@ class Evaluator(Executor):
         if tensor_kind(key) == "rewards":
             values = self._store.get(iteration, key, rows)
             assert not isinstance(values, Sequences)
-            self._numbers[_SCORE, [first + row for row in rows]] += values.double().cpu()
+            # nan is a reward that failed where the run file does not stop for it: no point for that answer.
+            self._numbers[_SCORE, [first + row for row in rows]] += settled(self._job, values).double().cpu()
         elif tensor_kind(key) == "sequences":
             made = self._store.get(iteration, key, rows)
             assert isinstance(made, Sequences)

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
-from plans.algorithms import ALGORITHMS, is_offline
+from plans.algorithms import ALGORITHMS, is_offline, loss_of
 from plans.errors import RealplanError
 from plans.graph import CallKind
+from plans.hyperparameters import Optimizer
 from plans.plan import ExecutionPlan
-from plans.runfile import RANDOM, Optimizer, RunFile, patience_s
+from plans.runfile import RANDOM, RunFile, patience_s
 from runtime.batches.datasets import DataSet, read_data
 from runtime.batches.rewards import ProcessLimits, Reward
 from runtime.batches.sources import (
@@ -128,6 +129,7 @@ def prepare_job(plan: ExecutionPlan, run: RunFile) -> Job:
     weights = run.weights_of(workload.graph.roles[0])
     folder = run.tokenizer or ("" if weights == RANDOM else weights)
     tokenizer = Tokenizer.of_folder(Path(folder)) if folder else None
+    _check_failed_rewards(plan, run)
     if tokenizer is not None:
         _check_vocabulary(plan, tokenizer)
     if is_offline(workload.graph):
@@ -139,6 +141,16 @@ def prepare_job(plan: ExecutionPlan, run: RunFile) -> Job:
     prompts, held_out = _prompts(plan, run, tokenizer)
     columns, note = ((), "") if isinstance(prompts, RandomPrompts) else (tuple(prompts.data.columns), prompts.data.note)
     return Job(plan, run, prompts, None, tokenizer, _reward(plan, run, tokenizer, columns), note, held_out)
+
+
+def _check_failed_rewards(plan: ExecutionPlan, run: RunFile) -> None:
+    """A loss of the user's own weighs its samples itself, so that nobody else can leave one out."""
+    graph = plan.workload.graph
+    own = [loss for call in graph.calls if call.kind is CallKind.TRAIN_STEP
+           and (loss := loss_of(graph, call)) not in ALGORITHMS]  # fmt: skip
+    if own and run.reward_limits.on_failure == "drop":
+        message = f"reward_limits.on_failure is drop, and loss `{own[0]}` weighs its samples itself"
+        raise RealplanError(message, "on_failure: zero, or stop")
 
 
 def _prompts(

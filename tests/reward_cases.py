@@ -21,6 +21,13 @@ def spoiling(prompts: list[str], responses: list[str]) -> list[float]:
     ]
 
 
+def seldom(response: str) -> float:
+    """The length of a response, and a mistake in every third one."""
+    if len(response) % 3 == 0:
+        raise ValueError("no score for this one")
+    return float(len(response))
+
+
 def leaving(responses: list[str]) -> list[float]:
     """A reward that runs what it should not."""
     raise SystemExit(0)

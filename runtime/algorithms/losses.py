@@ -44,13 +44,18 @@ def policy_loss(
     each = torch.maximum(plain, clipped)
     if clip.dual is not None:
         each = torch.where(advantages < 0, torch.minimum(each, -advantages * clip.dual), each)
-    loss = (each * weights).sum()
+    loss, counts = (each * weights).sum(), counted(weights)
     terms = {
         "pg_loss": loss,
-        "ppo_kl": -difference.sum() / tokens,
-        "pg_clipfrac": (clipped > plain).sum() / tokens,
+        "ppo_kl": -(difference * counts).sum() / tokens,
+        "pg_clipfrac": ((clipped > plain) * counts).sum() / tokens,
     }
     return loss, terms
+
+
+def counted(weights: TokenWeights) -> Tensor:
+    """1 for tokens that count in the loss, 0 for those of samples that are left out."""
+    return torch.as_tensor(weights).gt(0).float()
 
 
 def _response_means(values: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -76,14 +81,17 @@ def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, weights: TokenWeights, estim
     return loss, {"kl_loss": loss}
 
 
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float, tokens: float) -> Loss:
-    """Half the squared error, the larger of plain and clipped around the old values; normalised as `policy_loss`."""
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, clip: float, counts: TokenWeights, *, tokens: float
+) -> Loss:
+    """Half the squared error, the larger of plain and clipped around the old values, as a mean over the tokens that
+    count. counts: 1 or 0 for each token; tokens: those of the whole minibatch that count."""
     near = values.clamp(old_values - clip, old_values + clip)
     plain, clipped = (values - returns).square(), (near - returns).square()
-    loss = 0.5 * torch.maximum(plain, clipped).sum() / tokens
+    loss = 0.5 * (torch.maximum(plain, clipped) * counts).sum() / tokens
     terms = {
         "vf_loss": loss,
-        "vf_clipfrac": (clipped > plain).sum() / tokens,
-        "vpred_mean": values.sum() / tokens,
+        "vf_clipfrac": ((clipped > plain) * counts).sum() / tokens,
+        "vpred_mean": (values * counts).sum() / tokens,
     }
     return loss, terms

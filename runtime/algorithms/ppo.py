@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from plans.runfile import Ppo
+from plans.hyperparameters import Ppo
 from runtime.algorithms.samples import Samples, Signal, token_rewards, whiten
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from plans.runfile import Ppo
+from plans.hyperparameters import Ppo
 from runtime.algorithms.samples import Samples, Signal, clipped, discounted, token_rewards, whiten
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from plans.runfile import Ppo
+from plans.hyperparameters import Ppo
 from runtime.algorithms.losses import kl_estimate
 
 
@@ -25,7 +25,8 @@ class Samples:
 
     rows: their numbers [n] in the batch; sample i belongs to prompt i // group_size. old_logprobs, ref_logprobs,
     values: [n, R]; values[:, t] is the critic's prediction before token t. scores: the rewards [n];
-    greedy_scores: those of the greedy responses. gather: numbers of every sample [batch, k] from this replica's [n, k].
+    greedy_scores: those of the greedy responses. kept: bool [n], False where a sample has no score and no part in
+    anything; its mask is False. gather: numbers of every sample [batch, k] from this replica's [n, k].
     """
 
     rows: Tensor
@@ -34,6 +35,7 @@ class Samples:
     old_logprobs: Tensor
     ref_logprobs: Tensor
     scores: Tensor
+    kept: Tensor
     values: Tensor | None = None
     greedy_scores: Tensor | None = None
     gather: Callable[[Tensor], Tensor]

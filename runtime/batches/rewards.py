@@ -7,6 +7,7 @@ did it, and never the rank that waits for it.
 from __future__ import annotations
 
 import json
+import math
 import os
 import select
 import signal
@@ -29,7 +30,7 @@ Columns = Mapping[str, Sequence[Any]]
 @dataclass(frozen=True, slots=True)
 class ProcessLimits:
     """seconds: of one call of the functions. memory_gib: of each of their processes. workers: processes. on_failure:
-    `stop` raises for a sample that a function fails on, `zero` scores it 0."""
+    `stop` raises for a sample that a function fails on; `zero` and `drop` score it nan, as no function may."""
 
     seconds: float = 120.0
     memory_gib: float = 8.0
@@ -86,7 +87,7 @@ class Reward:
         return self._gather(self._parts(prompts, responses, columns or {}))
 
     def __call__(self, prompts: list[str], responses: list[str], columns: Columns | None = None) -> list[float]:
-        """One finite score per response. Raises RewardError."""
+        """One score per response, nan where its reward failed and need not stop the run. Raises RewardError."""
         return self.submit(prompts, responses, columns).result().scores
 
     def close(self) -> None:
@@ -129,21 +130,22 @@ class Reward:
         try:
             return worker.score(values, self._limits.seconds)
         except Failed as failure:
-            if self._limits.on_failure == "zero":
+            if self._limits.on_failure != "stop":
                 return self._each(worker, values)
             raise self._blame(worker, values, first, failure) from None
 
     def _each(self, worker: _Worker, values: Mapping[str, list[Any]]) -> list[float]:
-        """Scores of the samples one by one, 0 where that fails."""
+        """Scores of the samples one by one, nan where that fails."""
         scores = []
         for index in range(len(values["responses"])):
             try:
                 one = {key: value[index : index + 1] for key, value in values.items()}
                 scores += worker.score(one, self._limits.seconds)
             except Failed as failure:
-                said = f"reward: 0 for {_short(values['responses'][index])}: {failure}"
+                what = "0 for" if self._limits.on_failure == "zero" else "without"
+                said = f"reward: {what} {_short(values['responses'][index])}: {failure}"
                 print(said, file=sys.stderr, flush=True)
-                scores.append(0.0)
+                scores.append(math.nan)
         return scores
 
     def _blame(self, worker: _Worker, values: Mapping[str, list[Any]], first: int, failure: Failed) -> RewardError:

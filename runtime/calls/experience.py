@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from plans.algorithms import ALGORITHMS, GREEDY, loss_of
+from plans.algorithms import ALGORITHMS, GREEDY, loss_of, tensor_kind
 from plans.graph import Call
 from runtime.algorithms.groups import spread
 from runtime.algorithms.samples import Samples, Signal, gather_samples, overlong, response_mask
@@ -49,17 +49,20 @@ def experience(job: Job, call: Call, trainer: Trainer, inputs: Mapping[str, Valu
     }
     counts: tuple[bool, ...] | None = None
     if loss not in ALGORITHMS:
+        flat = {key: settled(job, values) if tensor_kind(key) == "rewards" else values for key, values in flat.items()}
         fields |= {key: _per_token(values, sequences) for key, values in flat.items()}
     elif not job.offline:
         index = torch.tensor(rows, dtype=torch.int64, device=model.device)
         gather = partial(gather_samples, rows=index, samples=workload.samples, group=model.groups.dp)
-        samples = _samples(flat, sequences, index, workload.group_size, gather)
+        samples, failed = _samples(job, flat, sequences, index, gather)
         settings = job.run.ppo
         shaped = overlong(samples, settings, workload.response_tokens)
         signal = ADVANTAGES[loss](shaped, settings)
-        if settings.drop_flat_groups and workload.group_size > 1:
-            counts = tuple(spread(shaped).tolist())
+        counts = _counts(job, shaped)
+        if counts is not None:
             report["actor/dropped_samples"] = torch.tensor([not counts[row] for row in rows])
+        if job.run.reward_limits.on_failure != "stop":
+            report["critic/score/failed"] = failed
         fields |= {
             "old_logprobs": flat[_old(flat)],
             "advantages": unpadded(signal.advantages, sequences.responses),
@@ -86,47 +89,70 @@ def _old(tensors: Mapping[str, Tensor]) -> str:
     return "old_logprobs" if "old_logprobs" in tensors else "gen_logprobs"
 
 
+def settled(job: Job, scores: Tensor) -> Tensor:
+    """Scores with 0 where a reward failed and the run file does not stop for it; a model's own nan stays and does."""
+    return scores if job.run.reward_limits.on_failure == "stop" else scores.nan_to_num(nan=0.0)
+
+
+def _counts(job: Job, samples: Samples) -> tuple[bool, ...] | None:
+    """Whether each sample of the whole batch counts in the loss; None: all do, whatever they are. Collective."""
+    found: list[Tensor] = []
+    if job.run.ppo.drop_flat_groups and samples.group_size > 1:
+        found.append(spread(samples))
+    if job.run.reward_limits.on_failure == "drop":
+        found.append(samples.gather(samples.kept.double()[:, None]).squeeze(1) > 0)
+    return tuple(torch.stack(found).all(0).tolist()) if found else None
+
+
 def _samples(
+    job: Job,
     tensors: Mapping[str, Tensor],
     sequences: Sequences,
     rows: Tensor,
-    group_size: int,
     gather: Callable[[Tensor], Tensor],
-) -> Samples:
-    """The samples in rows of the longest response's width, in which algorithms count their steps."""
+) -> tuple[Samples, Tensor]:
+    """The samples in rows of the longest response's width, in which algorithms count their steps; and which of them
+    have a reward that failed, bool [n]."""
     lengths = sequences.responses
+    scores, greedy = _rewards(tensors), tensors.get("rewards_greedy")
+    failed = scores.isnan() if greedy is None else scores.isnan() | greedy.isnan()
+    drops = job.run.reward_limits.on_failure == "drop"
+    kept = ~failed if drops else torch.ones_like(failed)
     per_token = {
         key: padded(tensors[key], lengths) for key in (_old(tensors), "ref_logprobs", "values") if key in tensors
     }
     old = per_token[_old(tensors)]
     width = old.shape[1]
-    return Samples(
+    mask = response_mask(torch.tensor(lengths, dtype=torch.int64, device=rows.device), width)
+    found = Samples(
         rows=rows,
-        group_size=group_size,
-        mask=response_mask(torch.tensor(lengths, dtype=torch.int64, device=rows.device), width),
+        group_size=job.plan.workload.group_size,
+        mask=mask & kept[:, None],
         old_logprobs=old,
         ref_logprobs=per_token.get("ref_logprobs", old),
-        scores=_rewards(tensors),
+        scores=settled(job, scores),
+        kept=kept,
         values=per_token.get("values"),
-        greedy_scores=tensors.get("rewards_greedy"),
+        greedy_scores=None if greedy is None else settled(job, greedy),
         gather=gather,
     )
+    return found, failed
 
 
 def _report(samples: Samples, signal: Signal, reward_clip: float | None) -> dict[str, Tensor]:
     """Statistics under verl's names; of scores also the share that the clip changes."""
-    mask = samples.mask
+    mask, kept = samples.mask, samples.kept
     report = {
-        "critic/score": samples.scores,
-        "critic/rewards": signal.rewards.sum(1),
+        "critic/score": samples.scores[kept],
+        "critic/rewards": signal.rewards.sum(1)[kept],
         "critic/advantages": signal.advantages[mask],
         "critic/returns": signal.returns[mask],
-        "actor/reward_kl_penalty": samples.kl.sum(1) / mask.sum(1).clamp_min(1),
+        "actor/reward_kl_penalty": (samples.kl.sum(1) / mask.sum(1).clamp_min(1))[kept],
     }
     if samples.values is not None:
         report["critic/values"] = samples.values[mask]
     if samples.greedy_scores is not None:
-        report["critic/score_greedy"] = samples.greedy_scores
+        report["critic/score_greedy"] = samples.greedy_scores[kept]
     if reward_clip is not None:
-        report["critic/score/clip_ratio"] = samples.scores.abs() > reward_clip
+        report["critic/score/clip_ratio"] = samples.scores[kept].abs() > reward_clip
     return report

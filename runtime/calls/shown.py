@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,7 +32,12 @@ def shown_samples(
             "sample": rows[place],
             "prompt": asked[i] if asked else job.tokenizer.decode(texts[i][0]),
             "response": job.tokenizer.decode(texts[i][1]),
-            **{key: float(values[place]) for key, values in rewards.items()},
+            **{key: _shown(float(values[place])) for key, values in rewards.items()},
         }
         for i, place in enumerate(places)
     ]
+
+
+def _shown(score: float) -> float | None:
+    """A score as JSON has it: null where the reward of the sample failed."""
+    return None if math.isnan(score) else score

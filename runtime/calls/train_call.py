@@ -14,7 +14,7 @@ from plans.algorithms import ALGORITHMS, loss_of
 from plans.batches import Share
 from plans.errors import RealplanError
 from plans.graph import Call
-from runtime.algorithms.losses import Clip, Loss, kl_loss, policy_loss, value_loss
+from runtime.algorithms.losses import Clip, Loss, counted, kl_loss, policy_loss, value_loss
 from runtime.algorithms.offline import dpo_loss, pair_loss, sft_loss
 from runtime.batches.reward_functions import load_function
 from runtime.calls.experience import Experience, experience
@@ -132,7 +132,7 @@ def actor_loss(job: Job, tokens: float, output: TokenOutput, batch: Batch, *, kl
     whole = batch.sequences.responses if settings.ratio == "sequence" else None
     old, advantages = batch["old_logprobs"], batch["advantages"]
     loss, terms = policy_loss(logprobs, old, advantages, clip, weights, tokens=tokens, lengths=whole)
-    terms = {**terms, "entropy": output.entropy.sum() / tokens}
+    terms = {**terms, "entropy": (output.entropy * counted(weights)).sum() / tokens}
     if settings.entropy_coefficient:
         loss = loss - settings.entropy_coefficient * (output.entropy * weights).sum()
     kl_in = settings.kl_in or ("loss" if kl_in_loss else "reward")
@@ -144,7 +144,8 @@ def actor_loss(job: Job, tokens: float, output: TokenOutput, batch: Batch, *, kl
 
 def critic_loss(job: Job, tokens: float, output: TokenOutput, batch: Batch) -> Loss:
     """The clipped value loss of a micro-batch."""
-    return value_loss(output.values, batch["values"], batch["returns"], job.run.ppo.value_clip, tokens)
+    counts, clip = counted(batch[WEIGHTS]), job.run.ppo.value_clip
+    return value_loss(output.values, batch["values"], batch["returns"], clip, counts, tokens=tokens)
 
 
 def _step_stats(role: str, steps: Sequence[StepStats]) -> dict[str, Stat]:

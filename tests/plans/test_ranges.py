@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import pytest
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from plans import planfile, runfile
+from plans import hyperparameters, planfile, runfile
 from plans.algorithms import algorithm_graph
 from plans.config_keys import Rope
 from plans.decoder import Decoder
@@ -33,17 +33,17 @@ RUN: dict[type[BaseModel], dict[str, tuple[float, float, Any]]] = {
     },
     runfile.Data: {"max_prompts": (0, BILLION, 0)},
     runfile.RunSampling: {"top_k": (0, BILLION, 0), "top_p": (FRACTION, 1.0, 1.0), "min_p": (0.0, 1.0, 0.0)},
-    runfile.Optimizer: {
+    hyperparameters.Optimizer: {
         "lr": (0.0, REAL, 1e-6), "warmup_steps": (0, BILLION, 0), "weight_decay": (0.0, REAL, 0.0),
         "beta1": (0.0, 1 - FRACTION, 0.9), "beta2": (0.0, 1 - FRACTION, 0.95), "eps": (FRACTION, 1.0, 1e-8),
         "clip": (FRACTION, REAL, 1.0),
     },
-    runfile.Ppo: {
+    hyperparameters.Ppo: {
         "clip": (FRACTION, REAL, 0.2), "value_clip": (FRACTION, REAL, 0.2), "kl_coefficient": (0.0, REAL, 0.05),
         "gamma": (FRACTION, 1.0, 1.0), "gae_lambda": (0.0, 1.0, 0.95), "critic_warmup_iterations": (0, BILLION, 0),
     },
     runfile.RewardLimits: {"memory_gib": (0.1, 2.0**20, 8.0), "workers": (1, 256, 1)},
-    runfile.Dpo: {"beta": (FRACTION, REAL, 0.1)},
+    hyperparameters.Dpo: {"beta": (FRACTION, REAL, 0.1)},
     runfile.Checkpoints: {"every": (0, BILLION, 10), "keep": (*COUNT, 2)},
     runfile.RunFile: {
         "iterations": (*COUNT, 10), "seed": (0, 2**63 - 1, 0), "timeout_s": (0.0, 1e7, 0.0),

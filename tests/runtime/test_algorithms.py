@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import mean, stdev
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -13,9 +14,10 @@ from ranks import run_ranks
 from torch import Tensor
 
 from plans.algorithms import ALGORITHMS as RECORDS
-from plans.runfile import Ppo, RunFile
+from plans.hyperparameters import Ppo
+from plans.runfile import RunFile
 from runtime.algorithms.groups import spread
-from runtime.algorithms.losses import Clip, kl_estimate, kl_loss, policy_loss, value_loss
+from runtime.algorithms.losses import Clip, counted, kl_estimate, kl_loss, policy_loss, value_loss
 from runtime.algorithms.offline import dpo_loss, sft_loss
 from runtime.algorithms.ppo import gae
 from runtime.algorithms.samples import (
@@ -52,6 +54,7 @@ def samples(**more: Any) -> Samples:
         "old_logprobs": random(0),
         "ref_logprobs": random(1),
         "scores": torch.tensor([1.0, -20.0, 0.5, 9.0]).double(),
+        "kept": torch.ones(4, dtype=torch.bool),
         "gather": lambda own: own,
     }
     return Samples(**fields | more)
@@ -164,13 +167,46 @@ def test_a_group_may_be_spread(name: str) -> None:
         every = samples()
         own = samples(
             rows=rows,
-            **{key: getattr(every, key)[rows] for key in ("mask", "old_logprobs", "ref_logprobs", "scores")},
+            **{key: getattr(every, key)[rows] for key in ("mask", "old_logprobs", "ref_logprobs", "scores", "kept")},
             gather=lambda own: gather_samples(own, rows, 4, dist.group.WORLD),
         )
         return ADVANTAGES[name](own, SETTINGS).advantages
 
     first, second = run_ranks(2, part)
     assert torch.equal(torch.stack([first, second], 1).view(4, R), whole)
+
+
+@pytest.mark.parametrize("divide", [True, False])
+def test_a_sample_without_a_score_is_no_member_of_its_group(divide: bool) -> None:
+    """Groups of four of which one, and three, have no score: as if those that have one were the whole group."""
+    scores, kept = [1.0, 4.0, 0.0, 2.5, 0.0, 0.0, 7.0, 0.0], [1, 1, 0, 1, 0, 0, 1, 0]
+    alone = {
+        "rows": torch.arange(8), "group_size": 4, "mask": torch.tensor(kept).bool()[:, None].expand(8, R),
+        "old_logprobs": random(0).repeat(2, 1), "ref_logprobs": random(0).repeat(2, 1),
+        "scores": torch.tensor(scores).double(), "kept": torch.tensor(kept).bool(),
+    }  # fmt: skip
+    settings = Ppo(divide_by_deviation=divide)
+    grpo, rloo = (ADVANTAGES[name](samples(**alone), settings).advantages for name in ("grpo", "rloo"))
+    group = [1.0, 4.0, 2.5]
+    for n, score in ((0, 1.0), (1, 4.0), (3, 2.5)):
+        wanted = (score - mean(group)) / ((stdev(group) + 1e-6) if divide else 1.0)
+        assert grpo[n].tolist() == pytest.approx([wanted] * R)
+        assert rloo[n].tolist() == pytest.approx([score - (7.5 - score) / 2] * R)
+    assert not grpo[[2, 4, 5, 6, 7]].any() and not rloo[[2, 4, 5, 6, 7]].any(), "one alone has nobody to compare with"
+    assert spread(samples(**alone)).tolist() == [True] * 4 + [False] * 4
+
+
+def test_tokens_that_do_not_count_are_in_no_term() -> None:
+    """Losses and what they report of two samples, of which the second weighs nothing, are those of the first."""
+    old, new, advantages = random(5)[0], random(5)[0] + 0.3 * random(7)[0], random(6)[0]
+    weights, first = torch.tensor([0.5, 0.5, 0.0, 0.0, 0.0]).double(), slice(2)
+    both = policy_loss(new, old, advantages, Clip(0.2, 0.2), weights, tokens=2.0)[1]
+    one = policy_loss(new[first], old[first], advantages[first], Clip(0.2, 0.2), 0.5, tokens=2.0)[1]
+    values = value_loss(new, old, advantages, 0.2, counted(weights), tokens=2.0)[1]
+    value = value_loss(new[first], old[first], advantages[first], 0.2, 1.0, tokens=2.0)[1]
+    assert {k: float(v) for k, v in {**both, **values}.items()} == pytest.approx(
+        {k: float(v) for k, v in {**one, **value}.items()}
+    )
 
 
 def test_every_algorithm_has_a_name() -> None:
@@ -322,7 +358,7 @@ def test_value_loss_takes_the_larger_error() -> None:
     old = torch.zeros(3)
     values = torch.tensor([1.0, 0.1, -1.0])
     returns = torch.tensor([2.0, 0.0, -0.5])
-    loss, terms = value_loss(values, old, returns, 0.2, 3.0)
+    loss, terms = value_loss(values, old, returns, 0.2, 1.0, tokens=3.0)
     assert float(loss) == pytest.approx(0.5 * (1.8**2 + 0.1**2 + 0.5**2) / 3)
     assert float(terms["vf_clipfrac"]) == pytest.approx(1 / 3)
 
@@ -330,7 +366,7 @@ def test_value_loss_takes_the_larger_error() -> None:
 def test_values_that_stay_near_are_not_counted_as_clipped() -> None:
     old, returns = random(5).float() * 100, random(6).float() * 100
     values = old + 0.1
-    _, terms = value_loss(values, old, returns, 0.2, old.numel())
+    _, terms = value_loss(values, old, returns, 0.2, 1.0, tokens=old.numel())
     assert float(terms["vf_clipfrac"]) == 0.0
 
 

@@ -19,6 +19,7 @@ from transformers import LlamaForCausalLM
 from plans.algorithms import algorithm_graph
 from plans.plan import ExecutionPlan
 from plans.strategy import Recompute
+from runtime.batches.tokenizer import Tokenizer
 from runtime.executor import Executor
 from runtime.groups import GroupCache
 from runtime.job import prepare_job
@@ -153,6 +154,38 @@ def test_variants_are_the_same_under_every_layout(tmp_path: Path) -> None:
     places = dict.fromkeys(CRITIC_FREE, "d2 t1 p1") | {"actor_train": ("node 0", "d1 t1 p1 c2", {})}
     for number, layout in enumerate(["d2 t1 p1", places]):
         compare(outcome(str(number), 2, layout), wanted, samples=2 * 8)
+
+
+def test_samples_whose_reward_failed_are_left_out_under_every_layout(tmp_path: Path) -> None:
+    """Of PPO in groups, so that a critic leaves them out too: the same under every layout, and not as if they had 0."""
+
+    def outcome(name: str, gpus: int, places: Any, policy: str = "drop") -> Outcome:
+        plan = tiny_plan(gpus, places, minibatches=1)
+        limits, samples = {"on_failure": policy}, 8
+        run = tiny_run(tmp_path / name, reward=f"{REWARDS}:seldom", reward_limits=limits, iterations=2, samples=samples)
+        return execute(plan, run, tmp_path / name)
+
+    wanted, zero = outcome("alone", 1, "d1 t1 p1"), outcome("zero", 1, "d1 t1 p1", "zero")
+    failed = [len([1 for text in texts(wanted, i) if len(text) % 3 == 0]) / 8 for i in range(2)]
+    first = wanted[0][0]
+    assert [line["critic/score/failed"] for line in wanted[0]] == failed and 0 < failed[0] < 1
+    assert first["actor/dropped_samples"] == failed[0] == zero[0][0]["critic/score/failed"]
+    scores = [len(text) for text in texts(wanted, 0) if len(text) % 3]
+    assert first["critic/score/mean"] == pytest.approx(sum(scores) / len(scores))
+    assert zero[0][0]["critic/score/mean"] == pytest.approx(sum(scores) / 8)
+    compare(outcome("apart", 2, DEALT), wanted, samples=2 * 8)
+
+
+DEALT = {
+    "actor_generate": "d2 t1 p1", "ref_infer": "d2 t1 p1", "critic_infer": ("node 0 gpu 0", "d1 t1 p1"),
+    "actor_train": ("node 0", "d2 t1 p1", {"micro_batches": 2}), "critic_train": ("node 0 gpu 1", "d1 t1 p1"),
+}  # fmt: skip
+
+
+def texts(outcome: Outcome, iteration: int) -> list[str]:
+    """The responses of an iteration."""
+    tokenizer = Tokenizer.of_folder(TINY)
+    return [tokenizer.decode(response) for (i, _), (_, response) in outcome[1].items() if i == iteration]
 
 
 OFFLINE_LAYOUTS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -159,6 +161,15 @@ BAD = {
 def test_functions_that_fail(rewards, text: str, words: list[str]) -> None:  # type: ignore[no-untyped-def]
     said = str(error_of(rewards(text)))
     assert all(word in said for word in words), said
+
+
+@pytest.mark.parametrize("policy", ["zero", "drop"])
+def test_a_sample_that_fails_has_no_score_where_the_run_goes_on(rewards, policy: str, capfd) -> None:  # type: ignore[no-untyped-def]
+    text = "import os\ndef f(response):\n    if response == 'second': os._exit(3)\n    return len(response)"
+    scores = rewards(text, limits=replace(LIMITS, on_failure=policy))(PROMPTS, RESPONSES)
+    assert scores[::2] == [5.0, 9.0] and math.isnan(scores[1])
+    said = capfd.readouterr().err
+    assert ("reward: 0 for 'second'" if policy == "zero" else "reward: without 'second'") in said and "ended" in said
 
 
 def test_a_function_that_hangs_is_ended_with_all_it_started(rewards, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -1,0 +1,84 @@
+"""What a run file says of the algorithm and its optimizers, and the ranges of its numbers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(ge=1, le=10**9)]
+Count = Annotated[int, Field(ge=0, le=10**9)]
+ZeroToOne = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+MOST_REAL = 1e30
+"""Of numbers that meet tensors: float32 holds 3.4e38, and torch refuses what it cannot hold."""
+Above = Annotated[float, Field(gt=0, le=MOST_REAL)]
+NotNegative = Annotated[float, Field(ge=0, le=MOST_REAL)]
+
+
+class Closed(BaseModel):
+    """A part of a run file: unknown keys and values of other types are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Optimizer(Closed):
+    """AdamW. The rate rises linearly over `warmup_steps` and then stays (constant), or falls linearly or as half a
+    cosine to `final_lr` x lr at the last step of the run. `clip` bounds the global gradient norm."""
+
+    lr: NotNegative = 1e-6
+    warmup_steps: Count = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    final_lr: ZeroToOne = 0.0
+    weight_decay: NotNegative = 0.0
+    beta1: Decay = 0.9
+    beta2: Decay = 0.95
+    eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
+    clip: Above = 1.0
+
+
+class Ppo(Closed):
+    """The clipped objective (Schulman et al. 2017) with a KL to the reference, for PPO and the critic-free algorithms.
+
+    clip: how far the ratio may leave 1 downwards, and upwards where clip_high (DAPO's clip-higher) is null. dual_clip:
+    the most that a ratio counts where the advantage is negative (Ye et al. 2020). ratio: of tokens, or of whole
+    responses (`sequence`, GSPO). loss_average: over the tokens of a minibatch (DAPO), first over each response
+    (`sequence`, GRPO's paper), or over samples x response_tokens (`constant`, Dr. GRPO).
+
+    The KL is a penalty in the reward (Ouyang et al. 2022), for GRPO a term of the loss; kl_in says otherwise.
+    entropy_coefficient: how much of the policy's entropy is added to the objective (Mnih et al. 2016, section 4).
+    kl_estimator: k1, k2 or k3 of Schulman 2020; k1 in the reward and k3 in the loss where it is null.
+
+    reward_clip bounds scores (null: not at all). overlong_tokens, overlong_penalty: a response that comes within so
+    many tokens of response_tokens loses reward in proportion (DAPO's soft punishment). drop_flat_groups: responses
+    whose group has no spread of scores are left out of the loss (DAPO's filter, without sampling others).
+
+    gamma: PPO, REINFORCE++ and ReMax. divide_by_deviation: GRPO; false is Dr. GRPO's advantage. value_clip, gae_lambda,
+    whiten_advantages, critic_warmup_iterations: PPO.
+    """
+
+    clip: Above = 0.2
+    clip_high: Above | None = None
+    dual_clip: Annotated[float, Field(gt=1, le=MOST_REAL)] | None = None
+    ratio: Literal["token", "sequence"] = "token"
+    loss_average: Literal["token", "sequence", "constant"] = "token"
+    value_clip: Above = 0.2
+    kl_coefficient: NotNegative = 0.05
+    entropy_coefficient: NotNegative = 0.0
+    kl_in: Literal["reward", "loss"] | None = None
+    kl_estimator: Literal["k1", "k2", "k3"] | None = None
+    gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
+    gae_lambda: ZeroToOne = 0.95
+    whiten_advantages: bool = True
+    divide_by_deviation: bool = True
+    reward_clip: Above | None = None
+    overlong_tokens: Count = 0
+    overlong_penalty: NotNegative = 1.0
+    drop_flat_groups: bool = False
+    critic_warmup_iterations: Count = 0
+
+
+class Dpo(Closed):
+    """DPO (Rafailov et al. 2023)."""
+
+    beta: Above = 0.1
