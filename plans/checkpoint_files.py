@@ -59,10 +59,11 @@ class Seal(_Closed):
 
 class RoleState(_Closed):
     """Counters of a trained role: optimizer steps, which the learning rate follows, and the steps that Adam has made,
-    0 when it has no moments yet."""
+    0 when it has no moments yet. kl_coefficient: where it adapts, that of the next iteration."""
 
     steps: Number
     adam_steps: Number
+    kl_coefficient: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
 
 class StoredEntry(_Closed):
@@ -141,12 +142,12 @@ def joined(parts: Sequence[RankIndex]) -> CheckpointIndex:
 
 def sealed_index(index: CheckpointIndex) -> str:
     """The text of `index.json`."""
-    return index.model_copy(update={"digest": digest_of(index)}).model_dump_json() + "\n"
+    return index.model_copy(update={"digest": digest_of(index)}).model_dump_json(exclude_none=True) + "\n"
 
 
 def digest_of(index: CheckpointIndex) -> str:
-    """SHA-256 of an index without its own digest."""
-    return hashlib.sha256(index.model_dump_json(exclude={"digest"}).encode()).hexdigest()
+    """SHA-256 of an index without its own digest and without what it does not say."""
+    return hashlib.sha256(index.model_dump_json(exclude={"digest"}, exclude_none=True).encode()).hexdigest()
 
 
 def seal_of(path: Path) -> Seal:

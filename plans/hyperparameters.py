@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from plans.problems import REFUSED
 
 Positive = Annotated[int, Field(ge=1, le=10**9)]
 Count = Annotated[int, Field(ge=0, le=10**9)]
@@ -47,7 +50,9 @@ class Ppo(Closed):
 
     The KL is a penalty in the reward (Ouyang et al. 2022), for GRPO a term of the loss; kl_in says otherwise.
     entropy_coefficient: how much of the policy's entropy is added to the objective (Mnih et al. 2016, section 4).
-    kl_estimator: k1, k2 or k3 of Schulman 2020; k1 in the reward and k3 in the loss where it is null.
+    kl_estimator: k1, k2 or k3 of Schulman 2020; k1 in the reward and k3 in the loss where it is null. kl_target: the KL
+    of whole responses, in nats, that kl_coefficient follows from iteration to iteration, the slower the more samples
+    kl_horizon has (Ziegler et al. 2019); null keeps it.
 
     reward_clip bounds scores (null: not at all). overlong_tokens, overlong_penalty: a response that comes within so
     many tokens of response_tokens loses reward in proportion (DAPO's soft punishment). drop_flat_groups: responses
@@ -67,6 +72,8 @@ class Ppo(Closed):
     entropy_coefficient: NotNegative = 0.0
     kl_in: Literal["reward", "loss"] | None = None
     kl_estimator: Literal["k1", "k2", "k3"] | None = None
+    kl_target: Above | None = None
+    kl_horizon: Positive = 10_000
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
     gae_lambda: ZeroToOne = 0.95
     whiten_advantages: bool = True
@@ -76,6 +83,13 @@ class Ppo(Closed):
     overlong_penalty: NotNegative = 1.0
     drop_flat_groups: bool = False
     critic_warmup_iterations: Count = 0
+
+    @model_validator(mode="after")
+    def _something_to_adapt(self) -> Ppo:
+        if self.kl_target is not None and not self.kl_coefficient:
+            message = "kl_target changes kl_coefficient by factors, and it is 0"
+            raise PydanticCustomError(REFUSED, message, {"hint": "kl_coefficient: 0.05"})
+        return self
 
 
 class Dpo(Closed):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from plans.algorithms import ALGORITHMS, GREEDY, loss_of, tensor_kind
 from plans.graph import Call
+from plans.hyperparameters import Ppo
 from runtime.algorithms.groups import spread
 from runtime.algorithms.samples import Samples, Signal, gather_samples, overlong, response_mask
 from runtime.algorithms.table import ADVANTAGES
@@ -23,12 +24,15 @@ from runtime.sequences import Sequences, padded, unpadded
 
 @dataclass(frozen=True)
 class Experience:
-    """What training learns from, this replica's samples. report: numbers whose statistics are metrics. counts: whether
-    each sample of the whole batch counts in the loss; None: all."""
+    """What training learns from, this replica's samples. report: numbers whose statistics are metrics. settings: the
+    run's, with the coefficients of this iteration. counts: whether each sample of the whole batch counts in the loss;
+    None: all. kl: the mean KL of the whole batch's responses to the reference, where a coefficient follows it."""
 
     batch: Batch
     report: Mapping[str, Tensor]
+    settings: Ppo
     counts: tuple[bool, ...] | None = None
+    kl: float | None = None
 
 
 def experience(job: Job, call: Call, trainer: Trainer, inputs: Mapping[str, Values], rows: Sequence[int]) -> Experience:
@@ -48,6 +52,7 @@ def experience(job: Job, call: Call, trainer: Trainer, inputs: Mapping[str, Valu
         "prompt_length": torch.tensor(sequences.prompts),
     }
     counts: tuple[bool, ...] | None = None
+    settings, kl = _present(job.run.ppo, trainer), None
     if loss not in ALGORITHMS:
         flat = {key: settled(job, values) if tensor_kind(key) == "rewards" else values for key, values in flat.items()}
         fields |= {key: _per_token(values, sequences) for key, values in flat.items()}
@@ -55,7 +60,6 @@ def experience(job: Job, call: Call, trainer: Trainer, inputs: Mapping[str, Valu
         index = torch.tensor(rows, dtype=torch.int64, device=model.device)
         gather = partial(gather_samples, rows=index, samples=workload.samples, group=model.groups.dp)
         samples, failed = _samples(job, flat, sequences, index, gather)
-        settings = job.run.ppo
         shaped = overlong(samples, settings, workload.response_tokens)
         signal = ADVANTAGES[loss](shaped, settings)
         counts = _counts(job, shaped)
@@ -69,7 +73,32 @@ def experience(job: Job, call: Call, trainer: Trainer, inputs: Mapping[str, Valu
             "returns": unpadded(signal.returns, sequences.responses),
         }
         report |= _report(samples, signal, settings.reward_clip)
-    return Experience(Batch(sequences, fields), report, counts)
+        if settings.kl_target is not None:
+            kl = _mean_kl(samples)
+            report |= {
+                "actor/kl_coefficient": torch.tensor([settings.kl_coefficient]),
+                "actor/response_kl": _kl(samples),
+            }
+    return Experience(Batch(sequences, fields), report, settings, counts, kl)
+
+
+def _present(settings: Ppo, trainer: Trainer) -> Ppo:
+    """The settings of an iteration: a coefficient that follows the KL is that of the role's training."""
+    if settings.kl_target is None or trainer.kl_coefficient is None:
+        return settings
+    return settings.model_copy(update={"kl_coefficient": trainer.kl_coefficient})
+
+
+def _kl(samples: Samples) -> Tensor:
+    """log p - log p_ref of the responses that are kept, whose mean is the KL of whole responses: float64 [kept]."""
+    return samples.kl.double().sum(1)[samples.kept]
+
+
+def _mean_kl(samples: Samples) -> float:
+    """The mean KL of the whole batch's responses, the same on every rank of every role."""
+    own = torch.stack([samples.kl.double().sum(1), samples.kept.double()], 1)
+    total, count = samples.gather(own).sum(0).tolist()
+    return float(total / max(count, 1.0))
 
 
 def _per_token(values: Tensor, sequences: Sequences) -> Tensor:

@@ -14,6 +14,8 @@ from plans.algorithms import ALGORITHMS, loss_of
 from plans.batches import Share
 from plans.errors import RealplanError
 from plans.graph import Call
+from plans.hyperparameters import Ppo
+from runtime.algorithms.kl_control import adapted
 from runtime.algorithms.losses import Clip, Loss, counted, kl_loss, policy_loss, value_loss
 from runtime.algorithms.offline import dpo_loss, pair_loss, sft_loss
 from runtime.batches.reward_functions import load_function
@@ -40,8 +42,10 @@ def train_call(
     if call.model == "critic" or not _critic_warms_up(job, iteration):
         skip = job.run.on_nonfinite == "skip"
         for part, tokens, cuts in _minibatches(job, found, share, responses):
-            loss = _loss(job, call, tokens)
+            loss = _loss(job, call, found.settings, tokens)
             steps.append(trainer.step(part, loss, cuts, job.temperature, skip_nonfinite=skip))
+    if found.kl is not None:
+        trainer.kl_coefficient = _next_coefficient(job, found.settings, found.kl)
     place = trainer.model.place
     stats: dict[str, Stat] = {}
     if place.tp == place.pp == place.cp == 0:
@@ -51,6 +55,11 @@ def train_call(
             values = {name: Stat.of(value) for name, value in found.report.items()}
             stats |= {name: stat for name, stat in values.items() if stat is not None}
     return stats
+
+
+def _next_coefficient(job: Job, settings: Ppo, kl: float) -> float:
+    assert settings.kl_target is not None
+    return adapted(settings.kl_coefficient, kl, settings.kl_target, job.plan.workload.samples, settings.kl_horizon)
 
 
 def _critic_warms_up(job: Job, iteration: int) -> bool:
@@ -87,7 +96,7 @@ def sample_weights(average: str, counted: Sequence[int], own: Sequence[int], mos
     return [1.0 / sum(counted) if length else 0.0 for length in own]
 
 
-def _loss(job: Job, call: Call, tokens: float) -> LossFunction:
+def _loss(job: Job, call: Call, settings: Ppo, tokens: float) -> LossFunction:
     """The loss of a role's micro-batches; `tokens` are the response tokens of the whole minibatch."""
     workload = job.plan.workload
     pairs = workload.samples // workload.minibatches // 2
@@ -106,8 +115,8 @@ def _loss(job: Job, call: Call, tokens: float) -> LossFunction:
             case "reward-modelling", _:
                 return pair_loss(output.scores, pairs)
             case _, "critic":
-                return critic_loss(job, tokens, output, batch)
-        return actor_loss(job, tokens, output, batch, kl_in_loss=ALGORITHMS[named].kl_in_loss)
+                return critic_loss(settings, tokens, output, batch)
+        return actor_loss(settings, tokens, output, batch, kl_in_loss=ALGORITHMS[named].kl_in_loss)
 
     return loss
 
@@ -125,9 +134,9 @@ def checked_loss(name: str, own: Callable[..., Any], output: TokenOutput, batch:
     return loss, found
 
 
-def actor_loss(job: Job, tokens: float, output: TokenOutput, batch: Batch, *, kl_in_loss: bool) -> Loss:
+def actor_loss(settings: Ppo, tokens: float, output: TokenOutput, batch: Batch, *, kl_in_loss: bool) -> Loss:
     """The clipped policy loss of a micro-batch, plus the KL to the reference where it is in the loss."""
-    settings, logprobs, weights = job.run.ppo, output.logprobs, batch[WEIGHTS]
+    logprobs, weights = output.logprobs, batch[WEIGHTS]
     clip = Clip(settings.clip, settings.clip if settings.clip_high is None else settings.clip_high, settings.dual_clip)
     whole = batch.sequences.responses if settings.ratio == "sequence" else None
     old, advantages = batch["old_logprobs"], batch["advantages"]
@@ -142,9 +151,9 @@ def actor_loss(job: Job, tokens: float, output: TokenOutput, batch: Batch, *, kl
     return loss, terms
 
 
-def critic_loss(job: Job, tokens: float, output: TokenOutput, batch: Batch) -> Loss:
+def critic_loss(settings: Ppo, tokens: float, output: TokenOutput, batch: Batch) -> Loss:
     """The clipped value loss of a micro-batch."""
-    counts, clip = counted(batch[WEIGHTS]), job.run.ppo.value_clip
+    counts, clip = counted(batch[WEIGHTS]), settings.value_clip
     return value_loss(output.values, batch["values"], batch["returns"], clip, counts, tokens=tokens)
 
 

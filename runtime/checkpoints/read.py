@@ -80,6 +80,7 @@ def restore(checkpoint: Checkpoint, trainers: Mapping[str, Trainer]) -> None:
                 return reader.read(_entry(slot.parameter, slices, slot.start, slot.stop), kind)
 
             trainer.restore(state.steps, state.adam_steps, read)
+            trainer.kl_coefficient = state.kl_coefficient
 
 
 def _entry(name: str, slices: Slices, start: int, stop: int) -> Entry:

@@ -40,7 +40,10 @@ class Snapshots:
     @torch.no_grad()
     def take(self, iteration: int) -> Snapshot:
         """Copy the state after `iteration` iterations to the host."""
-        roles = {role: RoleState(steps=t.steps, adam_steps=t.adam_steps) for role, t in self._trainers.items()}
+        roles = {
+            role: RoleState(steps=t.steps, adam_steps=t.adam_steps, kl_coefficient=t.kl_coefficient)
+            for role, t in self._trainers.items()
+        }
         wanted = [
             (stored, slot.master if kind == MASTER else slot.moments[kind], slot.start, kind)
             for role, trainer in self._trainers.items()

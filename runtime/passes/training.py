@@ -72,6 +72,9 @@ class Trainer:
 
     shard_optimizer: masters and Adam's moments are sharded over dp (Megatron's distributed optimizer). bf16 models have
     float32 masters and gradients. Collective over the layout's ranks.
+
+    steps: minibatches so far. kl_coefficient: of the role's next iteration where it adapts (`runtime.algorithms`),
+    None before it has.
     """
 
     def __init__(self, model: Model, settings: AdamSettings, *, shard_optimizer: bool = True) -> None:
@@ -79,6 +82,7 @@ class Trainer:
         self.settings = settings
         self.sharded = shard_optimizer
         self.steps = 0
+        self.kl_coefficient: float | None = None
         replicas = model.layout.dp * model.layout.cp
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, overlap_grad_reduce=replicas > 1, use_distributed_optimizer=shard_optimizer

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from statistics import mean, stdev
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +14,8 @@ from torch import Tensor
 
 from plans.algorithms import ALGORITHMS as RECORDS
 from plans.hyperparameters import Ppo
-from plans.runfile import RunFile
 from runtime.algorithms.groups import spread
+from runtime.algorithms.kl_control import adapted
 from runtime.algorithms.losses import Clip, counted, kl_estimate, kl_loss, policy_loss, value_loss
 from runtime.algorithms.offline import dpo_loss, sft_loss
 from runtime.algorithms.ppo import gae
@@ -31,7 +30,6 @@ from runtime.algorithms.samples import (
 )
 from runtime.algorithms.table import ADVANTAGES
 from runtime.calls.train_call import WEIGHTS, actor_loss, sample_weights
-from runtime.job import Job
 from runtime.passes.forward import TokenOutput
 from runtime.passes.packs import Batch
 from runtime.sequences import Sequences
@@ -333,6 +331,18 @@ def test_dr_grpo_does_not_divide_by_the_deviation() -> None:
     assert found.tolist() == pytest.approx([10.5, -10.5, 0.25, 0.0])  # the last sample has no token
 
 
+def test_the_kl_coefficient_follows_its_target() -> None:
+    """Ziegler et al. 2019: e = clip((KL - target) / target, -0.2, 0.2), beta <- beta (1 + K e), K = 64 / 1,000."""
+    beta = wanted = 0.1
+    for kl in (12.0, 6.3, 6.0, 5.9, 0.0, -1.0, 6.6):
+        error = (kl - 6.0) / 6.0
+        wanted *= 1 + 0.064 * (0.2 if error > 0.2 else -0.2 if error < -0.2 else error)
+        beta = adapted(beta, kl, 6.0, 64, 1_000)
+        assert beta == pytest.approx(wanted, rel=1e-12)
+    assert adapted(beta, math.nan, 6.0, 64, 1_000) == beta
+    assert adapted(1.0, 12.0, 6.0, 512, 64) == pytest.approx(1.2), "never more than the error itself"
+
+
 def test_dpo_is_the_textbook_formula() -> None:
     logprobs, ref = random(9).requires_grad_(), random(10)
     loss, terms = dpo_loss(logprobs[MASK], ref[MASK], LENGTHS.tolist(), 0.3, 2)
@@ -378,8 +388,8 @@ def test_an_entropy_bonus_raises_the_objective_by_the_mean_entropy() -> None:
     fields = {"old_logprobs": random(6).flatten().float(), "advantages": random(9).flatten().float(), WEIGHTS: weights}
 
     def loss(**keys: float) -> torch.Tensor:
-        job = SimpleNamespace(run=RunFile.model_validate({"ppo": {"kl_coefficient": 0.0, **keys}}))
-        return actor_loss(cast(Job, job), 10.0, output, Batch(sequences, fields), kl_in_loss=False)[0]
+        settings = Ppo.model_validate({"kl_coefficient": 0.0, **keys})
+        return actor_loss(settings, 10.0, output, Batch(sequences, fields), kl_in_loss=False)[0]
 
     bonus = loss() - loss(entropy_coefficient=0.01)
     assert float(bonus.detach()) == pytest.approx(0.01 * float((entropy.detach() * weights).sum()), rel=1e-4)

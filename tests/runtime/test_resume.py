@@ -121,12 +121,21 @@ def test_a_run_goes_on_under_other_plans(two_steps: Path, tmp_path: Path):
 
 
 def test_lag_and_checkpoints_change_nothing(tmp_path: Path):
-    plain = leg(LAGGED_PLAN, tiny_run(tmp_path / "plain", iterations=3))
-    every = leg(LAGGED_PLAN, tiny_run(tmp_path / "every", iterations=2, checkpoint={"every": 1, "keep": 5}))
+    """Of a run whose KL coefficient adapts, by the formula of its own metrics."""
+    keys: dict[str, Any] = {"ppo": {"kl_target": 0.01, "kl_horizon": 20}}
+    plain = leg(LAGGED_PLAN, tiny_run(tmp_path / "plain", iterations=3, **keys))
+    every = leg(LAGGED_PLAN, tiny_run(tmp_path / "every", iterations=2, checkpoint={"every": 1, "keep": 5}, **keys))
     first = tmp_path / "every" / "checkpoints" / "global_step_1"
-    rest = leg(LAGGED_PLAN, tiny_run(tmp_path / "rest", iterations=3, resume_from=str(first)))
+    rest = leg(LAGGED_PLAN, tiny_run(tmp_path / "rest", iterations=3, resume_from=str(first), **keys))
     assert learnt(plain[:2]) == learnt(every)
     assert learnt(plain) == learnt(rest)
+    beta = 0.05
+    for line in plain:
+        kl = line["actor/response_kl"]
+        assert line["actor/kl_coefficient"] == pytest.approx(beta)
+        assert line["critic/rewards/mean"] == pytest.approx(line["critic/score/mean"] - beta * kl, abs=1e-6)
+        beta *= 1 + max(-0.2, min(0.2, kl / 0.01 - 1)) * 8 / 20
+    assert plain[0]["actor/kl_coefficient"] > plain[1]["actor/kl_coefficient"]
 
 
 def test_a_request_to_stop_loses_nothing(tmp_path: Path):
