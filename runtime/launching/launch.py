@@ -31,9 +31,10 @@ from runtime.launching.entry import (
 )
 from runtime.launching.output import held_output, save_run
 from runtime.launching.restarts import with_restarts
-from runtime.processes.failures import RunFailed, Stopped, find_cause, knows_cause
+from runtime.processes.failures import find_cause, knows_cause
 from runtime.processes.lifetime import die_with
 from runtime.processes.member import Address, Member
+from runtime.reports.endings import RunFailed, Stopped
 from runtime.reports.metrics import Metrics
 from runtime.reports.monitor import Monitor
 from runtime.reports.records import read_status

@@ -12,7 +12,7 @@ from plans.plan import ExecutionPlan
 from plans.runfile import RunFile
 from runtime.checkpoints.folder import remove_after
 from runtime.checkpoints.resume import Start, choose_start
-from runtime.processes.failures import Beyond, RunFailed, Stopped
+from runtime.reports.endings import Beyond, RunFailed, Stopped
 from runtime.reports.metrics import Metrics
 
 Attempt = Callable[[Start], Sequence[Metrics]]

@@ -20,8 +20,8 @@ from plans.lengthsfile import METRICS
 from plans.plan import ExecutionPlan
 from plans.program import compile_program
 from plans.terminal import printable
-from runtime.processes.failures import Beyond
 from runtime.reports.drift import Drift
+from runtime.reports.endings import Beyond
 from runtime.reports.metrics import TIMING_NAMES, Metrics, MetricsLog
 from runtime.reports.records import EVALUATIONS, SAMPLES, TIMELINE, NewLines, Record, RecordReader, lines_before
 from runtime.reports.stats import merge_stats

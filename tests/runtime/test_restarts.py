@@ -24,7 +24,7 @@ from plans.program import compile_program
 from runtime.checkpoints.folder import remove_after
 from runtime.checkpoints.resume import Start
 from runtime.launching.restarts import with_restarts
-from runtime.processes.failures import Beyond, RunFailed, Stopped
+from runtime.reports.endings import Beyond, RunFailed, Stopped
 from runtime.reports.metrics import Metrics
 from runtime.reports.monitor import KL, Monitor
 from runtime.reports.records import Recorder
