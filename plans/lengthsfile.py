@@ -53,8 +53,7 @@ def lengths_file(path: Path, *, prompt_tokens: int, response_tokens: int) -> dic
     file, for lines that are neither metrics nor numbers, and for lengths beyond the maximum.
     """
     path = path / METRICS if os.path.isdir(path) else path
-    text = read_text(path, SpecError, "--lengths", KINDS, MOST_BYTES)
-    lines = [_Line(path, i, line.rstrip()) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    lines = _lines(path)
     if not lines:
         raise SpecError(f"--lengths `{path}` is empty", KINDS)
     if not lines[0].text.lstrip().startswith("{"):
@@ -62,6 +61,16 @@ def lengths_file(path: Path, *, prompt_tokens: int, response_tokens: int) -> dic
         return {"response_lengths": keys_of(Lengths.measured(values, response_tokens).percentiles)}
     longest = {"prompt": prompt_tokens, "response": response_tokens}
     return _of_metrics([(line, _object(line)) for line in lines], longest)
+
+
+def metrics_rows(path: Path) -> list[dict[str, Any]]:
+    """The iterations of a file of metrics, a mapping each. Raises SpecError, located, for a line that is none."""
+    return [_object(line) for line in _lines(path)]
+
+
+def _lines(path: Path) -> list[_Line]:
+    text = read_text(path, SpecError, "--lengths", KINDS, MOST_BYTES)
+    return [_Line(path, i, line.rstrip()) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 def _length(line: _Line, longest: int) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 from plans.errors import SpecError
 from plans.graph import CallKind, DataflowGraph
-from plans.lengths import Lengths, Percentiles
+from plans.lengths import Lengths, Percentiles, percentiles_of
 from plans.model import ModelSpec
 from plans.problems import shortened
 
@@ -74,6 +75,15 @@ class Workload:
         missing = [role for role in self.graph.roles if role not in self.models]
         if missing:
             raise SpecError(f"workload: no model for role `{missing[0]}` of graph `{self.graph.name}`")
+
+    def with_lengths(self, found: Mapping[str, Any]) -> Workload:
+        """The same work on samples of other lengths, in the keys of a run file (`plans.lengthsfile.lengths_file`)."""
+        parts = [part for part in ("prompt", "response") if {f"{part}_lengths", f"mean_{part}_tokens"} & set(found)]
+        update: dict[str, Any] = {}
+        for part in parts:
+            update[f"mean_{part}_tokens"] = found.get(f"mean_{part}_tokens", 0)
+            update[f"{part}_lengths"] = percentiles_of(found.get(f"{part}_lengths", {}))
+        return replace(self, **update)
 
     def _check_sizes(self) -> None:
         for name, (least, most) in SIZES.items():

@@ -27,8 +27,8 @@ FLOORS = {
         *("holdings", "relations", "reallocation", "simulate", "estimate", "calibration", "provenance", "validation"),
     ),
     "planner": (
-        *("text", "request", "search", "space", "best", "remedies", "baselines", "pictures", "explanation", "doctor"),
-        "cli",
+        *("text", "request", "measured", "search", "space", "best", "remedies", "baselines", "pictures", "explanation"),
+        *("doctor", "cli"),
     ),
     "plans": (
         *(

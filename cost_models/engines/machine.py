@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from cost_models.engines.analytic import AnalyticKernels
 from cost_models.engines.constants import Constants
@@ -16,10 +17,12 @@ from plans.cluster import GIB, ClusterSpec
 
 @dataclass(frozen=True, eq=False)
 class Machine(Rates):
-    """What calls are costed on: rates, kernels, and what the engine keeps in memory."""
+    """What calls are costed on: rates, kernels, what the engine keeps in memory. call_factors: how many times
+    longer than by these a call takes where that was measured."""
 
     kernels: Kernels
     habits: MemoryHabits
+    call_factors: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def context_bytes(self) -> float:

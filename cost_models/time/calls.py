@@ -22,7 +22,8 @@ def call_time(machine: Machine, workload: Workload, call: str, candidates: Candi
 
     Training and scoring compute the real tokens of the workload's lengths, packed and dealt over dp by the work they
     are. A training call is `minibatches` optimizer steps. Where a frozen model (or a trained one's optimizer state)
-    lives in host memory, the load is the term `offload`.
+    lives in host memory, the load is the term `offload`. Where a run has measured the call, all terms are longer by the
+    same factor: it does not say which of them is.
     """
     c, spec, kind = packed(workload, call, candidates), workload.spec(call), workload.graph.call(call).kind
     assert kind is not CallKind.FUNCTION, f"`{call}` is a function call"
@@ -44,4 +45,5 @@ def call_time(machine: Machine, workload: Workload, call: str, candidates: Candi
         generation = Generation(spec, workload.samples, prompts, workload.responses, workload.group_size, alone)
         terms = dict(generation_time(machine, generation, c))
     terms["call"] = np.full(len(c), machine.constants.call_s)
-    return Terms(terms)
+    factor = machine.call_factors.get(call, 1.0)
+    return Terms({name: seconds * factor for name, seconds in terms.items()})

@@ -7,13 +7,17 @@ from pathlib import Path
 
 from cost_models.engines.constants import DEFAULT_ENGINE, TABLE_SUFFIX
 from cost_models.engines.engine import MEGATRON, ComposedEngine, Engine, NamedEngine
+from plans.codec import load_plan
 from plans.errors import RealplanError
 from plans.plan import ExecutionPlan
 
 
 def engine_of(words: str, table: Path | None = None) -> Engine:
     """The engine of `--engine` and `--table`. `first+second`: one for training and scoring, one for generation; a table
-    calibrates the default engine wherever it stands."""
+    calibrates the default engine wherever it stands. `engine@FOLDER`: with the times that a run has measured."""
+    words, mark, folder = words.partition("@")
+    if mark:
+        return _of_run(Path(folder), engine_of(words, table))
     names = [words] if words.endswith(TABLE_SUFFIX) and os.path.exists(words) else words.split("+")
     if table is not None:
         _check_table(words, names, table)
@@ -29,6 +33,18 @@ def engine_of(words: str, table: Path | None = None) -> Engine:
 def plan_engine(plan: ExecutionPlan) -> Engine:
     """The engine of the plan's own estimate."""
     return engine_of(plan.estimate.engine) if plan.estimate else MEGATRON
+
+
+def planned_words(path: Path) -> str:
+    """The engine of the estimate of a plan file, without what a run has measured; the default where it has none."""
+    plan = load_plan(path) if os.path.isfile(path) else None
+    return plan.estimate.engine.partition("@")[0] if plan and plan.estimate else DEFAULT_ENGINE
+
+
+def _of_run(folder: Path, inner: Engine) -> Engine:
+    from cost_models.calibration.measured_run import measured_run, run_engine
+
+    return run_engine(measured_run(folder), inner)
 
 
 def _of_table(table: Path) -> Engine:

@@ -16,11 +16,23 @@ from plans.errors import RealplanError
 if TYPE_CHECKING:
     from cost_models.engines.engine import Engine
 
+DEFAULT_CLUSTER = "h100-80gb-sxm"
+
 
 def _engine(words: str, table: Path | None) -> Engine:
     """The engine that costs are taken from."""
     from planner.cli.engine_words import engine_of
 
+    return engine_of(words, table)
+
+
+def _inner(folder: Path, words: str, table: Path | None) -> Engine:
+    """The engine that the measurements of a run calibrate: the one that is named, else that of the run's plan."""
+    from planner.cli.engine_words import engine_of, planned_words
+    from plans.checkpoint_files import PLAN
+
+    if words == DEFAULT_ENGINE and table is None:
+        words = planned_words(folder / PLAN)
     return engine_of(words, table)
 
 
@@ -30,7 +42,7 @@ def search(
     reward: Annotated[str, typer.Option(help="reward model architecture")] = "",
     ref: Annotated[str, typer.Option(help="reference model architecture")] = "",
     gpus: Annotated[int | None, whole("GPUs in all (default: one node)")] = None,
-    cluster: Annotated[str, typer.Option(help="see `realplan clusters`")] = "h100-80gb-sxm",
+    cluster: Annotated[str, typer.Option(help="see `realplan clusters`")] = DEFAULT_CLUSTER,
     gpus_per_node: Annotated[int | None, whole("default: as the cluster has")] = None,
     run: Annotated[Path | None, typer.Option(help="run file to take the workload from")] = None,
     algorithm: Annotated[str | None, typer.Option(help=f"{', '.join(ALGORITHMS)} [ppo]")] = None,
@@ -48,6 +60,10 @@ def search(
         typer.Option(
             help="lengths of a run (its folder or metrics.jsonl), or a file with one response length per line"
         ),
+    ] = None,
+    measured: Annotated[
+        Path | None,
+        typer.Option(help="output of a run: plan its work again, with its lengths and measured times"),
     ] = None,
     minibatches: Annotated[int | None, whole("optimizer steps per iteration [4]")] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32 [bf16]")] = None,
@@ -73,6 +89,7 @@ def search(
     """Find the best plan and write it."""
     from planner.best import Effort
     from planner.cli.commands.search import search_command
+    from planner.measured import Ran, check_alone, ran
     from planner.request import build_request
     from planner.search.portfolio import Method
     from planner.space.limits import parse_limits
@@ -93,23 +110,33 @@ def search(
     if graph and algorithm:
         hint = "leave one of the two out"
         raise RealplanError(f"--graph {graph} and --algorithm {algorithm}: both say what an iteration does", hint)
-    request = build_request(
-        models={"actor": model, "critic": critic, "reward": reward, "ref": ref},
-        sizes=sizes,
-        cluster=cluster,
-        gpus=gpus,
-        gpus_per_node=gpus_per_node,
-        run=run,
-        own_graph=load_graph(graph) if graph else None,
-        staleness=staleness,
-        lengths=lengths,
-    )
+    earlier: Ran | None = None
+    models = {"actor": model, "critic": critic, "reward": reward, "ref": ref}
+    if measured is not None:
+        words = {**models, **sizes, "run": run, "graph": graph, "async": staleness, "lengths": lengths}
+        words["cluster"] = cluster != DEFAULT_CLUSTER
+        check_alone(measured, {f"--{name.replace('_', '-')}": value for name, value in words.items()})
+        earlier = ran(measured, _inner(measured, engine, table))
+        request = earlier.request(gpus, gpus_per_node)
+    else:
+        request = build_request(
+            models=models,
+            sizes=sizes,
+            cluster=cluster,
+            gpus=gpus,
+            gpus_per_node=gpus_per_node,
+            run=run,
+            own_graph=load_graph(graph) if graph else None,
+            staleness=staleness,
+            lengths=lengths,
+        )
     calls = [call.name for call in request.workload.graph.model_calls]
     limits = parse_limits(pin or [], forbid or [], same_mesh or [], max_memory, calls)
     raise typer.Exit(
         search_command(
             request,
-            engine=_engine(engine, table),
+            engine=earlier.engine if earlier else _engine(engine, table),
+            ran=earlier,
             limits=limits,
             effort=Effort(seconds=seconds, seed=seed, workers=os.cpu_count() or 1, method=Method(method)),
             output=output,

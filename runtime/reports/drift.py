@@ -45,7 +45,7 @@ class Drift:
             f"the plan predicts {predicted:.3g} s an iteration, the last {WINDOW} took {predicted * whole:.3g} s"
             + (f" ({calls})" if calls else "")
             + ": another plan may be faster. `realplan profile` measures this machine,"
-            " `realplan search --lengths OUTPUT` plans for the lengths of this run"
+            " `realplan search --measured OUTPUT` plans again with what this run measures"
         )
 
     def _ratio(self, name: str) -> float | None:

@@ -18,6 +18,7 @@ from planner.baselines import symmetric
 from planner.best import Effort, Found, best_in
 from planner.cli.output import say
 from planner.cli.progress import SearchProgress
+from planner.measured import Ran
 from planner.remedies.nearest import with_nearest
 from planner.request import Request, check_effort
 from planner.space.limits import Limits
@@ -39,8 +40,10 @@ def search_command(
     output: Path,
     as_json: bool,
     verbose: bool,
+    ran: Ran | None = None,
 ) -> int:
-    """Search, write the plan, and say what was found."""
+    """Search, write the plan, and say what was found. ran: the run whose measurements are the engine; its plan is where
+    the search begins, and what the new one is held against."""
     check_effort(effort.seconds, effort.seed)
     check_target(output)
     began = time.perf_counter()
@@ -50,7 +53,8 @@ def search_command(
     if verbose:
         _print_space(space)
     with SearchProgress() as progress:
-        found = best_in(space, effort, progress.update)
+        start = space.decision_of(ran.plan) if ran and ran.plan.cluster == request.cluster else None
+        found = best_in(space, effort, progress.update, start=start)
     if isinstance(found, Infeasible):
         return _infeasible(with_nearest(found, request.workload, request.cluster, engine, limits), as_json)
     if verbose:
@@ -58,10 +62,13 @@ def search_command(
     cost, plan = found.cost, _finished(found, request, output, effort, limits, time.perf_counter() - began)
     save_plan(plan, output)
     if as_json:
-        print(json.dumps(_summary(plan, found, output, time.perf_counter() - began)))
+        beside = {} if ran is None else {"ran_s": ran.priced_s, "measured_s": ran.run.iteration_s}
+        print(json.dumps(_summary(plan, found, output, time.perf_counter() - began) | beside))
     else:
         print(render_plan(plan, cost.timeline))
         _print_verdict(request, plan, cost, limits, output)
+        if ran is not None:
+            say(_beside_run(ran, plan, cost))
     return 0
 
 
@@ -127,6 +134,21 @@ def _beside_symmetric(request: Request, cost: PlanCost, limits: Limits) -> str:
     if best is within:
         return f"{words}, within {', '.join(limits.words)}" if limits.words else words
     return f"{words}, but ignores {', '.join(limits.words)}"
+
+
+def _beside_run(ran: Ran, plan: ExecutionPlan, cost: PlanCost) -> str:
+    """What the new plan would gain against the one that ran, both by the measured costs."""
+    if not ran.run.seconds:
+        return f"{ran.run.folder} has measured no iteration: costs are those of {ran.engine.inner.name}"
+    factors = ", ".join(f"{name} {factor:.2g} x" for name, factor in ran.engine.factors)
+    priced = ran.priced_s
+    words = (
+        f"measured against {ran.engine.inner.name}: {factors}\n"
+        f"the plan of {ran.run.folder} takes {priced:.4g} s by these costs (it measured {ran.run.iteration_s:.4g} s)"
+    )
+    if plan.cluster == ran.plan.cluster and plan.calls == ran.plan.calls:
+        return f"{words}: it is the best one that was found"
+    return f"{words}; the new one {cost.iteration_s:.4g} s, {priced / cost.iteration_s:.2f}x"
 
 
 def _print_space(space: Space) -> None:
