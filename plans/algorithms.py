@@ -22,7 +22,8 @@ GEN, INF, TRAIN, FN = CallKind.GENERATE, CallKind.INFERENCE, CallKind.TRAIN_STEP
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
     """What a user may choose of an algorithm. reward_seconds_per_sample: the reward is a Python function of this cost,
-    not a model. recompute_logprobs: old log-probs come from a forward pass of their own, as in verl."""
+    not a model. recompute_logprobs: old log-probs come from a forward pass of their own, as in verl, and the training
+    of the actor reads those of the generation too, which tell how far both are apart."""
 
     reward_seconds_per_sample: float | None = None
     recompute_logprobs: bool = False
@@ -49,20 +50,21 @@ def _ref() -> Call:
     return Call(name="ref_infer", kind=INF, model="ref", inputs=("sequences",), outputs=("ref_logprobs",))
 
 
-def _old_logprobs(variant: Variant) -> tuple[str, tuple[Call, ...]]:
+def _old_logprobs(variant: Variant) -> tuple[str, tuple[Call, ...], tuple[str, ...]]:
+    """The old log-probs, the calls that make them, and what the training of the actor reads beside them."""
     if not variant.recompute_logprobs:
-        return "gen_logprobs", ()
+        return "gen_logprobs", (), ()
     call = Call(name="actor_infer", kind=INF, model="actor", inputs=("sequences",), outputs=("old_logprobs",))
-    return "old_logprobs", (call,)
+    return "old_logprobs", (call,), ("gen_logprobs",)
 
 
 def ppo(variant: Variant = PLAIN) -> DataflowGraph:
     """PPO with a critic (Ouyang et al. 2022): six calls, seven with recomputed old log-probs."""
-    old, extra = _old_logprobs(variant)
+    old, extra, beside = _old_logprobs(variant)
     scores = ("sequences", old, "ref_logprobs", "values", "rewards")
     critic = Call(name="critic_infer", kind=INF, model="critic", inputs=("sequences",), outputs=("values",))
     trains = (
-        Call(name="actor_train", kind=TRAIN, model="actor", inputs=scores),
+        Call(name="actor_train", kind=TRAIN, model="actor", inputs=(*scores, *beside)),
         Call(name="critic_train", kind=TRAIN, model="critic", inputs=scores),
     )
     return DataflowGraph(name="ppo", calls=(_generate(), _reward(variant), _ref(), critic, *extra, *trains))
@@ -71,8 +73,8 @@ def ppo(variant: Variant = PLAIN) -> DataflowGraph:
 def _critic_free(
     name: str, variant: Variant, baseline: Iterable[Call] = (), keys: tuple[str, ...] = ()
 ) -> DataflowGraph:
-    old, extra = _old_logprobs(variant)
-    scores = ("sequences", old, "ref_logprobs", "rewards", *keys)
+    old, extra, beside = _old_logprobs(variant)
+    scores = ("sequences", old, "ref_logprobs", "rewards", *keys, *beside)
     train = Call(name="actor_train", kind=TRAIN, model="actor", inputs=scores)
     return DataflowGraph(name=name, calls=(_generate(), *baseline, _reward(variant), _ref(), *extra, train))
 

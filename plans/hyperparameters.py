@@ -54,6 +54,11 @@ class Ppo(Closed):
     of whole responses, in nats, that kl_coefficient follows from iteration to iteration, the slower the more samples
     kl_horizon has (Ziegler et al. 2019); null keeps it.
 
+    importance_cap: each token's part of the objective is weighed by what the training layout's weights before the first
+    step give it, over what generation gave it, to this at most (truncated importance sampling: Yao et al. 2025); or by
+    the whole response's (importance: sequence). It needs recomputed log-probs and corrects what generation computes
+    otherwise, and the age of its weights under `--async`.
+
     reward_clip bounds scores (null: not at all). overlong_tokens, overlong_penalty: a response that comes within so
     many tokens of response_tokens loses reward in proportion (DAPO's soft punishment). drop_flat_groups: responses
     whose group has no spread of scores are left out of the loss (DAPO's filter, without sampling others).
@@ -69,6 +74,8 @@ class Ppo(Closed):
     loss_average: Literal["token", "sequence", "constant"] = "token"
     value_clip: Above = 0.2
     kl_coefficient: NotNegative = 0.05
+    importance_cap: Above | None = None
+    importance: Literal["token", "sequence"] = "token"
     entropy_coefficient: NotNegative = 0.0
     kl_in: Literal["reward", "loss"] | None = None
     kl_estimator: Literal["k1", "k2", "k3"] | None = None

@@ -82,6 +82,7 @@ class Executor:
         self._recorder = recorder
         self._store = BatchStore(job.plan, device, self._given_lengths)
         self._scores: dict[tuple[int, str], PendingScores] = {}
+        self._first = 0
         if main is None:
             scores = self._start_rewards()
             self.copies = Copies(job, self.program, groups, device)
@@ -97,6 +98,7 @@ class Executor:
         stops: asked at the start of every iteration, on every rank, whether all stop before it.
         """
         self._store.begin(first)
+        self._first = first
         left = Counter(dict.fromkeys(range(first, iterations), len(self.program.projection(self._rank))))
         begun = first - 1
         for step, iteration in self.program.unrolled(iterations, first):
@@ -245,6 +247,8 @@ class Executor:
         responses = [response for _, response in lengths]
         if model.place == Place(dp=0, tp=0, pp=0):
             figures = recorded(lengths) | {f"plan/{call.name}/imbalance": share.imbalance}
+            if age := job.plan.workload.graph.staleness:
+                figures[f"{call.model}/staleness"] = float(min(iteration - self._first, age))
             self._recorder.add(iteration, {name: Stat.one(value) for name, value in figures.items()})
         with self.copies.training(call.model, offload=planned.strategy.offload) as trainer:
             self._recorder.add(iteration, train_call(job, call, share, trainer, inputs, responses, iteration))

@@ -130,6 +130,7 @@ def prepare_job(plan: ExecutionPlan, run: RunFile) -> Job:
     folder = run.tokenizer or ("" if weights == RANDOM else weights)
     tokenizer = Tokenizer.of_folder(Path(folder)) if folder else None
     _check_failed_rewards(plan, run)
+    _check_importance(plan, run)
     if tokenizer is not None:
         _check_vocabulary(plan, tokenizer)
     if is_offline(workload.graph):
@@ -151,6 +152,16 @@ def _check_failed_rewards(plan: ExecutionPlan, run: RunFile) -> None:
     if own and run.reward_limits.on_failure == "drop":
         message = f"reward_limits.on_failure is drop, and loss `{own[0]}` weighs its samples itself"
         raise RealplanError(message, "on_failure: zero, or stop")
+
+
+def _check_importance(plan: ExecutionPlan, run: RunFile) -> None:
+    graph = plan.workload.graph
+    trains = [call for call in graph.calls if call.kind is CallKind.TRAIN_STEP]
+    if run.ppo.importance_cap is not None and not any({"old_logprobs", "gen_logprobs"} <= {*c.inputs} for c in trains):
+        message = (
+            "ppo.importance_cap weighs recomputed log-probs against those of generation, which are all the plan has"
+        )
+        raise RealplanError(message, "a plan with them: `realplan search --recompute-logprobs`")
 
 
 def _prompts(

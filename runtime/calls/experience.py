@@ -13,6 +13,7 @@ from plans.algorithms import ALGORITHMS, GREEDY, loss_of, tensor_kind
 from plans.graph import Call
 from plans.hyperparameters import Ppo
 from runtime.algorithms.groups import spread
+from runtime.algorithms.importance import importance, mismatch
 from runtime.algorithms.samples import Samples, Signal, gather_samples, overlong, response_mask
 from runtime.algorithms.table import ADVANTAGES
 from runtime.calls.forward_calls import Values
@@ -67,9 +68,15 @@ def experience(job: Job, call: Call, trainer: Trainer, inputs: Mapping[str, Valu
             report["actor/dropped_samples"] = torch.tensor([not counts[row] for row in rows])
         if job.run.reward_limits.on_failure != "stop":
             report["critic/score/failed"] = failed
+        advantages = unpadded(signal.advantages, sequences.responses)
+        if {"old_logprobs", "gen_logprobs"} <= flat.keys():
+            old, drawn = flat["old_logprobs"], flat["gen_logprobs"]
+            report |= mismatch(old, drawn, settings.importance_cap)
+            if settings.importance_cap is not None:
+                advantages = advantages * importance(old, drawn, sequences.responses, settings)
         fields |= {
             "old_logprobs": flat[_old(flat)],
-            "advantages": unpadded(signal.advantages, sequences.responses),
+            "advantages": advantages,
             "returns": unpadded(signal.returns, sequences.responses),
         }
         report |= _report(samples, signal, settings.reward_clip)

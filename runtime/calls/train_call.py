@@ -51,6 +51,10 @@ def train_call(
     if place.tp == place.pp == place.cp == 0:
         if place.dp == 0:
             stats |= _step_stats(call.model, steps)
+            if job.plan.workload.graph.staleness and call.model != "critic" and steps and not steps[0].skipped:
+                # Before the first step both policies differ by the age of the generation's weights alone.
+                aged = {name: steps[0].terms[name] for name in ("ppo_kl", "pg_clipfrac") if name in steps[0].terms}
+                stats |= {f"{call.model}/stale_{name}": Stat.one(value) for name, value in aged.items()}
         if call.model != "critic":
             values = {name: Stat.of(value) for name, value in found.report.items()}
             stats |= {name: stat for name, stat in values.items() if stat is not None}

@@ -40,6 +40,7 @@ SPREAD = (
     "critic/advantages",
     "critic/returns",
     "critic/values",
+    "rollout_corr/rollout_is",
     "response_length",
     "prompt_length",
 )

@@ -15,6 +15,7 @@ from torch import Tensor
 from plans.algorithms import ALGORITHMS as RECORDS
 from plans.hyperparameters import Ppo
 from runtime.algorithms.groups import spread
+from runtime.algorithms.importance import importance, mismatch
 from runtime.algorithms.kl_control import adapted
 from runtime.algorithms.losses import Clip, counted, kl_estimate, kl_loss, policy_loss, value_loss
 from runtime.algorithms.offline import dpo_loss, sft_loss
@@ -329,6 +330,28 @@ def test_groups_without_spread_do_not_count() -> None:
 def test_dr_grpo_does_not_divide_by_the_deviation() -> None:
     found = ADVANTAGES["grpo"](samples(), Ppo(divide_by_deviation=False)).advantages[:, 0]
     assert found.tolist() == pytest.approx([10.5, -10.5, 0.25, 0.0])  # the last sample has no token
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_importance_is_truncated(level: str) -> None:
+    """min(p_old / p_gen, C) of each token, or of the product over the response's tokens; the KL between both."""
+    lengths = [5, 1, 3]
+    old, gen = random(5)[:3], random(5)[:3] + 0.4 * random(7)[:3]
+    mask, settings = MASK[:3], Ppo(importance_cap=0.45 if level == "sequence" else 0.5, importance=level)  # type: ignore[arg-type]
+    found = importance(old[mask], gen[mask], lengths, settings).tolist()
+    tokens = [[math.exp(float(old[n, t] - gen[n, t])) for t in range(length)] for n, length in enumerate(lengths)]
+    wanted = [
+        min(math.prod(ratios) if level == "sequence" else r, settings.importance_cap)
+        for ratios in tokens
+        for r in ratios
+    ]
+    assert found == pytest.approx(wanted) and len(set(wanted)) > 2 and settings.importance_cap in wanted
+    told = mismatch(old[mask], gen[mask], 1.5)
+    each = [r for ratios in tokens for r in ratios]
+    assert told["rollout_corr/kl"].tolist() == pytest.approx([-math.log(r) for r in each])
+    assert told["rollout_corr/k3_kl"].tolist() == pytest.approx([r - 1 - math.log(r) for r in each])
+    assert told["rollout_corr/rollout_is"].tolist() == pytest.approx(each)
+    assert told["rollout_corr/rollout_is/clip_ratio"].tolist() == [r > 1.5 for r in each]
 
 
 def test_the_kl_coefficient_follows_its_target() -> None:

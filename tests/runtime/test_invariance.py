@@ -217,14 +217,22 @@ def test_algorithms_with_given_responses(algorithm: str, tmp_path: Path) -> None
 
 
 def test_reward_model_groups_and_recomputed_logprobs(tmp_path: Path) -> None:
+    """With generation that runs ahead, whose ratio to the recomputed policy is cut at a cap: 1 while its weights are
+    those that train."""
     outcomes = []
     for gpus, places in [(1, "d1 t1 p1"), (4, REWARDED)]:
         folder = tmp_path / str(gpus)
-        sizes = {"batch_size": 4, "group_size": 2}
+        sizes = {"batch_size": 4, "group_size": 2, "staleness": 1}
         plan = tiny_plan(gpus, places, order=SEVEN_CALLS, reward_model=True, **sizes)
-        run = tiny_run(folder, weights={"actor": str(TINY), "reward": "random"}, sampling={"temperature": 0.8})
+        run = tiny_run(folder, weights={"actor": str(TINY), "reward": "random"}, sampling={"temperature": 0.8},
+                       ppo={"importance_cap": 1.01}, actor={"lr": 1e-3})  # fmt: skip
         outcomes.append(execute(plan, run, folder))
     compare(outcomes[1], outcomes[0], samples=3 * 8)
+    fresh, stale = outcomes[0][0][0], outcomes[0][0][1]
+    ratio = "rollout_corr/rollout_is"
+    assert fresh[f"{ratio}/max"] == pytest.approx(1, abs=1e-4) and fresh[f"{ratio}/clip_ratio"] == 0
+    assert stale[f"{ratio}/max"] > 1.01 and stale[f"{ratio}/clip_ratio"] > 0
+    assert stale["rollout_corr/k3_kl"] > 1e-6 > abs(fresh["rollout_corr/kl"])
     assert outcomes[0][0][0]["critic/score/max"] > outcomes[0][0][0]["critic/score/min"]
 
 
@@ -245,6 +253,8 @@ def test_generation_runs_ahead_by_exactly_what_the_graph_says(tmp_path: Path) ->
 
     alone = tiny_plan(1, "d1 t1 p1", staleness=1)
     wanted = outcome("alone", alone)
+    assert [line["actor/staleness"] for line in wanted[0]] == [0, 1, 1]
+    assert abs(wanted[0][0]["actor/stale_ppo_kl"]) < 1e-6 < abs(wanted[0][2]["actor/stale_ppo_kl"])
     order = ("actor_train", "actor_generate", "ref_infer", "critic_infer", "critic_train")
     for number, plan in enumerate(
         [tiny_plan(2, AHEAD, order=order, staleness=1), tiny_plan(2, "d1 t2 p1", staleness=1)]
