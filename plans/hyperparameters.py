@@ -61,7 +61,10 @@ class Ppo(Closed):
 
     reward_clip bounds scores (null: not at all). overlong_tokens, overlong_penalty: a response that comes within so
     many tokens of response_tokens loses reward in proportion (DAPO's soft punishment). drop_flat_groups: responses
-    whose group has no spread of scores are left out of the loss (DAPO's filter, without sampling others).
+    whose group has no spread of scores are left out of the loss, before any penalty of length (DAPO's filter).
+    train_prompts: DAPO's dynamic sampling where a plan says how much is generated: of the batch so many prompts are
+    trained on, the first whose groups have a spread, an equal part in each minibatch; fewer where there are not enough.
+    What is left out costs no training time.
 
     gamma: PPO, REINFORCE++ and ReMax. divide_by_deviation: GRPO; false is Dr. GRPO's advantage. value_clip, gae_lambda,
     whiten_advantages, critic_warmup_iterations: PPO.
@@ -89,6 +92,7 @@ class Ppo(Closed):
     overlong_tokens: Count = 0
     overlong_penalty: NotNegative = 1.0
     drop_flat_groups: bool = False
+    train_prompts: Count = 0
     critic_warmup_iterations: Count = 0
 
     @model_validator(mode="after")

@@ -131,6 +131,7 @@ def prepare_job(plan: ExecutionPlan, run: RunFile) -> Job:
     tokenizer = Tokenizer.of_folder(Path(folder)) if folder else None
     _check_failed_rewards(plan, run)
     _check_importance(plan, run)
+    _check_train_prompts(plan, run)
     if tokenizer is not None:
         _check_vocabulary(plan, tokenizer)
     if is_offline(workload.graph):
@@ -162,6 +163,22 @@ def _check_importance(plan: ExecutionPlan, run: RunFile) -> None:
             "ppo.importance_cap weighs recomputed log-probs against those of generation, which are all the plan has"
         )
         raise RealplanError(message, "a plan with them: `realplan search --recompute-logprobs`")
+
+
+def _check_train_prompts(plan: ExecutionPlan, run: RunFile) -> None:
+    """Groups lie whole in minibatches, which get equal parts of the prompts that are trained on."""
+    workload, wanted = plan.workload, run.ppo.train_prompts
+    if not wanted:
+        return
+    if wanted > workload.batch_size or wanted % workload.minibatches or workload.batch_size % workload.minibatches:
+        raise RealplanError(
+            f"ppo.train_prompts is {wanted}, of {workload.batch_size} prompts in {workload.minibatches} minibatches",
+            f"a multiple of {workload.minibatches} up to {workload.batch_size}, the plan's batch_size too",
+        )
+    if workload.group_size < 2:
+        raise RealplanError(
+            "ppo.train_prompts picks groups by the spread of their scores", "plan with group_size 2 or more"
+        )
 
 
 def _prompts(

@@ -44,6 +44,16 @@ def spread(samples: Samples) -> Tensor:
     return (~flat).expand(-1, samples.group_size).flatten()
 
 
+def first_of(counts: Tensor, group_size: int, minibatches: int, prompts: int) -> Tensor:
+    """Of the samples that count, bool [batch], those of the first `prompts` groups, an equal part of them in each
+    minibatch: the batch that DAPO's dynamic sampling (Yu et al. 2025, eq. 11) fills, out of a batch of candidates. A
+    group counts where any of its samples does."""
+    groups = counts.view(minibatches, -1, group_size)
+    found = groups.any(2)
+    first = found & (found.cumsum(1) <= prompts // minibatches)
+    return (groups & first[..., None]).flatten()
+
+
 def _flat(scores: Tensor, kept: Tensor) -> Tensor:
     """Groups whose scores [prompts, group size], of those that are kept, are equal but for rounding: bool
     [prompts, 1]."""

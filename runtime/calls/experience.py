@@ -12,7 +12,7 @@ from torch import Tensor
 from plans.algorithms import ALGORITHMS, GREEDY, loss_of, tensor_kind
 from plans.graph import Call
 from plans.hyperparameters import Ppo
-from runtime.algorithms.groups import spread
+from runtime.algorithms.groups import first_of, spread
 from runtime.algorithms.importance import importance, mismatch
 from runtime.algorithms.samples import Samples, Signal, gather_samples, overlong, response_mask
 from runtime.algorithms.table import ADVANTAGES
@@ -63,7 +63,7 @@ def experience(job: Job, call: Call, trainer: Trainer, inputs: Mapping[str, Valu
         samples, failed = _samples(job, flat, sequences, index, gather)
         shaped = overlong(samples, settings, workload.response_tokens)
         signal = ADVANTAGES[loss](shaped, settings)
-        counts = _counts(job, shaped)
+        counts = _counts(job, samples)
         if counts is not None:
             report["actor/dropped_samples"] = torch.tensor([not counts[row] for row in rows])
         if job.run.reward_limits.on_failure != "stop":
@@ -132,12 +132,17 @@ def settled(job: Job, scores: Tensor) -> Tensor:
 
 def _counts(job: Job, samples: Samples) -> tuple[bool, ...] | None:
     """Whether each sample of the whole batch counts in the loss; None: all do, whatever they are. Collective."""
-    found: list[Tensor] = []
-    if job.run.ppo.drop_flat_groups and samples.group_size > 1:
+    found, settings, workload = list[Tensor](), job.run.ppo, job.plan.workload
+    if (settings.drop_flat_groups or settings.train_prompts) and samples.group_size > 1:
         found.append(spread(samples))
     if job.run.reward_limits.on_failure == "drop":
         found.append(samples.gather(samples.kept.double()[:, None]).squeeze(1) > 0)
-    return tuple(torch.stack(found).all(0).tolist()) if found else None
+    if not found:
+        return None
+    counts = torch.stack(found).all(0)
+    if settings.train_prompts:
+        counts = first_of(counts, samples.group_size, workload.minibatches, settings.train_prompts)
+    return tuple(counts.tolist())
 
 
 def _samples(

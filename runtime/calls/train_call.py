@@ -74,7 +74,7 @@ def _minibatches(
     job: Job, found: Experience, share: Share, responses: Sequence[int]
 ) -> Iterator[tuple[Batch, float, MicroBatches]]:
     """This replica's part of each minibatch, the response tokens of the whole minibatch, and the micro-batches. Samples
-    that do not count are not among those tokens."""
+    that do not count are not among those tokens, and in a micro-batch only where it has no other."""
     block, start = job.plan.workload.samples // job.plan.workload.minibatches, 0
     counts = found.counts or (True,) * len(responses)
     for m, (samples, cuts) in enumerate(zip(share.passes, share.micro_batches, strict=True)):
@@ -85,7 +85,8 @@ def _minibatches(
         each = sample_weights(job.run.ppo.loss_average, counted, own, most)
         lengths = torch.tensor(part.sequences.responses, dtype=torch.int64)
         weights = torch.tensor(each).repeat_interleave(lengths).to(part.sequences.tokens.device)
-        yield Batch(part.sequences, {**part.fields, WEIGHTS: weights}), max(sum(counted), 1.0), cuts
+        left = [[i for i in cut if counts[samples[i]]] or cut[:1] for cut in cuts]
+        yield Batch(part.sequences, {**part.fields, WEIGHTS: weights}), max(sum(counted), 1.0), left
 
 
 def sample_weights(average: str, counted: Sequence[int], own: Sequence[int], most: int) -> list[float]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from plans.algorithms import ALGORITHMS as RECORDS
 from plans.hyperparameters import Ppo
-from runtime.algorithms.groups import spread
+from runtime.algorithms.groups import first_of, spread
 from runtime.algorithms.importance import importance, mismatch
 from runtime.algorithms.kl_control import adapted
 from runtime.algorithms.losses import Clip, counted, kl_estimate, kl_loss, policy_loss, value_loss
@@ -325,6 +325,21 @@ def test_long_responses_lose_reward() -> None:
 def test_groups_without_spread_do_not_count() -> None:
     flat = samples(scores=torch.tensor([0.1, 0.1, 0.5, 9.0]).double())
     assert spread(flat).tolist() == [False, False, True, True]
+
+
+def test_the_first_groups_that_count_fill_the_batch() -> None:
+    """Against a loop: three minibatches of four groups of two, of which two each are wanted."""
+    counts = torch.rand(24, generator=torch.Generator().manual_seed(1)) < 0.4
+    found, wanted = first_of(counts, 2, 3, 6).tolist(), [False] * 24
+    for minibatch in range(3):
+        taken = 0
+        for group in range(4 * minibatch, 4 * minibatch + 4):
+            own = range(2 * group, 2 * group + 2)
+            if taken < 2 and any(counts[i] for i in own):
+                taken += 1
+                for i in own:
+                    wanted[i] = bool(counts[i])
+    assert found == wanted and 0 < sum(wanted) < int(counts.sum())
 
 
 def test_dr_grpo_does_not_divide_by_the_deviation() -> None:
