@@ -83,6 +83,7 @@ class Executor:
         self._store = BatchStore(job.plan, device, self._given_lengths)
         self._scores: dict[tuple[int, str], PendingScores] = {}
         self._first = 0
+        self._resident = _resident_bytes()
         if main is None:
             scores = self._start_rewards()
             self.copies = Copies(job, self.program, groups, device)
@@ -271,7 +272,9 @@ class Executor:
     def _memory(self) -> dict[str, Stat]:
         device = torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else 0
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return {"memory/device_gb": Stat.one(device / 2**30), "memory/host_gb": Stat.one(host / 2**30)}
+        peak = device if self._device.type == "cuda" else max(0, host - self._resident)
+        found = {"memory/device_gb": device, "memory/host_gb": host, "memory/peak_gib": peak}
+        return {name: Stat.one(value / 2**30) for name, value in found.items()}
 
     def _synchronize(self) -> None:
         """Wait for this rank's own stream; messages on their way go on."""
@@ -300,6 +303,15 @@ def check_finite(model: Model, what: str) -> None:
     """Raise NonFinite when this rank holds a weight that is not finite. Local: peers see that this rank is gone."""
     if name := nonfinite_parameter(model):
         raise NonFinite(f"{what} are not finite: {name}", "a smaller learning rate")
+
+
+def _resident_bytes() -> int:
+    """Memory of this process that is in use now: of a rank before it has a model, that of its libraries."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text("utf-8").split()[1])
+    except OSError:  # not Linux: all of the process counts
+        return 0
+    return pages * resource.getpagesize()
 
 
 def _shown(ranks: tuple[int, ...]) -> str:

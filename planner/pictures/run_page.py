@@ -13,6 +13,7 @@ from planner.pictures.curves import Curve, curve_html
 from planner.pictures.lanes import shown_until_s
 from planner.pictures.page import Picture, Table, document, figures, head, legend, section, table_section
 from planner.pictures.run_files import RunFiles
+from plans.cluster import GIB
 from plans.plan import ExecutionPlan
 from plans.timeline import Timeline
 
@@ -41,7 +42,7 @@ _CURVES = (
 def run_page(run: RunFiles, cost: PlanCost, title: str) -> str:
     """The page as HTML text. cost: of the run's plan, as predicted."""
     body = [head(title, run.plan), f"<section>{figures(list(_figures(run, cost)))}{_curves(run)}</section>"]
-    body += [legend(run.plan), *_timelines(run, cost), _seconds(run, cost), *_samples(run)]
+    body += [legend(run.plan), *_timelines(run, cost), _seconds(run, cost), *_memory(run, cost), *_samples(run)]
     return document(title, body)
 
 
@@ -108,6 +109,21 @@ def _seconds(run: RunFiles, cost: PlanCost) -> str:
         ),
         "Seconds",
     )
+
+
+def _memory(run: RunFiles, cost: PlanCost) -> Iterator[str]:
+    """Predicted and measured peak of every rank, both without CUDA's context, which torch does not see."""
+    context = cost.engine.on(run.plan.cluster, run.plan.workload.dtype).context_bytes
+    predicted = [(bytes_ - context) / GIB for bytes_ in cost.memory.by_rank]
+    keys = {rank: f"plan/peak/rank_{rank}_gib" for rank in range(run.plan.cluster.size)}
+    peaks = {rank: float(run.metrics[key].max()) for rank, key in keys.items() if key in run.metrics}
+    rows = tuple(
+        (f"rank {rank}", f"{predicted[rank]:.3f}", f"{peak:.3f}", f"{predicted[rank] / peak:.2f}")
+        for rank, peak in peaks.items()
+        if peak > 0
+    )
+    if rows:
+        yield table_section(Table(("peak", "predicted, GiB", "measured, GiB", "predicted / measured"), rows), "Memory")
 
 
 def _samples(run: RunFiles) -> Iterator[str]:

@@ -32,6 +32,9 @@ TIMING_NAMES = {
     "critic_train": "update_critic",
     "reward_train": "update_reward",
 }
+PEAK = "memory/peak_gib"
+MOST_RANKS = 64
+"""Whose memory a line of metrics has rank by rank."""
 # Statistics of which the mean, the maximum and the minimum are reported; of the others the mean.
 SPREAD = (
     "critic/score",
@@ -72,7 +75,7 @@ def iteration_metrics(program: Program, records: Sequence[Record]) -> Metrics:
     metrics |= _spread(stats)
     metrics |= _timing(program, seconds, spans, step_s)
     metrics |= _performance(plan, stats, step_s)
-    return metrics | _predicted(plan, seconds)
+    return metrics | _predicted(plan, seconds) | _peaks(plan, records)
 
 
 def _names(records: Iterable[Record]) -> list[str]:
@@ -121,6 +124,18 @@ def _predicted(plan: ExecutionPlan, seconds: dict[str, float]) -> Metrics:
             metrics[f"plan/{call.name}/predicted_s"] = predicted[call.name]
         if call.name in seconds:
             metrics[f"plan/{call.name}/measured_s"] = seconds[call.name]
+    return metrics
+
+
+def _peaks(plan: ExecutionPlan, records: Sequence[Record]) -> Metrics:
+    """The most memory of a rank so far: on a GPU what torch allocated there, on the CPU by how much its process grew
+    after it had loaded its libraries. Predicted beside it, of the fullest rank and with CUDA's context."""
+    found = {r.rank: r.stats[PEAK].high for r in records if PEAK in r.stats}
+    metrics: Metrics = {"plan/peak/predicted_gib": plan.estimate.peak_gib} if plan.estimate else {}
+    if found:
+        metrics["plan/peak/measured_gib"] = max(found.values())
+    if len(found) <= MOST_RANKS:
+        metrics |= {f"plan/peak/rank_{rank}_gib": peak for rank, peak in found.items()}
     return metrics
 
 

@@ -178,4 +178,7 @@ def summary(plan: ExecutionPlan, lines: Sequence[Metrics]) -> list[str]:
         measured = float(steady.get(key, float("nan")))
         if name in predicted and not isnan(measured):
             said.append(f"{name:<16}{predicted[name]:>10.3f}{measured:>10.3f}")
+    peak = float(table.get("plan/peak/measured_gib", pd.Series([float("nan")])).max())
+    if not isnan(peak):
+        said.append(f"{'peak GiB':<16}{plan.estimate.peak_gib:>10.3f}{peak:>10.3f}  (of the fullest rank)")
     return said

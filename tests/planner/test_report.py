@@ -12,6 +12,7 @@ import pytest
 from browsers import CHROMIUM, NO_CHROMIUM, browser, reported
 from plan_cases import tiny_plan
 
+from cost_models.estimate import cost_plan
 from planner.cli.commands.report import report_command
 from planner.pictures.curves import HEIGHT, WIDTH, Curve, curve_html, round_values
 from planner.pictures.run_files import read_run
@@ -42,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [
         {
             "iteration": i, "critic/score/mean": float(i), "timing_s/step": 2.0, "perf/throughput": 100.0,
-            "plan/actor_train/measured_s": 0.5, "actor/kl_loss": None,
+            "plan/actor_train/measured_s": 0.5, "actor/kl_loss": None, "plan/peak/rank_1_gib": 0.5,
         }
         for i in range(ITERATIONS)
     ]  # fmt: skip
@@ -71,6 +72,8 @@ def test_a_page_says_what_the_files_say(folder: Path) -> None:
     assert "26</b><span>reward of the last quarter of the run, 3 of the first" in text
     assert "0.75</b><span>score of the last evaluation, 0.25 of the first" in text
     assert re.search(r"<td>actor_train</td><td>[\d.]+</td><td>0.500</td>", text)
+    peak_gib = float(cost_plan(read_run(folder).plan).memory.by_rank[1]) / 2**30  # CPU devices have no context
+    assert f"<td>rank 1</td><td>{peak_gib:.3f}</td><td>0.500</td>" in text and "<td>rank 0</td>" not in text
     assert "KL loss" not in text  # nothing but null
     assert (
         'actor_generate <tspan class="n">27' in text

@@ -27,7 +27,8 @@ MEMORY = {"memory/device_gb": Stat.one(1.5), "memory/host_gb": Stat.one(2.0)}
 
 
 def record(rank: int, iteration: int, spans: list[tuple[str, str, float, float]], **stats: Stat) -> Record:
-    return Record(rank, iteration, tuple(spans), {**MEMORY, **stats})
+    peak = {"memory/peak_gib": Stat.one(0.25 + rank / 2)}
+    return Record(rank, iteration, tuple(spans), {**MEMORY, **peak, **stats})
 
 
 def both(iteration: int, start: float) -> tuple[Record, Record]:
@@ -64,6 +65,8 @@ def test_verl_names_and_the_slowest_rank() -> None:
     assert metrics["response_length/mean"] == 5.0 and metrics["response_length/max"] == 8.0
     assert metrics["perf/total_num_tokens"] == 20 + 24
     assert metrics["perf/throughput"] == pytest.approx(44 / 8 / 2)
+    assert (metrics["plan/peak/rank_0_gib"], metrics["plan/peak/rank_1_gib"]) == (0.25, 0.75)
+    assert metrics["plan/peak/measured_gib"] == 0.75
     assert metrics["perf/max_memory_allocated_gb"] == 1.5 and metrics["perf/cpu_memory_used_gb"] == 4.0
 
 
