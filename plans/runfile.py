@@ -176,6 +176,7 @@ class RunFile(Closed):
     iteration's samples go to `samples.jsonl` as texts. report: draw the page of the run at its end (`realplan report
     FOLDER` does it at any time). trackers: packages that get the metrics too, where they are installed. restarts: how
     often a run that fails is started again from its newest checkpoint.
+    on_loss: what a restart does where devices of the plan are gone, `stop` or `replan` for those that are left.
     resume_from: a checkpoint, a folder of them, or the output of a run, whose newest usable one is taken up.
     """
 
@@ -204,6 +205,7 @@ class RunFile(Closed):
     checkpoint: Checkpoints = Checkpoints()
     evaluation: Evaluation = Evaluation()
     restarts: Annotated[int, Field(ge=0, le=10**6)] = 0
+    on_loss: Literal["stop", "replan"] = "stop"
     resume_from: str = ""
     workload: RunWorkload = RunWorkload()
 

@@ -18,7 +18,7 @@ from plans.runfile import RunFile
 
 _FREE = (
     "output", "export", "timeout_s", "iterations", "checkpoint", "restarts", "samples", "resume_from", "workload",
-    "on_nonfinite", "kl_bound", "rollbacks", "skip_batches",
+    "on_loss", "on_nonfinite", "kl_bound", "rollbacks", "skip_batches",
 )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ from runtime.launching.entry import (
     prepare_ranks,
     start_method,
 )
-from runtime.launching.output import held_output, save_run
+from runtime.launching.output import held_output, keep_plan, save_run
 from runtime.launching.restarts import with_restarts
 from runtime.processes.failures import find_cause, knows_cause
 from runtime.processes.lifetime import die_with
@@ -59,7 +59,7 @@ def launch(
         return _join(plan, run, member, start)
     scratch = Path(run.output) / ".ranks"
     with _stopped_by_signals(run, scratch) as asked, _own_output(plan, run, start):
-        lines = with_restarts(plan, run, start, lambda at: _attempt_from(plan, run, at, scratch), asked)
+        lines = with_restarts(plan, run, start, lambda now, at: _attempt_from(now, run, at, scratch), asked)
     _check_done(run, lines, asked)
     return lines
 
@@ -85,6 +85,7 @@ def _kept_files(plan: ExecutionPlan, run: RunFile, start: Start, scratch: Path) 
     with _scratch(scratch):
         prepare_folder(plan, run)
         save_run(start.of(run))
+        keep_plan(plan, Path(run.output))
         # The monitor leaves first: the last checkpoint waits for the last line of metrics.
         with (
             Completer(run, plan.cluster.size),

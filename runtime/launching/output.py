@@ -72,8 +72,7 @@ def held_output(plan: ExecutionPlan, run: RunFile, *, goes_on: bool = False) -> 
     try:
         _lock(descriptor, output)
         moved = None if goes_on else _set_aside(plan, output)
-        if not _holds(output / PLAN, plan):
-            save_plan(plan, output / PLAN)
+        keep_plan(plan, output)
         save_run(run)
         yield moved
     finally:
@@ -81,6 +80,12 @@ def held_output(plan: ExecutionPlan, run: RunFile, *, goes_on: bool = False) -> 
             with suppress(OSError):
                 shutil.rmtree(partial_export(output, weights))
         os.close(descriptor)
+
+
+def keep_plan(plan: ExecutionPlan, output: Path) -> None:
+    """Keep the plan, as it is run, in the output."""
+    if not _holds(output / PLAN, plan):
+        save_plan(plan, output / PLAN)
 
 
 def save_run(run: RunFile) -> None:

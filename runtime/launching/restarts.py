@@ -12,24 +12,31 @@ from plans.plan import ExecutionPlan
 from plans.runfile import RunFile
 from runtime.checkpoints.folder import remove_after
 from runtime.checkpoints.resume import Start, choose_start
+from runtime.launching.replan import devices_left, replanned
 from runtime.reports.endings import Beyond, RunFailed, Stopped
 from runtime.reports.metrics import Metrics
 
-Attempt = Callable[[Start], Sequence[Metrics]]
+Attempt = Callable[[ExecutionPlan, Start], Sequence[Metrics]]
 
 
 def with_restarts(
-    plan: ExecutionPlan, run: RunFile, start: Start, attempt: Attempt, asked: Sequence[str]
+    plan: ExecutionPlan,
+    run: RunFile,
+    start: Start,
+    attempt: Attempt,
+    asked: Sequence[str],
+    left: Callable[[ExecutionPlan], int] = devices_left,
 ) -> Sequence[Metrics]:
     """Metrics of the attempt that ends well, after at most `run.restarts` restarts and `run.rollbacks` rollbacks.
 
     Raises RunFailed with the cause of the last one; at once where the run was asked to stop (`asked`), and where two
-    attempts from the same point fail with the same words: what is wrong then is not an accident.
+    attempts from the same point fail with the same words: what is wrong then is not an accident. left: how many devices
+    of a plan are still there; where some are not, and `run.on_loss` says so, the work is planned again for the others.
     """
     begun, restarts, rollbacks, seen = start, 0, 0, set[tuple[int, str]]()
     while True:
         try:
-            return attempt(begun)
+            return attempt(plan, begun)
         except Stopped:
             raise
         except RunFailed as error:
@@ -46,8 +53,23 @@ def with_restarts(
             seen.add(failure)
             restarts += 1
             _say(f"{error}\nrestart {restarts} of {run.restarts}")
+            plan = _plan_left(plan, run, left(plan), error)
             found = _next_start(plan, run, start, error)
             begun = replace(found, skip_batches=max(found.skip_batches, begun.skip_batches))
+
+
+def _plan_left(plan: ExecutionPlan, run: RunFile, devices: int, failed: RunFailed) -> ExecutionPlan:
+    """The plan to go on with: the same one where all its devices are there."""
+    if devices >= plan.cluster.size:
+        return plan
+    _say(f"{devices} of {plan.cluster.size} devices are left")
+    if run.on_loss == "stop":
+        hint = "on_loss=replan plans for what is left; `realplan search --measured OUTPUT --gpus N` does it by hand"
+        raise RunFailed(f"{failed.message}\n{devices} of {plan.cluster.size} devices are left", hint) from None
+    found = replanned(plan, run, devices)
+    seconds = f", {found.estimate.iteration_s:.4g} s an iteration" if found.estimate else ""
+    _say(f"going on with a plan for {found.cluster.size} devices{seconds}")
+    return found
 
 
 def _bad_iteration(run: RunFile, error: RunFailed) -> int | None:

@@ -16,10 +16,12 @@ import torch
 import yaml
 from plan_cases import FIXTURES, REWARDS, TINY, tiny_plan, tiny_run
 from reward_cases import vowels
-from run_cases import PATIENCE_S, ROOT, arguments, running
+from run_cases import PATIENCE_S, PLAN, ROOT, arguments, running
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from plans.codec import is_stale, load_plan
+from plans.plan import ExecutionPlan
 from plans.program import compile_program
 from runtime.checkpoints.folder import remove_after
 from runtime.checkpoints.resume import Start
@@ -65,7 +67,7 @@ def test_how_far_and_how_often_a_run_goes_back(tmp_path: Path) -> None:
     ends: list[RunFailed] = [bad, killed, Beyond(4, 0.2, 0.1), bad]
     begun: list[Start] = []
 
-    def attempt(start: Start) -> list[Metrics]:
+    def attempt(_: ExecutionPlan, start: Start) -> list[Metrics]:
         begun.append(start)
         raise ends[len(begun) - 1]
 
@@ -97,11 +99,41 @@ def test_a_state_beyond_the_bound_is_no_checkpoint(tmp_path: Path) -> None:
     assert [path.name for path in run.checkpoint_folder.iterdir()] == ["global_step_1"]
 
 
+def test_a_run_goes_on_with_the_devices_that_are_left(tmp_path: Path) -> None:
+    """Both ranks train, one is killed after a checkpoint, and its device is gone: one rank does the rest."""
+    command = arguments(tmp_path, iterations=4, checkpoint={"every": 1}, restarts=2, on_loss="replan")
+    command[2] = (
+        "import runtime.launching.restarts as r; r.with_restarts.__defaults__ = (lambda plan: 1,); " + command[2]
+    )
+    with running(command, tmp_path / "out" / ".ranks", iteration=2) as (process, ranks):
+        os.kill(ranks[1].pid, signal.SIGKILL)
+        _, said = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0 and "Traceback" not in said, said
+    assert "1 of 2 devices are left" in said and "going on with a plan for 1 devices" in said
+    plan = load_plan(tmp_path / "out" / "plan.json")
+    assert plan.cluster.size == 1 and not is_stale(plan) and plan.workload == PLAN.workload
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [0, 1, 2, 3]
+    assert sum("plan/peak/rank_1_gib" in line for line in lines) in (1, 2)  # those of two ranks, up to the checkpoint
+
+
+def test_what_is_left_is_planned_for_only_where_that_is_asked(tmp_path: Path) -> None:
+    def attempt(_: ExecutionPlan, __: Start) -> list[Metrics]:
+        raise RunFailed("rank 1 was killed by SIGKILL")
+
+    run = tiny_run(tmp_path, restarts=3)
+    with pytest.raises(RunFailed, match="1 of 2 devices are left") as stopped:
+        with_restarts(PLAN, run, Start(), attempt, (), left=lambda _: 1)
+    assert "on_loss=replan" in stopped.value.hint
+    with pytest.raises(RunFailed, match=r"no plan for the 1 devices that are left: .*is no output of a run"):
+        with_restarts(PLAN, run.model_copy(update={"on_loss": "replan"}), Start(), attempt, (), left=lambda _: 1)
+
+
 def attempts(restarts: int, *errors: RunFailed | None, folder: Path, asked: Sequence[str] = ()) -> int:
     """How many attempts are made of a run without checkpoints whose attempts end like this."""
     ends, made = list(errors), 0
 
-    def attempt(_: Start) -> list[Metrics]:
+    def attempt(_: ExecutionPlan, __: Start) -> list[Metrics]:
         nonlocal made
         error = ends[made]
         made += 1

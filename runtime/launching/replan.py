@@ -1,0 +1,58 @@
+"""A plan for the devices that are left, searched in a process of its own: the runtime knows no planner."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from plans.codec import sealed
+from plans.legal import legal_plan
+from plans.plan import ExecutionPlan
+from plans.runfile import RunFile
+from runtime.reports.endings import RunFailed
+
+SEARCH_S = 10
+MOST_S = 600
+
+
+def devices_left(plan: ExecutionPlan) -> int:
+    """Devices of this machine that a plan can still use, as a process sees them that starts now: this one has asked
+    before a device was lost, or must not touch CUDA before its ranks do."""
+    if plan.cluster.gpu.name == "cpu":
+        return plan.cluster.size
+    count = "import torch; print(torch.cuda.device_count())"
+    done = subprocess.run([sys.executable, "-c", count], capture_output=True, text=True, timeout=MOST_S, check=False)
+    return min(int(done.stdout), plan.cluster.size) if done.returncode == 0 else 0
+
+
+def replanned(plan: ExecutionPlan, run: RunFile, devices: int) -> ExecutionPlan:
+    """The best plan that is found for the same work on fewer devices, by what the run has measured so far. Raises
+    RunFailed where there is none."""
+    said = ""
+    for count in _counts(devices):
+        with tempfile.TemporaryDirectory(prefix="realplan-") as folder:
+            target = Path(folder) / "plan.json"
+            words = ["--measured", run.output, "--gpus", str(count), "--seconds", str(SEARCH_S), "-o", str(target)]
+            command = [sys.executable, "-m", "planner.cli", "search", *words]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=MOST_S, check=False)
+            if done.returncode == 0:
+                return _with_work(legal_plan(target), plan)
+            said = said or done.stderr.strip()
+    raise RunFailed(f"no plan for the {devices} devices that are left: {said}", "restore the devices, and --resume")
+
+
+def _counts(devices: int) -> Iterator[int]:
+    """Numbers of devices to plan for: all that are left, or as many as are cut in halves."""
+    whole = 1 << (devices.bit_length() - 1) if devices else 0
+    yield from dict.fromkeys(count for count in (devices, whole) if count)
+
+
+def _with_work(found: ExecutionPlan, plan: ExecutionPlan) -> ExecutionPlan:
+    """A plan of the same calls with the work as it was: its search took lengths and times from the run, and lengths
+    that are drawn from the work must not change with it."""
+    changed = replace(found, workload=plan.workload, run=plan.run)
+    return changed.with_estimate(sealed(changed, changed.estimate)) if changed.estimate else changed
