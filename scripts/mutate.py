@@ -38,7 +38,8 @@ TESTS = [
     "tests/runtime/test_data.py",
 ]
 """Those that start no ranks; most of them need no torch."""
-COMPILED, COMPILED_TESTS = "planner.search.compiled", ["tests/planner/test_schedule.py", "tests/planner/test_walk.py"]
+COMPILED = "planner.search.compiled"
+COMPILED_TESTS = [f"tests/planner/test_{name}.py" for name in ("schedule", "walk", "search_values")]
 """What a file with compiled functions imports, and the tests that are quick enough without the compiler to meet it."""
 TIERS_S = (0.3, 3.0)
 """Seconds of the tests that a child collects first, and next: most mutants die by the first."""
@@ -191,7 +192,7 @@ def measurements(options: argparse.Namespace) -> list[forks.Measured]:
     if options.measured and options.measured.exists():
         return [forks.Measured(**part) for part in json.loads(options.measured.read_text())]
     found = [forks.measured(options.tests, options.folders, 7200, interpreted=False)]
-    quick = [name for name in COMPILED_TESTS if Path(name).exists()]
+    quick = [name for name in options.interpreted if Path(name.split("::")[0]).exists()]
     compiled = any(COMPILED in file.read_text() for folder in options.folders for file in Path(folder).rglob("*.py"))
     found.append(forks.measured(quick, options.folders, 7200, interpreted=True) if compiled else forks.Measured())
     if options.measured:
@@ -232,6 +233,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--mutants", type=int, default=150, help="size of the sample of each folder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tests", nargs="+", default=TESTS)
+    parser.add_argument(
+        "--interpreted", nargs="+", default=COMPILED_TESTS, help="tests of files with compiled functions"
+    )
     parser.add_argument("--budget", type=float, default=20.0, help="seconds of tests that one mutant meets at most")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds until a mutant counts as a hang, a kill")
     parser.add_argument("--measured", type=Path, help="file that keeps which test runs which line, for the next run")

@@ -44,6 +44,13 @@ def test_a_ring_over_two_iterations_goes_by_turns_of_three_and_six() -> None:
     assert relax(found).bound_s == pytest.approx(4.5)
 
 
+@pytest.mark.parametrize("seconds", [(3.5, 5.25), (5.25, 3.5), (4.0, 5.0), (5.0, 4.0), (2.0, 6.0, 3.0)])
+def test_calls_that_wait_for_nothing_go_at_the_pace_of_the_slowest(seconds: tuple[float, ...]) -> None:
+    found = problem([option(gpu, s) for gpu, s in enumerate(seconds)], [])
+    cost = schedule.cost(found, found.plain((0,) * len(seconds)))
+    assert (cost.period_s, cost.latency_s) == (pytest.approx(max(seconds)), pytest.approx(max(seconds)))
+
+
 def test_weights_of_the_iteration_before_delay_no_lone_iteration() -> None:
     """b reads what a has trained one iteration before: alone, both begin at once."""
     found = problem([option(0, 5.0), option(1, 2.0)], [Dependency(0, 1, 1)])

@@ -146,6 +146,18 @@ def test_proposals_change_one_thing_or_two_meshes(walk: ModuleType) -> None:
     assert 0 < both < 0.05, "one in twenty does both"
 
 
+@pytest.mark.parametrize(("kind", "trade"), [(0, True), (14, True), (15, False), (29, False), (30, False), (74, False)])
+def test_calls_exchange_meshes(walk: ModuleType, kind: int, trade: bool) -> None:
+    """A on the right and B on the left: below 15 each takes the other's mesh, below 30 both may go anywhere."""
+    t, random, p, seen = schedule.tables(problem()), draws(), problem(), set()
+    for _ in range(200):
+        x = schedule.rows(Decision((2, 0, 0), (0, 1, 2), (0, 0, 0)))
+        walk.choose_anew(t, random, x, 0, 1, kind)
+        seen.add((p.mesh(0, int(x[0, 0])), p.mesh(1, int(x[0, 1]))))
+    assert (seen == {(LEFT, RIGHT)}) == trade
+    assert ({other for _, other in seen} == {LEFT}) == (kind >= 30), "of 30 and more only one call changes"
+
+
 def test_calls_that_share_a_mesh_move_together(walk: ModuleType) -> None:
     together = problem(options=(A, B, options((*LEFT, 1.0, 7), (*RIGHT, 1.0, 7))), same_mesh=((0, 1, 2),))
     t, random, kept = schedule.tables(together), draws(), 0
