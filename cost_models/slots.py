@@ -123,6 +123,16 @@ class _Refill:
         return alive, age / np.maximum(alive, 1e-12)
 
 
+def _renewals(chance: Array) -> Array:
+    """Rows that begin in each cell of a slot's time; chance: of each length in cells, which adds up to one."""
+    begun = np.zeros(_SPANS * _CELLS)
+    for k in range(len(begun)):
+        reach = min(k, _CELLS)
+        before = float(chance[1 : reach + 1] @ begun[k - reach : k][::-1]) if reach else 0.0
+        begun[k] = ((k == 0) + before) / (1.0 - chance[0])
+    return begun
+
+
 @lru_cache(maxsize=64)
 def _refill(responses: Lengths, steps: float, wait: float) -> _Refill:
     """The table. Chances of a length are those of a grid that keeps the mean; a renewal of the k-th cell starts in its
@@ -137,14 +147,8 @@ def _refill(responses: Lengths, steps: float, wait: float) -> _Refill:
     grid[-1] = responses.beyond(max(steps - wait - 1e-9, 0.0))  # the last step before all must have ended
     fine = np.concatenate([[0.0], np.cumsum(0.5 * (grid[1:] + grid[:-1]))]) * cell
     slope = np.concatenate([[1.0], np.diff(fine) / cell, [0.0]])
-    chance = -np.diff(slope)
-    chance = np.maximum(chance, 0.0) / np.maximum(chance, 0.0).sum()
-    count = _SPANS * _CELLS
-    begun = np.zeros(count)
-    for k in range(count):
-        reach = min(k, _CELLS)
-        before = float(chance[1 : reach + 1] @ begun[k - reach : k][::-1]) if reach else 0.0
-        begun[k] = ((k == 0) + before) / (1.0 - chance[0])
+    chance = np.maximum(-np.diff(slope), 0.0)
+    begun, count = _renewals(chance / chance.sum()), _SPANS * _CELLS
     nodes, weights = quadrature(responses, steps)
     ages = (np.arange(_CELLS + 1) + 0.5) * cell
     alive, age = [], []

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from bench_generation import long_tail
+from one_process import CPU, add_weights, one_process
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, TrainerCallback
 
 from plans.algorithms import algorithm_graph
@@ -37,13 +37,11 @@ from runtime.executor import Executor
 from runtime.generation.generate import generate
 from runtime.groups import GroupCache
 from runtime.job import prepare_job
-from runtime.models.installation import install
 from runtime.reports.records import Recorder
-from runtime.weights.smollm import prepare_smollm2
 
 CASES = {"long": (256, 128, False), "equal": (32, 128, False), "tail": (32, 128, True)}
 """Prompt tokens, longest response, and whether lengths have a long tail."""
-CPU, LR, BETA, SLOTS, ROWS = torch.device("cpu"), 1e-6, 0.04, 16, 16
+LR, BETA, SLOTS, ROWS = 1e-6, 0.04, 16, 16
 
 
 def letters(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
@@ -58,22 +56,18 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--weights", type=Path, default=Path("runs/weights/smollm2-135m-instruct"))
+    add_weights(parser)
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    folder = prepare_smollm2(options.weights).resolve()
-    install(CPU)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    for name in options.only:
-        with tempfile.TemporaryDirectory() as scratch:
-            times = measure(folder, Path(scratch), name, options.prompts, options.group, options.repeats)
-        ours, theirs = (statistics.median(found) for found in times)
-        print(
-            f"{name}, {options.prompts} prompts x {options.group}: {ours:.2f} CPU seconds an iteration, TRL"
-            f" {theirs:.2f}: {theirs / ours:.2f} x",
-            flush=True,
-        )
-    dist.destroy_process_group()
+    with one_process(options.weights) as folder:
+        for name in options.only:
+            with tempfile.TemporaryDirectory() as scratch:
+                times = measure(folder, Path(scratch), name, options.prompts, options.group, options.repeats)
+            ours, theirs = (statistics.median(found) for found in times)
+            print(
+                f"{name}, {options.prompts} prompts x {options.group}: {ours:.2f} CPU seconds an iteration, TRL"
+                f" {theirs:.2f}: {theirs / ours:.2f} x",
+                flush=True,
+            )
 
 
 def measure(folder: Path, scratch: Path, name: str, prompts: int, group: int, repeats: int) -> list[list[float]]:

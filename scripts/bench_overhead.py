@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from bench_grpo import BETA, LR, letters, our_side, prompt_texts
+from one_process import CPU, add_weights, one_process
 from transformers import AutoTokenizer
 
 from plans.huggingface import spec_from_folder
@@ -27,7 +27,6 @@ from runtime.algorithms.losses import Clip, Loss, kl_loss, policy_loss
 from runtime.generation.generate import FlightLimits, generate
 from runtime.generation.sampling import Sampling
 from runtime.groups import GroupCache
-from runtime.models.installation import install
 from runtime.models.model import Model, build_model
 from runtime.passes.forward import TokenOutput, token_logprobs
 from runtime.passes.optimizer import AdamSettings
@@ -35,9 +34,6 @@ from runtime.passes.packs import Batch
 from runtime.passes.training import Trainer
 from runtime.reports.monitor import Monitor
 from runtime.weights.hf import load_weights
-from runtime.weights.smollm import prepare_smollm2
-
-CPU = torch.device("cpu")
 
 
 class PlainLoop:
@@ -88,19 +84,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, number in {"prompts": 4, "group": 4, "tokens": 32, "response": 32, "repeats": 5}.items():
         parser.add_argument(f"--{name}", type=int, default=number)
-    parser.add_argument("--weights", type=Path, default=Path("runs/weights/smollm2-135m-instruct"))
+    add_weights(parser)
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    folder = prepare_smollm2(options.weights).resolve()
-    install(CPU)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    with tempfile.TemporaryDirectory() as scratch:
+    with one_process(options.weights) as folder, tempfile.TemporaryDirectory() as scratch:
         ours, plain = measure(folder, Path(scratch), options)
     print(
         f"an iteration of {options.prompts} x {options.group}: {ours:.2f} CPU seconds under the executor, {plain:.2f}"
         f" in a plain loop: {ours / plain:.3f} x"
     )
-    dist.destroy_process_group()
 
 
 def measure(folder: Path, scratch: Path, options: argparse.Namespace) -> tuple[float, float]:

@@ -25,6 +25,7 @@ from planner.search.kernels import (
     SOURCE,
     TRAINER,
     WAITS,
+    accepts,
     choose_anew,
     copy_decision,
     draw,
@@ -111,8 +112,7 @@ def metropolis(
         if not is_legal(t, s.tried, s):
             continue
         cost = measure(t, s.tried, s, costs)
-        rise = cost - costs[PRESENT]
-        if step < 0 or rise <= 0.0 or draw(random, 1 << 30) < np.exp(-rise / temperature_s) * (1 << 30):
+        if step < 0 or accepts(random, cost - costs[PRESENT], temperature_s):
             costs[PRESENT] = cost
             copy_decision(s.tried, now)
             if costs[OVERFLOW] == 0.0 and cost < costs[BEST]:

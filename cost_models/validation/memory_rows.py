@@ -34,23 +34,10 @@ RECOMPUTE_CODES: Mapping[str, int] = {
 
 
 def training_case_of(
-    *,
-    dp: int,
-    tp: int = 1,
-    pp: int = 1,
-    cp: int = 1,
-    ep: int = 1,
-    vpp: int = 1,
-    micro_batch: float = 1,
-    micro_batches: float = 1,
-    seq_len: int,
-    recompute: str = "none",
-    sequence_parallel: bool = False,
-    zero: int = 1,
-    precision: str = "bf16",
-    flash: bool = True,
-    dropout: bool = False,
-) -> TrainingCase:
+    *, dp: int, tp: int = 1, pp: int = 1, cp: int = 1, ep: int = 1, vpp: int = 1, micro_batch: float = 1,
+    micro_batches: float = 1, seq_len: int, recompute: str = "none", sequence_parallel: bool = False, zero: int = 1,
+    precision: str = "bf16", flash: bool = True, dropout: bool = False,
+) -> TrainingCase:  # fmt: skip
     """One training layout from plain numbers, as arrays of shape [1].
 
     micro_batch: sequences per forward pass and dp rank. micro_batches: per step and dp rank. recompute: `none`,

@@ -339,6 +339,12 @@ def copy_decision(source: IntArray, target: IntArray) -> None:  # compiles faste
 
 
 @compiled
+def accepts(random: IntArray, rise: float, temperature_s: float) -> bool:
+    """Whether a step that raises the cost by `rise` is taken (Metropolis et al. 1953)."""
+    return rise <= 0.0 or draw(random, 1 << 30) < np.exp(-rise / temperature_s) * (1 << 30)
+
+
+@compiled
 def metropolis(
     t: Tables, s: Scratch, now: IntArray, best: IntArray, random: IntArray, costs: FloatArray,
     temperature_s: float, steps: int,
@@ -355,8 +361,7 @@ def metropolis(
         if not is_legal(t, s.tried, s):
             continue
         cost = measure(t, s.tried, s, costs)
-        rise = cost - costs[PRESENT]
-        if step < 0 or rise <= 0.0 or draw(random, 1 << 30) < np.exp(-rise / temperature_s) * (1 << 30):
+        if step < 0 or accepts(random, cost - costs[PRESENT], temperature_s):
             costs[PRESENT] = cost
             copy_decision(s.tried, now)
             if costs[OVERFLOW] == 0.0 and cost < costs[BEST]:

@@ -16,7 +16,7 @@ import numpy as np
 from planner.search import dominance, exact, mcmc, schedule
 from planner.search.dominance import Filtered
 from planner.search.problem import Decision, SearchProblem
-from planner.search.relaxation import relax
+from planner.search.relaxation import Relaxation, relax
 from planner.search.schedule import Cost
 from plans.errors import Infeasible
 
@@ -122,6 +122,12 @@ class _Search:
         self.offer(part.whole(found.decision))
         return None
 
+    def explore(self, part: Filtered, relaxed: Relaxation, evaluations: int, seconds: float) -> Infeasible | None:
+        """Walk among the options near the bound; among all of a part where that ends far from the bound."""
+        near = part.narrowed(relaxed.within(NEAR * relaxed.bound_s), USELESS)
+        failed = self.walk(near, int(evaluations * FIRST_SHARE), seconds * FIRST_SHARE)
+        return self.walk(part, evaluations, seconds) if self.objective_s > NEAR * relaxed.bound_s else failed
+
     def prove(self, part: Filtered, seconds: float, gap: float) -> Infeasible | None:
         """Exact search among a part of the options that has all better plans."""
         proved = exact.search(
@@ -158,17 +164,10 @@ class _Search:
 
 
 def search(
-    problem: SearchProblem,
-    method: Method | str = Method.AUTO,
-    *,
-    seconds: float,
-    seed: int = 0,
-    workers: int = 1,
-    evaluations: int | None = None,
-    gap: float = exact.GAP,
-    start: Decision | None = None,
+    problem: SearchProblem, method: Method | str = Method.AUTO, *, seconds: float, seed: int = 0, workers: int = 1,
+    evaluations: int | None = None, gap: float = exact.GAP, start: Decision | None = None,
     progress: Callable[[Progress], None] | None = None,
-) -> Solution | Infeasible:
+) -> Solution | Infeasible:  # fmt: skip
     """The best decision within about `seconds`, never worse than `start`; done as soon as a gap of `gap` is proved.
 
     The walk has `evaluations` at most (a number that is reached gives the same plan in every process).
@@ -189,10 +188,7 @@ def search(
     at.bound_s = relaxed.bound_s
     if method is not Method.EXACT:
         walk_s = seconds if method is Method.MCMC else seconds * WALK_SHARE
-        first = part.narrowed(relaxed.within(NEAR * relaxed.bound_s), USELESS)
-        failed = at.walk(first, int(evaluations * FIRST_SHARE), walk_s * FIRST_SHARE)
-        if at.objective_s > NEAR * relaxed.bound_s:
-            failed = at.walk(part, evaluations, walk_s)
+        failed = at.explore(part, relaxed, evaluations, walk_s)
         if method is Method.MCMC and not at.best:
             return failed or mcmc.overfull(problem, at.evaluated)
     if at.best:
