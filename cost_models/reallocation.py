@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import product
 
 import numpy as np
@@ -21,7 +21,6 @@ from cost_models.candidates import Array
 from cost_models.engines.machine import Machine
 from cost_models.holdings import Contents, IntArray, Parts, UnitSizes, unit_sizes
 from cost_models.relations import Meeting, Relations
-from plans.cluster import ClusterSpec
 from plans.layout import Layout
 from plans.model import ModelSpec
 
@@ -53,7 +52,7 @@ def reallocation_matrix(machine: Machine, sources: Sequence[Layout], targets: Se
     network_s = element_bytes / (machine.network_bytes_per_s * cluster.gpus_per_node)
     relations = Relations.of(sources, targets, cluster.gpus_per_node)
     each = np.empty(len(relations))
-    for part, moved in _traffic_in_parts(targets[0].spec, relations):
+    for part, moved in traffic_in_parts(targets[0].spec, relations):
         message_s = moved.messages * machine.constants.message_s
         each[part] = moved.rank_peak * link_s + moved.node_peak * network_s + message_s
     return relations.spread(each)
@@ -68,19 +67,9 @@ def reallocation_time(machine: Machine, pairs: Sequence[tuple[Layout, Layout]]) 
     return np.array([matrix[row[source], column[target]] for source, target in pairs])
 
 
-def reallocation_traffic(cluster: ClusterSpec, sources: Sequence[Layout], targets: Sequence[Layout]) -> Traffic:
-    """What moves between every source and target layout of one model."""
-    relations = Relations.of(sources, targets, cluster.gpus_per_node)
-    whole = {figure.name: np.empty(len(relations)) for figure in fields(Traffic)}
-    for part, moved in _traffic_in_parts(targets[0].spec, relations):
-        for name, figure in whole.items():
-            figure[part] = getattr(moved, name)
-    return Traffic(**{name: relations.spread(figure) for name, figure in whole.items()})
-
-
-def _traffic_in_parts(spec: ModelSpec, relations: Relations) -> Iterator[tuple[slice, Traffic]]:
-    """Some relations, and what moves in each: arrays of all pairs of contents would not fit a laptop's memory, and
-    arrays that do not fit the processor's cache are slow."""
+def traffic_in_parts(spec: ModelSpec, relations: Relations) -> Iterator[tuple[slice, Traffic]]:
+    """What moves in each relation, a part of them at a time: arrays of all pairs of contents would not fit a laptop's
+    memory, and arrays that do not fit the processor's cache are slow."""
     sizes = unit_sizes(spec)
     for forms in relations.parts():
         part = relations.of_forms(forms)

@@ -11,10 +11,10 @@ from cost_models.calibration.measured_run import MeasuredRun, RunEngine, measure
 from cost_models.engines.engine import Engine
 from cost_models.estimate import cost_plan
 from planner.request import Request, check_range
-from plans.checkpoint_files import RUN
 from plans.cluster import MOST_GPUS, ClusterSpec
 from plans.errors import RealplanError, SpecError
 from plans.plan import ExecutionPlan
+from plans.run_output import RUN
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,11 @@ from plans.codec import load_plan
 from plans.documents import BadText, parse_json, read_text
 from plans.errors import RealplanError
 from plans.flat_tensors import tensors_fault
-from plans.lengthsfile import METRICS
 from plans.plan import ExecutionPlan
+from plans.run_output import METRICS, PLAN, RUN
 from plans.runfile import CHECKPOINTS
 
-INDEX, PLAN, RUN = "index.json", "plan.json", "run.yaml"
+INDEX = "index.json"
 NEWEST = "latest_checkpointed_iteration.txt"  # the name that Megatron and verl use
 MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
 STATE_BYTES = 12  # master and two moments of a parameter, float32

@@ -1,4 +1,4 @@
-"""How many blocks and bytes the KV cache of generation takes: what the runtime allocates and a cost model prices.
+"""How many blocks the KV cache of generation takes: what the runtime allocates and a cost model prices.
 
 A replica's sequences live in slots; the keys and values of a slot lie in blocks of tokens. Whole blocks of a prompt are
 held once for all samples of it in flight; the block where a prompt ends, and those of the response, are a slot's own.
@@ -6,8 +6,6 @@ The last token of a response is never read again and takes no room. All function
 """
 
 from __future__ import annotations
-
-from plans.model import ModelSpec
 
 BLOCK_TOKENS = 256
 """Tokens of a block on GPUs: what the paged variable-length attention kernels can address."""
@@ -46,10 +44,3 @@ def cache_blocks(
     prompts = slots if group_size == 1 else 2 * groups
     own = own_blocks(prompt_tokens, response_tokens, block_tokens)
     return slots * own + prompts * shared_blocks(prompt_tokens, block_tokens)
-
-
-def token_bytes(spec: ModelSpec, layers: int, tp: int, element_bytes: int) -> int:
-    """Bytes of one token's keys and values on a rank that holds `layers` layers at tensor degree `tp`. Latent attention
-    caches one vector for all heads, which every tp rank holds whole."""
-    width = spec.latent_width or spec.kv_heads // tp * (spec.head_dim + spec.value_width)
-    return layers * width * element_bytes

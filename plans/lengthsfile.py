@@ -14,9 +14,9 @@ from plans.documents import BadText, parse_json, read_text
 from plans.errors import SpecError
 from plans.lengths import LEVELS, Lengths, interpolated, keys_of
 from plans.problems import shortened
+from plans.run_output import METRICS
 
 KINDS = "the output folder of a run, its `metrics.jsonl`, or a file with one number per line"
-METRICS = "metrics.jsonl"
 MOST_BYTES = 256 * 2**20
 NAMES = {"prompt": "prompt_length", "response": "response_length"}
 """Part of a sample -> the statistic of a run's metrics."""

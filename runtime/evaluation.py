@@ -18,12 +18,13 @@ import torch.distributed as dist
 from plans.algorithms import GREEDY, tensor_kind
 from plans.files import write_atomically, writing
 from plans.program import Step, StepKind, scoring_program
+from plans.run_output import BEST, EVALUATIONS
 from plans.runfile import RunFile
 from runtime.calls.experience import settled
 from runtime.executor import Executor
 from runtime.groups import GroupCache
 from runtime.job import Job
-from runtime.reports.records import BEST, EVALUATIONS, Records, lines_before
+from runtime.reports.records import Records, lines_before
 from runtime.reports.stats import Stat
 from runtime.sequences import Sequences
 

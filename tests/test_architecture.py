@@ -38,6 +38,7 @@ FLOORS = {
             "problems",
             "documents",
             "flat_tensors",
+            "run_output",
             "yaml_text",
             "shapes",
             "graph",

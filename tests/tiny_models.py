@@ -37,7 +37,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from plans.layout import Layout
+from plans.layout import Layout, Parameter
 from plans.model import ModelSpec
 from runtime.groups import GroupCache
 from runtime.models.model import Model, build_model
@@ -165,6 +165,11 @@ def mixed_sequences(samples: int, prompt: int, response: int, vocab: int = 250, 
     if samples > 2:
         responses[2] = 0
     return Sequences.of([draw(1, vocab, n) for n in prompts], [draw(1, vocab, n) for n in responses])
+
+
+def part_shape(parameter: Parameter, tp: int) -> tuple[int, ...]:
+    """Shape of a rank's part of a parameter."""
+    return tuple(n // tp if i == parameter.axis else n for i, n in enumerate(parameter.shape))
 
 
 def layout_of(spec: ModelSpec, **degrees: Any) -> Layout:

@@ -13,13 +13,13 @@ from typing import Any
 from cost_models.engines.engine import Abilities, Engine
 from cost_models.engines.machine import Machine
 from cost_models.estimate import cost_plan
-from plans.checkpoint_files import PLAN
 from plans.cluster import ClusterSpec
 from plans.codec import load_plan
 from plans.errors import SpecError
 from plans.graph import CallKind
-from plans.lengthsfile import METRICS, lengths_file, metrics_rows
+from plans.lengthsfile import lengths_file, metrics_rows
 from plans.plan import ExecutionPlan
+from plans.run_output import METRICS, PLAN
 
 RUN_MARK = "@"
 """Between an engine and the output of the run that calibrates it, in the engine's name: `megatron@runs/latest`."""

@@ -13,8 +13,8 @@ import pandas as pd
 from plans.documents import BadText, parse_json, read_text
 from plans.errors import PlanError
 from plans.legal import legal_plan
-from plans.lengthsfile import METRICS
 from plans.plan import ExecutionPlan
+from plans.run_output import EVALUATIONS, METRICS, PLAN, SAMPLES, TIMELINE
 from plans.timeline import Timeline, load_timeline
 
 MOST_BYTES = 512 * 2**20
@@ -38,14 +38,14 @@ def read_run(folder: Path) -> RunFiles:
     """Read a run's output; its last line may be half written. Raises PlanError for what no run has written, located."""
     if not os.path.isfile(folder / METRICS):
         raise PlanError(f"`{folder}` has no {METRICS}", HINT)
-    plan = legal_plan(folder / "plan.json")
-    evaluated, timeline = tuple(_lines(folder / "evaluation.jsonl")), folder / "timeline.json"
+    plan = legal_plan(folder / PLAN)
+    evaluated, timeline = tuple(_lines(folder / EVALUATIONS)), folder / TIMELINE
     return RunFiles(
         plan=plan,
         metrics=_table(_lines(folder / METRICS)),
         evaluations=_table(evaluated),
         evaluated=evaluated,
-        samples=tuple(_lines(folder / "samples.jsonl")),
+        samples=tuple(_lines(folder / SAMPLES)),
         timeline=load_timeline(timeline) if os.path.isfile(timeline) else None,
     )
 

@@ -14,8 +14,6 @@ from types import TracebackType
 from plans.checkpoint_files import (
     INDEX,
     NEWEST,
-    PLAN,
-    RUN,
     RankIndex,
     joined,
     seal_of,
@@ -24,7 +22,7 @@ from plans.checkpoint_files import (
     steps_in,
 )
 from plans.files import write_atomically
-from plans.lengthsfile import METRICS
+from plans.run_output import METRICS, PLAN, RUN
 from plans.runfile import RunFile
 from runtime.checkpoints.folder import partial_folder, rank_word, sync_folder
 

@@ -11,9 +11,10 @@ import yaml
 from torch import Tensor
 
 from plans.checkpoint import Entry
-from plans.checkpoint_files import MASTER, RUN, Checkpoint, CheckpointError, find_whole, verify_files
+from plans.checkpoint_files import MASTER, Checkpoint, CheckpointError, find_whole, verify_files
 from plans.files import check_target
 from plans.layout import Parameter, model_units
+from plans.run_output import RUN
 from runtime.checkpoints.read import CheckpointReader
 from runtime.weights.export import write_folder
 

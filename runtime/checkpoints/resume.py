@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from plans.checkpoint_files import RUN, Checkpoint, CheckpointError, find_usable
-from plans.lengthsfile import METRICS
+from plans.checkpoint_files import Checkpoint, CheckpointError, find_usable
 from plans.plan import ExecutionPlan
+from plans.run_output import METRICS, RUN
 from plans.runfile import RunFile
 
 _FREE = (

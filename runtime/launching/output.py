@@ -11,14 +11,11 @@ from pathlib import Path
 
 import yaml
 
-from plans.checkpoint_files import PLAN, RUN
 from plans.codec import dump_plan, save_plan
 from plans.files import OutputError, check_target, free_name, write_atomically
-from plans.lengthsfile import METRICS
 from plans.plan import ExecutionPlan
+from plans.run_output import BEST, EVALUATIONS, METRICS, PAGE, PLAN, RUN, SAMPLES, TIMELINE
 from plans.runfile import CHECKPOINTS, RANDOM, RunFile
-from runtime.reports.page import PAGE
-from runtime.reports.records import BEST, EVALUATIONS, SAMPLES, TIMELINE
 from runtime.reports.trackers import EVENTS
 
 

@@ -10,11 +10,6 @@ from torch import Tensor
 from plans.layout import Parameter
 
 
-def shard_shape(parameter: Parameter, tp: int) -> tuple[int, ...]:
-    """Shape of one part."""
-    return tuple(n // tp if i == parameter.axis else n for i, n in enumerate(parameter.shape))
-
-
 def shard(parameter: Parameter, whole: Tensor, tp: int, rank: int) -> Tensor:
     """Part `rank` of `tp`: that fraction of every block, one after the other."""
     if parameter.axis is None or tp == 1:

@@ -119,11 +119,7 @@ def places(folder: Path, now_s: float) -> list[str]:
     """Where every rank is, and for how long: a line for each, of the ranks that have started."""
     ranks = sorted(int(path.name.removeprefix("status-")) for path in folder.glob("status-*"))
     found = {rank: read_status(folder, rank) for rank in ranks}
-    return [
-        f"rank {rank} was in iteration {s.iteration}, step `{s.step}` for {max(0.0, now_s - s.since_s):.0f} s"
-        for rank, s in found.items()
-        if s is not None and s.step
-    ]
+    return [status.line(rank, now_s) for rank, status in found.items() if status is not None and status.step]
 
 
 def _failures(folder: Path) -> dict[int, Failure]:
@@ -135,9 +131,7 @@ def _failures(folder: Path) -> dict[int, Failure]:
 
 def _vanished(folder: Path, rank: int, code: int, output: Path | None) -> RunFailed:
     status = read_status(folder, rank)
-    where = "while it started"
-    if status is not None and status.step:
-        where = f"in iteration {status.iteration}, step `{status.step}`"
+    where = status.place if status is not None else "while it started"
     if code >= 0:
         return RunFailed(f"rank {rank} ended (exit code {code}) {where}, before it was done")
     number = -code

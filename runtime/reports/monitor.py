@@ -16,14 +16,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from plans.files import OutputError, write_atomically, writing
-from plans.lengthsfile import METRICS
 from plans.plan import ExecutionPlan
 from plans.program import compile_program
+from plans.run_output import EVALUATIONS, METRICS, SAMPLES, TIMELINE
 from plans.terminal import printable
 from runtime.reports.drift import Drift
 from runtime.reports.endings import Beyond
 from runtime.reports.metrics import TIMING_NAMES, Metrics, MetricsLog
-from runtime.reports.records import EVALUATIONS, SAMPLES, TIMELINE, NewLines, Record, RecordReader, lines_before
+from runtime.reports.records import NewLines, Record, RecordReader, lines_before
 from runtime.reports.stats import merge_stats
 from runtime.reports.trackers import Trackers
 from runtime.reports.watchdog import Watchdog

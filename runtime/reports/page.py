@@ -6,7 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-PAGE = "report.html"
+from plans.run_output import PAGE
+
 PATIENCE_S = 300.0
 
 

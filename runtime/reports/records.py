@@ -19,8 +19,6 @@ from plans.files import writing
 from plans.program import Step, StepKind
 from runtime.reports.stats import Stat, merge_stats
 
-TIMELINE, SAMPLES, EVALUATIONS, BEST = "timeline.json", "samples.jsonl", "evaluation.jsonl", "best"
-"""Files of a run's output beside those that a checkpoint has too (`plans.checkpoint_files`)."""
 STATUS_BYTES = 512
 RESERVE_BYTES = 2**14
 
@@ -35,6 +33,17 @@ class Status:
     iteration: int
     since_s: float = 0.0
     done: bool = False
+
+    @property
+    def place(self) -> str:
+        """Where the rank is, in words."""
+        if not self.step:
+            return "while it started"
+        return "done" if self.done else f"in iteration {self.iteration}, step `{self.step}`"
+
+    def line(self, rank: int, now_s: float) -> str:
+        """Where the rank is, and for how long. now_s: time.time()."""
+        return f"rank {rank}: {self.place} for {max(0.0, now_s - self.since_s):.0f} s"
 
 
 @dataclass(frozen=True, slots=True)

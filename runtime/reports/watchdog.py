@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from runtime.reports.records import Status, read_status
+from runtime.reports.records import read_status
 
 WARNED_AT = 0.5
 """Part of `timeout_s` that a rank may spend in one step before it is named."""
@@ -36,9 +36,4 @@ class Watchdog:
         self._named |= new
         longest = max(now_s - places[rank].since_s for rank in slow)
         head = f"no progress for {longest:.0f} s of timeout_s = {self._patience_s:g} s; a rank hangs, or is slow:"
-        return [head, *(f"  {_place(rank, status, now_s)}" for rank, status in places.items() if status.step)]
-
-
-def _place(rank: int, status: Status, now_s: float) -> str:
-    where = "done" if status.done else f"in iteration {status.iteration}, step `{status.step}`"
-    return f"rank {rank}: {where} for {max(0.0, now_s - status.since_s):.0f} s"
+        return [head, *(f"  {status.line(rank, now_s)}" for rank, status in places.items() if status.step)]

@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from textbook import layout
 
 from cost_models.candidates import Candidates
 from cost_models.engines.constants import engine_names
 from cost_models.engines.engine import MEGATRON, memory_habits
 from cost_models.memory.activations import block_widths, kept_block_bytes
 from cost_models.memory.memory import call_memory
+from cost_models.memory.memory_inference import kv_cache_bytes
 from cost_models.memory.memory_terms import MemoryTerms
 from cost_models.memory.memory_training import in_flight, stage_terms, training_terms
 from cost_models.memory.training_case import TrainingCase, model_parts, stage_parts
@@ -163,6 +165,19 @@ def test_no_stage_between_is_fuller_than_first_and_last(name: str, vpp: int) -> 
             embedding=np.zeros(1),
         )
         assert stage_terms(middle, widths, case, habits).peak_bytes[0] <= fullest
+
+
+@pytest.mark.parametrize(("name", "tp", "pp", "expected"), [
+    ("llama2-70b", 1, 1, 320 * 1024),  # 80 layers of 8 key-value heads of 128 numbers, in bf16
+    ("llama2-70b", 8, 4, 10 * 1024),
+    ("deepseek-v3", 1, 1, 70_272), ("deepseek-v3", 8, 1, 70_272),
+    ("llama3.1-405b", 1, 1, 516_096), ("llama3.1-405b", 8, 1, 64_512),
+])  # fmt: skip
+def test_a_token_has_its_published_bytes_of_cache(name: str, tp: int, pp: int, expected: int) -> None:
+    """DeepSeek-V3 caches 70 KB a token where Llama-3.1-405B caches 516 KB (Zhao et al. 2025, arXiv:2505.09343, table
+    1); Grattafiori et al. count 2 x 126 x 8 x 128 numbers. Latent vectors lie whole on every tp rank."""
+    cache = kv_cache_bytes(load_model(name), layout(dp=1, tp=tp, pp=pp), np.ones(1), 1.0, 2.0)
+    assert cache.tolist() == [expected]
 
 
 def test_experts_are_cut_by_ep() -> None:

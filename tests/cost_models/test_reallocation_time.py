@@ -6,7 +6,7 @@ import itertools
 import random
 import time
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import pytest
@@ -14,7 +14,8 @@ from plan_cases import all_meshes
 
 from cost_models.engines.engine import MEGATRON
 from cost_models.engines.machine import Machine
-from cost_models.reallocation import reallocation_matrix, reallocation_time, reallocation_traffic, transfer_time
+from cost_models.reallocation import Traffic, reallocation_matrix, reallocation_time, traffic_in_parts, transfer_time
+from cost_models.relations import Relations
 from plans.cluster import ClusterSpec
 from plans.layout import Layout
 from plans.library import load_cluster, load_model
@@ -47,6 +48,14 @@ class Listed:
             else:
                 listed.arrived[transfer.target // per_node] += transfer.elements
         return listed
+
+
+def reallocation_traffic(cluster: ClusterSpec, sources: list[Layout], targets: list[Layout]) -> Traffic:
+    """What moves between every source and target layout."""
+    relations = Relations.of(sources, targets, cluster.gpus_per_node)
+    parts = [moved for _, moved in traffic_in_parts(targets[0].spec, relations)]
+    whole = {f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Traffic)}
+    return Traffic(**{name: relations.spread(figure) for name, figure in whole.items()})
 
 
 def layouts(cluster: ClusterSpec, spec: ModelSpec) -> list[Layout]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from plans.kvcache import BLOCK_TOKENS, cache_blocks, own_blocks, shared_blocks, slots_per_replica, token_bytes
-from plans.library import load_model
+from plans.kvcache import BLOCK_TOKENS, cache_blocks, own_blocks, shared_blocks, slots_per_replica
 
 
 @pytest.mark.parametrize(
@@ -34,9 +33,3 @@ def test_blocks_of_groups_that_do_not_fill_and_of_blocks_on_gpus() -> None:
 )
 def test_slots_are_those_of_the_plan_or_a_wave(samples: int, slots: int, waves: int, expected: int) -> None:
     assert slots_per_replica(samples, slots, waves) == expected
-
-
-def test_bytes_of_a_token() -> None:
-    """Llama-2 70B: 80 layers of 8 key-value heads of 128 numbers, in bf16: 320 KiB."""
-    assert token_bytes(load_model("llama2-70b"), 80, 1, 2) == 320 * 1024
-    assert token_bytes(load_model("llama2-70b"), 20, 8, 2) == 10 * 1024

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 from safetensors.torch import load_file
-from tiny_models import build, layout_of, save_tiny
+from tiny_models import build, layout_of, part_shape, save_tiny
 
 from plans.checkpoint import missing
 from plans.checkpoint_files import MASTER, Checkpoint, RankIndex, joined
@@ -25,7 +25,7 @@ from runtime.checkpoints.write import Saver, write_tensors
 from runtime.groups import GroupCache
 from runtime.models import installation
 from runtime.models.model import named_shards
-from runtime.models.shards import shard, shard_shape, unshard
+from runtime.models.shards import shard, unshard
 from runtime.passes.optimizer import AdamSettings
 from runtime.passes.training import Trainer
 from runtime.weights.hf import load_weights
@@ -84,7 +84,7 @@ def whole(checkpoint: Checkpoint, parameter: Parameter, kind: str) -> torch.Tens
         tensor = load_file(checkpoint.folder / stored.file)[stored.tensor(kind)]
         found.setdefault(stored.part, []).append((stored.start, tensor))
     parts = [torch.cat([tensor for _, tensor in sorted(found[part])]) for part in range(len(found))]
-    return unshard(parameter, [flat.view(shard_shape(parameter, len(parts))) for flat in parts])
+    return unshard(parameter, [flat.view(part_shape(parameter, len(parts))) for flat in parts])
 
 
 def read_words(folder: Path, spec: ModelSpec, iteration: int) -> Checkpoint:

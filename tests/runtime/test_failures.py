@@ -38,7 +38,7 @@ def test_waiting_too_long_says_where_everybody_was(tmp_path: Path) -> None:
     for rank, step in enumerate(("actor_train", "ref_infer")):
         Recorder(tmp_path, rank, time.time()).say(step, 4)
     write_failure(tmp_path, 0, StepError("rank 0: waited for rank 1 for longer than timeout_s = 5 s", late=True))
-    assert "rank 1 was in iteration 4, step `ref_infer`" in find_cause(tmp_path, {0: 1}).message
+    assert "rank 1: in iteration 4, step `ref_infer`" in find_cause(tmp_path, {0: 1}).message
 
 
 def test_only_lost_peers(tmp_path: Path) -> None:

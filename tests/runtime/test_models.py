@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
-from tiny_models import build, layout_of, mixed_sequences, save_tiny, tiny_model
+from tiny_models import build, layout_of, mixed_sequences, part_shape, save_tiny, tiny_model
 
 from plans.errors import SpecError
 from plans.huggingface import spec_from_folder
@@ -21,7 +21,7 @@ from runtime.generation.sampling import Sampling
 from runtime.groups import GroupCache, rank_sets
 from runtime.models import installation
 from runtime.models.model import alias_parameters, build_model, named_shards
-from runtime.models.shards import shard, shard_shape, unshard
+from runtime.models.shards import shard, unshard
 from runtime.passes.forward import sample_scores, token_logprobs, token_values
 from runtime.sequences import Sequences
 from runtime.weights.hf import load_weights, random_weights
@@ -63,7 +63,7 @@ def test_parameters_are_those_of_the_layout(spec: ModelSpec):
             model = build(groups, layout)
             if model is not None:
                 for parameter, tensor in named_shards(model):
-                    assert tuple(tensor.shape) == shard_shape(parameter, layout.tp), parameter
+                    assert tuple(tensor.shape) == part_shape(parameter, layout.tp), parameter
                     assert getattr(tensor, "tensor_model_parallel", False) == (parameter.axis is not None), parameter
                 found.append((degrees, [parameter.name for parameter, _ in named_shards(model)]))
         return found
@@ -81,7 +81,7 @@ def test_shards_make_a_whole():
         for parameter in unit.parameters:
             whole = torch.randn(parameter.shape)
             parts = [shard(parameter, whole, 2, rank) for rank in range(2)]
-            assert tuple(parts[0].shape) == shard_shape(parameter, 2)
+            assert tuple(parts[0].shape) == part_shape(parameter, 2)
             assert torch.equal(unshard(parameter, parts), whole)
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 from planner.cli.output import write
 from plans.errors import PlanError
 from plans.files import check_target
-
-PAGE = "report.html"
+from plans.run_output import PAGE
 
 
 def report_command(folder: Path, *, output: Path | None) -> int:

@@ -13,6 +13,7 @@ from plans.files import check_target
 from plans.legal import legal_plan
 from plans.plan import ExecutionPlan
 from plans.render import render_plan
+from plans.run_output import PLAN
 from plans.timeline import FORMAT, Timeline, load_timeline
 
 
@@ -65,7 +66,7 @@ def _error(name: str, predicted: float | None, measured: float | None) -> str:
 def trace_command(path: Path, *, measured: Path | None, output: Path | None) -> int:
     """Write the predicted timeline of a plan, or a measured one, as a trace."""
     if _is_timeline(path):
-        path, measured = path.parent / "plan.json", measured or path
+        path, measured = path.parent / PLAN, measured or path
         if not os.path.exists(path):
             raise PlanError(f"no plan beside `{measured}`", f"realplan trace PLAN --timeline {measured}")
     target = output or (measured or path).with_suffix(".trace.json")

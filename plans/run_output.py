@@ -1,0 +1,12 @@
+"""Names of the files in a run's output folder: the runtime writes them, plans, pictures and checkpoints read them."""
+
+from __future__ import annotations
+
+PLAN = "plan.json"
+RUN = "run.yaml"
+METRICS = "metrics.jsonl"  # a line per iteration done
+TIMELINE = "timeline.json"  # the measured one
+SAMPLES = "samples.jsonl"  # prompts and responses as texts
+EVALUATIONS = "evaluation.jsonl"
+BEST = "best"  # folder of the weights with the best evaluation
+PAGE = "report.html"
