@@ -74,8 +74,8 @@ class Data(Closed):
     a parameter that rewards can ask for by name, `answer` also under that name.
 
     Prompt and response are tokenized apart and joined without a space. chat: put texts into the chat template of the
-    tokenizer as a user's message (conversations always are); system: the message before it; template: further values
-    that the template reads, such as enable_thinking.
+    tokenizer as a user's message (conversations always are; one that ends with the assistant is continued there);
+    system: the message before it; template: further values that the template reads, such as enable_thinking.
     """
 
     source: str | Annotated[tuple[DataPart, ...], Field(strict=False, min_length=1)] = ""

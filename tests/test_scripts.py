@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import re
 import subprocess
 import sys
@@ -37,3 +39,39 @@ def test_constants_are_fitted_to_published_rows() -> None:
     assert found is not None
     before, after = float(found[1]), float(found[2])
     assert after < before and after < 12.0
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+
+
+@pytest.mark.usefixtures("scripts")
+def test_sums_are_held_apart_and_checked(tmp_path: Path) -> None:
+    arithmetic = importlib.import_module("arithmetic")
+    arithmetic.write_problems(tmp_path / "train.jsonl", tmp_path / "held-out.jsonl", seed=3)
+    train, held_out = (
+        [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        for name in ("train.jsonl", "held-out.jsonl")
+    )
+    asked = [problem["messages"][1]["content"] for problem in (*train, *held_out)]
+    assert len(held_out) == 200 and len(set(asked)) == len(asked) == 900
+    for problem in held_out:
+        a, b = map(int, re.findall(r"\d+", problem["messages"][1]["content"]))
+        assert problem["answer"] == str(a + b)
+    worth = {" 42": 1.0, "42.": 1.0, " 42\n\nThe": 0.5, " 41": 0.0, " 421": 0.0, "It is 42": 0.0, "": 0.0}
+    assert {response: arithmetic.score(response, "42") for response in worth} == worth
+
+
+@pytest.mark.usefixtures("scripts")
+@pytest.mark.parametrize(("won", "lost", "p", "code"), [(20, 5, "4.1e-03", 1), (40, 5, "7.9e-08", 0), (0, 0, "1.0", 1)])
+def test_gains_of_held_out_problems_must_be_beyond_chance(
+    won: int, lost: int, p: str, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rest = 200 - won - lost
+    lines = [[0.5] * won + [1.0] * lost + [0.0] * rest, [1.0] * won + [0.5] * lost + [0.0] * rest]
+    text = "".join(json.dumps({"scores": scores}) + "\n" for scores in lines)
+    (tmp_path / "evaluation.jsonl").write_text(text)
+    assert importlib.import_module("demo").solved(tmp_path) == code
+    said = capsys.readouterr().out
+    assert f"{lost} of 200 before, {won} after" in said and f"McNemar p = {p}" in said

@@ -75,6 +75,15 @@ class ChatTemplate:
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             raise ChatError(f"the chat template of {self._where} refuses it: {shortened(str(error), 200)}") from None
 
+    def begun(self, messages: Sequence[ChatMessage]) -> str:
+        """The text of a conversation up to the end of its last message, the beginning of an answer that the model is
+        to continue (`continue_final_message` of transformers). Raises ChatError."""
+        text, last = self.render(messages, generation=False), str(messages[-1]["content"]).rstrip()
+        at = text.rfind(last) if last else -1
+        if at < 0:
+            raise ChatError(f"the chat template of {self._where} changes the last message, so that it cannot go on")
+        return text[: at + len(last)]
+
 
 def conversation(value: Any) -> list[dict[str, Any]]:
     """Messages of a row. Raises DataError, in words that follow the place, for what is no list of messages."""

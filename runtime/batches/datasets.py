@@ -102,7 +102,9 @@ class DataReader:
         if self._template is None:
             self._template = ChatTemplate.of_folder(self._folder, self._data.template)
         try:
-            return row.whole(self._template.render(messages, generation=True))
+            begun = messages[-1]["role"] == "assistant"
+            text = self._template.begun(messages) if begun else self._template.render(messages, generation=True)
+            return row.whole(text)
         except ChatError as error:
             raise row.error(error.message, "the template of the tokenizer says what it takes", column) from None
 

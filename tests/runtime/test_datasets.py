@@ -121,6 +121,19 @@ def test_conversations_go_through_the_template(tmp_path: Path) -> None:
     assert plain.prompts.prompts == ("good",) and plain.special
 
 
+def test_a_conversation_that_ends_with_the_assistant_is_continued(tmp_path: Path) -> None:
+    begun = [*TALK[:1], {"role": "assistant", "content": "2 + 3 ="}]
+    for template in (CHATML, STRICT):
+        folder = folder_with(template, tmp_path / f"model{len(template)}")
+        data = data_of(Data(source=lines(tmp_path / "a.jsonl", {"messages": begun})), folder=folder)
+        reference = AutoTokenizer.from_pretrained(folder)
+        wanted = reference.apply_chat_template(begun, tokenize=False, continue_final_message=True)
+        assert data.prompts.prompts == (wanted,) and wanted.endswith("2 + 3 =")
+    folder = folder_with("{% for message in messages %}{{ message['role'] }}{% endfor %}", tmp_path / "model")
+    with pytest.raises(DataError, match=r"a.jsonl:1:\d+: the chat template of .* changes the last message"):
+        data_of(Data(source=str(tmp_path / "a.jsonl")), folder=folder)
+
+
 def test_given_answers_of_conversations(tmp_path: Path) -> None:
     folder = folder_with(CHATML, tmp_path / "model")
     path = lines(tmp_path / "a.jsonl", {"messages": TALK[:2]})

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from plans.errors import RealplanError
+from runtime.batches.chat import ChatTemplate
 from runtime.batches.tokenizer import Tokenizer
 from runtime.weights.smollm import prepare_smollm2
 
@@ -22,6 +23,13 @@ def test_answers_a_question(tmp_path: Path) -> None:
     written = (folder / "model.safetensors").stat().st_mtime_ns
     assert prepare_smollm2(folder) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
+
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()  # as an earlier version left it
+    assert (prepare_smollm2(folder) / "chat_template.jinja").read_text() == template
+    told = ChatTemplate.of_folder(folder).render([{"role": "user", "content": "Hi"}], generation=True)
+    assert told.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
+    assert told.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
 
     tokenizer = Tokenizer.of_folder(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
