@@ -24,7 +24,8 @@ HEAVY = {"torch", "megatron", "transformers", "safetensors"}
 FLOORS = {
     "cost_models": (
         *("candidates", "distinct", "stages", "packing", "slots", "tables", "engines", "terms", "time", "memory"),
-        *("holdings", "relations", "reallocation", "simulate", "estimate", "calibration", "provenance", "validation"),
+        *("holdings", "relations", "reallocation", "simulate", "checkpoint", "estimate", "calibration", "provenance"),
+        "validation",
     ),
     "planner": (
         *("text", "request", "measured", "search", "space", "best", "remedies", "baselines", "pictures", "explanation"),

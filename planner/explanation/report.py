@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from cost_models.checkpoint import checkpoint_cost
 from cost_models.estimate import PlanCost
 from cost_models.memory.moments import RankGroup
 from cost_models.provenance.sources import Sources
@@ -38,6 +39,7 @@ def render_cost(
         *_binding(cost, binding),
         "",
         *_memory(cost),
+        *_checkpoint(cost),
     ]
     return "\n".join(lines)
 
@@ -106,6 +108,15 @@ def _memory(cost: PlanCost) -> Iterator[str]:
         yield from _rank_group(group)
     host = float(memory.host_bytes_by_node.max()) / GIB
     yield f"host memory: {host:.0f} of {cluster.host_memory_gib:g} GiB on the fullest node"
+
+
+def _checkpoint(cost: PlanCost) -> Iterator[str]:
+    found = checkpoint_cost(cost.program.plan, cost.engine)
+    share, part = found.copy_s / cost.iteration_s, found.rank_bytes / GIB
+    yield from wrapped(
+        f"checkpoint: {found.bytes / GIB:.1f} GiB; an iteration before one takes {found.copy_s:.2g} s more "
+        f"({share:.2g} of it), in which a rank copies up to {part:.1f} GiB to its host"
+    )
 
 
 def _rank_group(group: RankGroup) -> Iterator[str]:

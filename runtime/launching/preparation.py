@@ -65,7 +65,7 @@ def prepare(path: Path, overrides: list[str], run_path: Path | None, words: Word
         check_estimate(plan, path)
     plan = check_context(plan, path, words.allow_long)
     run = read_run(plan, path, run_path, overrides)
-    if words.resume or began_again(member):
+    if words.resume or began_again(os.environ):
         run = run.model_copy(update={"resume_from": run.resume_from or str(run.checkpoint_folder)})
     check_rollback(plan, run, alone=member is None)
     first = member is None or member.rank == 0

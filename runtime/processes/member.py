@@ -10,6 +10,7 @@ from plans.errors import RealplanError
 from plans.problems import shortened
 
 OUTSIDE = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 _HINT = "torchrun and srun set RANK and WORLD_SIZE; unset both and realrun starts the ranks of one machine itself"
 
 
@@ -52,9 +53,10 @@ def outside_member(environment: Mapping[str, str]) -> Member | None:
     return Member(rank, world, local, _address(environment, world))
 
 
-def began_again(member: Member | None) -> bool:
-    """Whether another launcher starts this rank again after a failure: the run goes on from its newest checkpoint."""
-    return member is not None and isinstance(member.meeting, Address) and member.meeting.attempt > 0
+def began_again(environment: Mapping[str, str]) -> bool:
+    """Whether torchrun or slurm starts this process again, after a failure or because its job was requeued: the run
+    goes on from its newest checkpoint."""
+    return _attempt(environment) > 0
 
 
 def device_index(member: Member, count: int) -> int:
@@ -77,15 +79,20 @@ def _address(environment: Mapping[str, str], world: int) -> Address:
         alone = _number(environment, "LOCAL_WORLD_SIZE", 1, world) == world
     elif "SLURM_STEP_NUM_NODES" in environment:
         alone = environment["SLURM_STEP_NUM_NODES"] == "1"
-    restarts = "TORCHELASTIC_RESTART_COUNT"
     return Address(
         host=environment["MASTER_ADDR"],
         port=_number(environment, "MASTER_PORT", 1, 2**16 - 1),
         served=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         alone=alone,
         job=environment.get("TORCHELASTIC_RUN_ID") or environment.get("SLURM_JOB_ID") or "0",
-        attempt=_number(environment, restarts, 0, 2**20) if restarts in environment else 0,
+        attempt=_attempt(environment),
     )
+
+
+def _attempt(environment: Mapping[str, str]) -> int:
+    """How often a launcher has started the job again."""
+    said = [name for name in RESTARTS if name in environment]
+    return _number(environment, said[0], 0, 2**20) if said else 0
 
 
 def _number(environment: Mapping[str, str], name: str, low: int, high: int) -> int:

@@ -24,9 +24,12 @@ SCRIPTS = Path(sys.executable).parent
 Metrics = list[dict[str, Any]]
 
 
-def trained(folder: Path, launcher: Sequence[str], environment: Mapping[str, str] | None = None) -> Metrics:
+def trained(
+    folder: Path, launcher: Sequence[str], environment: Mapping[str, str] | None = None, iterations: int = 1
+) -> Metrics:
     """Metrics of a run, as far as they do not depend on time."""
-    *_, plan, run, file = arguments(folder, plan=PLAN, iterations=1, export=False)
+    keys: dict[str, Any] = {"iterations": iterations, "export": False, "checkpoint": {"every": 1}}
+    *_, plan, run, file = arguments(folder, plan=PLAN, **keys)
     command = [*launcher, str(SCRIPTS / "realrun"), plan, run, file]
     threads = {"OMP_NUM_THREADS": "1"}  # rounding depends on their number, and each launcher has its own
     env = {**(environment or os.environ), **threads}
@@ -57,6 +60,12 @@ def test_srun(tmp_path: Path, alone: Metrics) -> None:
             (tmp_path / nodes).mkdir()
             found = trained(tmp_path / nodes, ["srun", "-N", nodes, "-n", "2"], {**environment, **more})
             assert found == alone, f"{nodes} nodes"
+        # A job that slurm has started again: what was done is not done again, and the rest is.
+        again = {**environment, **_address(), "SLURM_RESTART_COUNT": "1"}
+        found = trained(tmp_path / "2", ["srun", "-N", "2", "-n", "2"], again, iterations=2)
+        assert found[:1] == alone and [line["iteration"] for line in found] == [0, 1]
+        steps = sorted(path.name for path in (tmp_path / "2" / "out" / "checkpoints").glob("global_step_*"))
+        assert steps == ["global_step_1", "global_step_2"]
 
 
 def _address() -> dict[str, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from plans.errors import RealplanError
-from runtime.processes.member import Address, Member, device_index, outside_member
+from runtime.processes.member import Address, Member, began_again, device_index, outside_member
 from runtime.processes.stores import interface_of, open_store, resolve
 
 STATIC = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
@@ -26,6 +26,8 @@ def test_static_ranks_and_torchrun() -> None:
         "TORCHELASTIC_RESTART_COUNT": "3", "TORCHELASTIC_RUN_ID": "my/job",
     }  # fmt: skip
     expected = Address("node1", 29500, served=True, alone=False, job="my/job", attempt=3)
+    assert began_again({"SLURM_RESTART_COUNT": "1"}) and not began_again({"SLURM_RESTART_COUNT": "0"})
+    assert not began_again({"SLURM_JOB_ID": "7"})
     assert outside_member(STATIC | torchrun) == Member(1, 4, 1, expected)
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from cost_models.checkpoint import checkpoint_cost
 from cost_models.engines.engine import Engine
 from cost_models.estimate import cost_plan
 from cost_models.provenance.sources import plan_sources
@@ -33,6 +34,7 @@ def estimate_command(path: Path, *, engine: Engine, changes: list[str], as_json:
     if as_json:
         found: dict[str, Any] = {"terms": cost.terms, "peak_terms_bytes": cost.memory.peak_terms}
         found |= {"costs": sources.shares, "beyond_measured": sources.beyond, "band": asdict(band)}
+        found |= {"checkpoint": asdict(checkpoint_cost(cost.program.plan, engine))}
         found |= {"binding": [asdict(term) for term in binding[:10]]}
         print(json.dumps({**asdict(cost.estimate), "fits": cost.fits, **found}))
     else:
