@@ -16,6 +16,7 @@ from plans.errors import SpecError, nearest
 from plans.graph import Call, CallKind, DataflowGraph
 
 GREEDY = "_greedy"
+ACTOR, REFERENCE = "actor", "ref"
 GEN, INF, TRAIN, FN = CallKind.GENERATE, CallKind.INFERENCE, CallKind.TRAIN_STEP, CallKind.FUNCTION
 
 

@@ -35,6 +35,7 @@ from plans.runfile import CHECKPOINTS
 INDEX = "index.json"
 NEWEST = "latest_checkpointed_iteration.txt"  # the name that Megatron and verl use
 MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
+MASTER_BYTES = 4
 STATE_BYTES = 12  # master and two moments of a parameter, float32
 MOST_INDEX_BYTES = 2**30
 CHUNK_BYTES = 2**23
@@ -268,8 +269,8 @@ def takeover_problems(checkpoint: Checkpoint, plan: ExecutionPlan) -> list[str]:
             found.append(f"{what} is {getattr(theirs, what)} there and {getattr(ours, what)} in the plan")
     if theirs.graph.name != ours.graph.name:
         found.insert(0, f"it was written by {theirs.graph.name}, the plan runs {ours.graph.name}")
-    elif set(checkpoint.index.roles) != set(ours.graph.trainers):
-        found.insert(0, f"it trains {_listed(checkpoint.index.roles)}, the plan {_listed(ours.graph.trainers)}")
+    elif (trained := set(checkpoint.index.roles) & set(theirs.graph.trainers)) != set(ours.graph.trainers):
+        found.insert(0, f"it trains {_listed(trained)}, the plan {_listed(ours.graph.trainers)}")
     else:
         for role in checkpoint.index.roles:
             if replace(theirs.models[role], name="") != replace(ours.models[role], name=""):

@@ -130,6 +130,14 @@ class RewardLimits(Closed):
     on_failure: Literal["stop", "zero", "drop"] = "stop"
 
 
+class Reference(Closed):
+    """When the frozen reference follows the policy: after every `every`-th iteration (0: never) its weights become
+    mix x the actor's + (1 - mix) x its own (Gorbatovski et al. 2024; TRL's sync_ref_model)."""
+
+    every: Count = 0
+    mix: Annotated[float, Field(gt=0, le=1)] = 0.6
+
+
 class Checkpoints(Closed):
     """When the whole state of a run is written: after every `every`-th iteration and the last one (0: never). The
     newest `keep` stay. `folder`: `checkpoints` in the output where it is empty."""
@@ -190,6 +198,7 @@ class RunFile(Closed):
     critic: Optimizer = Optimizer(lr=5e-6)
     ppo: Ppo = Ppo()
     dpo: Dpo = Dpo()
+    reference: Reference = Reference()
     iterations: Positive = 10
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     output: str = "runs/latest"

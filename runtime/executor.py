@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from plans.algorithms import ACTOR, REFERENCE
 from plans.batches import Share, share_of
 from plans.errors import RealplanError
 from plans.graph import Call, CallKind
@@ -131,6 +132,19 @@ class Executor:
         except RuntimeError as error:
             everyone = tuple(range(dist.get_world_size()))
             raise self._explain(error, "agreement to stop", everyone, iteration) from error
+
+    def update_reference(self, iteration: int) -> None:
+        """Have the frozen reference follow the actor as the run file says. Collective over all ranks, between
+        iterations."""
+        home = self.program.homes[ACTOR]
+        ranks = sorted(
+            {*home.layout.ranks, *(r for c in self.program.copies if c.role == REFERENCE for r in c.layout.ranks)}
+        )
+        self._recorder.say(f"update {REFERENCE}", iteration)
+        try:
+            self.copies.blend(ACTOR, REFERENCE, self._job.run.reference.mix)
+        except Exception as error:
+            raise self._explain(error, f"update {REFERENCE}", tuple(ranks), iteration) from error
 
     def export(self, role: str, folder: Path) -> None:
         """Write a trained role as a Hugging Face folder. Collective over the ranks of its home."""

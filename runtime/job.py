@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
-from plans.algorithms import ALGORITHMS, is_offline, loss_of
+from plans.algorithms import ALGORITHMS, is_offline
 from plans.errors import RealplanError
 from plans.graph import CallKind
 from plans.hyperparameters import Optimizer
 from plans.plan import ExecutionPlan
+from plans.run_checks import check_run
 from plans.runfile import RANDOM, RunFile, patience_s
 from runtime.batches.datasets import DataSet, read_data
 from runtime.batches.rewards import ProcessLimits, Reward
@@ -129,9 +130,7 @@ def prepare_job(plan: ExecutionPlan, run: RunFile) -> Job:
     weights = run.weights_of(workload.graph.roles[0])
     folder = run.tokenizer or ("" if weights == RANDOM else weights)
     tokenizer = Tokenizer.of_folder(Path(folder)) if folder else None
-    _check_failed_rewards(plan, run)
-    _check_importance(plan, run)
-    _check_train_prompts(plan, run)
+    check_run(plan, run)
     if tokenizer is not None:
         _check_vocabulary(plan, tokenizer)
     if is_offline(workload.graph):
@@ -143,42 +142,6 @@ def prepare_job(plan: ExecutionPlan, run: RunFile) -> Job:
     prompts, held_out = _prompts(plan, run, tokenizer)
     columns, note = ((), "") if isinstance(prompts, RandomPrompts) else (tuple(prompts.data.columns), prompts.data.note)
     return Job(plan, run, prompts, None, tokenizer, _reward(plan, run, tokenizer, columns), note, held_out)
-
-
-def _check_failed_rewards(plan: ExecutionPlan, run: RunFile) -> None:
-    """A loss of the user's own weighs its samples itself, so that nobody else can leave one out."""
-    graph = plan.workload.graph
-    own = [loss for call in graph.calls if call.kind is CallKind.TRAIN_STEP
-           and (loss := loss_of(graph, call)) not in ALGORITHMS]  # fmt: skip
-    if own and run.reward_limits.on_failure == "drop":
-        message = f"reward_limits.on_failure is drop, and loss `{own[0]}` weighs its samples itself"
-        raise RealplanError(message, "on_failure: zero, or stop")
-
-
-def _check_importance(plan: ExecutionPlan, run: RunFile) -> None:
-    graph = plan.workload.graph
-    trains = [call for call in graph.calls if call.kind is CallKind.TRAIN_STEP]
-    if run.ppo.importance_cap is not None and not any({"old_logprobs", "gen_logprobs"} <= {*c.inputs} for c in trains):
-        message = (
-            "ppo.importance_cap weighs recomputed log-probs against those of generation, which are all the plan has"
-        )
-        raise RealplanError(message, "a plan with them: `realplan search --recompute-logprobs`")
-
-
-def _check_train_prompts(plan: ExecutionPlan, run: RunFile) -> None:
-    """Groups lie whole in minibatches, which get equal parts of the prompts that are trained on."""
-    workload, wanted = plan.workload, run.ppo.train_prompts
-    if not wanted:
-        return
-    if wanted > workload.batch_size or wanted % workload.minibatches or workload.batch_size % workload.minibatches:
-        raise RealplanError(
-            f"ppo.train_prompts is {wanted}, of {workload.batch_size} prompts in {workload.minibatches} minibatches",
-            f"a multiple of {workload.minibatches} up to {workload.batch_size}, the plan's batch_size too",
-        )
-    if workload.group_size < 2:
-        raise RealplanError(
-            "ppo.train_prompts picks groups by the spread of their scores", "plan with group_size 2 or more"
-        )
 
 
 def _prompts(

@@ -70,6 +70,7 @@ FLOORS = {
             "legal",
             "hyperparameters",
             "runfile",
+            "run_checks",
         ),
         "checkpoint_files",
     ),

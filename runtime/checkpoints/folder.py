@@ -6,8 +6,9 @@ import os
 import shutil
 from pathlib import Path
 
+from plans.algorithms import REFERENCE
 from plans.checkpoint import parameters_of
-from plans.checkpoint_files import STATE_BYTES, step_folder, steps_in
+from plans.checkpoint_files import MASTER_BYTES, STATE_BYTES, step_folder, steps_in
 from plans.errors import RealplanError
 from plans.plan import ExecutionPlan
 from plans.runfile import RunFile
@@ -28,10 +29,13 @@ def stop_request(scratch: Path) -> Path:
     return scratch / "stop"
 
 
-def checkpoint_bytes(plan: ExecutionPlan) -> int:
-    """Bytes of one checkpoint of a plan."""
-    models = [plan.workload.models[role] for role in plan.workload.graph.trainers]
-    return STATE_BYTES * sum(p.size for spec in models for p in parameters_of(spec).values())
+def checkpoint_bytes(plan: ExecutionPlan, run: RunFile) -> int:
+    """Bytes of one checkpoint of a run: the state of trained roles, and the weights of a reference that follows."""
+    sizes = dict.fromkeys(plan.workload.graph.trainers, STATE_BYTES)
+    if run.reference.every:
+        sizes[REFERENCE] = MASTER_BYTES
+    models = plan.workload.models
+    return sum(each * p.size for role, each in sizes.items() for p in parameters_of(models[role]).values())
 
 
 def prepare_folder(plan: ExecutionPlan, run: RunFile) -> None:
@@ -58,7 +62,7 @@ def prepare_folder(plan: ExecutionPlan, run: RunFile) -> None:
         raise RealplanError(
             f"cannot write checkpoints to `{folder}`: {error.strerror}", "checkpoint.folder=FOLDER"
         ) from None
-    size = checkpoint_bytes(plan)
+    size = checkpoint_bytes(plan, run)
     # One more than is kept stands there while the oldest waits to be removed.
     need = size * max(run.checkpoint.keep + 1 - len(there), 1)
     if free < need:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from plans.checkpoint import Entry, overlaps, parameters_of, slice_of
 from plans.checkpoint_files import MASTER, Checkpoint, StoredEntry
-from plans.layout import Parameter
+from plans.layout import Layout, Parameter
 from runtime.models.model import named_shards
 from runtime.passes.training import Slot, Trainer
+from runtime.weights.copies import Copies
 
 Slices = Mapping[str, tuple[int, int]]
 
@@ -81,6 +82,22 @@ def restore(checkpoint: Checkpoint, trainers: Mapping[str, Trainer]) -> None:
 
             trainer.restore(state.steps, state.adam_steps, read)
             trainer.kl_coefficient = state.kl_coefficient
+
+
+@torch.no_grad()
+def restore_frozen(checkpoint: Checkpoint, copies: Copies) -> None:
+    """Give frozen roles the weights that a checkpoint has of them, which are those that changed. Not collective."""
+    rank = dist.get_rank()
+    workload = checkpoint.plan.workload
+    for role in checkpoint.index.roles.keys() - workload.graph.trainers.keys():
+        with CheckpointReader(checkpoint, role) as reader:
+
+            def read(layout: Layout, name: str, held: Tensor, reader: CheckpointReader = reader) -> Tensor:
+                parameters = parameters_of(layout.spec)
+                part, parts = slice_of(layout, rank, parameters[name])
+                return reader.read(Entry(name, part, parts, 0, held.numel()), MASTER)
+
+            copies.set_frozen(role, read)
 
 
 def _entry(name: str, slices: Slices, start: int, stop: int) -> Entry:

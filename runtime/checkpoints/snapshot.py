@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from plans.checkpoint import Entry, written
 from plans.checkpoint_files import MASTER, MOMENTS, RoleState, StoredEntry
+from plans.layout import Layout
 from runtime.passes.training import Slot, Trainer
 
 
@@ -29,11 +30,18 @@ class Snapshot:
     tensors: Mapping[str, Tensor]
 
 
-class Snapshots:
-    """Owns the host memory of a rank's snapshots: the next one overwrites the one before."""
+FrozenWeights = Callable[[], Sequence[tuple[Layout, Mapping[str, Tensor]]]]
+"""Gives the layouts and slices of a frozen role's copies on this rank."""
+NONE: Mapping[str, FrozenWeights] = {}
 
-    def __init__(self, trainers: Mapping[str, Trainer]) -> None:
+
+class Snapshots:
+    """Owns the host memory of a rank's snapshots: the next one overwrites the one before. frozen: roles without an
+    optimizer whose weights change all the same, which are kept as they are."""
+
+    def __init__(self, trainers: Mapping[str, Trainer], frozen: Mapping[str, FrozenWeights] = NONE) -> None:
         self._trainers = trainers
+        self._frozen = frozen
         self._entries = {role: _entries(trainer) for role, trainer in trainers.items()}
         self._buffer = torch.empty(0)
 
@@ -44,12 +52,17 @@ class Snapshots:
             role: RoleState(steps=t.steps, adam_steps=t.adam_steps, kl_coefficient=t.kl_coefficient)
             for role, t in self._trainers.items()
         }
-        wanted = [
+        wanted: list[tuple[StoredEntry, Tensor, int, str]] = [
             (stored, slot.master if kind == MASTER else slot.moments[kind], slot.start, kind)
             for role, trainer in self._trainers.items()
             for stored, slot in self._stored(role, trainer)
             for kind in (MASTER, *(MOMENTS if roles[role].adam_steps else ()))
         ]
+        for role, weights in self._frozen.items():
+            for layout, held in weights()[:1]:
+                roles[role] = RoleState(steps=0, adam_steps=0)
+                found = [_stored(role, entry) for entry in written(layout, dist.get_rank())]
+                wanted += [(stored, held[stored.parameter], 0, MASTER) for stored in found]
         self._grow(sum(stored.entry.size for stored, *_ in wanted))
         tensors, at = {}, 0
         for stored, tensor, first, kind in wanted:
@@ -64,22 +77,20 @@ class Snapshots:
 
     def _stored(self, role: str, trainer: Trainer) -> list[tuple[StoredEntry, Slot]]:
         slots = {slot.parameter: slot for slot in trainer.slots()}
-        file = rank_file(dist.get_rank())
-        return [
-            (
-                StoredEntry(
-                    role=role, parameter=e.parameter, part=e.part, parts=e.parts, start=e.start, stop=e.stop, file=file
-                ),
-                slots[e.parameter],
-            )
-            for e in self._entries[role]
-        ]
+        return [(_stored(role, entry), slots[entry.parameter]) for entry in self._entries[role]]
 
     def _grow(self, elements: int) -> None:
         """Pinned where a GPU copies into it."""
         if self._buffer.numel() < elements:
             cuda = any(trainer.model.device.type == "cuda" for trainer in self._trainers.values())
             self._buffer = torch.empty(elements, pin_memory=cuda)
+
+
+def _stored(role: str, e: Entry) -> StoredEntry:
+    file = rank_file(dist.get_rank())
+    return StoredEntry(
+        role=role, parameter=e.parameter, part=e.part, parts=e.parts, start=e.start, stop=e.stop, file=file
+    )
 
 
 def _entries(trainer: Trainer) -> list[Entry]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from plans.checkpoint_files import CHUNK_BYTES, RankIndex, Seal
 from plans.errors import RealplanError
 from runtime.checkpoints.folder import partial_folder, rank_word
-from runtime.checkpoints.snapshot import Snapshot, Snapshots, rank_file
+from runtime.checkpoints.snapshot import NONE, FrozenWeights, Snapshot, Snapshots, rank_file
 from runtime.passes.training import Trainer
 
 _ALIGNMENT = 8
@@ -29,9 +29,11 @@ class Saver:
     """Writes this rank's part of checkpoints: copies at once, files while training goes on. The process that keeps the
     files of the run completes them (`runtime.checkpoints.complete`)."""
 
-    def __init__(self, folder: Path, trainers: Mapping[str, Trainer]) -> None:
+    def __init__(
+        self, folder: Path, trainers: Mapping[str, Trainer], frozen: Mapping[str, FrozenWeights] = NONE
+    ) -> None:
         self._folder = folder
-        self._snapshots = Snapshots(trainers)
+        self._snapshots = Snapshots(trainers, frozen)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from plans.legal import legal_plan
 from plans.plan import ExecutionPlan
+from plans.run_checks import check_run
 from plans.runfile import RunFile
 from runtime.checkpoints.resume import Start, choose_start
 from runtime.launching.describe import batch_words, program_words
@@ -65,6 +66,7 @@ def prepare(path: Path, overrides: list[str], run_path: Path | None, words: Word
         check_estimate(plan, path)
     plan = check_context(plan, path, words.allow_long)
     run = read_run(plan, path, run_path, overrides)
+    check_run(plan, run)
     if words.resume or began_again(os.environ):
         run = run.model_copy(update={"resume_from": run.resume_from or str(run.checkpoint_folder)})
     check_rollback(plan, run, alone=member is None)

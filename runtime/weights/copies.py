@@ -7,7 +7,7 @@ through models of their own whose parameters alias the copy's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from plans.errors import RealplanError
+from plans.layout import Layout
 from plans.program import Copy, Program
 from plans.runfile import RANDOM
 from runtime.groups import GroupCache
@@ -118,6 +119,49 @@ class Copies:
     def _allocate(self, copy: Copy) -> None:
         for storage, size in zip(self._storages(copy), self._sizes[copy.name], strict=True):
             storage.resize_(size)
+
+    @torch.no_grad()
+    def blend(self, source: str, target: str, mix: float) -> None:
+        """Give a frozen role mix x the weights of a trained one of its architecture + (1 - mix) x its own, in float32.
+        Collective over the layouts of both."""
+        home, rank = self._program.homes[source], dist.get_rank()
+        have = self._shards(home) if home.name in self._base else {}
+        for copy in self._of_role(target):
+            if rank not in home.layout.ranks and rank not in copy.layout.ranks:
+                continue
+            held, new = {}, {}
+            if copy.name in self._base:
+                if copy.offload:
+                    self.load(copy)
+                held = self._shards(copy)
+                new = {name: torch.empty_like(own) for name, own in held.items()}
+            self._reallocator.run(home.layout, copy.layout, have, new)
+            for name, own in held.items():
+                own.copy_(torch.lerp(own.float(), new[name].float(), mix))
+            if held and copy.offload:
+                self._host.pop(copy.name, None)
+                self.offload(copy)
+
+    def _of_role(self, role: str) -> list[Copy]:
+        return [copy for copy in self._program.copies if copy.role == role]
+
+    def frozen(self, role: str) -> list[tuple[Layout, dict[str, Tensor]]]:
+        """The layouts and the slices of a frozen role's copies on this rank, on the device or in host memory: to be
+        read."""
+        return [(copy.layout, self._kept(copy)) for copy in self._of_role(role) if copy.name in self._base]
+
+    def _kept(self, copy: Copy) -> dict[str, Tensor]:
+        if copy.name not in self._host:
+            return self._shards(copy)
+        names = [parameter.name for parameter, _ in named_shards(self._base[copy.name])]
+        return dict(zip(names, self._host[copy.name], strict=True))
+
+    def set_frozen(self, role: str, read: Callable[[Layout, str, Tensor], Tensor]) -> None:
+        """Give a frozen role other weights: `read` has them for a layout, a parameter's name and its slice."""
+        for copy in self._of_role(role):
+            if copy.name in self._base:
+                for name, kept in self._kept(copy).items():
+                    kept.copy_(read(copy.layout, name, kept).view_as(kept))
 
     def offload(self, copy: Copy) -> None:
         """Keep frozen weights in host memory. On the CPU they are there already."""

@@ -23,7 +23,10 @@ from ranks import run_ranks
 from run_cases import PATIENCE_S, PLAN, ROOT, arguments, running
 from safetensors.torch import load_file, save_file
 
+from plans.checkpoint import Entry, parameters_of
 from plans.checkpoint_files import (
+    MASTER,
+    Checkpoint,
     CheckpointError,
     CheckpointIndex,
     newest_usable,
@@ -40,6 +43,7 @@ from plans.runfile import RunFile
 from runtime.checkpoints.complete import Completer
 from runtime.checkpoints.course import run_iterations, take_up
 from runtime.checkpoints.folder import prepare_folder
+from runtime.checkpoints.read import CheckpointReader
 from runtime.checkpoints.resume import Start, choose_start
 from runtime.checkpoints.stopping import StopAgreement
 from runtime.executor import Executor
@@ -136,6 +140,37 @@ def test_lag_and_checkpoints_change_nothing(tmp_path: Path):
         assert line["critic/rewards/mean"] == pytest.approx(line["critic/score/mean"] - beta * kl, abs=1e-6)
         beta *= 1 + max(-0.2, min(0.2, kl / 0.01 - 1)) * 8 / 20
     assert plain[0]["actor/kl_coefficient"] > plain[1]["actor/kl_coefficient"]
+
+
+def test_a_reference_that_follows_is_part_of_the_state(tmp_path: Path):
+    """Half the actor's weights after every second iteration, under two plans and from a checkpoint in between."""
+    keys: dict[str, Any] = {"reference": {"every": 2, "mix": 0.5}, "actor": {"lr": 1e-3}}
+    apart = {"actor_generate": "d2 t1 p1", "ref_infer": ("node 0 gpu 1", "d1 t1 p1"), "actor_train": "d1 t1 p2"}
+    sizes: dict[str, Any] = {"algorithm": "grpo", "order": tuple(apart), "batch_size": 4, "group_size": 2}
+    alone, plan = tiny_plan(1, "d1 t1 p1", **sizes), tiny_plan(2, apart, **sizes)
+    whole = leg(alone, tiny_run(tmp_path / "whole", iterations=4, **keys))
+    every = leg(plan, tiny_run(tmp_path / "every", iterations=3, checkpoint={"every": 1, "keep": 5}, **keys))
+    rest = {}
+    for name, other, iteration in (("same", plan, 2), ("alone", alone, 3)):
+        start = str(tmp_path / "every" / "checkpoints" / f"global_step_{iteration}")
+        rest[name] = leg(other, tiny_run(tmp_path / name, iterations=4, resume_from=start, **keys))
+    assert learnt(rest["same"][:3]) == learnt(every)
+    for found in rest.values():
+        for got, want in zip(learnt(found), learnt(whole), strict=True):
+            assert got == pytest.approx(want, rel=1e-4, abs=1e-4)
+    first = open_checkpoint(tmp_path / "every" / "checkpoints" / "global_step_1")
+    second = open_checkpoint(tmp_path / "every" / "checkpoints" / "global_step_2")
+    before, actor, after = (state(first, "ref"), state(second, "actor"), state(second, "ref"))
+    for name, weights in after.items():
+        assert torch.allclose(weights, (before[name] + actor[name]) / 2, atol=1e-7), name
+    assert any(not torch.equal(after[name], before[name]) for name in after)
+
+
+def state(checkpoint: Checkpoint, role: str) -> dict[str, torch.Tensor]:
+    """The weights of a role in a checkpoint, flat, by parameter."""
+    sizes = {name: p.size for name, p in parameters_of(checkpoint.plan.workload.models[role]).items()}
+    with CheckpointReader(checkpoint, role) as reader:
+        return {name: reader.read(Entry(name, 0, 1, 0, size), MASTER) for name, size in sizes.items()}
 
 
 def test_a_request_to_stop_loses_nothing(tmp_path: Path):
