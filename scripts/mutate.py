@@ -142,6 +142,9 @@ def copied_tree() -> Path:
         if name and (ROOT / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, target / name)
+    for found in ROOT.glob("*/*/__pycache__/*.nb[ci]"):  # numba's, which knows a file by its date
+        (target / found.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+        shutil.copy2(found, target / found.relative_to(ROOT))
     return target
 
 

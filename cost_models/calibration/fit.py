@@ -8,12 +8,11 @@ constant towards the engine's own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy.optimize import least_squares
 
 from cost_models.calibration.predictions import TABLE_PREDICTORS, predict_entry
 from cost_models.candidates import Array
@@ -79,6 +78,13 @@ def _cluster(table: CostTable) -> ClusterSpec:
     return ClusterSpec(nodes=1, gpus_per_node=8, gpu=load_gpu(table.hardware), inter_node_gbps=1.0)
 
 
+def _least_squares(residuals: Callable[[Array], Array], start: Array, **settings: Any) -> Array:
+    """Least squares with soft L1 loss. The solver loads here: a search without a cost table does without it."""
+    from scipy.optimize import least_squares
+
+    return np.asarray(least_squares(residuals, start, loss="soft_l1", **settings).x)
+
+
 def _fit_operations(
     table: CostTable, constants: Constants, cluster: ClusterSpec, spec: ModelSpec, entries: Mapping[str, TableEntry]
 ) -> Constants:
@@ -95,8 +101,8 @@ def _fit_operations(
             parts.append((ratio * weights[name]).reshape(-1))
         return np.concatenate([*parts, PULL * (x - start)])
 
-    found = least_squares(residuals, start, loss="soft_l1", f_scale=0.05, ftol=1e-4, max_nfev=40)
-    return _with(constants, names, found.x)
+    found = _least_squares(residuals, start, f_scale=0.05, ftol=1e-4, max_nfev=40)
+    return _with(constants, names, found)
 
 
 def _weights(seconds: Array) -> Array:
@@ -124,8 +130,8 @@ def _fit_links(table: CostTable, constants: Constants, cluster: ClusterSpec) -> 
         )
         return np.concatenate([np.log(seconds / entry.values).reshape(-1), PULL * (x - start)])
 
-    found = least_squares(residuals, start, loss="soft_l1", f_scale=0.1, x_scale="jac")
-    constants = _with(constants, names, found.x)
+    found = _least_squares(residuals, start, f_scale=0.1, x_scale="jac")
+    constants = _with(constants, names, found)
     shares = {
         "all_gather_efficiency": "all_gather_node",
         "reduce_scatter_efficiency": "reduce_scatter_node",

@@ -20,7 +20,9 @@ from cost_models.memory.activations import block_widths, kept_block_bytes
 from cost_models.memory.latent import LATENT_MODELS, LatentSpec, latent_training_terms
 from cost_models.memory.memory import call_memory
 from cost_models.memory.memory_terms import MemoryTerms
+from cost_models.memory.memory_training import state_bytes
 from cost_models.memory.moments import CallMemory, memory_profile
+from cost_models.memory.training_case import StageParts
 from cost_models.validation.memory_rows import training_case_of
 from plans.algorithms import algorithm_graph
 from plans.cluster import GIB
@@ -295,6 +297,28 @@ def test_backward_pass_of_latent_blocks_holds_the_wider_mlp() -> None:
     experts = 2 * (3 * 8 + 2 * 96) + 3 * 8
     assert np.isclose(terms.workspace[0], 2 * (2 * 96 + experts) * 64 + 2 * (4 * 10 * 96)), "attention's output"
 
+    broad = replace(SMALL, vocab=1, ffn=1000)
+    terms = latent_training_terms(broad, 8, case, habits)
+    assert np.isclose(terms.workspace[0], 2 * (2 * 96 + 3 * 1000) * 64 + 2 * (2 * 96 * 1000)), "the dense layer's"
+    beside = latent_training_terms(broad, 8, case, replace(habits, wgrad_buffers=True))
+    shapes = 4 * 10 * 96 + 24 * 4 * (12 + 8) + 3 * 96 * 1000
+    assert np.isclose(beside.workspace[0], 2 * (2 * 96 + 3 * 1000) * 64 + 2 * shapes), "one of each shape"
+
+
+@pytest.mark.parametrize(("zero", "dense_ranks", "expert_ranks"), [(0, 1, 1), (1, 8, 4)])
+def test_state_is_cut_where_it_is_sharded_alone(zero: int, dense_ranks: int, expert_ranks: int) -> None:
+    """1,600 parameters in tp 2, 50 on every rank, and 3,200 of experts in ep 4, on dp 8: a rank of experts shares with
+    dp x tp / ep = 4 others what ZeRO shards."""
+    nothing = np.zeros(1)
+    stage = StageParts(
+        index=nothing, layers=np.ones(1), sharded=np.array([1600.0]), replicated=np.array([50.0]),
+        experts=np.array([3200.0]), embedding=nothing, vocabulary=nothing, shapes=0.0, largest=0.0,
+    )  # fmt: skip
+    state = state_bytes(stage, training_case_of(dp=8, tp=2, ep=4, zero=zero, seq_len=64))
+    sharded = 850 / dense_ranks + 800 / expert_ranks
+    assert (state.weights, state.gradients) == (2 * 1650, 4 * 1650)
+    assert (state.masters, state.optimizer) == (4 * sharded, 8 * sharded)
+
 
 def test_what_plain_kernels_store_beside() -> None:
     """RMSNorm in plain PyTorch: its input in fp32 and the normalised input too; the projection beside rotated queries
@@ -345,3 +369,27 @@ def test_an_iteration_moment_by_moment() -> None:
         ((0,), 80, "actor_generate"), ((1,), 73, "actor_generate"),
     ]  # fmt: skip
     assert (profile.host_bytes_by_node / GIB).tolist() == [3 * 1 + 2 * 2]
+
+
+def test_a_copy_stays_until_its_last_reader_and_an_offloaded_one_comes_for_its_call() -> None:
+    """ReMax on two GPUs: the copy of 12 for both generations lies beside the reference's call between them, whose 7 of
+    weights are on the GPU for that call alone. In GiB, beside a context of 1 and 10 of the actor's home."""
+    places = {
+        "actor_generate": "d2 t1 p1", "ref_infer": ("node 0", "d2 t1 p1", {"offload": True}),
+        "actor_greedy": "d2 t1 p1", "actor_train": "d1 t2 p1",
+    }  # fmt: skip
+    plan = tiny_plan(2, places, algorithm="remax", order=tuple(places))
+    terms = {
+        "actor_generate": {"weights": 12, "cache": 3}, "ref_infer": {"weights": 7, "logits": 50},
+        "actor_greedy": {"weights": 12, "cache": 4}, "actor_train": {"weights": 10, "stored": 5},
+    }  # fmt: skip
+    calls = {
+        name: CallMemory(terms={k: v * GIB for k, v in t.items()}, resident=(), transient=tuple(t)[1:], host=0.0)
+        for name, t in terms.items()
+    }
+    profile = memory_profile(compile_program(plan), calls, 1.0 * GIB)
+    found = {m.step.name: m.bytes_by_rank[0] / GIB for m in profile.moments if m.step.name in places}
+    assert found == {"actor_generate": 26, "ref_infer": 80, "actor_greedy": 27, "actor_train": 16}
+    for m in profile.moments:
+        assert sum(m.terms.values()) == pytest.approx(m.bytes_by_rank.max()), m.step.name
+    assert sorted(size / GIB for size in profile.peak_terms.values()) == [1, 7, 10, 12, 50]
