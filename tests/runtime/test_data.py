@@ -51,36 +51,6 @@ def test_csv_with_quotes(tmp_path: Path) -> None:
     assert read_prompts(path) == ["one, two\nthree", "four"]
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("a.jsonl", '{"prompt": "x"}\n{"prompt": "x"\n', ["a.jsonl:2:15: not JSON", "comma"]),
-        ("a.jsonl", '{"prompt": "x"}\n' * 16 + '{"prompt" "x"}\n', ["a.jsonl:17:11: not JSON"]),
-        ("a.jsonl", '{"prompt": "x", "prompt": "y"}\n', ["a.jsonl:1:17: key `prompt` is given twice"]),
-        (
-            "a.jsonl",
-            '{"prompt": "x"}\n{"prompt": "was \\ud83d bad"}\n',
-            ["a.jsonl:2:17: `\\ud83d` is half"],
-        ),
-        ("a.jsonl", '{"id": 1, "prompt": 7}\n', ["a.jsonl:1:11: `prompt` is 7"]),
-        ("a.csv", "prompt,b\nx,1,2\n", ["a.csv:2:1: 3 fields, and the first line names 2"]),
-        ("a.csv", "prompt,prompt\nx,1\n", ["a.csv:1:1: column `prompt` stands twice"]),
-        ("a.jsonl", '{"prompt": "x"}\n\n["x"]\n', ["a.jsonl:3", "a list, not an object"]),
-        ("a.jsonl", '{"text": "x"}\n', ["a.jsonl:1", "`prompt` is None"]),
-        ("a.jsonl", '{"prompt": " "}\n', ["a.jsonl:1", "not empty"]),
-        ("a.jsonl", "", ["a.jsonl", "no rows"]),
-        ("a.csv", "text\nx\n", ["a.csv:1", "no column `prompt`", "text"]),
-        ("a.csv", "prompt,b\nx,1\n,2\n", ["a.csv:3", "`prompt` is ''"]),
-        ("a.txt", "x", ["no known kind", "hint:"]),
-    ],
-)
-def test_malformed_input_names_file_and_line(tmp_path: Path, name: str, content: str, words: list[str]) -> None:
-    (tmp_path / name).write_text(content)
-    with pytest.raises(DataError) as caught:
-        read_prompts(tmp_path / name)
-    assert all(word in str(caught.value) for word in words), str(caught.value)
-
-
 def test_missing_file_and_misspelt_source() -> None:
     with pytest.raises(DataError, match="no such file"):
         read_prompts("nowhere.jsonl")

@@ -111,58 +111,6 @@ def test_modules_beside_the_file_and_a_name_that_python_has(rewards, tmp_path: P
     assert rewards(text, file="string.py")(PROMPTS, RESPONSES) == [1.0, 1.0, 1.0]
 
 
-BAD = {
-    "raises": (
-        "def f(prompts, responses):\n    for r in responses:\n        if r == 'second': raise KeyError('no score')\n"
-        "    return [0.0] * len(responses)",
-        ["mine.py:f` raised KeyError: 'no score'", "sample 1: prompt 'q', response 'second'", "mine.py:3"],
-    ),
-    "exits": ("def f(responses): exec('exit()')", ["called exit(None)", "sample 0", "mine.py:1"]),
-    "dies": (
-        "import os\ndef f(responses):\n    if 'third one' in responses: os._exit(3)\n    return [0.0] * len(responses)",
-        ["the process of reward", "ended (exit code 3)", "sample 2: prompt 'r'"],
-    ),
-    "crashes": (
-        "import os\ndef f(responses):\n    if 'second' in responses: os.kill(os.getpid(), 11)\n"
-        "    return [0.0] * len(responses)",
-        ["ended (SIGSEGV)", "sample 1"],
-    ),
-    "no memory": (
-        "def f(responses): return [len(bytearray(2 ** 32))]",
-        ["ran out of memory", "memory_gib = 1", "sample 0"],
-    ),
-    "not a number": (
-        "def f(responses): return [float('nan') if r == 'second' else 1.0 for r in responses]",
-        ["returned nan", "sample 1: prompt 'q', response 'second'"],
-    ),
-    "none": ("def f(responses): return [1.0, None, 2.0]", ["returned None, which is no number", "sample 1"]),
-    "nothing": ("def f(responses): pass", ["returned None, not a list of numbers"]),
-    "one number": ("def f(responses): return 1.0", ["returned 1.0, not a list of numbers"]),
-    "too few": (
-        "def f(responses): return [1.0 for r in responses if r != 'second']",
-        ["returned 0 scores for 1 responses", "sample 1"],
-    ),
-    "a string": ("def f(responses): return '1' * len(responses)", ["returned '1', not a list of numbers", "sample 0"]),
-    "strings": ("def f(responses): return ['1', '2', '3']", ["returned '1', which is no number", "sample 0"]),
-    "a dict": ("def f(responses): return dict.fromkeys(responses, 1.0)", ["{'first': 1.0", "not a list"]),
-    "a huge int": ("def f(responses): return [0, 10 ** 400, 0]", ["which is no score", "sample 1"]),
-    "beyond float32": ("def f(responses): return [0, 1e308, 0]", ["1e+308, which float32 does not hold", "sample 1"]),
-    "another name": ("def f(texts, answers): pass", ["needs a parameter `texts`", "prompts, responses, completions"]),
-    "columns it has not": (
-        "def f(completions, answer, **kwargs): return [0.0] * len(completions)",
-        ["needs a parameter `answer`, which nothing provides", "bound by name"],
-    ),
-    "a file that does not load": ("import nothing_like_this", ["ModuleNotFoundError", "No module named 'nothing_like"]),
-    "a file that exits": ("raise SystemExit(0)", ["raised SystemExit"]),
-}
-
-
-@pytest.mark.parametrize(("text", "words"), BAD.values(), ids=BAD.keys())
-def test_functions_that_fail(rewards, text: str, words: list[str]) -> None:  # type: ignore[no-untyped-def]
-    said = str(error_of(rewards(text)))
-    assert all(word in said for word in words), said
-
-
 @pytest.mark.parametrize("policy", ["zero", "drop"])
 def test_a_sample_that_fails_has_no_score_where_the_run_goes_on(rewards, policy: str, capfd) -> None:  # type: ignore[no-untyped-def]
     text = "import os\ndef f(response):\n    if response == 'second': os._exit(3)\n    return len(response)"
