@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cost_models.candidates import Array, Flags
-from plans.layout import Layout, expert_of, model_units
+from plans.layout import Layout, expert_of, model_units, trained_units
 from plans.model import ModelSpec
 
 if TYPE_CHECKING:  # models with experts alone need it, and it is a third of the start of a command
@@ -31,7 +31,7 @@ Form = tuple[Slicing, int, int, int, int]  # slicing, ep, tp, GPUs in the mesh, 
 @dataclass(frozen=True, eq=False)
 class UnitSizes:
     """Elements of each unit that is no expert: cut by tensor parallelism, and held whole; and of one expert of the unit
-    (0 where it has none). Shapes [units]."""
+    (0 where it has none). Only what a reallocation moves counts. Shapes [units]."""
 
     sharded: Array
     replicated: Array
@@ -41,12 +41,13 @@ class UnitSizes:
 @lru_cache(maxsize=32)
 def unit_sizes(spec: ModelSpec) -> UnitSizes:
     """Sizes of a model's units in pipeline order."""
-    units = [unit for unit in model_units(spec) if expert_of(unit.name) is None]
-    expert = {unit.name: unit.replicated for unit in model_units(spec) if expert_of(unit.name) == 0}
+    units = [unit.name for unit in model_units(spec) if expert_of(unit.name) is None]
+    moved = {unit.name: unit for unit in trained_units(spec)}
+    expert = {name: unit.replicated for name, unit in moved.items() if expert_of(name) == 0}
     return UnitSizes(
-        sharded=np.array([u.sharded for u in units], dtype=np.float64),
-        replicated=np.array([u.replicated for u in units], dtype=np.float64),
-        expert=np.array([expert.get(f"{u.name}.expert.0", 0) for u in units], dtype=np.float64),
+        sharded=np.array([moved[name].sharded if name in moved else 0 for name in units], dtype=np.float64),
+        replicated=np.array([moved[name].replicated if name in moved else 0 for name in units], dtype=np.float64),
+        expert=np.array([expert.get(f"{name}.expert.0", 0) for name in units], dtype=np.float64),
     )
 
 

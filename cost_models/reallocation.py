@@ -190,7 +190,8 @@ class _Common:
 
     @classmethod
     def of(cls, sizes: UnitSizes, source: Contents, target: Contents) -> _Common:
-        each, has_experts = np.ones(len(sizes.expert)), (sizes.expert > 0).astype(np.float64)
+        each = (sizes.sharded + sizes.replicated > 0).astype(np.float64)
+        has_experts = (sizes.expert > 0).astype(np.float64)
         weights = np.stack([sizes.sharded, sizes.replicated, each, sizes.expert, has_experts])
         sharded, replicated, units, expert, blocks = (
             (source.stage_units * weight) @ target.stage_units.T for weight in weights

@@ -10,15 +10,17 @@ from types import MappingProxyType
 from plans.algorithms import ALGORITHMS, algorithm_graph
 from plans.checks import context_problems
 from plans.cluster import MOST_GPUS, ClusterSpec
+from plans.codec import lora_of
 from plans.errors import SpecError
 from plans.graph import MOST_STALENESS, DataflowGraph
 from plans.lengths import percentiles_of
 from plans.lengthsfile import lengths_file
 from plans.library import load_cluster, load_model
+from plans.lora import Lora
 from plans.model import ModelSpec
 from plans.problems import shortened
 from plans.runfile import RunFile, RunWorkload, load_run
-from plans.workload import Workload, role_spec
+from plans.workload import Workload, role_spec, with_lora
 
 PYTHON_REWARD_SECONDS = 1e-3
 MOST_SECONDS = 1e6
@@ -51,6 +53,7 @@ def build_request(
     *,
     models: Mapping[str, str],
     sizes: Mapping[str, int | str | bool | None] = MappingProxyType({}),
+    lora: Lora | None = None,
     cluster: str = "h100-80gb-sxm",
     gpus: int | None = None,
     gpus_per_node: int | None = None,
@@ -60,7 +63,8 @@ def build_request(
     lengths: Path | None = None,
 ) -> Request:
     """Flags over the run file's workload over the defaults. `models` are role -> name, empty where not given; `sizes`
-    are the other keys of `RunWorkload`, None where not given. `lengths`: a file that lengths are taken from."""
+    are the other keys of `RunWorkload`, None where not given. lora: adapters of the actor, in the place of the run
+    file's. `lengths`: a file that lengths are taken from."""
     check_range("--gpus", gpus, 1, MOST_GPUS, 8)
     check_range("--gpus-per-node", gpus_per_node, 1, MOST_GPUS, 8)
     check_range("--async", staleness, 0, MOST_STALENESS, 1)
@@ -75,7 +79,7 @@ def build_request(
     function = bool(file.reward) and "reward" not in names
     graph = replace(own_graph, staleness=staleness) if own_graph else _graph(wanted, function, staleness)
     specs = {role: role_spec(role, load_model(names.get(role, actor))) for role in graph.roles}
-    workload = _workload(graph, specs, wanted)
+    workload = _workload(graph, with_lora(graph, specs, lora or lora_of(wanted.lora)), wanted)
     for problem in context_problems(workload):
         raise SpecError(problem.message, problem.hint)
     return Request(workload=workload, cluster=load_cluster(cluster, gpus=gpus, gpus_per_node=gpus_per_node), run=run)

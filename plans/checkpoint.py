@@ -4,7 +4,8 @@ A checkpoint knows no layout. It is a set of *entries*: flat ranges of slices of
 `parts` of a parameter as `plans.layout` cuts it, flat in its own row-major order; a parameter that is not cut, and an
 expert's, is one slice. Ranges, because a distributed optimizer shards masters and moments by flat ranges that know no
 row. A parameter is seen as a grid of [rows, columns] of which every slice has all rows and a run of columns, so that
-the elements that two cuts have in common are at most a few rectangles.
+the elements that two cuts have in common are at most a few rectangles. The frozen base of a model with adapters is not
+in a checkpoint: it lies where the run has read it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 
-from plans.layout import EMBEDDING, Layout, Parameter, expert_of, model_units
+from plans.layout import EMBEDDING, Layout, Parameter, expert_of, trained_units
 from plans.model import ModelSpec
 
 
@@ -52,8 +53,8 @@ class Overlap:
 
 
 def parameters_of(spec: ModelSpec) -> dict[str, Parameter]:
-    """Every parameter of a model by name."""
-    return {parameter.name: parameter for unit in model_units(spec) for parameter in unit.parameters}
+    """Every parameter of a model that is trained, by name."""
+    return {parameter.name: parameter for unit in trained_units(spec) for parameter in unit.parameters}
 
 
 def grid_of(parameter: Parameter) -> tuple[int, int]:
@@ -86,10 +87,10 @@ def written(layout: Layout, rank: int, owned: Mapping[str, tuple[int, int]] | No
     alike is written by the first of them.
     """
     place = layout.places[rank]
-    units = {unit.name: unit for unit in model_units(layout.spec)}
+    units = {unit.name: unit for unit in trained_units(layout.spec)}
     entries = []
     for name in layout.rank_units(rank):
-        if name == EMBEDDING and place.pp > 0:
+        if name not in units or (name == EMBEDDING and place.pp > 0):
             continue
         for parameter in units[name].parameters:
             if parameter.axis is None and expert_of(name) is None and place.tp > 0:

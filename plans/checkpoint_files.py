@@ -273,7 +273,11 @@ def takeover_problems(checkpoint: Checkpoint, plan: ExecutionPlan) -> list[str]:
         found.insert(0, f"it trains {_listed(trained)}, the plan {_listed(ours.graph.trainers)}")
     else:
         for role in checkpoint.index.roles:
-            if replace(theirs.models[role], name="") != replace(ours.models[role], name=""):
+            there, here = (replace(workload.models[role], name="") for workload in (theirs, ours))
+            if there != here and there.base == here.base:
+                words = (spec.lora.words if spec.lora else "no adapters" for spec in (there, here))
+                found.insert(0, "`{}` has {} there and {} in the plan".format(role, *words))
+            elif there != here:
                 found.insert(0, f"`{role}` is another model there ({theirs.models[role].name})")
     return found
 

@@ -24,14 +24,15 @@ from plans.graph import DataflowGraph
 from plans.graphfile import file_of, graph_of, own_graph_problems
 from plans.lengths import keys_of, percentiles_of
 from plans.library import load_gpu, load_model, model_names
+from plans.lora import Lora
 from plans.model import Head, ModelSpec, Norm, Position
 from plans.plan import Estimate, ExecutionPlan, PlannedCall
-from plans.planfile import FORMAT, CallFile, ClusterFile, ModelFile, PlanFile, WorkloadFile
+from plans.planfile import FORMAT, CallFile, ClusterFile, LoraFile, ModelFile, PlanFile, WorkloadFile
 from plans.problems import Path_, Problem, blank_comments
 from plans.rope import scaling_of, values_of
 from plans.shapes import shape_problems
 from plans.strategy import KEYS, SETTINGS, ParallelStrategy, parse_degrees
-from plans.workload import Workload, role_spec
+from plans.workload import Workload, role_spec, with_lora
 
 LENGTHS = ("prompt_lengths", "response_lengths")
 T = TypeVar("T")
@@ -150,12 +151,15 @@ class _Reader:
         }
         if self.problems:
             return None
+        adapted = self.attempt("lora", ("workload", "lora"), lambda: with_lora(graph, models, lora_of(file.lora)))
+        if adapted is None:
+            return None
         apart = ("graph", "models", *LENGTHS)
         sizes = {f.name: getattr(file, f.name) for f in fields(Workload) if f.name not in apart}
         return self.attempt(
             "workload",
             ("workload", "minibatches"),
-            lambda: Workload(graph=graph, models=models, **sizes, **lengths),  # type: ignore[arg-type]
+            lambda: Workload(graph=graph, models=adapted, **sizes, **lengths),  # type: ignore[arg-type]
         )
 
     def graph(self, file: WorkloadFile) -> DataflowGraph | None:
@@ -190,6 +194,15 @@ class _Reader:
         if mesh is None or strategy is None:
             return None
         return PlannedCall(call=file.call, mesh=mesh, strategy=strategy, lag=file.lag)
+
+
+def lora_of(file: LoraFile | None) -> Lora | None:
+    """Adapters from their keys in a file; raises SpecError."""
+    return None if file is None else Lora(file.rank, file.alpha, tuple(file.targets))
+
+
+def _lora_file(lora: Lora | None) -> LoraFile | None:
+    return None if lora is None else LoraFile(rank=lora.rank, alpha=lora.alpha, targets=list(lora.targets))  # type: ignore[arg-type]
 
 
 def _model(model: str | ModelFile) -> ModelSpec:
@@ -271,6 +284,7 @@ def _workload_file(workload: Workload) -> dict[str, Any]:
         recompute_logprobs=not own and any(call.name == "actor_infer" for call in graph.calls),
         reward_seconds_per_sample=costs[0] if costs else None,
         models={},
+        lora=_lora_file(workload.lora),
         **lengths,
         **{f.name: getattr(workload, f.name) for f in fields(Workload) if f.name not in ("graph", "models", *LENGTHS)},
     )
@@ -280,14 +294,15 @@ def _workload_file(workload: Workload) -> dict[str, Any]:
 
 
 def _model_file(spec: ModelSpec) -> str | dict[str, Any]:
-    """The library name when the library means the same architecture, else the architecture."""
+    """The library name when the library means the same architecture, else the architecture; adapters aside."""
+    spec = spec.base
     if spec.name in model_names():
         named = load_model(spec.name)
         if spec in (named, named.with_value_head()):
             return spec.name
     data = asdict(spec) | {"rope_scaling": values_of(spec.rope_scaling) if spec.rope_scaling else None}
     tied = spec.head is Head.LM and spec.tied_embeddings
-    del data["head"]
+    del data["head"], data["lora"]
     defaults = {name: field.default for name, field in ModelFile.model_fields.items()}
     return {k: v for k, v in {**data, "tied_embeddings": tied}.items() if v != defaults.get(k)}
 

@@ -7,6 +7,10 @@ parameter is held whole by every rank that holds the unit. Tensor rank r of t ho
 sharded parameter, block by block (gate and up are two blocks of `linear_fc1`; a query group is kept whole because
 kv_heads % tp == 0), so that one fraction interval of a unit names the same data in every layout.
 Names and storage order are Megatron-core's at tp = 1. The cost model counts these bytes, the runtime sends them.
+
+With LoRA the weights of the model are *frozen*, and before each target stand the two parameters of its adapter,
+`lora_a` and `lora_b`, of which one is cut as the weight is: of a column-parallel linear B, of a row-parallel one A.
+What is not frozen is trained, moved between layouts and kept in checkpoints.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from plans.cluster import ClusterSpec, DeviceMesh
+from plans.lora import ADAPTERS, Lora
 from plans.model import Head, ModelSpec, Norm, Position
 from plans.strategy import ParallelStrategy
 
@@ -25,12 +30,13 @@ HEAD = "head"
 @dataclass(frozen=True, slots=True)
 class Parameter:
     """One parameter of a unit. `axis` is the sharded axis, None when replicated; `blocks` are equal parts of that
-    axis that are each cut by tp (2 for gate-and-up)."""
+    axis that are each cut by tp (2 for gate-and-up). `frozen`: adapters are trained in its place."""
 
     name: str
     shape: tuple[int, ...]
     axis: int | None = None
     blocks: int = 1
+    frozen: bool = False
 
     @property
     def size(self) -> int:
@@ -39,6 +45,11 @@ class Parameter:
         for extent in self.shape:
             total *= extent
         return total
+
+    @property
+    def adapter(self) -> bool:
+        """Whether it belongs to an adapter."""
+        return self.name.endswith(ADAPTERS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +161,37 @@ def expert_unit(layer: int, expert: int) -> str:
     return f"layer.{layer}.expert.{expert}"
 
 
+def _adapted(lora: Lora, parameters: tuple[Parameter, ...]) -> tuple[Parameter, ...]:
+    """The parameters of a block, frozen, and before each target those of its adapter."""
+    found = []
+    for parameter in parameters:
+        at, _, kind = parameter.name.rpartition(".")
+        if kind == "weight" and at.endswith(lora.targets):
+            (rows, cols), axis = parameter.shape, parameter.axis
+            found.append(Parameter(f"{at}.lora_a", (lora.rank, cols), 1 if axis == 1 else None))
+            found.append(Parameter(f"{at}.lora_b", (rows, lora.rank), 0 if axis == 0 else None, parameter.blocks))
+        found.append(replace(parameter, frozen=True))
+    return tuple(found)
+
+
+@lru_cache(maxsize=64)
+def trained_units(spec: ModelSpec) -> tuple[Unit, ...]:
+    """The units of a model that have parameters to train, with those alone: what training changes, what a reallocation
+    moves and a checkpoint keeps. Without LoRA they are `model_units`."""
+    if spec.lora is None:
+        return model_units(spec)
+    kept = (Unit(unit.name, tuple(p for p in unit.parameters if not p.frozen)) for unit in model_units(spec))
+    return tuple(unit for unit in kept if unit.parameters)
+
+
+def adapter_elements(spec: ModelSpec) -> tuple[int, int]:
+    """Elements of the adapters of one block: cut by tp, and whole on every rank; zero without LoRA."""
+    if spec.lora is None:
+        return 0, 0
+    block = trained_units(spec)[0]
+    return block.sharded, block.replicated
+
+
 @lru_cache(maxsize=64)
 def model_units(spec: ModelSpec) -> tuple[Unit, ...]:
     """Embedding, blocks (each followed by its experts) and head in pipeline order, with the padded vocabulary.
@@ -170,7 +212,10 @@ def model_units(spec: ModelSpec) -> tuple[Unit, ...]:
         blocks.append(Unit(layer_unit(i), _layer_parameters(spec, i)))
         experts = range(spec.experts if spec.has_experts(i) else 0)
         blocks += [Unit(expert_unit(i, e), _expert_parameters(spec, i, e)) for e in experts]
-    return (Unit(EMBEDDING, tuple(embedding)), *blocks, Unit(HEAD, tuple(head)))
+    units = (Unit(EMBEDDING, tuple(embedding)), *blocks, Unit(HEAD, tuple(head)))
+    if spec.lora is None:
+        return units
+    return tuple(Unit(unit.name, _adapted(spec.lora, unit.parameters)) for unit in units)
 
 
 @lru_cache(maxsize=1024)
@@ -313,6 +358,10 @@ class Layout:
             and self.spec == other.spec
             and held_slices(self.spec, self) == held_slices(other.spec, other)
         )
+
+    def same_base(self, other: Layout) -> bool:
+        """Whether every rank holds the same slices of the same model in both, adapters aside."""
+        return replace(self, spec=self.spec.base).same_weights(replace(other, spec=other.spec.base))
 
 
 def held_slices(spec: ModelSpec, cut: ParallelStrategy | Layout) -> tuple[int, int, int, int, tuple[int, ...]]:

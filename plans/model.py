@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from plans.errors import SpecError
+from plans.lora import Lora
 from plans.rope import LongRopeScaling, RopeScaling, YarnScaling
 
 MOST_EXPERTS = 200_000
@@ -64,6 +65,8 @@ class ModelSpec:
     numbers per token, and one key of `rotary_dim` numbers with positions that all heads share: generation caches both.
     Queries come out of `q_rank` numbers (0: of the hidden state). Values have `value_dim` numbers a head (0: head_dim).
     `sinks`: each head has a learned score that takes a part of the attention (GPT-OSS).
+    `lora`: the adapters that are trained in the place of the weights, which are frozen then; they are not among the
+    parameters that are counted here.
     """
 
     name: str
@@ -113,6 +116,7 @@ class ModelSpec:
     sinks: bool = False
     head: Head = Head.LM
     family: str = ""
+    lora: Lora | None = None
 
     def __post_init__(self) -> None:
         for field in ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "max_context"):
@@ -149,6 +153,18 @@ class ModelSpec:
             )
         if self.kv_rank and not self.rotary_dim:
             raise SpecError(f"model `{self.name}`: latent attention needs a rotary_dim", "rotary_dim 64, for example")
+        if self.lora is not None:
+            self._check_lora(self.lora)
+
+    def _check_lora(self, lora: Lora) -> None:
+        what = "experts" if self.experts else "latent attention" if self.kv_rank else ""
+        if what:
+            raise SpecError(f"lora: model `{self.name}` has {what}, whose weights take no adapters", "a dense model")
+        if self.head is Head.VALUE:
+            raise SpecError(f"lora: model `{self.name}` has a value head; only language models have adapters")
+        if lora.rank > self.hidden:
+            hint = f"rank {min(16, self.hidden)}, for example"
+            raise SpecError(f"lora: rank {lora.rank} is more than the hidden width {self.hidden} of {self.name}", hint)
 
     def _check_pairs(self, scaling: LongRopeScaling) -> None:
         for name in ("short_factor", "long_factor"):
@@ -293,4 +309,9 @@ class ModelSpec:
 
     def with_value_head(self) -> ModelSpec:
         """The same body with one scalar per token, as critic and reward models have."""
-        return replace(self, head=Head.VALUE, tied_embeddings=False)
+        return replace(self, head=Head.VALUE, tied_embeddings=False, lora=None)
+
+    @property
+    def base(self) -> ModelSpec:
+        """The model without adapters."""
+        return replace(self, lora=None) if self.lora else self

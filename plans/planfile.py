@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 from plans.cluster import FASTEST, MOST_GPUS
 from plans.config_keys import Size
 from plans.graph import MOST_STALENESS
+from plans.lora import MOST_ALPHA, MOST_RANK
 from plans.strategy import KEYS, SETTINGS, Setting
 from plans.workload import MOST_SAMPLES, MOST_TOKENS
 
@@ -128,6 +129,19 @@ class GraphFile(_Closed):
     sources: Annotated[list[Name], Field(max_length=MOST_CALLS)] = ["prompts"]
 
 
+Target = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
+
+
+class LoraFile(_Closed):
+    """Adapters that are trained in the place of the actor's weights. alpha: they count alpha / rank; default twice the
+    rank. targets: linear_qkv is q_proj, k_proj and v_proj, linear_proj o_proj, linear_fc1 gate_proj and up_proj,
+    linear_fc2 down_proj."""
+
+    rank: Annotated[int, Field(ge=1, le=MOST_RANK)]
+    alpha: Annotated[float, Field(gt=0, le=MOST_ALPHA, allow_inf_nan=False)] | None = None
+    targets: Annotated[list[Target], Field(min_length=1)] = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
+
+
 class WorkloadFile(_Closed):
     """What an iteration does: batch_size prompts, group_size samples each, in tokens. `graph` describes an algorithm
     that has no name in the library; staleness: iterations that generation runs ahead, exactly."""
@@ -151,6 +165,7 @@ class WorkloadFile(_Closed):
         float | None,
         Field(ge=0, le=1e6, allow_inf_nan=False, description="the reward is a Python function of this cost, no model"),
     ] = None
+    lora: LoraFile | None = None
     models: dict[str, str | ModelFile] = Field(description="role -> library name or architecture")
 
 

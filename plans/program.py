@@ -92,6 +92,22 @@ class Program:
         trainers = self.plan.workload.graph.trainers
         return {role: self.copy_of[call] for role, call in trainers.items()}
 
+    @cached_property
+    def base_owner(self) -> dict[str, str]:
+        """Copy -> the copy in whose storage its frozen weights lie, for every copy of a model with adapters and for
+        those of frozen models that hold the same slices of the same architecture on the same ranks: the first of them.
+
+        That the reference starts from the weights of the actor is taken for granted here; where the run file says
+        otherwise, each has its own. What waits in host memory shares with nobody.
+        """
+        trainers, found = self.plan.workload.graph.trainers, dict[str, str]()
+        able = [c for c in self.copies if c.layout.spec.lora or not (c.role in trainers or c.offload)]
+        for copy in able:
+            alike = [other for other in able if other.layout.same_base(copy.layout)]
+            if any(other.layout.spec.lora for other in alike):
+                found[copy.name] = alike[0].name
+        return found
+
     @property
     def max_lag(self) -> int:
         """Periods of prologue and epilogue."""

@@ -1,8 +1,9 @@
 """Reallocation: the fewest bytes that turn one layout of a model's parameters into another, as explicit moves.
 
 Pure and deterministic: every rank computes the same list from the two layouts and needs no negotiation. Data that
-a rank already holds is never sent. A slice that several ranks of one node need crosses the network once (round 0)
-and is relayed inside the node (round 1); senders are the least loaded holders, same node first.
+a rank already holds is never sent, nor is the frozen base of a model with adapters, which every copy has from the
+start. A slice that several ranks of one node need crosses the network once (round 0) and is relayed inside the node
+(round 1); senders are the least loaded holders, same node first.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from itertools import pairwise
 from math import lcm
 from typing import Any
 
-from plans.layout import Layout, Unit, fraction, model_units
+from plans.layout import Layout, Unit, fraction, trained_units
 
 WAVE_BYTES = 64 * 2**20
 """Most that a rank sends in a wave, and receives in one, to and from all its peers together."""
@@ -87,10 +88,12 @@ def reallocation(source: Layout, target: Layout, gpus_per_node: int) -> Realloca
     """Moves that give every rank of `target` its slices out of `source`. Total elements are the minimum: what
     the target ranks hold in `target` and do not hold in `source`."""
     grid = lcm(source.tp, target.tp)
-    units = {unit.name: unit for unit in model_units(target.spec)}
+    units = {unit.name: unit for unit in trained_units(target.spec)}
     local: list[tuple[int, Piece]] = []
     needs: dict[Piece, list[int]] = defaultdict(list)
     for name, ranks in target.holders.items():
+        if name not in units:  # it is frozen, and lies in every layout from the start
+            continue
         holding = set(source.holders[name])
         for rank in ranks:
             kept, missing = _split(source, target, name, rank, grid, rank in holding, bool(units[name].sharded))

@@ -42,6 +42,8 @@ def _header(plan: ExecutionPlan) -> str:
         f"{c.size} x {c.gpu.name} ({nodes})",
         "models: " + ", ".join(f"{role} {w.models[role].name}" for role in w.graph.roles),
     ]
+    if w.lora:
+        lines.append(f"actor trained through {w.lora.words}")
     if plan.estimate:
         e = plan.estimate
         lines.append(

@@ -60,6 +60,9 @@ def _reference(plan: ExecutionPlan, run: RunFile) -> None:
         message = f"reference.every has a frozen `{REFERENCE}` follow a trained `{ACTOR}`, and the plan has not both"
         raise RunFileError(message, "reference.every=0")
     actor, reference = models[ACTOR], models[REFERENCE]
+    if actor.lora:
+        message = f"`{ACTOR}` is trained through adapters, whose base `{REFERENCE}` is: it cannot follow them"
+        raise RunFileError(message, "reference.every=0, or a plan without lora")
     if replace(actor, name="") != replace(reference, name=""):
         message = f"`{REFERENCE}` ({reference.name}) is another model than `{ACTOR}` ({actor.name}), which it follows"
         raise RunFileError(message, "reference.every=0, or a reference of the actor's architecture")

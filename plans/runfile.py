@@ -18,6 +18,7 @@ from plans.documents import BadText, read_text, refuse
 from plans.errors import RealplanError
 from plans.hyperparameters import Above, Closed, Count, Dpo, Optimizer, Positive, Ppo
 from plans.plan import ExecutionPlan
+from plans.planfile import LoraFile
 from plans.problems import REFUSED, Path_, Problem, shortened
 from plans.shapes import shape_problems
 from plans.yaml_text import MOST_YAML_BYTES, Yaml, parse_yaml
@@ -54,6 +55,7 @@ class RunWorkload(Closed):
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     recompute_logprobs: bool = False
     allow_long: bool = False
+    lora: LoraFile | None = None
     models: dict[str, str] = Field(default_factory=dict)
 
 

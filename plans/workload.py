@@ -10,6 +10,7 @@ from typing import Any
 from plans.errors import SpecError
 from plans.graph import CallKind, DataflowGraph
 from plans.lengths import Lengths, Percentiles, percentiles_of
+from plans.lora import LORA_ROLE, Lora
 from plans.model import ModelSpec
 from plans.problems import shortened
 
@@ -37,6 +38,19 @@ def role_spec(role: str, spec: ModelSpec) -> ModelSpec:
     return spec.with_value_head() if role in VALUE_ROLES else spec
 
 
+def with_lora(graph: DataflowGraph, models: Mapping[str, ModelSpec], lora: Lora | None) -> dict[str, ModelSpec]:
+    """The models of a workload whose actor is trained through adapters; unchanged without. Raises SpecError where no
+    actor is trained."""
+    if lora is None:
+        return dict(models)
+    if LORA_ROLE not in graph.trainers:
+        raise SpecError(
+            f"lora: `{graph.name}` trains no `{LORA_ROLE}`; only its language model can have adapters",
+            "leave lora out, or an algorithm that trains one",
+        )
+    return {**models, LORA_ROLE: replace(models[LORA_ROLE], lora=lora)}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Workload:
     """One iteration's work.
@@ -44,7 +58,8 @@ class Workload:
     batch_size: prompts per iteration. group_size: samples per prompt. minibatches: optimizer steps per iteration.
     prompt_tokens, response_tokens: the longest prompt and response, tokens. How long they are: mean_prompt_tokens,
     mean_response_tokens (0: not given), or the percentiles prompt_lengths, response_lengths; with neither all reach the
-    maximum. `prompts` and `responses` are the distributions that follow. models: role -> architecture.
+    maximum. `prompts` and `responses` are the distributions that follow. models: role -> architecture, the actor's with
+    its adapters (`with_lora`).
     allow_long: samples may be longer than a model's context (`plans.checks.context_problems`).
     """
 
@@ -128,6 +143,11 @@ class Workload:
         prompts = self.prompts.draw(self.batch_size, seed)
         responses = self.responses.draw(self.samples, seed + 1)
         return tuple((prompts[i // self.group_size], tokens) for i, tokens in enumerate(responses))
+
+    @property
+    def lora(self) -> Lora | None:
+        """The actor's adapters."""
+        return self.models[LORA_ROLE].lora if LORA_ROLE in self.models else None
 
     @property
     def samples(self) -> int:

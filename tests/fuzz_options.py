@@ -45,7 +45,8 @@ COMMANDS = (
     f"search {MODEL} --pin actor_train.tp=4 --forbid *.pp>2 --same-mesh actor_generate,ref_infer --max-memory 72GiB",
     f"search {MODEL} --lengths lengths.txt --response-tokens 1024 --engine megatron+cuda-graphs --method mcmc",
     f"search {MODEL} --run run.yaml --async 1 --mean-response-tokens 200 --recompute-logprobs --json -v",
-    f"search {MODEL} --critic llama-13b --reward llama-7b --ref llama-7b --lengths metrics.jsonl --allow-long",
+    f"search {MODEL} --critic llama-13b --reward llama-7b --ref llama-7b --lengths metrics.jsonl --allow-long"
+    " --lora-rank 16 --lora-alpha 32",
     "check plan.json --engine megatron --json",
     "check plan.json --resume-from runs --allow-long",
     "estimate plan.json --what-if batch_size=16 --what-if response_tokens=16 --engine eager",

@@ -22,8 +22,9 @@ from plans.algorithms import algorithm_graph
 from plans.cluster import ClusterSpec, parse_mesh
 from plans.layout import Layout
 from plans.library import load_cluster, load_model
+from plans.lora import Lora
 from plans.strategy import ParallelStrategy, Recompute, parse_degrees
-from plans.workload import Workload
+from plans.workload import Workload, with_lora
 
 TABLE = FIXTURES / "costs" / "llama2-7b-h100.json"
 """A cost table of a made-up machine, as `realplan profile` writes it."""
@@ -41,6 +42,7 @@ class Case:
     gpu: str = "h100-80gb-sxm"
     mesh: str = "node 0"
     gpus: int = 8
+    lora: int = 0
     dtype: str = "bf16"
     settings: Mapping[str, Any] = field(default_factory=dict)
     sizes: Mapping[str, int] = field(default_factory=dict)
@@ -156,6 +158,9 @@ CASES: Mapping[str, Case] = {
     "generate/turbomind": generate("d4 t2 p1", engine="turbomind", **A100),
     "generate/real": generate("d1 t8 p2", engine="real", groups=2, **A100, **TWO),
     "generate/profiled": generate("d4 t2 p1", engine="table"),
+    "train/adapters": train("d2 t4 p2", lora=16, **TWO),
+    "train/adapters, tp alone": train("d2 t4 p1", lora=64, sequence_parallel=False, recompute=Recompute.FULL),
+    "generate/adapters": generate("d4 t2 p1", lora=16),
 }
 
 REALLOCATIONS: Mapping[str, tuple[str, tuple[str, str], tuple[str, str]]] = {
@@ -175,6 +180,7 @@ def figures(case: Case) -> dict[str, dict[str, float]]:
     spec = load_model(case.model)
     graph = algorithm_graph("ppo")
     models = {role: spec.with_value_head() if role in ("critic", "reward") else spec for role in graph.roles}
+    models = with_lora(graph, models, Lora(case.lora) if case.lora else None)
     workload = Workload(graph=graph, models=models, dtype=case.dtype, **case.sizes)
     settings = {"shard_optimizer": True} | dict(case.settings)
     strategy = ParallelStrategy(**parse_degrees(case.degrees), **settings)

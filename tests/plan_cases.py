@@ -11,10 +11,11 @@ from plans.algorithms import algorithm_graph
 from plans.checks import check_plan
 from plans.cluster import ClusterSpec, DeviceMesh, parse_mesh
 from plans.library import load_cluster, load_model
+from plans.lora import Lora
 from plans.plan import ExecutionPlan, PlannedCall
 from plans.runfile import RunFile
 from plans.strategy import ParallelStrategy, parse_degrees
-from plans.workload import Workload
+from plans.workload import Workload, with_lora
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TINY = FIXTURES / "tiny-llama"
@@ -38,6 +39,7 @@ def tiny_plan(
     order: Sequence[str] = CALLS,
     reward_model: bool = False,
     staleness: int = 0,
+    lora: Lora | None = None,
     **sizes: Any,
 ) -> ExecutionPlan:
     """A plan of the small model on a CPU node of `gpus` ranks.
@@ -54,9 +56,10 @@ def tiny_plan(
         recompute_logprobs=reward_model,
         staleness=staleness,
     )
+    models = {role: spec.with_value_head() if role in ("critic", "reward") else spec for role in graph.roles}
     workload = Workload(
         graph=graph,
-        models={role: spec.with_value_head() if role in ("critic", "reward") else spec for role in graph.roles},
+        models=with_lora(graph, models, lora),
         **({"batch_size": 8, "prompt_tokens": 8, "response_tokens": 8, "minibatches": 2, "dtype": "fp32"} | sizes),
     )
     calls = []

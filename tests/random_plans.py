@@ -16,16 +16,18 @@ from plans.checks import check_plan, divisors
 from plans.cluster import DeviceMesh
 from plans.graph import CallKind
 from plans.library import load_cluster, load_model
+from plans.lora import Lora
 from plans.model import ModelSpec
 from plans.plan import ExecutionPlan, PlannedCall
 from plans.runnable import run_problems
 from plans.strategy import ParallelStrategy, Recompute
-from plans.workload import Workload, role_spec
+from plans.workload import Workload, role_spec, with_lora
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a plan is of: an algorithm, an architecture, and how many iterations generation runs ahead.
+    """What a plan is of: an algorithm, an architecture, how many iterations generation runs ahead, and the rank of the
+    actor's adapters (0: it has none).
 
     `llama` has trained weights, and real prompts and responses; the others have random weights and prompts, and a
     reward model.
@@ -34,12 +36,14 @@ class Kind:
     algorithm: str
     model: str
     staleness: int = 0
+    rank: int = 0
 
 
 KINDS = (
     Kind("ppo", "llama"), Kind("grpo", "experts"), Kind("dpo", "llama"), Kind("rloo", "tied"), Kind("grpo", "llama", 1),
     Kind("remax", "normed"), Kind("ppo", "shared", 1), Kind("sft", "llama"), Kind("reinforce++", "windowed"),
     Kind("ppo", "biased", 1), Kind("reward-modelling", "llama"), Kind("ppo", "experts"), Kind("remax", "llama"),
+    Kind("grpo", "llama", rank=4), Kind("ppo", "windowed", 1, rank=3), Kind("dpo", "llama", rank=2),
 )  # fmt: skip
 PLAIN = ModelSpec(name="plain", layers=4, hidden=32, heads=4, kv_heads=4, head_dim=16, ffn=48, vocab=251)
 """A vocabulary that is padded for every tp."""
@@ -84,6 +88,7 @@ def workload_of(kind: Kind) -> Workload:
     )  # fmt: skip
     spec = load_model(str(TINY)) if trained else SPECS[kind.model]
     models = {role: role_spec(role, spec) for role in graph.roles}
+    models = with_lora(graph, models, Lora(kind.rank) if kind.rank else None)
     return Workload(graph=graph, models=models, batch_size=batch, group_size=group, **SIZES)
 
 

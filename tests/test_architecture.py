@@ -51,6 +51,7 @@ FLOORS = {
             "cluster",
             "rope",
             "config_keys",
+            "lora",
             "model",
             "decoder",
             "planned_families",

@@ -23,7 +23,8 @@ class BlockWidths:
     norms). cut: shared out over tp (query, key, value, attention output, both sides of the activation function).
     heads: attention heads, for the score matrix of unfused attention and the fp32 row statistics of flash attention.
     keys: keys and values. hidden: the residual stream. mlp: intermediate results of the MLP. norm_bytes: temporaries of
-    a norm, bytes per token, whole on every tp rank.
+    a norm, bytes per token, whole on every tp rank. adapters: what LoRA's linears keep between their two thin products,
+    whole on every tp rank.
     """
 
     stream: float
@@ -33,6 +34,7 @@ class BlockWidths:
     hidden: float
     mlp: float
     norm_bytes: float
+    adapters: float = 0.0
 
 
 def block_widths(spec: ModelSpec, *, fused_pointwise: bool, element: float = 2.0) -> BlockWidths:
@@ -63,6 +65,7 @@ def block_widths(spec: ModelSpec, *, fused_pointwise: bool, element: float = 2.0
         hidden=float(spec.hidden),
         mlp=widest,
         norm_bytes=_norm_bytes(spec, element, plain=plain_norm),
+        adapters=float(spec.lora.rank * len(spec.lora.targets)) if spec.lora else 0.0,
     )
 
 
@@ -96,7 +99,8 @@ def stored_block_bytes(widths: BlockWidths, case: TrainingCase, scores: Array, *
     softmax = widths.heads * scores * (2.0 * element + 1.0 if case.dropout else element)
     core = np.where(scores > 0, softmax, 4.0 * widths.heads)
     context = (case.cp - 1.0) * widths.keys if gathers_keys else np.where(case.cp > 1, widths.hidden, 0.0)
-    return (widths.stream * element + masks) / along + ((widths.cut + context) * element + core) / case.tp
+    whole = widths.adapters * element
+    return (widths.stream * element + masks) / along + ((widths.cut + context) * element + core) / case.tp + whole
 
 
 def kept_block_bytes(widths: BlockWidths, case: TrainingCase, *, gathers_keys: bool) -> Array:

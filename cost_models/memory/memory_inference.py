@@ -26,6 +26,12 @@ def weight_bytes(stage: StageParts, candidates: Candidates, element: float) -> A
     return (dense + stage.experts / candidates.ep) * element
 
 
+def adapter_bytes(stage: StageParts, candidates: Candidates, element: float) -> Array:
+    """Adapters of a rank in the run's precision."""
+    held: Array = (stage.adapters_cut / candidates.tp + stage.adapters_whole) * element
+    return held
+
+
 def kv_cache_bytes(
     spec: ModelSpec, candidates: Candidates, sequences: Array, tokens: Array | float, element: float
 ) -> Array:
@@ -110,8 +116,12 @@ def _fullest(
 
     def terms(stage: StageParts) -> MemoryTerms:
         logits = stage.vocabulary * bytes_per_logit
+        weights, base = weight_bytes(stage, candidates, element), none
+        if stage.frozen:
+            weights, base = adapter_bytes(stage, candidates, element), weights
         return MemoryTerms(
-            weights=weight_bytes(stage, candidates, element),
+            weights=weights,
+            base=base,
             gradients=none,
             masters=none,
             optimizer=none,

@@ -18,10 +18,12 @@ from plans.reallocation import buffer_bytes
 class MemoryTerms:
     """Memory of one call on its fullest rank; every field is an array over candidates, bytes.
 
-    weights: the copy that the call reads. gradients, masters (fp32 weights beside bf16 ones), optimizer (Adam moments):
-    training only. activations: stored for the backward pass, or alive in a forward pass. logits: vocabulary logits and
-    loss. kv_cache. workspace: temporaries of the fullest moment. communicators: NCCL buffers of the layout's groups.
-    reserve: allocator cache that nothing uses. host: host memory per GPU of what is offloaded.
+    weights: the copy that the call reads. base: frozen weights beside adapters, which are then the copy; it stays all
+    the time, and here counts for each call, though copies may share it (`Program.base_owner`). gradients, masters (fp32
+    weights beside bf16 ones), optimizer (Adam moments): training only. activations: stored for the backward pass, or
+    alive in a forward pass. logits: vocabulary logits and loss. kv_cache. workspace: temporaries of the fullest moment.
+    communicators: NCCL buffers of the layout's groups. reserve: allocator cache that nothing uses. host: host memory
+    per GPU of what is offloaded.
 
     Flags say which terms stay when the call is not running: `weights_stay` (trained home copy, frozen model that is not
     offloaded), `state_stays` (gradients, masters and optimizer, unless offloaded), `is_copy` (a trained model's weights
@@ -31,6 +33,7 @@ class MemoryTerms:
     """
 
     weights: Array
+    base: Array
     gradients: Array
     masters: Array
     optimizer: Array
@@ -48,7 +51,7 @@ class MemoryTerms:
     @property
     def resident_bytes(self) -> Array:
         """Alive on those GPUs all the time."""
-        weights = np.where(self.weights_stay, self.weights, 0.0)
+        weights = self.base + np.where(self.weights_stay, self.weights, 0.0)
         return weights + np.where(self.state_stays, self._state, 0.0) + self.communicators
 
     @property
@@ -95,6 +98,6 @@ class MemoryTerms:
         return self.resident_bytes + self.transient_bytes
 
     def terms(self) -> dict[str, Array]:
-        """Device memory by name, in the order of the fields."""
-        names = [f.name for f in fields(self) if f.name not in ("host", "weights_stay", "state_stays", "is_copy")]
-        return {name: getattr(self, name) for name in names}
+        """Device memory by name, in the order of the fields; the base where there is one."""
+        apart = ("host", "weights_stay", "state_stays", "is_copy", *(() if self.base.any() else ("base",)))
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}

@@ -32,9 +32,10 @@ HEAD_TEMPORARIES = 8.0
 
 @dataclass(frozen=True, eq=False)
 class StateBytes:
-    """Weights, gradients, masters and Adam moments of a rank, bytes."""
+    """Weights, gradients, masters and Adam moments of a rank, bytes; `base`: frozen weights beside adapters."""
 
     weights: Array
+    base: Array
     gradients: Array
     masters: Array
     optimizer: Array
@@ -45,15 +46,20 @@ def state_bytes(stage: StageParts, case: TrainingCase) -> StateBytes:
 
     Weights in the run's precision, fp32 gradients, fp32 masters (none when the run is fp32), two fp32 moments. zero 1
     shards masters and moments over dp x cp, those of experts over dp x cp x tp / ep; zero 3 shards everything, with the
-    fp32 masters as the only weights.
+    fp32 masters as the only weights. With LoRA all this is of the adapters; the base has weights alone.
     """
     dense = stage.sharded / case.tp + stage.replicated
     experts = stage.experts / case.ep
+    base = np.zeros_like(dense)
+    if stage.frozen:
+        base = dense * case.element / np.where(case.zero >= 3, case.replicas, 1.0)
+        dense = stage.adapters_cut / case.tp + stage.adapters_whole
     shards = np.where(case.zero >= 1, case.replicas, 1.0)
     sharded = dense / shards + experts / np.where(case.zero >= 1, case.replicas * case.tp / case.ep, 1.0)
     whole = np.where(case.zero >= 3, sharded, dense + experts)
     return StateBytes(
         weights=np.where(case.zero >= 3, 0.0, whole * case.element),
+        base=base,
         gradients=whole * FP32_BYTES,
         masters=sharded * np.where((case.element < FP32_BYTES) | (case.zero >= 3), FP32_BYTES, 0.0),
         optimizer=sharded * ADAM_BYTES,
@@ -143,10 +149,11 @@ def _loss(stage: StageParts, widths: BlockWidths, case: TrainingCase, habits: Me
     if habits.kept_logits:
         entries = np.minimum(entries, float(habits.kept_logits + habits.head_elements))
     stream = widths.hidden * case.element * (2.0 / np.where(case.sequence_parallel, case.tp, 1.0) + 2.0)
+    gradient = 0.0 if stage.frozen else widths.hidden * case.element
     return TrainingMoment(
         activations=np.zeros_like(rows),
         logits=(case.element + habits.logit_bytes) * entries + chunk,
-        workspace=np.where(has_head, stream * tokens + rows * widths.hidden * case.element, 0.0),
+        workspace=np.where(has_head, stream * tokens + rows * gradient, 0.0),
     )
 
 
@@ -162,6 +169,7 @@ def stage_terms(stage: StageParts, widths: BlockWidths, case: TrainingCase, habi
     stay = np.ones_like(case.tp, dtype=np.bool_)
     return MemoryTerms(
         weights=state.weights,
+        base=state.base,
         gradients=state.gradients,
         masters=state.masters,
         optimizer=state.optimizer,

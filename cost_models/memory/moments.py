@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from plans.cluster import GIB
-from plans.program import Program, Step, StepKind
+from plans.program import Copy, Program, Step, StepKind
 from plans.reallocation import buffer_bytes
 
 
@@ -89,8 +89,9 @@ def memory_profile(program: Program, calls: Mapping[str, CallMemory], context_by
     used = sorted({r for planned in plan.calls for r in plan.ranks(planned.call)})
     resident[used] += context_bytes
     for copy in program.copies:
+        resident[list(copy.layout.ranks)] += _base_bytes(program, calls, copy)
         if copy.home and not copy.offload:
-            resident[list(copy.layout.ranks)] += calls[copy.calls[0]].terms["weights"]
+            resident[list(copy.layout.ranks)] += _copy_bytes(program, calls, copy)
     for planned in plan.calls:
         resident[plan.ranks(planned.call)] += calls[planned.call].resident_bytes
     moments = []
@@ -140,12 +141,24 @@ def _at(
         if step.copy == copy.name or _alive(program, copy.name, step):
             if copy.home and not copy.offload:
                 continue
-            now[list(copy.layout.ranks)] += calls[copy.calls[0]].terms["weights"]
+            now[list(copy.layout.ranks)] += _copy_bytes(program, calls, copy)
     if step.kind is StepKind.CALL:
         now[program.plan.ranks(step.subject)] += calls[step.subject].transient_bytes
     else:
         now[list(step.ranks)] += _buffers(program, calls, step)
     return now
+
+
+def _copy_bytes(program: Program, calls: Mapping[str, CallMemory], copy: Copy) -> float:
+    """Bytes of a copy's weights per rank: of the adapters where it has some; none where all lies in another copy."""
+    shares = program.base_owner.get(copy.name, copy.name) != copy.name
+    return 0.0 if shares and not copy.layout.spec.lora else calls[copy.calls[0]].terms["weights"]
+
+
+def _base_bytes(program: Program, calls: Mapping[str, CallMemory], copy: Copy) -> float:
+    """Bytes per rank of the frozen base of a copy with adapters, where it does not lie in another copy."""
+    shares = program.base_owner.get(copy.name, copy.name) != copy.name
+    return 0.0 if shares else calls[copy.calls[0]].terms.get("base", 0.0)
 
 
 def _buffers(program: Program, calls: Mapping[str, CallMemory], step: Step) -> float:
@@ -170,7 +183,9 @@ def _terms_at(
     for copy in program.copies:
         here = (copy.home and not copy.offload) or step.copy == copy.name or _alive(program, copy.name, step)
         if here and rank in copy.layout.ranks:
-            terms[f"weights {copy.name}"] = calls[copy.calls[0]].terms["weights"]
+            terms[f"weights {copy.name}"] = _copy_bytes(program, calls, copy)
+        if rank in copy.layout.ranks:
+            terms[f"base {copy.name}"] = _base_bytes(program, calls, copy)
     if step.kind is StepKind.REALLOCATE and rank in step.ranks:
         terms[f"buffers {step.copy}"] = _buffers(program, calls, step)
     for planned in program.plan.calls:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from cost_models.candidates import Array
 from cost_models.stages import default_layers
-from plans.layout import Unit, layer_unit, model_units
+from plans.layout import Unit, layer_unit, model_units, trained_units
 from plans.model import Head, ModelSpec
 
 OPERATOR_RECOMPUTE = 3
@@ -95,19 +95,21 @@ def unit_elements(unit: Unit, experts: Sequence[Unit] = ()) -> Elements:
 @dataclass(frozen=True, slots=True)
 class ModelParts:
     """Elements of a model's units: blocks with experts where there are some, and blocks without; `head_inputs`:
-    vocabulary entries that the last stage computes per token."""
+    vocabulary entries that the last stage computes per token. adapters: of a block, None without LoRA; they are not in
+    the others."""
 
     embedding: Elements
     block: Elements
     dense: Elements
     head: Elements
     head_inputs: int
+    adapters: Elements | None = None
 
 
 @lru_cache(maxsize=64)
 def model_parts(spec: ModelSpec) -> ModelParts:
     """Elements of the units of `plans.layout`; every block of a kind has the same."""
-    units = model_units(spec)
+    units = model_units(spec.base)
     place = {unit.name: at for at, unit in enumerate(units)}
     blocks = {spec.has_experts(layer): place[layer_unit(layer)] for layer in reversed(range(spec.layers))}
     dense = blocks.get(False, blocks.get(True, 0))
@@ -118,6 +120,7 @@ def model_parts(spec: ModelSpec) -> ModelParts:
         dense=unit_elements(units[dense]),
         head=unit_elements(units[-1]),
         head_inputs=spec.padded_vocab if spec.head is Head.LM else 0,
+        adapters=unit_elements(trained_units(spec)[0]) if spec.lora else None,
     )
 
 
@@ -127,6 +130,9 @@ class StageParts:
 
     index: the stage. layers: blocks. embedding: elements of the input embedding, 0 on other stages. vocabulary: rows of
     the output projection, 0 on other stages. shapes, largest: of a block's matrices, see `Elements`.
+
+    With LoRA (`frozen`) adapters_cut and adapters_whole are what tp cuts and does not cut of the adapters, which alone
+    are trained: shapes and largest are of their matrices, and the embedding, whose gradient nobody asks for, is 0.
     """
 
     index: Array
@@ -138,6 +144,9 @@ class StageParts:
     vocabulary: Array
     shapes: float
     largest: float
+    adapters_cut: Array | float = 0.0
+    adapters_whole: Array | float = 0.0
+    frozen: bool = False
 
 
 def stage_parts(
@@ -159,14 +168,19 @@ def stage_parts(
         held: Array = sparse * getattr(parts.block, kind) + (layers - sparse) * getattr(parts.dense, kind)
         return held
 
+    adapters = parts.adapters
+    trained = [parts.block, parts.dense] if adapters is None else [adapters]
     return StageParts(
         index=pp - 1 if last else np.zeros_like(pp),
         layers=layers,
         sharded=blocks("sharded") + embeddings * parts.embedding.sharded + last_here * parts.head.sharded,
         replicated=blocks("replicated") + embeddings * parts.embedding.replicated + last_here * parts.head.replicated,
         experts=sparse * parts.block.experts,
-        embedding=first_here * float(parts.embedding.sharded),
+        embedding=first_here * float(parts.embedding.sharded if adapters is None else 0),
         vocabulary=last_here * float(parts.head_inputs),
-        shapes=max(parts.block.shapes, parts.dense.shapes),
-        largest=max(parts.block.largest, parts.dense.largest),
+        shapes=max(part.shapes for part in trained),
+        largest=max(part.largest for part in trained),
+        adapters_cut=layers * (adapters.sharded if adapters else 0.0),
+        adapters_whole=layers * (adapters.replicated if adapters else 0.0),
+        frozen=adapters is not None,
     )

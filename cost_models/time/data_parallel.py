@@ -11,11 +11,13 @@ from cost_models.engines.machine import Machine
 from cost_models.stages import stage_layers
 from cost_models.time import operations
 from cost_models.time.layer import LayerTime
+from plans.layout import adapter_elements
 from plans.model import Head, ModelSpec
 
 
 def rank_params(spec: ModelSpec, candidates: Candidates) -> Array:
-    """Parameters of the fullest rank: an inner stage with an embedding (and the head too, without a pipeline)."""
+    """Parameters of the fullest rank: an inner stage with an embedding (and the head too, without a pipeline); of a
+    model with adapters those that are trained, the adapters."""
     dense, experts = _held_params(spec, candidates)
     return dense + experts
 
@@ -24,6 +26,9 @@ def _held_params(spec: ModelSpec, candidates: Candidates) -> tuple[Array, Array]
     """The rank's share of what tp cuts, and its experts, which lie whole on the ranks that hold them."""
     c = candidates
     layers, _ = stage_layers(spec, c)
+    if spec.lora:
+        cut, whole = adapter_elements(spec)
+        return layers * (cut / c.tp + whole), np.zeros_like(c.tp)
     experts = float(spec.expert_params * spec.experts * spec.expert_layers / spec.layers)  # of a layer, in the mean
     vocabulary = float(spec.padded_vocab * spec.hidden)
     own_head = spec.head is Head.LM and not spec.tied_embeddings
@@ -86,7 +91,7 @@ def gradient_reduce(machine: Machine, spec: ModelSpec, candidates: Candidates, b
 def tied_embedding_reduce(machine: Machine, spec: ModelSpec, candidates: Candidates) -> Array:
     """Seconds to sum the gradients of tied embeddings of the first and the last stage (Narayanan et al. 2021)."""
     c = candidates
-    if not (spec.tied_embeddings and spec.head is Head.LM):
+    if not (spec.tied_embeddings and spec.head is Head.LM) or spec.lora:
         return np.zeros_like(c.pp)
     message = spec.padded_vocab * spec.hidden / c.tp * machine.constants.gradient_bytes
     two = np.full_like(c.pp, 2.0)
@@ -117,7 +122,8 @@ def weight_gather(machine: Machine, spec: ModelSpec, candidates: Candidates, lay
     if not constants.shards_weights:
         return np.zeros_like(size)
     gather = layer_gather(machine, spec, candidates)
-    message = spec.layer_params / candidates.tp * constants.gradient_bytes
+    trained = sum(adapter_elements(spec)) or spec.layer_params
+    message = trained / candidates.tp * constants.gradient_bytes
     both = gather + machine.kernels.reduce_scatter(message, size, per_node)
     return _exposed(machine, gather, layer.gpu) + _exposed(machine, both, after)
 

@@ -76,7 +76,26 @@ def tensor_parallel(machine: Machine, spec: ModelSpec, candidates: Candidates, t
     message, group = hidden_bytes(machine, spec, tokens), c.tensor_group
     whole = machine.kernels.all_reduce(message, *group)
     cut = machine.kernels.scattered_all_reduce(message, *group)
-    return 2.0 * np.where(c.sequence_parallel, cut, whole) * (1.0 - machine.constants.tensor_overlap)
+    hidden = 2.0 * np.where(c.sequence_parallel, cut, whole) * (1.0 - machine.constants.tensor_overlap)
+    return hidden + adapter_reduces(machine, spec, c, tokens) if spec.lora else hidden
+
+
+def adapter_reduces(machine: Machine, spec: ModelSpec, candidates: Candidates, tokens: Array) -> Array:
+    """Half the seconds that the adapters of a layer exchange over tp, forward and backward together.
+
+    Of a column-parallel linear the thin product [tokens, rank] is gathered and its gradient scattered under sequence
+    parallelism, else its gradient is summed. Of a row-parallel one the gradient of B [hidden, rank] is summed, under
+    sequence parallelism with all others once per step. All that is mostly latency.
+    """
+    assert spec.lora is not None
+    c, group = candidates, candidates.tensor_group
+    columns = sum(target in ("linear_qkv", "linear_fc1") for target in spec.lora.targets)
+    thin = float(spec.lora.rank * machine.element_bytes)
+    gathered = columns * machine.kernels.scattered_all_reduce(tokens * thin, *group)
+    product = columns * machine.kernels.all_reduce(tokens * thin, *group)
+    rows = len(spec.lora.targets) - columns
+    gradient = rows * machine.kernels.all_reduce(np.full_like(tokens, spec.hidden * thin), *group)
+    return 0.5 * np.where(c.sequence_parallel, gathered, product + gradient)
 
 
 def hidden_reduce(machine: Machine, spec: ModelSpec, candidates: Candidates, tokens: Array) -> Array:

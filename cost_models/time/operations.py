@@ -28,18 +28,44 @@ class Gemm:
 def linears(machine: Machine, spec: ModelSpec, tokens: Array, tp: Array, ep: Array) -> Array:
     """Seconds of the GEMMs of one layer, forward."""
     seconds = np.zeros_like(tokens)
-    for g in layer_gemms(spec, tokens, tp, ep):
+    for g in layer_gemms(spec, tokens, tp, ep) + adapter_gemms(spec, tokens, tp):
         seconds = seconds + machine.kernels.gemm(g.m, g.n, g.k) * g.count
     return seconds
 
 
 def linears_both_ways(machine: Machine, spec: ModelSpec, tokens: Array, tp: Array, ep: Array) -> tuple[Array, Array]:
-    """Seconds of the GEMMs of one layer: forward, and dgrad and wgrad of each."""
+    """Seconds of the GEMMs of one layer: forward, and dgrad and wgrad of each; of frozen weights the dgrad alone."""
     forward, backward = np.zeros_like(tokens), np.zeros_like(tokens)
-    for g in layer_gemms(spec, tokens, tp, ep):
+    frozen = layer_gemms(spec, tokens, tp, ep) if spec.lora else []
+    for g in adapter_gemms(spec, tokens, tp) if spec.lora else layer_gemms(spec, tokens, tp, ep):
         one, two = machine.kernels.gemm_and_backward(g.m, g.n, g.k)
         forward, backward = forward + one * g.count, backward + two * g.count
+    for g in frozen:
+        forward = forward + machine.kernels.gemm(g.m, g.n, g.k) * g.count
+        backward = backward + _dgrad(machine, g) * g.count
     return forward, backward
+
+
+def _dgrad(machine: Machine, g: Gemm) -> Array:
+    """Seconds of the gradient of a product's input, C[m, k]."""
+    return machine.kernels.gemm(g.m, g.k, g.n)
+
+
+def adapter_gemms(spec: ModelSpec, tokens: Array, tp: Array) -> list[Gemm]:
+    """The thin products of a layer's adapters on one GPU (Hu et al. 2021): to the rank, and from it. Of a
+    column-parallel linear tp cuts the second, of a row-parallel one the first."""
+    if spec.lora is None:
+        return []
+    rank, gates = float(spec.lora.rank), 2.0 if spec.gated_mlp else 1.0
+    whole = np.ones_like(tp)
+    sides = {  # in, out and what cuts them
+        "linear_qkv": (spec.hidden / whole, spec.qkv_width / tp),
+        "linear_proj": (spec.heads * spec.head_dim / tp, spec.hidden / whole),
+        "linear_fc1": (spec.hidden / whole, gates * spec.ffn / tp),
+        "linear_fc2": (spec.ffn / tp, spec.hidden / whole),
+    }
+    chosen = [sides[target] for target in spec.lora.targets]
+    return [gemm for into, out in chosen for gemm in (Gemm(tokens, rank, into), Gemm(tokens, out, rank))]
 
 
 def layer_gemms(spec: ModelSpec, tokens: Array, tp: Array, ep: Array) -> list[Gemm]:
@@ -135,12 +161,16 @@ def head(machine: Machine, spec: ModelSpec, tokens: Array, tp: Array) -> Array:
 
 
 def head_both_ways(machine: Machine, spec: ModelSpec, tokens: Array, tp: Array) -> tuple[Array, Array]:
-    """Seconds of the head, and of its dgrad and wgrad; a value head streams the hidden states once and twice."""
+    """Seconds of the head, and of its dgrad and wgrad (a frozen one has no wgrad); a value head streams the hidden
+    states once and twice."""
     if spec.head is Head.VALUE:
         forward = _value_head(machine, spec, tokens)
         return forward, forward * machine.constants.backward_gemm_ratio
     first, inverse = distinct(tokens, tp)
     widths = spec.padded_vocab / tp[first]
+    if spec.lora:
+        g = Gemm(tokens[first], widths, float(spec.hidden))
+        return machine.kernels.gemm(g.m, g.n, g.k)[inverse], _dgrad(machine, g)[inverse]
     forward, backward = machine.kernels.gemm_and_backward(tokens[first], widths, float(spec.hidden))
     return forward[inverse], backward[inverse]
 

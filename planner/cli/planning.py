@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cost_models.engines.engine import Engine
     from planner.measured import Ran
     from planner.request import Request
+    from plans.lora import Lora
 
 DEFAULT_CLUSTER = "h100-80gb-sxm"
 
@@ -37,6 +38,15 @@ def _inner(folder: Path, names: str, table: Path | None) -> Engine:
     if names == DEFAULT_ENGINE and table is None:
         names = planned_words(folder / PLAN)
     return engine_of(names, table)
+
+
+def _lora(rank: int | None, alpha: float | None) -> Lora | None:
+    """The adapters that the options ask for."""
+    from plans.lora import Lora
+
+    if rank is None and alpha is not None:
+        raise RealplanError(f"--lora-alpha {alpha:g} without --lora-rank", "--lora-rank 16, for example")
+    return None if rank is None else Lora(rank, alpha)
 
 
 def _request(graph: Path | None, sizes: Mapping[str, int | str | bool | None], **flags: Any) -> Request:
@@ -69,7 +79,8 @@ def search(
     group_size: words.GroupSize = None, prompt_tokens: words.PromptTokens = None,
     response_tokens: words.ResponseTokens = None, mean_response_tokens: words.MeanResponseTokens = None,
     lengths: words.LengthsPath = None, measured: words.MeasuredRun = None, minibatches: words.Minibatches = None,
-    dtype: words.Dtype = None, recompute_logprobs: words.RecomputeLogprobs = None, allow_long: AllowLong = False,
+    dtype: words.Dtype = None, recompute_logprobs: words.RecomputeLogprobs = None, lora_rank: words.LoraRank = None,
+    lora_alpha: words.LoraAlpha = None, allow_long: AllowLong = False,
     engine: EngineName = DEFAULT_ENGINE, table: TablePath = None, method: words.MethodName = "auto",
     seconds: words.Seconds = 10.0, seed: words.Seed = 0, pin: words.Pins = None, forbid: words.Forbidden = None,
     same_mesh: words.SameMesh = None, max_memory: words.MaxMemory = "", output: words.PlanTarget = Path("plan.json"),
@@ -87,11 +98,12 @@ def search(
         "dtype": dtype, "recompute_logprobs": recompute_logprobs, "allow_long": allow_long or None,
     }  # fmt: skip
     models = {"actor": model, "critic": critic, "reward": reward, "ref": ref}
-    flags = {"run": run, "graph": graph, "async": staleness, "lengths": lengths, "cluster": cluster != DEFAULT_CLUSTER}
+    flags = {"run": run, "graph": graph, "async": staleness, "lengths": lengths, "cluster": cluster != DEFAULT_CLUSTER,
+             "lora_rank": lora_rank}  # fmt: skip
     earlier = _ran(measured, engine, table, {**models, **sizes, **flags})
     request = earlier.request(gpus, gpus_per_node) if earlier else _request(
         graph, sizes, models=models, cluster=cluster, gpus=gpus, gpus_per_node=gpus_per_node, run=run,
-        staleness=staleness, lengths=lengths,
+        staleness=staleness, lengths=lengths, lora=_lora(lora_rank, lora_alpha),
     )  # fmt: skip
     calls = [call.name for call in request.workload.graph.model_calls]
     limits = parse_limits(pin or [], forbid or [], same_mesh or [], max_memory, calls)

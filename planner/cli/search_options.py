@@ -41,6 +41,8 @@ MeasuredRun = Annotated[
 ]
 Minibatches = Annotated[Count, whole("optimizer steps per iteration [4]")]
 Dtype = Annotated[str | None, typer.Option(help="bf16, fp16 or fp32 [bf16]")]
+LoraRank = Annotated[int | None, whole("train the actor through LoRA adapters of this rank")]
+LoraAlpha = Annotated[float | None, typer.Option(help="adapters count alpha / rank [twice the rank]")]
 RecomputeLogprobs = Annotated[
     bool | None, typer.Option("--recompute-logprobs", help="old log-probs in a call of their own")
 ]

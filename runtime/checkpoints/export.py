@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -14,15 +15,20 @@ from plans.checkpoint import Entry
 from plans.checkpoint_files import MASTER, Checkpoint, CheckpointError, find_whole, verify_files
 from plans.files import check_target
 from plans.layout import Parameter, model_units
+from plans.model import ModelSpec
 from plans.run_output import RUN
+from plans.runfile import RANDOM
 from runtime.checkpoints.read import CheckpointReader
 from runtime.weights.export import write_folder
+from runtime.weights.hf import random_parameter, whole_parameter
+from runtime.weights.hf_files import WeightFiles
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def export_checkpoint(place: Path, folder: Path, role: str = "", dtype: str = "") -> Checkpoint:
-    """Write the weights of a trained role (default: the first one) as a Hugging Face folder; the checkpoint used.
+    """Write the weights of a trained role (default: the first one) as a Hugging Face folder, adapters merged and beside
+    it (`runtime.weights.export`); the checkpoint used.
 
     place: a checkpoint, a folder of them or the output of a run, whose newest whole one is taken. dtype: bf16, fp16 or
     fp32; default: that of the plan which wrote it. What `folder` held goes to `NAME.1`. Raises RealplanError.
@@ -36,21 +42,43 @@ def export_checkpoint(place: Path, folder: Path, role: str = "", dtype: str = ""
     verify_files(checkpoint)
     spec = checkpoint.plan.workload.models[role]
     wanted = DTYPES[dtype or checkpoint.plan.workload.dtype]
-    write_folder(spec, wanted, _parameters(checkpoint, role, wanted), folder, _source(checkpoint, role))
+    run = yaml.safe_load((checkpoint.folder / RUN).read_text(encoding="utf-8"))
+    named = _weights(run, role)
+    source = Path(named) if named and os.path.isdir(named) else None
+    base = _base(spec, named, source, int(run.get("seed", 0))) if spec.lora else None
+    write_folder(spec, wanted, _parameters(checkpoint, role, wanted, base), folder, source)
     return checkpoint
 
 
-def _parameters(checkpoint: Checkpoint, role: str, dtype: torch.dtype) -> Iterator[tuple[Parameter, Tensor]]:
+def _parameters(
+    checkpoint: Checkpoint, role: str, dtype: torch.dtype, base: Callable[[Parameter], Tensor] | None
+) -> Iterator[tuple[Parameter, Tensor]]:
+    """Whole parameters in the order of `model_units`: trained ones from the checkpoint, others from `base`."""
     with CheckpointReader(checkpoint, role) as reader:
         for unit in model_units(checkpoint.plan.workload.models[role]):
             for parameter in unit.parameters:
-                whole = reader.read(Entry(parameter.name, 0, 1, 0, parameter.size), MASTER)
+                if parameter.frozen:
+                    assert base is not None
+                    whole = base(parameter)
+                else:
+                    whole = reader.read(Entry(parameter.name, 0, 1, 0, parameter.size), MASTER)
                 yield parameter, whole.view(parameter.shape).to(dtype)
 
 
-def _source(checkpoint: Checkpoint, role: str) -> Path | None:
-    """The folder that the run read the role's weights from, if it is still there: the tokenizer comes from it."""
-    run = yaml.safe_load((checkpoint.folder / RUN).read_text(encoding="utf-8"))
+def _base(spec: ModelSpec, named: str, source: Path | None, seed: int) -> Callable[[Parameter], Tensor]:
+    """What gives the frozen parameters of a model with adapters: the weights that its run began with."""
+    if named == RANDOM:
+        return lambda parameter: random_parameter(spec, parameter, seed)
+    if source is None:
+        message = f"the weights `{named}`, beside which the adapters were trained, are not there"
+        raise CheckpointError(message, "put the folder back to its place: a checkpoint holds adapters alone")
+    files = WeightFiles(source)
+    files.check(spec)
+    return lambda parameter: whole_parameter(files, spec, parameter)
+
+
+def _weights(run: dict[str, Any], role: str) -> str:
+    """What the run read the role's weights from: a folder, which has the tokenizer too, or `random`."""
     weights = run.get("weights", "")
-    named = weights if isinstance(weights, str) else weights.get(role) or weights.get("actor", "")
-    return Path(named) if named and os.path.isdir(Path(named)) else None
+    found = weights if isinstance(weights, str) else weights.get(role) or weights.get("actor", "")
+    return str(found)

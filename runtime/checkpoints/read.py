@@ -74,6 +74,8 @@ def restore(checkpoint: Checkpoint, trainers: Mapping[str, Trainer]) -> None:
         slices = {parameter.name: slice_of(layout, rank, parameter) for parameter, _ in named_shards(trainer.model)}
         with CheckpointReader(checkpoint, role) as reader:
             for parameter, held in named_shards(trainer.model):
+                if parameter.frozen:  # read from the folder of the weights, as at the start of a run
+                    continue
                 whole = _entry(parameter.name, slices, 0, held.numel())
                 held.data.copy_(reader.read(whole, MASTER).view_as(held))
 

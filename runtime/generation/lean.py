@@ -18,9 +18,12 @@ from torch import Tensor
 
 from runtime.generation.experts import expert_block
 from runtime.models.architecture import embedding_scale
+from runtime.models.lora import adapter_of
 from runtime.models.model import Model
 from runtime.passes.logprobs import capped_
 
+Adapter = Callable[[Tensor, Tensor], Tensor]
+"""(out, x) -> out + the product of a linear's adapter with x, in place (`adapter_of`)."""
 Attend = Callable[[int, Tensor], Tensor]
 """(local layer, queries with keys and values [tokens, kv_heads / tp, share + 2, dim], rotated) -> attention outputs
 [tokens, heads / tp x dim]. Of each kv head's `share + 2` vectors the last two are its key and its value."""
@@ -38,8 +41,10 @@ class _Block:
     local: bool
     qkv: Tensor
     qkv_bias: Tensor | None
+    qkv_adapter: Adapter
     out: Tensor
     out_bias: Tensor | None
+    out_adapter: Adapter
     mlp: Callable[[Tensor, Tensor], Tensor]
 
 
@@ -69,8 +74,10 @@ class LeanStage:
             local=attention.local,
             qkv=attention.linear_qkv.weight,
             qkv_bias=attention.linear_qkv.bias,
+            qkv_adapter=adapter_of(attention.linear_qkv),
             out=attention.linear_proj.weight,
             out_bias=attention.linear_proj.bias,
+            out_adapter=adapter_of(attention.linear_proj),
             mlp=self._mlp(layer.mlp),
         )
 
@@ -81,15 +88,16 @@ class LeanStage:
         first, second, config = mlp.linear_fc1, mlp.linear_fc2, self.model.config
         activation, gated, join = config.activation_func, config.gated_linear_unit, self._join
         norm = mlp.post_norm.forward if self.model.spec.norms_after else None
+        widen, narrow = adapter_of(first), adapter_of(second)
 
         def dense(residual: Tensor, x: Tensor) -> Tensor:
-            inner = F.linear(x, first.weight, first.bias)
+            inner = widen(F.linear(x, first.weight, first.bias), x)
             if gated:
                 gate, up = inner.chunk(2, -1)
                 inner = activation(gate).mul_(up)
             else:
                 inner = activation(inner)
-            return join(residual, inner, second.weight, second.bias, norm)
+            return join(residual, inner, second.weight, second.bias, narrow, norm)
 
         return dense
 
@@ -99,18 +107,20 @@ class LeanStage:
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        adapter: Adapter,
         norm: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """residual + a row-parallel linear layer, or the norm of it."""
+        """residual + a row-parallel linear layer, or the norm of it. Ranks add their part of an adapter's product
+        before the sum."""
         if norm is not None:
             part = F.linear(x, weight)
-            self._sum(part)
+            self._sum(adapter(part, x))
             return norm(part if bias is None else part.add_(bias)) + residual
         if self._group is None:
-            out = torch.addmm(residual, x, weight.t())
+            out = adapter(torch.addmm(residual, x, weight.t()), x)
         else:
             part = F.linear(x, weight)
-            self._sum(part)
+            self._sum(adapter(part, x))
             out = part.add_(residual)
         return out if bias is None else out.add_(bias)
 
@@ -151,7 +161,7 @@ class LeanStage:
         shape = (len(hidden), self.kv_heads, self.share + 2, self.dim)
         for index, block in enumerate(self.blocks):
             normed = hidden if block.input_norm is None else block.input_norm(hidden)
-            qkv = F.linear(normed, block.qkv, block.qkv_bias).view(shape)
+            qkv = block.qkv_adapter(F.linear(normed, block.qkv, block.qkv_bias), normed).view(shape)
             cos, sin = rotation[:, 2 * block.local], rotation[:, 2 * block.local + 1]
             turned = qkv[:, :, : self.share + 1]
             if block.query_norm is not None and block.key_norm is not None:
@@ -161,7 +171,8 @@ class LeanStage:
             turned = turned[..., : self.rotated]
             swapped = turned.roll(self.rotated // 2, -1)
             turned.mul_(cos).addcmul_(swapped, sin)
-            hidden = self._join(hidden, attend(index, qkv), block.out, block.out_bias, block.attention_norm)
+            attended, adapter = attend(index, qkv), block.out_adapter
+            hidden = self._join(hidden, attended, block.out, block.out_bias, adapter, block.attention_norm)
             hidden = block.mlp(hidden, hidden if block.mlp_norm is None else block.mlp_norm(hidden))
         return hidden
 

@@ -11,6 +11,7 @@ from plans.plan import ExecutionPlan
 from plans.program import Program, Step, StepKind, compile_program
 from plans.reallocation import reallocation
 from plans.render import rank_ranges
+from plans.runfile import RunFile
 from plans.workload import Workload
 
 
@@ -37,6 +38,19 @@ def batch_words(plan: ExecutionPlan) -> Iterator[str]:
         yield (
             f"  {planned.call:<16} {what} {samples} / dp {s.dp}{cut}  on {planned.mesh.text(plan.cluster)}, {s.degrees}"
         )
+
+
+def base_words(plan: ExecutionPlan, run: RunFile) -> Iterator[str]:
+    """Where the plan counts the base of a model with adapters once, and the run file makes two of it."""
+    program = compile_program(plan)
+    roles = {copy.name: copy.role for copy in program.copies}
+    for copy, owner in program.base_owner.items():
+        ours, theirs = roles[copy], roles[owner]
+        if run.weights_of(ours) != run.weights_of(theirs):
+            yield (
+                f"note: `{ours}` starts from other weights than `{theirs}`, so that they cannot share them: more memory"
+                " is needed than the plan says"
+            )
 
 
 def program_words(plan: ExecutionPlan) -> Iterator[str]:

@@ -74,8 +74,9 @@ def held_output(plan: ExecutionPlan, run: RunFile, *, goes_on: bool = False) -> 
         yield moved
     finally:
         for weights in (exported_role(plan), BEST):
-            with suppress(OSError):
-                shutil.rmtree(partial_export(output, weights))
+            for made in (weights, f"{weights}-adapter"):
+                with suppress(OSError):
+                    shutil.rmtree(partial_export(output, made))
         os.close(descriptor)
 
 
@@ -112,6 +113,7 @@ def _is_of_a_run(output: Path) -> bool:
 def _set_aside(plan: ExecutionPlan, output: Path) -> Path | None:
     """Move what a run writes out of its way. The plan and the run file are copied: other ranks may be reading them."""
     role = exported_role(plan)
+    weights = (name for made in (role, BEST) for name in (made, f"{made}-adapter"))
     if _is_of_a_run(output) and not (output / METRICS).stat().st_size and not os.path.lexists(output / role):
         return None  # it failed before its first iteration
     moving = [
@@ -120,7 +122,7 @@ def _set_aside(plan: ExecutionPlan, output: Path) -> Path | None:
         SAMPLES,
         EVALUATIONS,
         PAGE,
-        *([role, BEST, CHECKPOINTS, EVENTS] if _is_of_a_run(output) else []),
+        *([*weights, CHECKPOINTS, EVENTS] if _is_of_a_run(output) else []),
     ]
     moving = [name for name in moving if os.path.lexists(output / name)]
     copied = [name for name in (PLAN, RUN) if os.path.isfile(output / name)]

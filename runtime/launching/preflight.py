@@ -111,7 +111,7 @@ def _check_tensors(folder: Path, spec: ModelSpec) -> None:
 def _differences(found: ModelSpec, planned: ModelSpec) -> dict[str, tuple[Any, Any]]:
     """Fields of the architecture that differ; a value head replaces whatever head the folder has."""
     free = {"name", "head", "max_context"} | ({"tied_embeddings"} if planned.head is Head.VALUE else set())
-    theirs, ours = asdict(found), asdict(planned)
+    theirs, ours = asdict(found), asdict(planned.base)
     return {k: (theirs[k], ours[k]) for k in ours if k not in free and theirs[k] != ours[k]}
 
 

@@ -13,7 +13,7 @@ from plans.plan import ExecutionPlan
 from plans.run_checks import check_run
 from plans.runfile import RunFile
 from runtime.checkpoints.resume import Start, choose_start
-from runtime.launching.describe import batch_words, program_words
+from runtime.launching.describe import base_words, batch_words, program_words
 from runtime.launching.entry import prepare_ranks
 from runtime.launching.output import check_output
 from runtime.launching.preflight import (
@@ -74,6 +74,8 @@ def prepare(path: Path, overrides: list[str], run_path: Path | None, words: Word
     _describe(plan, words, first)
     check_supported(plan)
     check_weights(plan, run)
+    for line in base_words(plan, run) if first else ():
+        print(line, file=sys.stderr)
     check_packages()
     check_trackers(run)
     check_devices(plan, None if member is None else member.world)

@@ -13,6 +13,7 @@ from torch import Tensor
 from plans.layout import Layout
 from plans.model import Head, ModelSpec, Norm
 from plans.strategy import Recompute
+from runtime.models.lora import LoraColumnLinear, LoraRowLinear, freeze
 from runtime.models.mcore import (
     MLP,
     AttnMaskType,
@@ -153,8 +154,18 @@ def _head_norm(spec: ModelSpec, heads: int, groups: Any) -> Any:
     return _norm(spec)
 
 
+def _linear(spec: ModelSpec, name: str, own: Any, adapted: Any) -> Any:
+    """The class of a linear layer: Megatron's own, or the one with an adapter."""
+    if spec.lora is None or name not in spec.lora.targets:
+        return own
+    return ModuleSpec(module=adapted, params={"lora": spec.lora})
+
+
 def _mlp(spec: ModelSpec, groups: Any) -> Any:
-    linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    linear = MLPSubmodules(
+        linear_fc1=_linear(spec, "linear_fc1", ColumnParallelLinear, LoraColumnLinear),
+        linear_fc2=_linear(spec, "linear_fc2", RowParallelLinear, LoraRowLinear),
+    )
     if not spec.experts and spec.norms_after:
         own = {"post_norm": _norm(spec), "tp_group": groups.tp}  # the group is given to Megatron's own class alone
         return ModuleSpec(module=PostNormMLP, params=own, submodules=linear)
@@ -172,10 +183,13 @@ def _mlp(spec: ModelSpec, groups: Any) -> Any:
 def _layer(spec: ModelSpec, first: int, groups: Any) -> Any:
     before = _norm(spec) if spec.norms_before else IdentityOp
     after = _norm(spec) if spec.norms_after else None
+    projection: Any = ColumnParallelLinear
+    if spec.lora is not None and "linear_qkv" in spec.lora.targets:
+        projection = partial(LoraColumnLinear, lora=spec.lora)
     attention = SelfAttentionSubmodules(
-        linear_qkv=ColumnParallelLinear,
+        linear_qkv=projection,
         core_attention=partial(Attention, spec=spec),
-        linear_proj=RowParallelLinear,
+        linear_proj=_linear(spec, "linear_proj", RowParallelLinear, LoraRowLinear),
         q_layernorm=_head_norm(spec, spec.heads, groups),
         k_layernorm=_head_norm(spec, spec.kv_heads, groups),
     )
@@ -226,4 +240,6 @@ def build_chunk(layout: Layout, config: Any, groups: Any, index: int) -> Any:
             # Megatron counts them to the dense weights when ep is 1; but tp ranks do not cut them, and with sequence
             # parallelism each sees other tokens, so that their gradients must be summed over tp as well.
             parameter.allreduce = False
+    if spec.lora is not None:
+        freeze(chunk)
     return chunk

@@ -132,6 +132,15 @@ def alias_parameters(source: Model, view: Model) -> None:
             parameter.requires_grad_(False)
 
 
+def share_base(source: Model, view: Model) -> None:
+    """Let `view` use the frozen weights of `source`, or those that `source` has beside its adapters. Both hold the same
+    slices of one model (`Layout.same_base`)."""
+    theirs = {parameter.name: held for parameter, held in named_shards(source) if not parameter.adapter}
+    for parameter, held in named_shards(view):
+        if not parameter.adapter:
+            held.data = theirs[parameter.name].data
+
+
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor on another device; in host memory it is pinned when it comes from a GPU."""
     if tensor.is_cuda and device.type == "cpu":

@@ -71,7 +71,8 @@ def make_optimizer(model: Model, chunks: Sequence[Any], settings: AdamSettings, 
     )
     parts = []
     for experts in (False, True):
-        parameters = [p for chunk in chunks for p in chunk.parameters() if is_expert(p) is experts]
+        trained = (p for chunk in chunks for p in chunk.parameters() if p.requires_grad)
+        parameters = [p for p in trained if is_expert(p) is experts]
         if parameters:
             parts.append(_part(model, chunks, _adam(parameters, settings, experts), config, sharded, experts))
     return parts[0] if len(parts) == 1 else ChainedOptimizer(parts)

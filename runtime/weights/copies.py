@@ -1,6 +1,8 @@
 """The weights on this rank: one set per copy of the program, and the models that compute with them.
 
-A home copy lives for the whole run. Another copy has storage only between its reallocation and its release. Calls that
+A home copy lives for the whole run. Another copy has storage only between its reallocation and its release; where the
+model has adapters, that of the adapters alone, while the frozen base stays in every copy, and copies that hold the same
+slices of the same base share it (`Program.base_owner`). Calls that
 share a copy but not how they cut tokens (training with sequence or context parallelism, generation without) see it
 through models of their own whose parameters alias the copy's.
 """
@@ -21,7 +23,15 @@ from plans.program import Copy, Program
 from plans.runfile import RANDOM
 from runtime.groups import GroupCache
 from runtime.job import Job
-from runtime.models.model import Model, alias_parameters, build_model, moved, named_shards, nonfinite_parameter
+from runtime.models.model import (
+    Model,
+    alias_parameters,
+    build_model,
+    moved,
+    named_shards,
+    nonfinite_parameter,
+    share_base,
+)
 from runtime.passes.training import Trainer
 from runtime.weights.hf import load_weights, random_weights
 from runtime.weights.reallocate import Moved, Reallocator
@@ -54,8 +64,11 @@ class Copies:
     def _make(self, copy: Copy) -> None:
         base = self._build(copy.calls[0])
         self._base[copy.name] = base
-        if copy.home:
+        if copy.home or base.spec.lora:
             self._fill(base, copy.role)
+        owner = self._program.base_owner.get(copy.name, copy.name)
+        if owner != copy.name and self._same_weights(owner, copy):
+            share_base(self._base[owner], base)
         training = self._job.plan.workload.graph.trainers.get(copy.role)
         if copy.home and training is not None:
             strategy = self._job.plan.planned(training).strategy
@@ -86,9 +99,15 @@ class Copies:
         if weights == RANDOM:
             random_weights(model, self._job.run.seed)
         else:
-            load_weights(model, Path(weights), trained=role in self._job.plan.workload.graph.trainers)
+            trained = role in self._job.plan.workload.graph.trainers
+            load_weights(model, Path(weights), trained=trained, seed=self._job.run.seed)
         if name := nonfinite_parameter(model):
             raise RealplanError(f"weights `{weights}` of `{role}` hold a number that is not finite: {name}")
+
+    def _same_weights(self, owner: str, copy: Copy) -> bool:
+        """Whether a copy begins with the weights of the copy that its base may lie in."""
+        role = next(other.role for other in self._program.copies if other.name == owner)
+        return self._job.run.weights_of(role) == self._job.run.weights_of(copy.role)
 
     def _view(self, copy: Copy, call: str) -> Model:
         base = self._base[copy.name]
@@ -110,7 +129,7 @@ class Copies:
         return self._reallocator.run(home.layout, copy.layout, have, want)
 
     def release(self, copy: Copy) -> None:
-        """Free the storage of a copy; its models stay."""
+        """Free the storage of a copy, the frozen base of a model with adapters apart; its models stay."""
         storages = self._storages(copy)
         self._sizes[copy.name] = [storage.nbytes() for storage in storages]
         for storage in storages:
@@ -191,10 +210,11 @@ class Copies:
         trainer.offload()
 
     def _parameters(self, copy: Copy) -> Iterable[Tensor]:
-        return [parameter for _, parameter in named_shards(self._base[copy.name])]
+        return [held for parameter, held in named_shards(self._base[copy.name]) if not parameter.frozen]
 
     def _storages(self, copy: Copy) -> list[torch.UntypedStorage]:
         return [parameter.untyped_storage() for parameter in self._parameters(copy)]
 
     def _shards(self, copy: Copy) -> dict[str, Tensor]:
-        return {parameter.name: held.data for parameter, held in named_shards(self._base[copy.name])}
+        shards = named_shards(self._base[copy.name])
+        return {parameter.name: held.data for parameter, held in shards if not parameter.frozen}

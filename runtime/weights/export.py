@@ -26,6 +26,7 @@ from plans.layout import EMBEDDING, Layout, Parameter, expert_of, model_units
 from plans.model import Head, ModelSpec
 from runtime.models.model import Model, named_shards
 from runtime.models.shards import unshard
+from runtime.weights.adapters import adapter_folder, join_stages, merged, write_stage
 from runtime.weights.hf_files import INDEX, SINGLE, WeightsError
 from runtime.weights.hf_names import hf_names, hf_shape, split
 
@@ -39,7 +40,7 @@ _BESIDE_WEIGHTS = (
 @torch.no_grad()
 def export(model: Model, folder: Path, source: Path | None = None, shard_bytes: int = SHARD_BYTES) -> None:
     """Write a model as a Hugging Face folder that takes the place of `folder` in one move; what was there goes to
-    `NAME.1`.
+    `NAME.1`. Adapters are merged into the weights, and written to `NAME-adapter` beside it as well.
 
     Tokenizer files, and what `config.json` holds beyond the architecture, come from the folder `source`. Collective
     over the ranks of the first replica (dp = 0) and of the first run of experts; others return at once. The ranks must
@@ -51,23 +52,62 @@ def export(model: Model, folder: Path, source: Path | None = None, shard_bytes: 
                 pass
         return
     root = model.place.tp == 0 and model.first_stage
-    partial = folder.with_name(f".{folder.name}.partial")
     if root:
         with _writing(folder):
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            _make_empty(model.spec, folder)
     dist.barrier(model.groups.mp)
     dtype = model.config.params_dtype
     files = weight_files(model.layout, dtype.itemsize, shard_bytes)
     with _writing(folder):
-        _write_weights(model.spec, _whole_parameters(model), partial, files)
+        _write_stage(model.spec, _whole_parameters(model), folder, files, model.place.pp)
     dist.barrier(model.groups.mp)
     if root:
         with _writing(folder):
-            _write_index(model.spec, dtype, partial, files)
-            _write_config(model.spec, dtype, partial, source)
-            _replace(folder, partial)
+            _complete(model.spec, dtype, folder, files, source)
     dist.barrier(model.groups.mp)
+
+
+def partial_of(folder: Path) -> Path:
+    """Where a folder stands before it is whole."""
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def _folders(spec: ModelSpec, folder: Path) -> list[Path]:
+    """What an export makes: the adapter, where there is one, and the model."""
+    return [adapter_folder(folder), folder] if spec.lora else [folder]
+
+
+def _make_empty(spec: ModelSpec, folder: Path) -> None:
+    for made in map(partial_of, _folders(spec, folder)):
+        shutil.rmtree(made, ignore_errors=True)
+        made.mkdir(parents=True)
+
+
+def _write_stage(
+    spec: ModelSpec,
+    parameters: Iterable[tuple[Parameter, Tensor]],
+    folder: Path,
+    files: dict[str, list[Parameter]],
+    stage: int = 0,
+) -> None:
+    """Write a stage's weights, and its adapters, which are merged into them."""
+    adapters: dict[str, Tensor] = {}
+    _write_weights(spec, merged(spec, parameters, adapters), partial_of(folder), files)
+    if adapters:
+        write_stage(partial_of(adapter_folder(folder)), stage, adapters)
+
+
+def _complete(
+    spec: ModelSpec, dtype: torch.dtype, folder: Path, files: dict[str, list[Parameter]], source: Path | None
+) -> None:
+    """Write what goes with the weights, and give the folders their names."""
+    partial = partial_of(folder)
+    if spec.lora:
+        join_stages(spec, partial_of(adapter_folder(folder)), source)
+    _write_index(spec, dtype, partial, files)
+    _write_config(spec, dtype, partial, source)
+    for made in _folders(spec, folder):
+        _replace(made, partial_of(made))
 
 
 @contextmanager
@@ -92,23 +132,20 @@ def write_folder(
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """The same folder from whole parameters in host memory, in the order of `model_units`. Not collective."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
         with _writing(folder):
-            partial.mkdir(parents=True)
+            _make_empty(spec, folder)
             files = weight_files(Layout(spec, (0,)), dtype.itemsize, shard_bytes)
-            _write_weights(spec, parameters, partial, files)
-            _write_index(spec, dtype, partial, files)
-            _write_config(spec, dtype, partial, source)
-            _replace(folder, partial)
+            _write_stage(spec, parameters, folder, files)
+            _complete(spec, dtype, folder, files, source)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        for made in _folders(spec, folder):
+            shutil.rmtree(partial_of(made), ignore_errors=True)
 
 
 def weight_files(layout: Layout, element_bytes: int, shard_bytes: int = SHARD_BYTES) -> dict[str, list[Parameter]]:
     """File name -> the parameters it holds: runs of each stage of at most `shard_bytes`. Needs no communication."""
-    units = {unit.name: unit for unit in model_units(layout.spec)}
+    units = {unit.name: unit for unit in model_units(layout.spec.base)}
     runs: list[list[Parameter]] = []
     for stage in range(layout.pp):
         size = 0

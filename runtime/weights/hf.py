@@ -19,9 +19,10 @@ INITIAL_STD = 0.02
 
 
 @torch.no_grad()
-def load_weights(model: Model, folder: Path, *, trained: bool = True) -> None:
-    """Fill a model from a Hugging Face folder. A value head that the folder lacks starts from zero, unless it is not
-    `trained`: then it would give zero for everything, and WeightsError says so.
+def load_weights(model: Model, folder: Path, *, trained: bool = True, seed: int = 0) -> None:
+    """Fill a model from a Hugging Face folder; adapters begin as `random_weights` has them. A value head that the
+    folder lacks starts from zero, unless it is not `trained`: it would give zero for everything, and WeightsError says
+    so.
 
     Raises WeightsError unless the folder has exactly the model's tensors, in their shapes (`Checkpoint.check`). Not
     collective.
@@ -33,6 +34,9 @@ def load_weights(model: Model, folder: Path, *, trained: bool = True) -> None:
         message = f"`{folder}` has no value head ({', '.join(VALUE_HEADS)}): as a model that is not trained it scores 0"
         raise WeightsError(message, "a folder of a reward model, such as reward-modelling writes")
     for parameter, target in named_shards(model):
+        if parameter.adapter:
+            target.copy_(shard(parameter, random_parameter(spec, parameter, seed), model.layout.tp, place.tp))
+            continue
         names = hf_names(spec, parameter.name)
         if names == (SCORE,):
             names = tuple(name for name in VALUE_HEADS if checkpoint.find(name))[:1]
@@ -43,11 +47,19 @@ def load_weights(model: Model, folder: Path, *, trained: bool = True) -> None:
         target.copy_(join(spec, parameter, parts, model.layout.tp, place.tp))
 
 
+def whole_parameter(files: WeightFiles, spec: ModelSpec, parameter: Parameter) -> Tensor:
+    """A whole parameter of a language model from the tensors of a Hugging Face folder."""
+    names = hf_names(spec, parameter.name)
+    parts = [files.tensor(name, hf_shape(spec, parameter, i)) for i, name in enumerate(names)]
+    return join(spec, parameter, parts, 1, 0)
+
+
 @torch.no_grad()
 def random_weights(model: Model, seed: int) -> None:
     """Fill a model with weights that depend on the seed and the parameter's name alone, not on the layout.
 
-    Matrices are normal with standard deviation 0.02, norms one, biases and padding rows of the vocabulary zero.
+    Matrices are normal with standard deviation 0.02, norms one, biases and padding rows of the vocabulary zero. Of an
+    adapter B is zero and A uniform up to 1 / sqrt(in), as `peft` begins.
     """
     for parameter, target in named_shards(model):
         whole = random_parameter(model.spec, parameter, seed)
@@ -56,12 +68,15 @@ def random_weights(model: Model, seed: int) -> None:
 
 def random_parameter(spec: ModelSpec, parameter: Parameter, seed: int) -> Tensor:
     """A whole random parameter, float32 on the CPU."""
-    if parameter.name.endswith(".bias"):
+    if parameter.name.endswith((".bias", ".lora_b")):
         return torch.zeros(parameter.shape)
     if len(parameter.shape) == 1:
         return torch.zeros(parameter.shape) if spec.norm_offset else torch.ones(parameter.shape)
     digest = hashlib.blake2b(f"{seed}/{parameter.name}".encode(), digest_size=7).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest))
+    if parameter.adapter:
+        bound = parameter.shape[1] ** -0.5
+        return torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
     whole = torch.randn(parameter.shape, generator=generator).mul_(INITIAL_STD)
     if has_vocabulary(spec, parameter):
         whole[spec.vocab :] = 0

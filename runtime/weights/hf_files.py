@@ -131,7 +131,7 @@ class WeightFiles:
         """Raise WeightsError unless the folder has every tensor of the model, in its shape, and none that nobody would
         read. A value head may be missing; heads of other roles are left alone."""
         wanted: set[str] = set()
-        for parameter in (p for unit in model_units(spec) for p in unit.parameters):
+        for parameter in (p for unit in model_units(spec.base) for p in unit.parameters):
             for i, name in enumerate(hf_names(spec, parameter.name)):
                 if name == SCORE:
                     for head in filter(self.find, VALUE_HEADS):

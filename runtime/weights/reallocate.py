@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from plans.layout import Layout, Parameter, fraction, model_units
+from plans.layout import Layout, Parameter, fraction, trained_units
 from plans.reallocation import WAVE_BYTES, Piece, Reallocation, busiest, reallocation
 
 DIRECT_BYTES = 2**20
@@ -99,7 +99,7 @@ class _Side:
 
     def __init__(self, layout: Layout, rank: int, grid: int, shards: Shards) -> None:
         self._shards = shards
-        self._units = {unit.name: unit for unit in model_units(layout.spec)}
+        self._units = {unit.name: unit for unit in trained_units(layout.spec)}
         self._grid = grid
         self._tp = layout.tp
         self._first = fraction(layout, rank, grid)[0] if rank in layout.places else 0

@@ -19,6 +19,7 @@ from cost_models.relations import Relations
 from plans.cluster import ClusterSpec
 from plans.layout import Layout
 from plans.library import load_cluster, load_model
+from plans.lora import Lora
 from plans.model import ModelSpec
 from plans.reallocation import reallocation
 from plans.strategy import ParallelStrategy
@@ -76,8 +77,14 @@ def machine_on(cluster: ClusterSpec) -> Machine:
 
 @pytest.mark.parametrize(
     "spec",
-    [tiny(), tiny(tied_embeddings=True), tiny().with_value_head(), tiny(experts=8, experts_per_token=2, ffn=12)],
-    ids=["untied", "tied", "value", "experts"],
+    [
+        tiny(),
+        tiny(tied_embeddings=True),
+        tiny().with_value_head(),
+        tiny(experts=8, experts_per_token=2, ffn=12),
+        tiny(lora=Lora(4, targets=("linear_qkv", "linear_fc2"))),
+    ],
+    ids=["untied", "tied", "value", "experts", "adapters"],
 )
 @pytest.mark.parametrize("per_node", [4, 6])
 def test_bytes_equal_the_listed_transfers(spec: ModelSpec, per_node: int) -> None:

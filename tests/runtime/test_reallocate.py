@@ -14,7 +14,8 @@ import torch.distributed as dist
 from ranks import run_ranks
 from torch import Tensor
 
-from plans.layout import Layout, Parameter, model_units
+from plans.layout import Layout, Parameter, trained_units
+from plans.lora import Lora
 from plans.model import ModelSpec
 from runtime.weights import reallocate
 from runtime.weights.reallocate import Moved, Reallocator, _Wave
@@ -26,6 +27,7 @@ TIED = replace(SPEC, tied_embeddings=True)
 VALUE = SPEC.with_value_head()
 FIVE = replace(TIED, layers=5)
 WIDE = replace(SPEC, post_norms=True, wide_qk_norm=True)
+ADAPTED = replace(TIED, lora=Lora(3, targets=("linear_qkv", "linear_fc1", "linear_fc2")))
 MIXTURE = replace(SPEC, ffn=4, experts=8, experts_per_token=2, shared_ffn=12)
 
 
@@ -68,6 +70,9 @@ PAIRS = {
     "experts tp2 pp2 ep2 -> dp4 ep2": (layout(MIXTURE, ALL, tp=2, pp=2, ep=2), layout(MIXTURE, ALL, dp=4, ep=2)),
     "experts dp2 tp2 -> ep4": (layout(MIXTURE, ALL, dp=2, tp=2), layout(MIXTURE, ALL, dp=2, tp=2, ep=4)),
     "experts dp4 ep4 -> tp2 on 2-3": (layout(MIXTURE, ALL, dp=4, ep=4), layout(MIXTURE, HIGH, tp=2)),
+    "adapters tp2 pp2 -> dp4": (layout(ADAPTED, ALL, tp=2, pp=2), layout(ADAPTED, ALL, dp=4)),
+    "adapters disjoint tp2 -> pp2": (layout(ADAPTED, LOW, tp=2), layout(ADAPTED, HIGH, pp=2)),
+    "adapters tp2 -> tp4": (layout(ADAPTED, LOW, tp=2), layout(ADAPTED, ALL, tp=4)),
     "experts disjoint ep2 -> pp2": (layout(MIXTURE, LOW, dp=2, ep=2), layout(MIXTURE, HIGH, pp=2)),
 }
 
@@ -120,8 +125,8 @@ def shards(target: Layout, rank: int) -> dict[str, Tensor]:
     if rank not in target.places:
         return {}
     place = target.places[rank]
-    units = {unit.name: unit for unit in model_units(target.spec)}
-    held = [p for name in target.rank_units(rank) for p in units[name].parameters]
+    units = {unit.name: unit for unit in trained_units(target.spec)}
+    held = [p for name in target.rank_units(rank) if name in units for p in units[name].parameters]
     return {p.name: part(p, whole(p), target.tp, place.tp) for p in held}
 
 
@@ -130,9 +135,9 @@ def owned(target: Layout, rank: int) -> set[tuple[str, int]]:
     if rank not in target.places:
         return set()
     place = target.places[rank]
-    units = {unit.name: unit for unit in model_units(target.spec)}
+    units = {unit.name: unit for unit in trained_units(target.spec)}
     found: set[tuple[str, int]] = set()
-    for name in target.rank_units(rank):
+    for name in filter(units.__contains__, target.rank_units(rank)):
         for p in units[name].parameters:
             index = torch.arange(p.size).view(p.shape)
             found |= {(p.name, i) for i in part(p, index, target.tp, place.tp).flatten().tolist()}

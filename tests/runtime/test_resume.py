@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from plan_cases import tiny_plan, tiny_run
+from plan_cases import TINY, tiny_plan, tiny_run
 from ranks import run_ranks
 from run_cases import PATIENCE_S, PLAN, ROOT, arguments, running
 from safetensors.torch import load_file, save_file
@@ -38,10 +38,13 @@ from plans.checkpoint_files import (
     usable,
 )
 from plans.codec import save_plan
+from plans.lora import Lora
 from plans.plan import ExecutionPlan
+from plans.program import Copy
 from plans.runfile import RunFile
 from runtime.checkpoints.complete import Completer
 from runtime.checkpoints.course import run_iterations, take_up
+from runtime.checkpoints.export import export_checkpoint
 from runtime.checkpoints.folder import prepare_folder
 from runtime.checkpoints.read import CheckpointReader
 from runtime.checkpoints.resume import Start, choose_start
@@ -50,9 +53,12 @@ from runtime.executor import Executor
 from runtime.groups import GroupCache
 from runtime.job import prepare_job
 from runtime.models.installation import install
+from runtime.models.model import named_shards
 from runtime.reports.metrics import Metrics
 from runtime.reports.monitor import Monitor
 from runtime.reports.records import Recorder
+from runtime.weights.copies import Copies
+from runtime.weights.reallocate import Moved
 
 CPU = torch.device("cpu")
 WORKLOAD = tiny_plan(2, "d2 t1 p1").workload
@@ -122,6 +128,65 @@ def test_a_run_goes_on_under_other_plans(two_steps: Path, tmp_path: Path):
         assert got == pytest.approx(want, rel=1e-4, abs=1e-4)
     saved = (tmp_path / "one" / "checkpoints" / "global_step_4" / "metrics.jsonl").read_text()
     assert learnt(map(json.loads, saved.splitlines())) == learnt(found)
+
+
+ADAPTERS = Lora(4, targets=("linear_qkv", "linear_fc1", "linear_fc2"))
+MOVED = {
+    "actor_generate": ("node 0", "d2 t1 p2"),
+    "ref_infer": ("node 0 gpus 0-1", "d1 t2 p1"),  # in the weights beside which the actor's adapters are trained
+    "critic_infer": ("node 0 gpu 3", "d1 t1 p1"),
+    "actor_train": ("node 0 gpus 0-1", "d1 t2 p1", {"sequence_parallel": True, "micro_batches": 2}),
+    "critic_train": ("node 0 gpus 2-3", "d2 t1 p1"),
+}
+
+
+def test_adapters_go_on_under_other_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What moves and what is kept are adapters alone; the base is shared, and comes from the weights of the run."""
+    plans = [tiny_plan(1, "d1 t1 p1", lora=ADAPTERS), tiny_plan(2, "d2 t1 p1", lora=ADAPTERS)]
+    plans.append(tiny_plan(4, MOVED, lora=ADAPTERS))
+    spec = plans[0].workload.models["actor"]
+    adapters = {p.name: p.size for p in parameters_of(spec).values()}
+    assert all(name.endswith(("lora_a", "lora_b")) for name in adapters)
+    make, reallocate = Copies._make, Copies.reallocate
+
+    def watched_make(copies: Copies, copy: Copy) -> None:
+        make(copies, copy)
+        if copy.role == "ref" and copies._job.plan is plans[2]:
+            ref, actor = (copies._base[name] for name in (copy.name, copies._program.homes["actor"].name))
+            own = {p.name: held.data_ptr() for p, held in named_shards(actor) if p.frozen}
+            assert {p.name: held.data_ptr() for p, held in named_shards(ref)} == own
+
+    def watched_move(copies: Copies, copy: Copy) -> Moved:
+        moved = reallocate(copies, copy)
+        if copy.role == "actor":
+            assert moved.received <= 4 * sum(adapters.values()) < 4 * spec.params / 10
+            assert moved.received > 0 or dist.get_rank() < 2
+        return moved
+
+    monkeypatch.setattr(Copies, "_make", watched_make)
+    monkeypatch.setattr(Copies, "reallocate", watched_move)
+    keys: dict[str, Any] = {"iterations": 3, "actor": {"lr": 3e-3}}
+    alone = leg(plans[0], tiny_run(tmp_path / "alone", **keys))
+    leg(plans[1], tiny_run(tmp_path / "two", **keys | {"iterations": 2, "checkpoint": {"every": 1}}))
+    keys |= {"checkpoint": {"every": 5}, "resume_from": str(tmp_path / "two")}
+    found = leg(plans[2], tiny_run(tmp_path / "four", **keys))
+    assert len(found) == len(alone) == 3
+    for got, want in zip(learnt(found), learnt(alone), strict=True):
+        assert got == pytest.approx(want, rel=1e-4, abs=1e-4)
+    assert abs(alone[-1]["actor/reward_kl_penalty"]) > 1e-3, "the adapters learn"
+    checkpoint = export_checkpoint(tmp_path / "four", tmp_path / "actor")
+    stored = [entry for entry in checkpoint.index.entries if entry.role == "actor"]
+    assert sum(entry.entry.size for entry in stored) == sum(adapters.values())
+    before, after = (load_file(folder / "model.safetensors") for folder in (TINY, tmp_path / "actor"))
+    written = load_file(tmp_path / "actor-adapter" / "adapter_model.safetensors")
+    for name, weight in ((name, weight.float()) for name, weight in before.items()):
+        at = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{at}.lora_A.weight" in written:
+            weight = weight + 2 * written[f"{at}.lora_B.weight"] @ written[f"{at}.lora_A.weight"]
+            assert not torch.equal(after[name], before[name].float())
+        torch.testing.assert_close(after[name], weight)
+    (fault,) = takeover_problems(checkpoint, tiny_plan(1, "d1 t1 p1"))
+    assert fault.startswith("`actor` has LoRA of rank 4, alpha 8 on") and fault.endswith("no adapters in the plan")
 
 
 def test_lag_and_checkpoints_change_nothing(tmp_path: Path):

@@ -1,0 +1,221 @@
+"""Adapters against one process of Hugging Face and torch, in every layout: gradients, steps, tokens, folders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from tiny_models import build, layout_of, save_tiny, tiny_model
+from torch import Tensor, nn
+from training_cases import (
+    CONTEXT_CASES,
+    SETTINGS,
+    TOTAL,
+    full_batch,
+    own_rows,
+    parts_of,
+    reference_output,
+    split_case,
+    weighted_loss,
+)
+from transformers import AutoModelForCausalLM
+
+from plans.huggingface import spec_from_folder
+from plans.layout import Parameter, model_units
+from plans.lora import Lora
+from plans.model import ModelSpec
+from plans.strategy import Recompute
+from runtime.generation.generate import generate
+from runtime.generation.sampling import Sampling
+from runtime.groups import GroupCache
+from runtime.models import installation
+from runtime.models.model import Model, named_shards
+from runtime.models.shards import shard
+from runtime.passes.training import Trainer
+from runtime.weights.export import export
+from runtime.weights.hf import load_weights
+from runtime.weights.hf_names import hf_names, hf_shape, join
+
+CPU = torch.device("cpu")
+LORA = Lora(4, 6.0)
+CASES: tuple[dict[str, Any], ...] = (
+    {},
+    {"tp": 2},
+    {"dp": 2, "tp": 2, "sequence_parallel": True},
+    {"pp": 2, "recompute": Recompute.FULL},
+    {"dp": 2, "pp": 2, "vpp": 2},
+    {"dp": 2, "tp": 2, "shard_optimizer": False, "recompute": Recompute.SELECTIVE},
+    {"tp": 2, "pp": 2, "sequence_parallel": True, "recompute": Recompute.FULL, "shard_optimizer": False},
+    CONTEXT_CASES[0],
+)
+KINDS = {
+    "llama": (LORA, CASES),
+    "qwen2": (LORA, (CASES[6], CASES[4])),  # biases, tied embeddings
+    "phi3": (replace(LORA, targets=("linear_fc1", "linear_qkv")), CASES[5:7]),  # fused tensors
+    "glm4": (LORA, CASES[5:7]),  # rows in another order, norms behind
+    "gemma2": (replace(LORA, targets=("linear_proj",)), CASES[1:3]),
+}
+
+
+class Adapted(nn.Module):
+    """A linear layer of Hugging Face's with an adapter."""
+
+    def __init__(self, linear: nn.Linear, a: nn.Parameter, b: nn.Parameter, scale: float) -> None:
+        super().__init__()
+        self.linear, self.a, self.b, self.scale = linear, a, b, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear(x) + self.scale * (x @ self.a.t()) @ self.b.t()
+        return out
+
+
+def adapt(model: Any, spec: ModelSpec) -> dict[str, nn.Parameter]:
+    """Give a model of Hugging Face's adapters of random numbers, B too; by our name of A, and by theirs of each part of
+    B. What is fused here shares its A."""
+    assert spec.lora is not None
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(3)
+    found: dict[str, nn.Parameter] = {}
+
+    def draw(*shape: int) -> nn.Parameter:
+        return nn.Parameter(torch.randn(shape, generator=generator) * 0.1)
+
+    for parameter in (p for unit in model_units(spec) for p in unit.parameters if p.adapter):
+        if parameter.name.endswith("lora_a"):
+            a = found[parameter.name] = draw(*parameter.shape)
+            continue
+        for i, name in enumerate(hf_names(spec, parameter.name)):
+            b = found[name] = draw(*hf_shape(spec, parameter, i))
+            at, _, leaf = name.removesuffix(".lora_b").rpartition(".")
+            owner = model.get_submodule(at)
+            setattr(owner, leaf, Adapted(getattr(owner, leaf), a, b, 6.0 / 4))
+    return found
+
+
+def part(model: Model, parameter: Parameter, tensors: Mapping[str, Tensor]) -> Tensor:
+    """This rank's part of an adapter's matrix."""
+    tp, rank = model.layout.tp, model.place.tp
+    if parameter.name.endswith("lora_a"):
+        return shard(parameter, tensors[parameter.name], tp, rank)
+    return join(model.spec, parameter, [tensors[name] for name in hf_names(model.spec, parameter.name)], tp, rank)
+
+
+@torch.no_grad()
+def fill(model: Model, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Weights of a folder, and the reference's adapters."""
+    load_weights(model, folder)
+    for parameter, held in named_shards(model):
+        if parameter.adapter:
+            assert parameter.name.endswith("lora_a") or not held.any()  # training begins at the frozen model
+            held.copy_(part(model, parameter, tensors))
+
+
+def values(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_equal_one_process(kind: str, tmp_path: Path):
+    lora, cases = KINDS[kind]
+    save_tiny(kind, tmp_path)
+    spec = replace(spec_from_folder(tmp_path), lora=lora)
+    model, batch = tiny_model(kind), full_batch()
+    adapters = adapt(model, spec)
+    initial = values(adapters)
+    adam = torch.optim.AdamW(adapters.values(), betas=(SETTINGS.beta1, SETTINGS.beta2), eps=SETTINGS.eps,
+                             weight_decay=SETTINGS.weight_decay)  # fmt: skip
+    losses, norms, grads = [], [], dict[str, Tensor]()
+    for step in range(3):
+        adam.zero_grad()
+        loss, _ = weighted_loss(reference_output(model, batch, False), batch)
+        loss.backward()
+        grads = grads or {name: p.grad.clone() for name, p in adapters.items()}
+        norms.append(float(nn.utils.clip_grad_norm_(adapters.values(), SETTINGS.clip_norm)))
+        losses.append(float(loss.detach()))
+        adam.param_groups[0]["lr"] = SETTINGS.lr_at(step)
+        adam.step()
+    final = values(adapters)
+
+    def errors() -> dict[str, dict[str, float]]:
+        installation.install(CPU)
+        groups = GroupCache(CPU)
+        found = {}
+        for case in cases:
+            degrees, settings, sharded = split_case(case)
+            model = build(groups, layout_of(spec, **degrees), **settings)
+            if model is not None:
+                fill(model, tmp_path, initial)
+                found[str(case)] = compare(model, sharded)
+        return found
+
+    def compare(model: Model, sharded: bool) -> dict[str, float]:
+        before = {p.name: held.data.clone() for p, held in named_shards(model) if p.frozen}
+        trainer = Trainer(model, SETTINGS, shard_optimizer=sharded)
+        assert {slot.parameter for slot in trainer.slots()} <= {p.name for p, _ in named_shards(model) if p.adapter}
+        batch = own_rows(model, full_batch())
+        worst = {"loss": 0.0, "norm": 0.0, "grad": 0.0, "update": 0.0}
+        trainer.accumulate(batch, weighted_loss, parts_of(batch, 2))
+        if not sharded or model.groups.dp_cp.size() == 1:
+            for parameter, held in named_shards(model):
+                if parameter.adapter:
+                    want = part(model, parameter, grads)
+                    error = (held.main_grad - want).abs().max() / want.abs().max().clamp_min(1e-3)
+                    worst["grad"] = max(worst["grad"], float(error))
+        for loss, norm in zip(losses, norms, strict=True):
+            stats = trainer.step(batch, weighted_loss, parts_of(batch, 4))
+            assert stats.terms["tokens"] == TOTAL
+            worst["loss"] = max(worst["loss"], abs(stats.terms["loss"] - loss))
+            worst["norm"] = max(worst["norm"], abs(stats.grad_norm - norm) / norm)
+        for parameter, held in named_shards(model):
+            if parameter.frozen:
+                assert torch.equal(held.data, before[parameter.name]), parameter.name
+                continue
+            want, start = part(model, parameter, final), part(model, parameter, initial)
+            worst["update"] = max(worst["update"], float((held.data - want).norm() / (want - start).norm()))
+        return worst
+
+    for found in run_ranks(4, errors):
+        for case, worst in found.items():
+            assert worst["grad"] < 1e-5, (case, worst)
+            assert worst["loss"] < 2e-5, (case, worst)
+            assert worst["norm"] < 1e-4, (case, worst)
+            assert worst["update"] < 1e-3, (case, worst)
+
+
+@pytest.mark.parametrize(("kind", "degrees"), [("llama", {"tp": 2, "pp": 2}), ("glm4", {"tp": 2}), ("phi3", {"pp": 2})])
+def test_what_is_exported_says_what_was_generated(kind: str, degrees: dict[str, int], tmp_path: Path) -> None:
+    """Generation is unmerged. Of an export transformers loads the merged folder, and peft the adapter."""
+    save_tiny(kind, tmp_path / "base")
+    spec = replace(spec_from_folder(tmp_path / "base"), lora=LORA)
+    reference = tiny_model(kind)
+    adapters = values(adapt(reference, spec))
+    prompts = [[5, 9, 200, 17], [33, 4], [7, 70, 8, 80, 9]]
+
+    def run() -> list[list[int]]:
+        installation.install(CPU)
+        model = build(GroupCache(CPU), layout_of(spec, **degrees))
+        assert model is not None
+        fill(model, tmp_path / "base", adapters)
+        settings: dict[str, Any] = {"response_tokens": [6] * 3, "sampling": Sampling(temperature=0), "seed": 0}
+        made = generate(model, prompts, range(3), iteration=0, stop_ids=(), **settings)
+        export(model, tmp_path / "out", tmp_path / "base")
+        return [response for _, response in made.sequences.texts()]
+
+    responses = run_ranks(degrees.get("tp", 1) * degrees.get("pp", 1), run)[0]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        for prompt, response in zip(prompts, responses, strict=True):
+            ids = torch.tensor([prompt + response])
+            logits = loaded(ids).logits[0]
+            torch.testing.assert_close(logits, reference(ids).logits[0], atol=1e-4, rtol=1e-4)
+            assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == response
+    peft = pytest.importorskip("peft")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "out-adapter")
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(ids).logits[0], logits, atol=1e-4, rtol=1e-4)
