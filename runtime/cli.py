@@ -50,7 +50,7 @@ def realrun(
     from runtime.launching.preparation import Words
 
     try:
-        _run(plan, overrides or [], run, Words(dry_run, allow_stale, allow_long, resume))
+        _run(plan, overrides or [], run, Words(dry_run, allow_stale, allow_long, resume), debug=debug)
     except RealplanError as error:
         if debug:
             _say(getattr(error, "details", ""))
@@ -59,17 +59,25 @@ def realrun(
         raise typer.Exit(1) from None
 
 
-def _run(path: Path, overrides: list[str], run_path: Path | None, words: Words) -> None:
+def _run(path: Path, overrides: list[str], run_path: Path | None, words: Words, *, debug: bool) -> None:
     from runtime.launching.preparation import prepare
 
     ready = prepare(path, overrides, run_path, words)
     if words.dry_run:
         return
     from runtime.launching.launch import launch
+    from runtime.processes.lifetime import end_at_once
+    from runtime.reports.endings import RunFailed
     from runtime.reports.monitor import summary
     from runtime.reports.page import write_page
 
-    lines = launch(ready.plan, ready.run, ready.member, ready.start)
+    try:
+        lines = launch(ready.plan, ready.run, ready.member, ready.start)
+    except RunFailed as error:
+        if ready.member is None:
+            raise
+        _say(f"{error.details if debug else ''}error: {error}")
+        end_at_once(1)
     if ready.first:
         for line in [*summary(ready.plan, lines), f"output: {ready.run.output}"]:
             _say(line)

@@ -24,7 +24,8 @@ from runtime.groups import GroupCache, meet
 from runtime.job import prepare_job
 from runtime.models.installation import install
 from runtime.processes.failures import Failure, write_failure
-from runtime.processes.member import Member, device_index
+from runtime.processes.member import Address, Member, device_index
+from runtime.processes.shared import check_shared
 from runtime.processes.stores import open_store
 from runtime.reports.records import Recorder
 
@@ -58,6 +59,9 @@ def work(plan: ExecutionPlan, run: RunFile, member: Member, scratch: Path) -> No
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     joined = {"store": store, "rank": rank, "world_size": world, "timeout": timeout}
     meet(lambda: dist.init_process_group(backend, **joined), range(world), timeout)
+    if isinstance(member.meeting, Address):
+        folders = [scratch, *([run.checkpoint_folder] if run.checkpoint.every else [])]
+        check_shared(store, rank, world, folders)
     if device.type == "cuda":
         dist.barrier(device_ids=[device.index])  # makes the communicator that reallocation sends with
     if rank == 0:

@@ -1,0 +1,69 @@
+"""Machines on this one: network namespaces with an address each, on one switch, whose cables can be cut."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import pytest
+
+IP = shutil.which("ip", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine: its namespace and its address. `cable`: its end at the switch, which is in namespace `switch`."""
+
+    name: str
+    address: str
+    switch: str
+    cable: str
+
+    def command(self, words: Sequence[str]) -> list[str]:
+        """A command that runs on it."""
+        return [str(IP), "netns", "exec", self.name, *words]
+
+    def cut(self) -> None:
+        """Take it off the network for good; nobody is told."""
+        _ip(f"-n {self.switch} link set {self.cable} down")
+
+
+@contextlib.contextmanager
+def machines(count: int) -> Iterator[list[Machine]]:
+    """Some machines that reach each other; skips the test where namespaces cannot be made."""
+    if IP is None or os.getuid() != 0:
+        pytest.skip("network namespaces need root and `ip` (iproute2)")
+    switch, made = f"rp{os.getpid()}", list[str]()
+    try:
+        try:
+            _ip(f"netns add {switch}")
+            made.append(switch)
+            _ip(f"-n {switch} link add switch type bridge")
+            _ip(f"-n {switch} link set switch up")
+            found = [_machine(switch, number, made) for number in range(count)]
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"network namespaces cannot be made here: {error.stderr.strip()}")
+        yield found
+    finally:
+        for name in made:
+            _ip(f"netns delete {name}")
+
+
+def _machine(switch: str, number: int, made: list[str]) -> Machine:
+    machine = Machine(f"{switch}-{number}", f"10.77.0.{number + 1}", switch, f"cable{number}")
+    _ip(f"netns add {machine.name}")
+    made.append(machine.name)
+    _ip(f"-n {switch} link add {machine.cable} type veth peer name eth0 netns {machine.name}")
+    _ip(f"-n {switch} link set {machine.cable} master switch up")
+    _ip(f"-n {machine.name} addr add {machine.address}/24 dev eth0")
+    for link in ("eth0", "lo"):
+        _ip(f"-n {machine.name} link set {link} up")
+    return machine
+
+
+def _ip(words: str) -> None:
+    subprocess.run([str(IP), *words.split()], check=True, capture_output=True, text=True, timeout=60)
