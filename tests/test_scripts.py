@@ -13,6 +13,7 @@ import pytest
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 NAMES = (
+    "bench_async",
     "bench_costs",
     "bench_generation",
     "bench_predictions",
@@ -21,6 +22,7 @@ NAMES = (
     "fit_engines",
     "gpu_packages",
     "import_aiconfigurator",
+    "improve_variants",
 )
 
 
