@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
-from plan_cases import tiny_plan
+from plan_cases import tiny_plan, tiny_run
 
 from cost_models.checkpoint import checkpoint_cost
 from cost_models.engines.engine import MEGATRON
@@ -28,10 +30,10 @@ def test_llama_7b_by_hand() -> None:
 
 
 @pytest.mark.parametrize("degrees", ["d4 t1 p1", "d1 t2 p2", "d2 t2 p1"])
-def test_bytes_are_those_that_ranks_write(degrees: str) -> None:
+def test_bytes_are_those_that_ranks_write(degrees: str, tmp_path: Path) -> None:
     plan = tiny_plan(4, degrees)
     found = checkpoint_cost(plan, MEGATRON)
-    assert found.bytes == checkpoint_bytes(plan) == sum(_written(plan).values())
+    assert found.bytes == checkpoint_bytes(plan, tiny_run(tmp_path)) == sum(_written(plan).values())
     assert found.rank_bytes == pytest.approx(max(_written(plan).values()), rel=1e-3)
 
 
