@@ -23,6 +23,7 @@ from plans.shapes import shape_problems
 
 CONFIG = "config.json"
 TEXT = "text_config"
+MOST_COEFFICIENT = 1e30
 
 
 def spec_from_folder(folder: Path) -> ModelSpec:
@@ -47,6 +48,20 @@ def spec_from_config(config: dict[str, Any], name: str) -> ModelSpec:
     """ModelSpec of a parsed `config.json`; raises as `spec_from_folder`."""
     found = _read(config, name)
     return refuse(SpecError, CONFIG, found) if isinstance(found, list) else found
+
+
+def router_aux_loss_coef(folder: Path) -> float:
+    """How much the balance of experts counts in training by the config of a folder: nothing unless it says
+    `output_router_logits`, as `transformers` reads it. Raises SpecError for what is no number from 0."""
+    config = parse_json(read_text(folder / CONFIG, SpecError, "config"))
+    config = config.get(TEXT, config)
+    found = config.get("router_aux_loss_coef", 0.001)
+    if config.get("output_router_logits") is not True:
+        return 0.0
+    if not isinstance(found, int | float) or not 0 <= found <= MOST_COEFFICIENT:
+        message = f"`{folder / CONFIG}`: router_aux_loss_coef is {shortened(found)}; it must be a number from 0"
+        raise SpecError(message, "actor.router_aux_loss_coef=0.001 in the run file, which counts before the config")
+    return float(found)
 
 
 def check_runs(folder: Path) -> None:

@@ -27,7 +27,11 @@ class Closed(BaseModel):
 
 class Optimizer(Closed):
     """AdamW. The rate rises linearly over `warmup_steps` and then stays (constant), or falls linearly or as half a
-    cosine to `final_lr` x lr at the last step of the run. `clip` bounds the global gradient norm."""
+    cosine to `final_lr` x lr at the last step of the run. `clip` bounds the global gradient norm.
+
+    router_aux_loss_coef: how much the balance of experts counts in the loss, for models that have them: the auxiliary
+    loss of `transformers`, of each sequence and layer alone, and the mean of these. null: what the config of the
+    weights says where `transformers` obeys it (`output_router_logits`), else nothing."""
 
     lr: NotNegative = 1e-6
     warmup_steps: Count = 0
@@ -38,6 +42,7 @@ class Optimizer(Closed):
     beta2: Decay = 0.95
     eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
     clip: Above = 1.0
+    router_aux_loss_coef: NotNegative | None = None
 
 
 class Ppo(Closed):

@@ -11,6 +11,7 @@ import torch
 from plans.algorithms import ALGORITHMS, is_offline
 from plans.errors import RealplanError
 from plans.graph import CallKind
+from plans.huggingface import router_aux_loss_coef
 from plans.hyperparameters import Optimizer
 from plans.plan import ExecutionPlan
 from plans.run_checks import check_run
@@ -119,9 +120,18 @@ class Job:
     def adam(self, role: str) -> AdamSettings:
         """Optimizer settings of a trained role."""
         settings: Optimizer = self.run.critic if role == "critic" else self.run.actor
-        fields = settings.model_dump()
+        fields = settings.model_dump(exclude={"router_aux_loss_coef"})
         steps = self.run.iterations * self.plan.workload.minibatches
         return AdamSettings(clip_norm=fields.pop("clip"), total_steps=steps, **fields)
+
+    def balance(self, role: str) -> float:
+        """How much the balance of a trained role's experts counts in its loss; 0 where there are none."""
+        settings, weights = self.run.critic if role == "critic" else self.run.actor, self.run.weights_of(role)
+        if not self.plan.workload.models[role].experts:
+            return 0.0
+        if settings.router_aux_loss_coef is None:
+            return 0.0 if weights == RANDOM else router_aux_loss_coef(Path(weights))
+        return settings.router_aux_loss_coef
 
 
 def prepare_job(plan: ExecutionPlan, run: RunFile) -> Job:

@@ -16,14 +16,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="write tests/cost_models/ledger.json anew from the present formulas; then read its diff",
     )
     parser.addoption("--fuzz", type=int, default=2000, help="broken inputs that the fuzz suite tries")
-    parser.addoption("--plans", type=int, default=6, help="random plans that the invariance suite plays")
+    parser.addoption("--plans", type=int, default=60, help="random plans that the invariance suite plays")
     parser.addoption("--damages", type=int, default=30, help="checkpoints that are damaged and must be refused")
     parser.addoption("--kills", type=int, default=6, help="runs that are killed at random moments")
     parser.addoption("--first-plan", type=int, default=0, help="the number of the first of them")
 
 
 # Files that take minutes. A worker takes a file at a time: with these first, none is left alone with one at the end.
-LONG = tuple(f"test_{name}.py" for name in ("kills", "training", "gpu_check", "errors", "wheel", "launchers"))
+LONG = tuple(
+    f"test_{name}.py" for name in ("kills", "random_plans", "training", "gpu_check", "errors", "wheel", "launchers")
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

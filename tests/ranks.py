@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # torch.optim imports it, seconds of work: here once instead of on every rank
 import torch.distributed as dist
 
 

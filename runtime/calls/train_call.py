@@ -22,6 +22,7 @@ from runtime.batches.reward_functions import load_function
 from runtime.calls.experience import Experience, experience
 from runtime.calls.forward_calls import Values
 from runtime.job import Job
+from runtime.models.routing import Balance
 from runtime.passes.forward import LossFunction, MicroBatches, TokenOutput
 from runtime.passes.packs import Batch
 from runtime.passes.training import StepStats, Trainer
@@ -41,9 +42,9 @@ def train_call(
     steps: list[StepStats] = []
     if call.model == "critic" or not _critic_warms_up(job, iteration):
         skip = job.run.on_nonfinite == "skip"
-        for part, tokens, cuts in _minibatches(job, found, share, responses):
-            loss = _loss(job, call, found.settings, tokens)
-            steps.append(trainer.step(part, loss, cuts, job.temperature, skip_nonfinite=skip))
+        for m, (part, tokens, cuts) in enumerate(_minibatches(job, found, share, responses)):
+            loss, balance = _loss(job, call, found.settings, tokens), _balance(job, call, found, share, m)
+            steps.append(trainer.step(part, loss, cuts, job.temperature, skip_nonfinite=skip, balance=balance))
     if found.kl is not None:
         trainer.kl_coefficient = _next_coefficient(job, found.settings, found.kl)
     place = trainer.model.place
@@ -87,6 +88,17 @@ def _minibatches(
         weights = torch.tensor(each).repeat_interleave(lengths).to(part.sequences.tokens.device)
         left = [[i for i in cut if counts[samples[i]]] or cut[:1] for cut in cuts]
         yield Batch(part.sequences, {**part.fields, WEIGHTS: weights}), max(sum(counted), 1.0), left
+
+
+def _balance(job: Job, call: Call, found: Experience, share: Share, minibatch: int) -> Balance | None:
+    """How much the balance of experts counts in a minibatch."""
+    coefficient, block = job.balance(call.model), job.plan.workload.samples // job.plan.workload.minibatches
+    if not coefficient:
+        return None
+    if found.counts is None:
+        return Balance(coefficient, block)
+    counted = sum(found.counts[minibatch * block : (minibatch + 1) * block])
+    return Balance(coefficient, max(counted, 1), tuple(found.counts[i] for i in share.passes[minibatch]))
 
 
 def sample_weights(average: str, counted: Sequence[int], own: Sequence[int], most: int) -> list[float]:

@@ -45,6 +45,7 @@ from runtime.models.modules import (
     ValueHead,
     WideNorm,
 )
+from runtime.models.routing import Router
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -174,6 +175,7 @@ def _mlp(spec: ModelSpec, groups: Any) -> Any:
     return ModuleSpec(
         module=MoELayer,
         submodules=MoESubmodules(
+            router=Router,
             experts=ModuleSpec(module=SequentialMLP, submodules=linear),
             shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=linear),
         ),

@@ -52,6 +52,13 @@ class NumberedLayer(TransformerLayer):  # type: ignore[misc]
             vp_stage=vp_stage,
         )
 
+    def forward(self, *args: Any, packed_seq_params: Any = None, **kwargs: Any) -> Any:
+        """Megatron's, whose router knows the tokens. Recomputation comes here too, with those of its micro-batch."""
+        router = getattr(self.mlp, "router", None)
+        if router is not None:
+            router.tokens = None if packed_seq_params is None else packed_seq_params.routed
+        return super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm, computed in float32. Its weight is marked for Megatron's sequence-parallel reduction."""

@@ -16,14 +16,30 @@ from plans.model import ModelSpec
 
 
 @dataclass(frozen=True, eq=False)
+class RoutedTokens:
+    """What routers should know of a rank's tokens of a pack, to balance experts in each of its n sequences.
+
+    owners: the number of each token's sequence, n for filling: int64 [width / cp]. lengths: tokens of each sequence in
+    the whole pack, infinite for the filling and for what does not count: float32 [n + 1]. weight: of the loss of one
+    layer and sequence.
+    """
+
+    owners: Tensor
+    lengths: Tensor
+    weight: float
+
+
+@dataclass(frozen=True, eq=False)
 class Runs:
     """Lengths of sequences that lie end to end, in host memory, and where they begin, on the device: int32 [n + 1].
 
-    Megatron's layers hand it to the attention core in the place of `PackedSeqParams`.
+    Megatron's layers hand it to the attention core in the place of `PackedSeqParams`. routed: where experts are to be
+    balanced.
     """
 
     lengths: tuple[int, ...]
     bounds: Tensor
+    routed: RoutedTokens | None = None
     qkv_format: ClassVar[str] = "thd"
 
     @classmethod

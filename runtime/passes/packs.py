@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from runtime.models.context_parallel import CutRuns, own_places
 from runtime.models.model import Model
-from runtime.models.packed_attention import Runs
+from runtime.models.packed_attention import RoutedTokens, Runs
+from runtime.models.routing import Balance
 from runtime.sequences import Sequences, take_runs
 
 
@@ -86,3 +87,22 @@ def packs_of(model: Model, parts: Sequence[Sequences]) -> list[Pack]:
     if model.layout.pp > 1:
         widths = [max(widths)] * len(widths)
     return [pack(part.to(model.device), width, cp, model.place.cp) for part, width in zip(parts, widths, strict=True)]
+
+
+def balanced(pack: Pack, samples: Sequence[int], balance: Balance, layers: int) -> Pack:
+    """A pack in which routers balance the experts of each sequence that counts. samples: the numbers of the sequences
+    in this replica's part of the minibatch; layers: of the whole model."""
+    lengths, device = pack.sequences.lengths, pack.tokens.device
+    owners = torch.arange(len(lengths), device=device).repeat_interleave(
+        torch.tensor(lengths, dtype=torch.int64, device=device)
+    )
+    if pack.number is not None:  # places of this rank's tokens, in its order
+        held = (pack.number >= 0).nonzero().flatten()
+        owners = F.pad(owners, (0, len(pack.number) - len(owners)), value=len(lengths))
+        owners = owners[held[pack.number[held].argsort()]]
+    owners = F.pad(owners, (0, len(pack.tokens) - len(owners)), value=len(lengths))
+    counted = [not balance.counts or balance.counts[sample] for sample in samples]
+    reals = [float(n) if counts else torch.inf for n, counts in zip(lengths, counted, strict=True)]
+    each = torch.tensor([*reals, torch.inf], device=device)
+    routed = RoutedTokens(owners, each, balance.coefficient / (balance.samples * layers))
+    return replace(pack, runs=replace(pack.runs, routed=routed))

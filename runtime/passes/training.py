@@ -20,9 +20,10 @@ from runtime.models.mcore import (
     finalize_model_grads,
 )
 from runtime.models.model import Model, moved, named_shards
+from runtime.models.routing import Balance, routers
 from runtime.passes.forward import LossFunction, MicroBatches, run_schedule, token_output
 from runtime.passes.optimizer import AdamSettings, make_optimizer, masters_of, parts_of
-from runtime.passes.packs import Batch, packs_of
+from runtime.passes.packs import Batch, balanced, packs_of
 
 _TERMS_BYTES = 2048
 
@@ -105,16 +106,17 @@ class Trainer:
         temperature: float = 1.0,
         *,
         skip_nonfinite: bool = False,
+        balance: Balance | None = None,
     ) -> StepStats:
         """One optimizer step on this replica's part of a minibatch; without `micro_batches`, in one.
 
         The gradient is the sum over all micro-batches and replicas, so `loss` divides by global counts. A loss or
         gradient norm that is not finite raises BadStep, or with skip_nonfinite leaves weights and optimizer as they
-        were.
+        were. `balance`: that of experts is a part of the loss.
         """
         lr = self.settings.lr_at(self.steps)
         try:
-            terms = self.accumulate(batch, loss, micro_batches, temperature)
+            terms = self.accumulate(batch, loss, micro_batches, temperature, balance)
             for name, value in terms.items():
                 if not math.isfinite(value):
                     raise BadStep(f"{name} is {value}")
@@ -143,21 +145,41 @@ class Trainer:
         return grad_norm
 
     def accumulate(
-        self, batch: Batch, loss: LossFunction, micro_batches: MicroBatches | None = None, temperature: float = 1.0
+        self,
+        batch: Batch,
+        loss: LossFunction,
+        micro_batches: MicroBatches | None = None,
+        temperature: float = 1.0,
+        balance: Balance | None = None,
     ) -> dict[str, float]:
         """Gradients of a minibatch, reduced over replicas, in `main_grad` of the parameters; the summed loss terms."""
         for chunk in self._chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
-        batches = [batch.take(part) for part in micro_batches or [range(len(batch.sequences))]]
+        parts = micro_batches or [range(len(batch.sequences))]
+        batches = [batch.take(part) for part in parts]
         packs = packs_of(self.model, [part.sequences for part in batches])
+        if balance is not None:
+            layers = self.model.spec.layers
+            packs = [balanced(pack, part, balance, layers) for pack, part in zip(packs, parts, strict=True)]
 
         def finish(hidden: Tensor, index: int) -> tuple[Tensor, Mapping[str, Tensor]]:
             value, terms = loss(token_output(self.model, hidden, packs[index], temperature), batches[index])
             return value, {name: term.detach().float() for name, term in terms.items()}
 
-        return self._sum(run_schedule(self.model, self._chunks, packs, finish, forward_only=False))
+        terms = self._sum(run_schedule(self.model, self._chunks, packs, finish, forward_only=False))
+        return terms if balance is None else {**terms, "router_aux_loss": self._balance(balance)}
+
+    def _balance(self, balance: Balance) -> float:
+        """The mean loss of a sequence and layer, without the coefficient, on every rank; each has its own tokens'."""
+        total = torch.zeros(1, device=self.model.device)
+        for router in routers(self.model.chunks):
+            total += router.balance
+            router.balance = 0.0
+        for group in (self.model.groups.tp_dp_cp, self.model.groups.pp):
+            dist.all_reduce(total, group=group)
+        return float(total) / (balance.samples * self.model.spec.layers)
 
     def _sum(self, terms: list[Mapping[str, Tensor]]) -> dict[str, float]:
         """Loss terms over micro-batches and replicas, on every stage."""

@@ -11,7 +11,7 @@ import pytest
 
 from plans.errors import SpecError
 from plans.families import FAMILIES
-from plans.huggingface import check_runs, config_from_spec, spec_from_config, spec_from_folder
+from plans.huggingface import check_runs, config_from_spec, router_aux_loss_coef, spec_from_config, spec_from_folder
 from plans.library import load_model
 from plans.rope import LongRopeScaling
 
@@ -248,3 +248,16 @@ def test_files_that_are_no_config(content: bytes, words: str, tmp_path: Path) ->
     with pytest.raises(SpecError) as raised:
         spec_from_folder(tmp_path)
     assert words in str(raised.value)
+
+
+@pytest.mark.parametrize(("keys", "found"), [
+    ({}, 0.0), ({"router_aux_loss_coef": 0.02}, 0.0), ({"output_router_logits": True}, 0.001),
+    ({"output_router_logits": True, "router_aux_loss_coef": 0.02}, 0.02),
+    ({"text_config": {"output_router_logits": True, "router_aux_loss_coef": 1}}, 1.0),
+])  # fmt: skip
+def test_the_balance_of_experts_counts_as_in_transformers(keys: dict[str, Any], found: float, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(keys))
+    assert router_aux_loss_coef(tmp_path) == found
+    (tmp_path / "config.json").write_text('{"output_router_logits": true, "router_aux_loss_coef": "much"}')
+    with pytest.raises(SpecError, match="router_aux_loss_coef is"):
+        router_aux_loss_coef(tmp_path)

@@ -12,6 +12,7 @@ from ranks import run_ranks
 from tiny_models import build, checkpoint_tensors, layout_of, save_tiny, tiny_model
 from training_cases import (
     CONTEXT_CASES,
+    SAMPLES,
     SETTINGS,
     TOTAL,
     full_batch,
@@ -21,12 +22,14 @@ from training_cases import (
     split_case,
     weighted_loss,
 )
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from plans.huggingface import spec_from_folder
 from plans.strategy import Recompute
 from runtime.groups import GroupCache
 from runtime.models import installation
 from runtime.models.model import Model, named_shards
+from runtime.models.routing import Balance
 from runtime.passes import logprobs as logprobs_module
 from runtime.passes.forward import TokenOutput, token_logprobs
 from runtime.passes.logprobs import token_logprobs_of
@@ -38,7 +41,6 @@ from runtime.weights.hf import load_weights
 from runtime.weights.hf_names import hf_names, hf_shape, join
 
 CPU = torch.device("cpu")
-SAMPLES = 8
 CASES: tuple[dict[str, Any], ...] = (
     {},
     {"tp": 2},
@@ -72,6 +74,9 @@ EXPERT_CASES: tuple[dict[str, Any], ...] = (
 )
 # Routers and shared experts differ, what is cut does not: one kind takes every case.
 ROUTER_CASES = tuple(EXPERT_CASES[i] for i in (0, 4, 5, 8))
+BALANCE = Balance(0.2, SAMPLES)
+"""A coefficient that the gradients show."""
+BALANCED = ("mixtral", "qwen3-moe-raw-gates")
 
 
 def squared_errors(out: TokenOutput, batch: Batch) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
@@ -83,26 +88,43 @@ def squared_errors(out: TokenOutput, batch: Batch) -> tuple[torch.Tensor, Mappin
 LOSSES = {"reward": squared_errors}
 
 
-def reference_steps(kind: str, steps: int) -> tuple[list[float], list[float], dict[str, torch.Tensor], Any]:
-    """Losses, norms, first gradients and the model after some steps of torch's AdamW."""
+def reference_balance(model: Any, batch: Batch) -> torch.Tensor:
+    """The balancing loss of transformers, for each sequence and layer alone, and the mean of these."""
+    spec, found = model.config, []
+    experts = getattr(spec, "num_local_experts", None) or spec.num_experts
+    for prompt, response in batch.sequences.texts():
+        for gates in model(torch.tensor([prompt + response]), output_router_logits=True).router_logits:
+            found.append(load_balancing_loss_func((gates,), experts, spec.num_experts_per_tok))
+    return torch.stack(found).mean()
+
+
+def reference_steps(
+    kind: str, steps: int
+) -> tuple[list[float], list[float], list[float], dict[str, torch.Tensor], Any]:
+    """Losses, norms, balances of experts, first gradients and the model after some steps of torch's AdamW."""
     model = tiny_model(kind)
     batch = full_batch()
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": SETTINGS.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     adam = torch.optim.AdamW(groups, betas=(SETTINGS.beta1, SETTINGS.beta2), eps=SETTINGS.eps)
-    losses, norms, first = [], [], {}
+    losses, norms, balances, first = [], [], list[float](), {}
     for step in range(steps):
         adam.zero_grad()
         loss, _ = LOSSES.get(kind, weighted_loss)(reference_output(model, batch, kind == "reward"), batch)
-        loss.backward()
+        if kind in BALANCED:
+            balance = reference_balance(model, batch)
+            balances.append(float(balance.detach()))
+            (loss + BALANCE.coefficient * balance).backward()
+        else:
+            loss.backward()
         first = first or {name: p.grad.clone() for name, p in model.named_parameters()}
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), SETTINGS.clip_norm)))
         losses.append(float(loss.detach()))
         for group in adam.param_groups:
             group["lr"] = SETTINGS.lr_at(step)
         adam.step()
-    return losses, norms, first, model
+    return losses, norms, balances, first, model
 
 
 def part(model: Model, parameter: Any, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -130,7 +152,8 @@ def part(model: Model, parameter: Any, tensors: Mapping[str, torch.Tensor]) -> t
 )
 def test_steps_equal_one_process(kind: str, tmp_path: Path):
     save_tiny(kind, tmp_path)
-    losses, norms, first, trained = reference_steps(kind, steps=3)
+    losses, norms, balances, first, trained = reference_steps(kind, steps=3)
+    balance = BALANCE if kind in BALANCED else None
     grads = checkpoint_tensors(kind, first)
     initial, final = (
         checkpoint_tensors(kind, {name: p.detach() for name, p in model.named_parameters()})
@@ -165,14 +188,16 @@ def test_steps_equal_one_process(kind: str, tmp_path: Path):
         batch = own_rows(model, full_batch())
         worst = {"loss": 0.0, "norm": 0.0, "grad": 0.0, "update": 0.0}
         loss_of = LOSSES.get(kind, weighted_loss)
-        trainer.accumulate(batch, loss_of, parts_of(batch, 2))
+        trainer.accumulate(batch, loss_of, parts_of(batch, 2), balance=balance)
         if not sharded or model.groups.expt_dp.size() == model.groups.dp_cp.size() == 1:
             for parameter, tensor in named_shards(model):
                 want = part(model, parameter, grads)
                 error = (tensor.main_grad - want).abs().max() / want.abs().max().clamp_min(1e-3)
                 worst["grad"] = max(worst["grad"], float(error))
-        for loss, norm in zip(losses, norms, strict=True):
-            stats = trainer.step(batch, loss_of, parts_of(batch, 4))
+        for step, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
+            stats = trainer.step(batch, loss_of, parts_of(batch, 4), balance=balance)
+            if balance:
+                assert stats.terms["router_aux_loss"] == pytest.approx(balances[step], rel=1e-5)
             assert stats.terms["tokens"] == TOTAL
             worst["loss"] = max(worst["loss"], abs(stats.terms["loss"] - loss))
             worst["norm"] = max(worst["norm"], abs(stats.grad_norm - norm) / norm)
@@ -196,7 +221,7 @@ def test_steps_equal_one_process(kind: str, tmp_path: Path):
 def test_bfloat16_has_float32_masters(sharded: bool, tmp_path: Path):
     """Adam moves every weight by about the learning rate: below a bf16 rounding unit only the masters show it."""
     save_tiny("llama", tmp_path)
-    _, norms, _, _ = reference_steps("llama", steps=1)
+    _, norms, *_ = reference_steps("llama", steps=1)
     spec = spec_from_folder(tmp_path)
     settings = AdamSettings(lr=1e-6, clip_norm=0.1)
 
