@@ -107,8 +107,8 @@ class Probe:
                     here |= {test for test in tests if test.split("::")[0] == name.split("::")[0]}
                 lines[str(line)] = sorted(here) + ([""] if "" in contexts else [])
             self.measured.lines[str(Path(file).relative_to(root))] = lines
-        loaded = (name for name in sys.modules if name.split(".")[0] not in (*OURS, "__main__", "tests"))
-        self.measured.modules = sorted(name for name in loaded if not name.startswith(("test_", "conftest")))
+        own = {*OURS, "__main__", *(path.stem for part in ("tests", "scripts") for path in Path(part).rglob("*.py"))}
+        self.measured.modules = sorted(name for name in sys.modules if name.split(".")[0] not in own)
         return self.measured
 
 
@@ -164,6 +164,8 @@ def preload(modules: Sequence[str]) -> None:
             importlib.import_module(name)
         except Exception:  # a module that cannot be imported alone is left to the children
             continue
+    early = sorted(name for name in sys.modules if name.split(".")[0] in OURS)
+    assert not early, f"{early} would be loaded before they are mutated"
     gc.freeze()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from planner.search import exact, schedule
+from planner.search import exact, kernels, schedule
 from planner.search.mcmc import Walked
 from planner.search.problem import Decision, Dependency, Moves, Options, SearchProblem
 from planner.search.relaxation import relax
@@ -49,6 +49,15 @@ def test_calls_that_wait_for_nothing_go_at_the_pace_of_the_slowest(seconds: tupl
     found = problem([option(gpu, s) for gpu, s in enumerate(seconds)], [])
     cost = schedule.cost(found, found.plain((0,) * len(seconds)))
     assert (cost.period_s, cost.latency_s) == (pytest.approx(max(seconds)), pytest.approx(max(seconds)))
+
+
+def test_working_arrays_have_room_for_the_deepest_look_back() -> None:
+    """Two iterations back by an edge, one by a turn, and a lag of two that the turn allows."""
+    edges, turns = [Dependency(0, 1), Dependency(1, 0, 2)], (Dependency(0, 1, -1),)
+    found = problem([option(0, 1.0), option(1, 1.0)], edges, turns=turns)
+    room = schedule.scratch(schedule.tables(found))
+    assert found.most_lag == 2 and len(room.ends) >= kernels.PERIODS + found.most_lag + 2
+    assert room.wait.shape[:2] == (4, 4 + len(edges)) and len(room.duration) >= 4
 
 
 def test_weights_of_the_iteration_before_delay_no_lone_iteration() -> None:
