@@ -171,7 +171,7 @@ class Chooser:
         if self.sampling.truncated:
             weights = _truncate(weights, self.sampling)
         # The maximum of logit + Gumbel is that of weight / Exponential, which takes one logarithm less.
-        ratio, local = weights.div_(_log_uniforms(self._hashes, seeds)).min(-1, keepdim=True)
+        ratio, local = weights.div_(log_uniforms(self._hashes, seeds)).min(-1, keepdim=True)
         return local, ratio if self._alone else ratio.neg_().log_().add_(top)
 
     def _agree(self, best: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,7 +198,7 @@ def _truncate(weights: Tensor, sampling: Sampling) -> Tensor:
     return weights
 
 
-def _log_uniforms(hashes: Tensor, seeds: Tensor) -> Tensor:
+def log_uniforms(hashes: Tensor, seeds: Tensor) -> Tensor:
     """Logarithms of uniform numbers [n, size], float32, for the hashed ids of a part and the seeds [2, n] of n rows.
 
     A row is a multiplicative hash, with a multiplier and a mask of its own, of the ids' own hash. The numbers near one

@@ -9,6 +9,8 @@ import json
 import random
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,15 @@ import torch.distributed as dist
 from plan_cases import FIXTURES, tiny_run
 from random_plans import KINDS, SIZES, Kind, RandomPlan, plan_alone, random_plan
 from ranks import run_ranks
+from torch import Tensor
 
+from plans.algorithms import GREEDY
 from plans.plan import ExecutionPlan
 from plans.program import compile_program
 from plans.runfile import RunFile
 from runtime.batches.transfer import BatchStore
 from runtime.executor import Executor
+from runtime.generation.sampling import Chooser, log_uniforms, sample_keys, step_seeds
 from runtime.groups import GroupCache
 from runtime.job import Job, prepare_job
 from runtime.models.installation import install
@@ -38,7 +43,19 @@ COUNTS = ("clipfrac", "accuracies")
 """Metrics that count where one number exceeds another: at a tie, rounding decides."""
 Tokens = dict[tuple[int, int, str], tuple[list[int], list[int]]]
 """By iteration, sample and name of the tensor."""
-Outcome = tuple[list[Metrics], Tokens]
+Margins = dict[tuple[int, int, bool], float]
+"""By both seeds of a token and whether it was greedy: how far the score of the second best token lay below."""
+NEAR = 1e-5
+"""A smaller margin is rounding's to decide."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run did."""
+
+    metrics: list[Metrics]
+    tokens: Tokens
+    margins: Margins
 
 
 def long_tail(seed: int, longest: int) -> int:
@@ -72,16 +89,17 @@ def long_tailed_data(path: Path) -> Path:
 
 
 def play(plans: Sequence[tuple[Kind, ExecutionPlan]], folder: Path) -> list[Outcome]:
-    """Metrics and tokens of plans of one number of ranks, played one after the other by the same ranks."""
+    """What plans of one number of ranks do, played one after the other by the same ranks. Margins are those of rank 0,
+    which of a plan on one process are all."""
     runs = {kind: run_of(kind, folder) for kind, _ in plans}
 
-    def rank() -> list[Tokens]:
+    def rank() -> list[tuple[Tokens, Margins]]:
         install(CPU)
         found, groups = [], GroupCache(CPU)
         for number, (kind, plan) in enumerate(plans):
             with pytest.MonkeyPatch.context() as monkeypatch:
                 monkeypatch.setattr(Job, "ended", property(lambda job: None if job.offline else ended))
-                found.append(_tokens(monkeypatch))
+                found.append((_tokens(monkeypatch), _margins(monkeypatch) if dist.get_world_size() == 1 else {}))
                 recorder = Recorder(folder / str(number), dist.get_rank(), time.time())
                 Executor(prepare_job(plan, runs[kind]), groups, CPU, recorder).run(ITERATIONS)
         return found
@@ -93,11 +111,12 @@ def play(plans: Sequence[tuple[Kind, ExecutionPlan]], folder: Path) -> list[Outc
     for number, (_, plan) in enumerate(plans):
         tokens: Tokens = {}
         for found in every:
-            for key, value in found[number].items():
+            for key, value in found[number][0].items():
                 assert tokens.setdefault(key, value) == value
         program = compile_program(plan)
         reader = RecordReader(folder / str(number), tuple(r for r in range(plan.cluster.size) if program.projection(r)))
-        outcomes.append(([iteration_metrics(program, records) for records in reader.poll()], tokens))
+        metrics = [iteration_metrics(program, records) for records in reader.poll()]
+        outcomes.append(Outcome(metrics, tokens, every[0][number][1]))
     return outcomes
 
 
@@ -114,17 +133,53 @@ def _tokens(monkeypatch: pytest.MonkeyPatch) -> Tokens:
     return tokens
 
 
-def differences(found: Outcome, wanted: Outcome) -> list[str]:
-    """Where a run differs from that of one process: tokens at all, losses and norms by more than 1e-4. An iteration has
-    two optimizer steps, and Adam's first ones make a step of the learning rate out of the least rounding."""
-    if found[1] != wanted[1]:
-        return [f"tokens of {[key for key in wanted[1] if found[1].get(key) != wanted[1][key]][:3]}"]
+def _margins(monkeypatch: pytest.MonkeyPatch) -> Margins:
+    """Margins of all tokens that this process will choose, from the whole vocabulary at a temperature of 1."""
+    choose, margins = Chooser.__call__, Margins()
+
+    def watch(self: Chooser, logits: Tensor, seeds: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        scores, greedy = logits[:, : self.size].clone(), self.sampling.greedy
+        if not greedy:
+            scores -= (-log_uniforms(self._hashes, seeds)).log()
+        best, tokens = scores.topk(2, -1)
+        for (first, second), (above, below) in zip(seeds.t().tolist(), best.tolist(), strict=True):
+            margins[first, second, greedy] = above - below
+        chosen = choose(self, logits, seeds, seen)
+        sure = best[:, 0] - best[:, 1] > NEAR
+        assert chosen[0][sure].equal(tokens[sure, 0])
+        return chosen
+
+    monkeypatch.setattr(Chooser, "__call__", watch)
+    return margins
+
+
+def first_margins(found: Tokens, wanted: Outcome, seed: int) -> list[float]:
+    """The reference's margins at the first differing token of each response of the first iteration that has any."""
+    wrong = [key for key, texts in wanted.tokens.items() if found.get(key) != texts]
+    margins = []
+    for iteration, row, name in (key for key in wrong if key[0] == min(wrong)[0]):
+        ours, theirs = (tokens.get((iteration, row, name), ([], []))[1] for tokens in (found, wanted.tokens))
+        place = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), -1)
+        if place < 0:  # a length or a prompt differs, which no margin excuses
+            return [inf]
+        keys = sample_keys(seed, iteration, torch.tensor([row]))
+        first, second = step_seeds(keys, torch.tensor([place])).flatten().tolist()
+        margins.append(wanted.margins[first, second, name.endswith(GREEDY)])
+    return margins
+
+
+def differences(found: Outcome, wanted: Outcome, minibatches: int) -> list[str]:
+    """Where a run differs from that of one process: tokens at all, losses and norms by more than 1e-4, by 1e-5 before
+    the first optimizer step has been made: Adam's first ones make a step of the learning rate out of the least
+    rounding."""
+    if found.tokens != wanted.tokens:
+        return [f"tokens of {[key for key in wanted.tokens if found.tokens.get(key) != wanted.tokens[key]][:3]}"]
     wrong = []
-    assert len(found[0]) == len(wanted[0]) == ITERATIONS
-    for iteration, (ours, theirs) in enumerate(zip(found[0], wanted[0], strict=True)):
+    assert len(found.metrics) == len(wanted.metrics) == ITERATIONS
+    for iteration, (ours, theirs) in enumerate(zip(found.metrics, wanted.metrics, strict=True)):
         for key in theirs:
             if key.startswith(("actor/", "critic/", "response_length")) and not key.endswith(COUNTS):
-                limit = 1e-4 * max(1.0, abs(theirs[key]))
+                limit = (1e-5 if iteration == 0 and minibatches == 1 else 1e-4) * max(1.0, abs(theirs[key]))
                 if not abs(ours[key] - theirs[key]) <= limit:
                     wrong.append(f"iteration {iteration}: {key} {ours[key]:.7g}, alone {theirs[key]:.7g}")
     return wrong
@@ -147,15 +202,34 @@ def test_random_plans_reproduce_one_process(tmp_path: Path, pytestconfig: pytest
     cases = [random_plan(seed) for seed in range(first, first + count)]
     kinds = [kind for kind in KINDS if any(case.kind == kind for case in cases)]
     alone = dict(zip(kinds, play([(kind, plan_alone(kind)) for kind in kinds], tmp_path / "alone"), strict=True))
-    assert_long_tail([len(response) for _, tokens in alone.values() for _, response in tokens.values()])
-    wrong = {}
+    assert_long_tail([len(response) for one in alone.values() for _, response in one.tokens.values()])
+    wrong, near = dict[int, list[str]](), dict[int, list[float]]()
     for ranks in sorted({case.plan.cluster.size for case in cases}):
         for number, part in enumerate(_parts([case for case in cases if case.plan.cluster.size == ranks])):
             found = play([(case.kind, case.plan) for case in part], tmp_path / f"{ranks}-{number}")
             for case, outcome in zip(part, found, strict=True):
-                if faults := differences(outcome, alone[case.kind]):
+                margins = first_margins(outcome.tokens, alone[case.kind], run_of(case.kind, tmp_path).seed)
+                if margins and max(margins) < NEAR:
+                    near[case.seed] = margins
+                elif faults := differences(outcome, alone[case.kind], case.plan.workload.minibatches):
                     wrong[case.seed] = faults
     assert not wrong
+    if near:
+        print(f"plans that differ where rounding decides, and by what margins: {near}")
+    assert len(near) <= 1 + count // 200
+
+
+def test_a_difference_is_excused_by_the_margin_of_its_token(tmp_path: Path) -> None:
+    kind = Kind("remax", "llama")
+    (alone,) = play([(kind, plan_alone(kind))], tmp_path)
+    assert len(alone.margins) > len(alone.tokens) and not first_margins(alone.tokens, alone, 0)
+    for name, (iteration, row) in {"sequences": (0, 3), "sequences_greedy": (1, 2)}.items():
+        prompt, response = alone.tokens[iteration, row, name]
+        changed = alone.tokens | {(iteration, row, name): (prompt, [*response[:-1], response[-1] + 1])}
+        (margin,) = first_margins(changed, alone, run_of(kind, tmp_path).seed)
+        assert margin in alone.margins.values()
+        shorter = alone.tokens | {(iteration, row, name): (prompt, response[:-1])}
+        assert first_margins(shorter, alone, run_of(kind, tmp_path).seed) == [inf]
 
 
 def assert_long_tail(lengths: Sequence[int]) -> None:
