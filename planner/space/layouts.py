@@ -28,7 +28,7 @@ CONTEXT_TOKENS = 1024
 SLOT_PARTS = (1, 2, 4, 8, 16, 32)
 """Slots of a dp rank that are tried: its samples, and these parts of them."""
 EVERY_LENGTH_UP_TO = 16
-END_TILES = 16
+END_TILES = 8
 """On clusters of many nodes: places for a short mesh from either end, and as many evenly spread."""
 
 
