@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -52,41 +52,40 @@ def experience(job: Job, call: Call, trainer: Trainer, inputs: Mapping[str, Valu
         "response_length/clip_ratio": lengths == workload.response_tokens,
         "prompt_length": torch.tensor(sequences.prompts),
     }
-    counts: tuple[bool, ...] | None = None
-    settings, kl = _present(job.run.ppo, trainer), None
+    found = Experience(Batch(sequences, fields), report, _present(job.run.ppo, trainer))
     if loss not in ALGORITHMS:
         flat = {key: settled(job, values) if tensor_kind(key) == "rewards" else values for key, values in flat.items()}
-        fields |= {key: _per_token(values, sequences) for key, values in flat.items()}
-    elif not job.offline:
-        index = torch.tensor(rows, dtype=torch.int64, device=model.device)
-        gather = partial(gather_samples, rows=index, samples=workload.samples, group=model.groups.dp)
-        samples, failed = _samples(job, flat, sequences, index, gather)
-        shaped = overlong(samples, settings, workload.response_tokens)
-        signal = ADVANTAGES[loss](shaped, settings)
-        counts = _counts(job, samples)
-        if counts is not None:
-            report["actor/dropped_samples"] = torch.tensor([not counts[row] for row in rows])
-        if job.run.reward_limits.on_failure != "stop":
-            report["critic/score/failed"] = failed
-        advantages = unpadded(signal.advantages, sequences.responses)
-        if {"old_logprobs", "gen_logprobs"} <= flat.keys():
-            old, drawn = flat["old_logprobs"], flat["gen_logprobs"]
-            report |= mismatch(old, drawn, settings.importance_cap)
-            if settings.importance_cap is not None:
-                advantages = advantages * importance(old, drawn, sequences.responses, settings)
-        fields |= {
-            "old_logprobs": flat[_old(flat)],
-            "advantages": advantages,
-            "returns": unpadded(signal.returns, sequences.responses),
-        }
-        report |= _report(samples, signal, settings.reward_clip)
-        if settings.kl_target is not None:
-            kl = _mean_kl(samples)
-            report |= {
-                "actor/kl_coefficient": torch.tensor([settings.kl_coefficient]),
-                "actor/response_kl": _kl(samples),
-            }
-    return Experience(Batch(sequences, fields), report, settings, counts, kl)
+        return replace(found, batch=Batch(sequences, fields | {k: _per_token(v, sequences) for k, v in flat.items()}))
+    return found if job.offline else _with_advantages(job, loss, trainer, found, flat, rows)
+
+
+def _with_advantages(
+    job: Job, loss: str, trainer: Trainer, found: Experience, flat: Mapping[str, Tensor], rows: Sequence[int]
+) -> Experience:
+    """What generated responses teach: the advantages of an algorithm, and which samples count."""
+    workload, model, sequences, settings = job.plan.workload, trainer.model, found.batch.sequences, found.settings
+    index = torch.tensor(rows, dtype=torch.int64, device=model.device)
+    gather = partial(gather_samples, rows=index, samples=workload.samples, group=model.groups.dp)
+    samples, failed = _samples(job, flat, sequences, index, gather)
+    signal = ADVANTAGES[loss](overlong(samples, settings, workload.response_tokens), settings)
+    counts, report = _counts(job, samples), {**found.report, **_report(samples, signal, settings.reward_clip)}
+    if counts is not None:
+        report["actor/dropped_samples"] = torch.tensor([not counts[row] for row in rows])
+    if job.run.reward_limits.on_failure != "stop":
+        report["critic/score/failed"] = failed
+    advantages = unpadded(signal.advantages, sequences.responses)
+    if {"old_logprobs", "gen_logprobs"} <= flat.keys():
+        old, drawn = flat["old_logprobs"], flat["gen_logprobs"]
+        report |= mismatch(old, drawn, settings.importance_cap)
+        if settings.importance_cap is not None:
+            advantages = advantages * importance(old, drawn, sequences.responses, settings)
+    if settings.kl_target is not None:
+        report["actor/kl_coefficient"] = torch.tensor([settings.kl_coefficient])
+        report["actor/response_kl"] = _kl(samples)
+    returns = unpadded(signal.returns, sequences.responses)
+    fields = {**found.batch.fields, "old_logprobs": flat[_old(flat)], "advantages": advantages, "returns": returns}
+    kl = None if settings.kl_target is None else _mean_kl(samples)
+    return replace(found, batch=Batch(sequences, fields), report=report, counts=counts, kl=kl)
 
 
 def _present(settings: Ppo, trainer: Trainer) -> Ppo:
