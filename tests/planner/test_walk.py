@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
-from small_problems import period_s, problems
+from small_problems import is_legal, period_s, problems
 
 from planner.search import beginnings, dominance, schedule, shapes
 from planner.search.problem import Decision, Dependency, Moves, Options, SearchProblem
@@ -240,6 +240,22 @@ def test_walks_begin_at_the_fastest_and_anywhere() -> None:
     found = {tuple(beginnings.anywhere(shared, lambda bound: int(random.integers(bound)))) for _ in range(800)}
     on_one = {(a, b) for a in range(6) for b in range(3) if shared.mesh(0, a) == shared.mesh(1, b)}
     assert found == {(a, b, c) for a, b in on_one for c in range(2)}
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(p=problems(calls=3, most_options=2))
+def test_what_is_legal_is_so_for_the_walk(walk: ModuleType, p: SearchProblem) -> None:
+    """Every order and lag of a small problem; options on one mesh where they must be."""
+    t, n = schedule.tables(p), p.n_calls
+    choice = next((c for c in itertools.product(*(range(len(o)) for o in p.options)) if p.keeps_meshes(c)), None)
+    if choice is None:
+        return
+    for order, lag in itertools.product(
+        itertools.permutations(range(n)), itertools.product(range(p.most_lag + 1), repeat=n)
+    ):
+        decision = Decision(choice, order, lag)
+        found = walk.is_legal(t, schedule.rows(decision), schedule.scratch(t))
+        assert bool(found) == is_legal(p, decision), decision
 
 
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
