@@ -22,7 +22,7 @@ from plans.graphfile import load_graph
 from plans.library import load_cluster, load_model
 from plans.plan import ExecutionPlan, PlannedCall
 from plans.runfile import load_run
-from plans.runnable import run_problems
+from plans.runnable import run_problems, workload_problems
 from plans.strategy import ParallelStrategy
 from plans.workload import Workload, role_spec
 
@@ -151,3 +151,9 @@ def test_own_graphs_that_ship_with_an_experiment_are_found_and_run(name: str) ->
     assert not check_plan(plan) and not run_problems(plan)
     weights = load_run(run).weights
     assert isinstance(weights, dict) and set(weights) == set(graph.roles), "weights of every role are named"
+
+
+@pytest.mark.parametrize(("algorithm", "size"), [("grpo", 8), ("rloo", 8), ("ppo", 1), ("dpo", 2), ("sft", 1)])
+def test_a_request_without_a_group_size_has_one_that_runs(algorithm: str, size: int) -> None:
+    request = build_request(models={"actor": "llama-7b"}, sizes={"algorithm": algorithm}, gpus=8)
+    assert request.workload.group_size == size and not workload_problems(request.workload)
