@@ -154,10 +154,13 @@ def digest_of(index: CheckpointIndex) -> str:
 def seal_of(path: Path) -> Seal:
     """Size and digest of a file."""
     digest, size = hashlib.sha256(), 0
-    with path.open("rb", buffering=0) as file:
+    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
+        pending = hasher.submit(digest.update, b"")
         while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
+            pending.result()  # one chunk is hashed while the next one is read
+            pending = hasher.submit(digest.update, chunk)
             size += len(chunk)
+        pending.result()
     return Seal(bytes=size, sha256=digest.hexdigest())
 
 

@@ -1,0 +1,130 @@
+"""What checkpoints cost: their files against `dd conv=fsync`, and a run that writes one after every iteration against
+one that writes none.
+
+    bench_checkpoint.py [--mib 1540] [--folder FOLDER] [--repeats 3] [--plan plan.json] [key=value ...]
+
+1,540 MiB are the state of SmolLM2-135M: master and two moments of 134.5 million parameters. All figures are ratios of
+what was measured in the same minutes. Without --plan only the files are measured; with it the plan runs twice, and the
+overrides are those of realrun.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors import safe_open
+
+from plans.checkpoint_files import CHUNK_BYTES, seal_of
+from plans.timeline import Timeline, load_timeline
+from runtime.checkpoints.write import write_tensors
+
+MIB = 2**20
+TENSORS = 64
+
+
+def main() -> int:
+    """Measure, and print a table; fails where a bar is missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mib", type=int, default=1540)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--plan", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    options = parser.parse_args()
+    table, missed = Table("what", "measured", "bar"), 0
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        rows = [(f"{name} against dd", ratio, 0.7, True) for name, ratio in files(Path(folder), options).items()]
+        if options.plan:
+            slower, blocked = runs(options.plan, Path(folder), options.overrides)
+            rows += [
+                ("iteration against none", slower, 1.10, False),
+                ("blocked, of an iteration", blocked, 0.05, False),
+            ]
+    for what, value, bar, least in rows:
+        table.add_row(what, f"{value:.3f}", f"{'>=' if least else '<='} {bar}")
+        missed += value < bar if least else value > bar
+    Console().print(table)
+    return int(missed > 0)
+
+
+def files(folder: Path, options: argparse.Namespace) -> dict[str, float]:
+    """Speed of writing and of reading a rank's file, digests and all, as parts of that of dd; medians, in turn."""
+    each = options.mib * MIB // 4 // TENSORS
+    tensors = {f"actor/{number}": torch.rand(each) for number in range(TENSORS)}
+    ours, plain = folder / "ours.safetensors", folder / "plain"
+    dd = ["dd", "bs=8M", "status=none", "iflag=fullblock"]
+    write_dd = [*dd, "if=/dev/zero", f"of={plain}", f"count={options.mib // 8}", "conv=fsync"]
+    found: dict[str, list[float]] = {"written": [], "read": []}
+    for _ in range(options.repeats):
+        for path in (ours, plain):
+            path.unlink(missing_ok=True)
+        base = seconds(lambda: subprocess.run(write_dd, check=True))
+        found["written"].append(base / seconds(lambda: write_tensors(ours, tensors)))
+        for path in (ours, plain):
+            forget(path)
+        base = seconds(lambda: subprocess.run([*dd, f"if={plain}", "of=/dev/null"], check=True))
+        found["read"].append(base / seconds(lambda: read(ours)))
+    return {name: statistics.median(ratios) for name, ratios in found.items()}
+
+
+def seconds(act: Callable[[], object]) -> float:
+    """How long something takes."""
+    began = time.perf_counter()
+    act()
+    return time.perf_counter() - began
+
+
+def forget(path: Path) -> None:
+    """Have a file on the disk alone, not in memory."""
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read(path: Path) -> None:
+    """What a resumed run does with a file: hold it against its digest, then read its tensors."""
+    seal_of(path)
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            file.get_tensor(name)
+
+
+def runs(plan: Path, folder: Path, overrides: list[str]) -> tuple[float, float]:
+    """Period of a run with a checkpoint after every iteration over one without, and the part of an iteration in which
+    its ranks stand still between two, beyond those of the other run."""
+    found = []
+    for every in (0, 1):
+        output = folder / f"every-{every}"
+        words = [f"output={output}", f"checkpoint.every={every}", "checkpoint.keep=1", "export=false", "report=false"]
+        command = [str(Path(sys.executable).with_name("realrun")), str(plan), *words, *overrides]
+        subprocess.run(command, check=True)
+        found.append(load_timeline(output / "timeline.json"))
+    without, with_ = found
+    return with_.period_s / without.period_s, (between(with_) - between(without)) / without.period_s
+
+
+def between(timeline: Timeline) -> float:
+    """Median seconds from a rank's last span of an iteration to its first one of the next."""
+    first: dict[tuple[int, int], float] = {}
+    last: dict[tuple[int, int], float] = {}
+    for span in timeline.spans:
+        for rank in span.ranks:
+            key = (rank, span.iteration)
+            first[key] = min(first.get(key, span.start_s), span.start_s)
+            last[key] = max(last.get(key, span.end_s), span.end_s)
+    return statistics.median(first[r, i + 1] - last[r, i] for r, i in last if (r, i + 1) in first)
+
+
+if __name__ == "__main__":
+    assert CHUNK_BYTES == 8 * MIB, "dd writes in chunks as large as those of a checkpoint"
+    raise SystemExit(main())
