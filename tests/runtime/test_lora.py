@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -187,35 +188,53 @@ def test_steps_equal_one_process(kind: str, tmp_path: Path):
             assert worst["update"] < 1e-3, (case, worst)
 
 
-@pytest.mark.parametrize(("kind", "degrees"), [("llama", {"tp": 2, "pp": 2}), ("glm4", {"tp": 2}), ("phi3", {"pp": 2})])
-def test_what_is_exported_says_what_was_generated(kind: str, degrees: dict[str, int], tmp_path: Path) -> None:
-    """Generation is unmerged. Of an export transformers loads the merged folder, and peft the adapter."""
-    save_tiny(kind, tmp_path / "base")
-    spec = replace(spec_from_folder(tmp_path / "base"), lora=LORA)
-    reference = tiny_model(kind)
+PROMPTS = [[5, 9, 200, 17], [33, 4], [7, 70, 8, 80, 9]]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What a layout generated and exported, in `folder`, and the model of Hugging Face's that it must equal."""
+
+    folder: Path
+    reference: Any
+    responses: list[list[int]]
+
+
+@pytest.fixture(scope="module", params=[("llama", {"tp": 2, "pp": 2}), ("glm4", {"tp": 2}), ("phi3", {"pp": 2})])
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """Of random adapters, B too."""
+    kind, degrees = request.param
+    folder: Path = tmp_path_factory.mktemp(kind)
+    save_tiny(kind, folder / "base")
+    spec, reference = replace(spec_from_folder(folder / "base"), lora=LORA), tiny_model(kind)
     adapters = values(adapt(reference, spec))
-    prompts = [[5, 9, 200, 17], [33, 4], [7, 70, 8, 80, 9]]
 
     def run() -> list[list[int]]:
         installation.install(CPU)
         model = build(GroupCache(CPU), layout_of(spec, **degrees))
         assert model is not None
-        fill(model, tmp_path / "base", adapters)
+        fill(model, folder / "base", adapters)
         settings: dict[str, Any] = {"response_tokens": [6] * 3, "sampling": Sampling(temperature=0), "seed": 0}
-        made = generate(model, prompts, range(3), iteration=0, stop_ids=(), **settings)
-        export(model, tmp_path / "out", tmp_path / "base")
+        made = generate(model, PROMPTS, range(3), iteration=0, stop_ids=(), **settings)
+        export(model, folder / "out", folder / "base")
         return [response for _, response in made.sequences.texts()]
 
-    responses = run_ranks(degrees.get("tp", 1) * degrees.get("pp", 1), run)[0]
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    with torch.no_grad():
-        for prompt, response in zip(prompts, responses, strict=True):
-            ids = torch.tensor([prompt + response])
-            logits = loaded(ids).logits[0]
-            torch.testing.assert_close(logits, reference(ids).logits[0], atol=1e-4, rtol=1e-4)
-            assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == response
+    return Exported(folder, reference, run_ranks(prod(degrees.values()), run)[0])
+
+
+@torch.no_grad()
+def test_unmerged_generation_says_what_the_merged_export_says(exported: Exported) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(exported.folder / "out", dtype=torch.float32)
+    for prompt, response in zip(PROMPTS, exported.responses, strict=True):
+        ids = torch.tensor([prompt + response])
+        logits = loaded(ids).logits[0]
+        torch.testing.assert_close(logits, exported.reference(ids).logits[0], atol=1e-4, rtol=1e-4)
+        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == response
+
+
+@torch.no_grad()
+def test_peft_loads_the_adapter(exported: Exported) -> None:
     peft = pytest.importorskip("peft")
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
-    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "out-adapter")
-    with torch.no_grad():
-        torch.testing.assert_close(adapted(ids).logits[0], logits, atol=1e-4, rtol=1e-4)
+    base = AutoModelForCausalLM.from_pretrained(exported.folder / "base", dtype=torch.float32)
+    adapted, ids = peft.PeftModel.from_pretrained(base, exported.folder / "out-adapter"), torch.tensor(PROMPTS[2:])
+    torch.testing.assert_close(adapted(ids).logits, exported.reference(ids).logits, atol=1e-4, rtol=1e-4)
