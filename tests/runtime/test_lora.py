@@ -46,7 +46,6 @@ CPU = torch.device("cpu")
 LORA = Lora(4, 6.0)
 CASES: tuple[dict[str, Any], ...] = (
     {},
-    {"tp": 2},
     {"dp": 2, "tp": 2, "sequence_parallel": True},
     {"pp": 2, "recompute": Recompute.FULL},
     {"dp": 2, "pp": 2, "vpp": 2},
@@ -56,10 +55,10 @@ CASES: tuple[dict[str, Any], ...] = (
 )
 KINDS = {
     "llama": (LORA, CASES),
-    "qwen2": (LORA, (CASES[6], CASES[4])),  # biases, tied embeddings
-    "phi3": (replace(LORA, targets=("linear_fc1", "linear_qkv")), CASES[5:7]),  # fused tensors
-    "glm4": (LORA, CASES[5:7]),  # rows in another order, norms behind
-    "gemma2": (replace(LORA, targets=("linear_proj",)), CASES[1:3]),
+    "qwen2": (LORA, CASES[5:6]),  # biases, tied embeddings
+    "phi3": (replace(LORA, targets=("linear_fc1", "linear_qkv")), CASES[5:6]),  # fused tensors
+    "glm4": (LORA, CASES[4:5]),  # rows in another order, norms behind
+    "gemma2": (replace(LORA, targets=("linear_proj",)), CASES[1:2]),
 }
 
 
@@ -131,7 +130,7 @@ def test_steps_equal_one_process(kind: str, tmp_path: Path):
     adam = torch.optim.AdamW(adapters.values(), betas=(SETTINGS.beta1, SETTINGS.beta2), eps=SETTINGS.eps,
                              weight_decay=SETTINGS.weight_decay)  # fmt: skip
     losses, norms, grads = [], [], dict[str, Tensor]()
-    for step in range(3):
+    for step in range(2):
         adam.zero_grad()
         loss, _ = weighted_loss(reference_output(model, batch, False), batch)
         loss.backward()
