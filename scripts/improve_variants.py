@@ -103,7 +103,7 @@ VARIANTS: dict[str, Variant] = {
     "rloo": Variant("rloo"),
     "remax": Variant("remax"),
     "reinforce++": Variant("reinforce++"),
-    "sft": Variant("sft"),
+    "sft": Variant("sft", {"actor": {"lr": 2e-4}}),
     "dpo": Variant("dpo"),
     "reward-modelling": Variant("reward-modelling"),
 }  # fmt: skip
@@ -232,7 +232,7 @@ def plan_of(variant: Variant) -> ExecutionPlan:
     models = {role: spec.with_value_head() if role in ("critic", "reward") else spec for role in graph.roles}
     group = 4 if variant.grouped else 2 if variant.algorithm in ("dpo", "reward-modelling") else 1
     workload = Workload(graph=graph, models=models, batch_size=32 // group, group_size=group, prompt_tokens=8,
-                        response_tokens=8, minibatches=1, dtype="fp32")  # fmt: skip
+                        response_tokens=8, minibatches=2, dtype="fp32")  # fmt: skip
     mesh, lags = parse_mesh("node 0", cluster), graph.first_lags
     calls = [PlannedCall(call=call.name, mesh=mesh, strategy=ParallelStrategy(), lag=lags[call.name])
              for call in graph.model_calls]  # fmt: skip
