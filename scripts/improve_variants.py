@@ -81,7 +81,7 @@ def _ppo(**keys: Any) -> dict[str, Any]:
 VARIANTS: dict[str, Variant] = {
     "ppo": Variant("ppo"),
     "ppo, value warm-up": Variant("ppo", _ppo(critic_warmup_iterations=3)),
-    "ppo, adaptive KL": Variant("ppo", _ppo(kl_target=2.0, kl_horizon=500, kl_coefficient=0.02)),
+    "ppo, adaptive KL": Variant("ppo", _ppo(kl_target=6.0, kl_horizon=500)),
     "ppo, recomputed log-probs, TIS": Variant("ppo", _ppo(importance_cap=2.0), {"recompute_logprobs": True}),
     "grpo": Variant("grpo"),
     "grpo, KL in the reward, k2": Variant("grpo", _ppo(kl_in="reward", kl_estimator="k2")),
@@ -104,8 +104,8 @@ VARIANTS: dict[str, Variant] = {
     "remax": Variant("remax"),
     "reinforce++": Variant("reinforce++"),
     "sft": Variant("sft", {"actor": {"lr": 2e-4}}),
-    "dpo": Variant("dpo"),
-    "reward-modelling": Variant("reward-modelling"),
+    "dpo": Variant("dpo", {"actor": {"lr": 2e-4}}),
+    "reward-modelling": Variant("reward-modelling", {"actor": {"lr": 2e-4}}),
 }  # fmt: skip
 
 

@@ -48,7 +48,7 @@ def prepare_smollm2(folder: str | Path) -> Path:
     folder = Path(folder)
     if os.path.isfile(folder / "config.json"):
         if not os.path.isfile(folder / CHAT_TEMPLATE):  # earlier versions wrote none
-            write_atomically(folder / CHAT_TEMPLATE, _fields(_gguf_path())["tokenizer.chat_template"])
+            write_atomically(folder / CHAT_TEMPLATE, _reader(_gguf_path()).fields["tokenizer.chat_template"].contents())
         return folder
     source = _gguf_path()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -82,12 +82,12 @@ def _gguf_path() -> Path:
 
 
 def _convert(source: Path, folder: Path) -> None:
-    from gguf import GGUFReader
     from safetensors.numpy import save_file
 
-    fields = _fields(source)
+    reader = _reader(source)
+    fields = {key: field.contents() for key, field in reader.fields.items()}
     config = _config(fields)
-    save_file(_weights(GGUFReader(source), config), str(folder / "model.safetensors"), metadata={"format": "pt"})
+    save_file(_weights(reader, config), str(folder / "model.safetensors"), metadata={"format": "pt"})
     _tokenizer(fields).save(str(folder / "tokenizer.json"))
     names = fields["tokenizer.ggml.tokens"]
     tokens = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
@@ -97,10 +97,10 @@ def _convert(source: Path, folder: Path) -> None:
     _write_json(folder / "config.json", config)
 
 
-def _fields(source: Path) -> dict[str, Any]:
+def _reader(source: Path) -> Any:
     from gguf import GGUFReader
 
-    return {key: field.contents() for key, field in GGUFReader(source).fields.items()}
+    return GGUFReader(source)
 
 
 def _config(fields: dict[str, Any]) -> dict[str, Any]:
