@@ -24,7 +24,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 # Files that take minutes. A worker takes a file at a time: with these first, none is left alone with one at the end.
 LONG = tuple(
-    f"test_{name}.py" for name in ("kills", "random_plans", "training", "gpu_check", "errors", "wheel", "launchers")
+    f"test_{name}.py"
+    for name in (
+        "kills",
+        "random_plans",
+        "training",
+        "invariance",
+        "errors",
+        "wheel",
+        "restarts",
+        "gpu_check",
+        "launchers",
+        "machines",
+        "baselines",
+        "solvers",
+    )
 )
 
 
