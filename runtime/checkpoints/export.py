@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from plans.checkpoint import Entry
@@ -16,9 +15,9 @@ from plans.checkpoint_files import MASTER, Checkpoint, CheckpointError, find_who
 from plans.files import check_target
 from plans.layout import Parameter, model_units
 from plans.model import ModelSpec
-from plans.run_output import RUN
 from plans.runfile import RANDOM
 from runtime.checkpoints.read import CheckpointReader
+from runtime.checkpoints.resume import run_of
 from runtime.weights.export import write_folder
 from runtime.weights.hf import random_parameter, whole_parameter
 from runtime.weights.hf_files import WeightFiles
@@ -42,7 +41,7 @@ def export_checkpoint(place: Path, folder: Path, role: str = "", dtype: str = ""
     verify_files(checkpoint)
     spec = checkpoint.plan.workload.models[role]
     wanted = DTYPES[dtype or checkpoint.plan.workload.dtype]
-    run = yaml.safe_load((checkpoint.folder / RUN).read_text(encoding="utf-8"))
+    run = run_of(checkpoint)
     named = _weights(run, role)
     source = Path(named) if named and os.path.isdir(named) else None
     base = _base(spec, named, source, int(run.get("seed", 0))) if spec.lora else None

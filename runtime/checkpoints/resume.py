@@ -67,7 +67,7 @@ def choose_start(plan: ExecutionPlan, run: RunFile) -> Start:
         _say(f"  other than in the checkpoint: {change}")
     metrics = (checkpoint.folder / METRICS).read_text(encoding="utf-8")
     own = checkpoint.folder.resolve().parent == run.checkpoint_folder.resolve()
-    skipped = int(_run_of(checkpoint).get("skip_batches", 0))
+    skipped = int(run_of(checkpoint).get("skip_batches", 0))
     return Start(done, checkpoint.folder.resolve(), metrics, own, skipped)
 
 
@@ -86,13 +86,14 @@ def _choose(plan: ExecutionPlan, run: RunFile) -> Checkpoint | None:
 
 def _changes(checkpoint: Checkpoint, run: RunFile) -> Iterator[str]:
     """Keys of the run file that have another value than when the checkpoint was written."""
-    then = dict(_flat(_run_of(checkpoint)))
+    then = dict(_flat(run_of(checkpoint)))
     for key, value in _flat(run.model_dump(mode="json")):
         if key.split(".")[0] not in _FREE and key in then and then[key] != value:
             yield f"{key} was {then[key]}, is {value}"
 
 
-def _run_of(checkpoint: Checkpoint) -> dict[str, Any]:
+def run_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The run file of a checkpoint as it stands, whatever version wrote it."""
     found: dict[str, Any] = yaml.safe_load((checkpoint.folder / RUN).read_text(encoding="utf-8"))
     return found
 
