@@ -141,14 +141,7 @@ class _Reader:
                 self.problems.append(Problem("role-missing", f"no model for `{role}`", hint, ("workload", "models")))
         if self.problems:
             return None
-        lengths = {
-            key: self.attempt(
-                "lengths",
-                ("workload", key),
-                lambda key=key: percentiles_of(getattr(file, key)),  # type: ignore[misc]
-            )
-            for key in LENGTHS
-        }
+        lengths = self.lengths(file)
         if self.problems:
             return None
         adapted = self.attempt("lora", ("workload", "lora"), lambda: with_lora(graph, models, lora_of(file.lora)))
@@ -159,8 +152,18 @@ class _Reader:
         return self.attempt(
             "workload",
             ("workload", "minibatches"),
-            lambda: Workload(graph=graph, models=adapted, **sizes, **lengths),  # type: ignore[arg-type]
+            lambda: Workload(graph=graph, models=adapted, **sizes, **lengths),
         )
+
+    def lengths(self, file: WorkloadFile) -> dict[str, Any]:
+        return {
+            key: self.attempt(
+                "lengths",
+                ("workload", key),
+                lambda key=key: percentiles_of(getattr(file, key)),  # type: ignore[misc]
+            )
+            for key in LENGTHS
+        }
 
     def graph(self, file: WorkloadFile) -> DataflowGraph | None:
         if file.graph:

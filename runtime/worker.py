@@ -50,20 +50,15 @@ def guarded(plan: ExecutionPlan, run: RunFile, member: Member, scratch: Path) ->
 
 def work(plan: ExecutionPlan, run: RunFile, member: Member, scratch: Path) -> None:
     """The life of a rank, until it has said that it is done."""
-    rank, world = member.rank, member.world
-    if world != plan.cluster.size:
-        raise RealplanError(f"the plan needs {plan.cluster.size} ranks, {world} were started")
+    rank = member.rank
+    if member.world != plan.cluster.size:
+        raise RealplanError(f"the plan needs {plan.cluster.size} ranks, {member.world} were started")
     device, timeout = _device(plan, member), timedelta(seconds=patience_s(plan, run))
     install(device)
-    store = open_store(member, timeout)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    joined = {"store": store, "rank": rank, "world_size": world, "timeout": timeout}
-    meet(lambda: dist.init_process_group(backend, **joined), range(world), timeout)
+    store = _joined(member, device, timeout)
     if isinstance(member.meeting, Address):
         folders = [scratch, *([run.checkpoint_folder] if run.checkpoint.every else [])]
-        check_shared(store, rank, world, folders)
-    if device.type == "cuda":
-        dist.barrier(device_ids=[device.index])  # makes the communicator that reallocation sends with
+        check_shared(store, rank, member.world, folders)
     if rank == 0:
         store.set(ORIGIN, str(time.time()))
     recorder = Recorder(scratch, rank, float(store.get(ORIGIN)))
@@ -92,9 +87,25 @@ def work(plan: ExecutionPlan, run: RunFile, member: Member, scratch: Path) -> No
         role = next(iter(executor.program.homes))
         executor.export(role, Path(run.output) / role)
     recorder.say("export", run.iterations, done=True)
-    store.set(f"realplan/done/{rank}", "")
-    if rank == 0:  # it may hold the store, which the others still need
-        store.wait([f"realplan/done/{other}" for other in range(world)], FOREVER)
+    _part(store, member)
+
+
+def _joined(member: Member, device: torch.device, timeout: timedelta) -> Any:
+    """The store of the ranks, which have all met."""
+    store = open_store(member, timeout)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    joined = {"store": store, "rank": member.rank, "world_size": member.world, "timeout": timeout}
+    meet(lambda: dist.init_process_group(backend, **joined), range(member.world), timeout)
+    if device.type == "cuda":
+        dist.barrier(device_ids=[device.index])  # makes the communicator that reallocation sends with
+    return store
+
+
+def _part(store: Any, member: Member) -> None:
+    """Say that this rank is done, and leave the others."""
+    store.set(f"realplan/done/{member.rank}", "")
+    if member.rank == 0:  # it may hold the store, which the others still need
+        store.wait([f"realplan/done/{other}" for other in range(member.world)], FOREVER)
     dist.destroy_process_group()
 
 

@@ -98,9 +98,8 @@ def search(
         "dtype": dtype, "recompute_logprobs": recompute_logprobs, "allow_long": allow_long or None,
     }  # fmt: skip
     models = {"actor": model, "critic": critic, "reward": reward, "ref": ref}
-    flags = {"run": run, "graph": graph, "async": staleness, "lengths": lengths, "cluster": cluster != DEFAULT_CLUSTER,
-             "lora_rank": lora_rank}  # fmt: skip
-    earlier = _ran(measured, engine, table, {**models, **sizes, **flags})
+    flags = {"run": run, "graph": graph, "async": staleness, "lengths": lengths, "lora_rank": lora_rank}
+    earlier = _ran(measured, engine, table, {**models, **sizes, **flags, "cluster": cluster != DEFAULT_CLUSTER})
     request = earlier.request(gpus, gpus_per_node) if earlier else _request(
         graph, sizes, models=models, cluster=cluster, gpus=gpus, gpus_per_node=gpus_per_node, run=run,
         staleness=staleness, lengths=lengths, lora=_lora(lora_rank, lora_alpha),

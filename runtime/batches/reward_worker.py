@@ -5,17 +5,39 @@ It holds no memory, device or connection of the rank, so whatever the function d
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import resource
 import signal
 import traceback
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 from runtime.batches.reward_errors import RewardError
-from runtime.batches.reward_functions import bind, call, load_function, scores_of
+from runtime.batches.reward_functions import RewardFunction, bind, call, load_function, scores_of
 from runtime.processes.lifetime import die_with
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A reward function that is loaded, the weight of its scores, and the parameters that it is called with."""
+
+    name: str
+    weight: float
+    function: RewardFunction
+    parameters: Sequence[inspect.Parameter]
+
+    @classmethod
+    def load(cls, name: str, weight: float, columns: Sequence[str]) -> Self:
+        """Find it and bind its parameters. Whatever its file raises passes through."""
+        function = load_function(name)
+        return cls(name, weight, function, bind(name, function, columns))
+
+    def scores(self, values: dict[str, list[Any]]) -> list[float]:
+        """Of the samples of lists of texts and columns."""
+        return scores_of(self.name, call(self.function, self.parameters, values), len(values["responses"]))
 
 
 def main(
@@ -42,28 +64,29 @@ def main(
             except BrokenPipeError:  # the rank is gone, and nobody wants to hear of it
                 end()
 
-        functions = []
+        rewards = []
         for name, weight in weights.items():
             try:
-                function = load_function(name)
-                functions.append((name, weight, function, bind(name, function, columns)))
+                rewards.append(Reward.load(name, weight, columns))
             except BaseException as error:
                 reply(_described(name, error, memory_bytes))
                 return
         reply({"ready": True})
         for line in read:
-            values = json.loads(line)
-            values["completions"] = values["responses"]
-            scores = [0.0] * len(values["responses"])
-            for name, weight, function, parameters in functions:
-                try:
-                    found = scores_of(name, call(function, parameters, values), len(scores))
-                except BaseException as error:
-                    reply(_described(name, error, memory_bytes))
-                    break
-                scores = [score + weight * more for score, more in zip(scores, found, strict=True)]
-            else:
-                reply({"scores": scores})
+            reply(_answer(rewards, json.loads(line), memory_bytes))
+
+
+def _answer(rewards: Sequence[Reward], values: dict[str, Any], memory_bytes: int) -> dict[str, Any]:
+    """The weighted sum of the rewards of every sample, or the error of the first that fails."""
+    values["completions"] = values["responses"]
+    scores = [0.0] * len(values["responses"])
+    for reward in rewards:
+        try:
+            found = reward.scores(values)
+        except BaseException as error:
+            return _described(reward.name, error, memory_bytes)
+        scores = [score + reward.weight * more for score, more in zip(scores, found, strict=True)]
+    return {"scores": scores}
 
 
 def _described(name: str, error: BaseException, memory_bytes: int) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from runtime.models.mcore import (
     TransformerBlockSubmodules,
     TransformerConfig,
     TransformerLayerSubmodules,
+    build_module,
     get_bias_dropout_add,
 )
 from runtime.models.modules import (
@@ -90,11 +91,6 @@ def transformer_config(layout: Layout, dtype: torch.dtype, sequence_parallel: bo
         add_bias_linear=spec.linear_bias,
         add_qkv_bias=spec.qkv_bias,
         qk_layernorm=spec.qk_norm and not spec.wide_qk_norm,  # else Megatron sums the gradients of norms over tp
-        tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=layout.pp,
-        expert_model_parallel_size=layout.ep,
-        expert_tensor_parallel_size=1,
-        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         sequence_parallel=sequence_parallel,
         recompute_granularity=None if recompute is Recompute.NONE else recompute.value,
         recompute_method="uniform" if full else None,
@@ -109,17 +105,30 @@ def transformer_config(layout: Layout, dtype: torch.dtype, sequence_parallel: bo
         output_layer_init_method=_keep,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        # With two stages the batched exchange of the interleaved schedule confuses activations with gradients.
-        overlap_p2p_comm=layout.vpp > 1,
-        batch_p2p_comm=layout.vpp == 1,
-        batch_p2p_sync=False,
-        deallocate_pipeline_outputs=layout.vpp == 1,  # the interleaved schedule may still be sending them
         cuda_graph_scope=[],
         # Losses arrive normalised by global token counts: gradients are summed, never averaged.
         calculate_per_token_loss=True,
+        **_degrees(layout),
         **_experts(spec),
         **dict.fromkeys(_FUSIONS, False),
     )
+
+
+def _degrees(layout: Layout) -> dict[str, Any]:
+    """Megatron's settings of what a layout cuts, and of the exchange between stages."""
+    interleaved = layout.vpp > 1
+    return {
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": 1,
+        "virtual_pipeline_model_parallel_size": layout.vpp if interleaved else None,
+        # With two stages the batched exchange of the interleaved schedule confuses activations with gradients.
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
+        "batch_p2p_sync": False,
+        "deallocate_pipeline_outputs": not interleaved,  # the interleaved schedule may still be sending them
+    }
 
 
 def _experts(spec: ModelSpec) -> dict[str, Any]:
@@ -185,11 +194,9 @@ def _mlp(spec: ModelSpec, groups: Any) -> Any:
 def _layer(spec: ModelSpec, first: int, groups: Any) -> Any:
     before = _norm(spec) if spec.norms_before else IdentityOp
     after = _norm(spec) if spec.norms_after else None
-    projection: Any = ColumnParallelLinear
-    if spec.lora is not None and "linear_qkv" in spec.lora.targets:
-        projection = partial(LoraColumnLinear, lora=spec.lora)
     attention = SelfAttentionSubmodules(
-        linear_qkv=projection,
+        # Megatron calls this one; the others it builds itself.
+        linear_qkv=partial(build_module, _linear(spec, "linear_qkv", ColumnParallelLinear, LoraColumnLinear)),
         core_attention=partial(Attention, spec=spec),
         linear_proj=_linear(spec, "linear_proj", RowParallelLinear, LoraRowLinear),
         q_layernorm=_head_norm(spec, spec.heads, groups),

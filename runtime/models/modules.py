@@ -194,27 +194,36 @@ class Attention(nn.Module):
             return packed_attention(query, key, value, cut.of_queries, cut.of_keys, self.sight)
         if packed_seq_params is not None:
             return packed_attention(query, key, value, packed_seq_params, packed_seq_params, self.sight)
-        tokens, batch, heads, dim = query.shape
         if self.sight.window or self.sight.cap:
-            assert attention_mask is None and len(key) == tokens
-            runs = Runs.of((tokens,) * batch, query.device)
-            q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))
-            out = packed_attention(q, k, v, runs, runs, self.sight)
-            return out.view(batch, tokens, heads * dim).transpose(0, 1)
+            assert attention_mask is None and len(key) == len(query)
+            return self._as_packed(query, key, value)
+        causal = attention_mask is None and (attn_mask_type or self.attn_mask_type) != AttnMaskType.no_mask
+        return self._rectangular(query, key, value, attention_mask, causal=causal)
+
+    def _as_packed(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Sequences of one length as a pack, whose kernels know windows and caps."""
+        tokens, batch, heads, dim = query.shape
+        runs = Runs.of((tokens,) * batch, query.device)
+        q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))
+        out = packed_attention(q, k, v, runs, runs, self.sight)
+        return out.view(batch, tokens, heads * dim).transpose(0, 1)
+
+    def _rectangular(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, causal: bool) -> Tensor:
+        """Queries on keys of as many sequences, under a mask or a causal one."""
+        tokens, batch, heads, dim = query.shape
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         share = heads // k.shape[1]
-        causal = attention_mask is None and (attn_mask_type or self.attn_mask_type) != AttnMaskType.no_mask
         # CUDA's fused kernels take a mask or shared keys, not both. A single token's queries that share a key stand in
         # the place of positions; for more tokens the keys are repeated.
         if tokens == 1:
             q = q.reshape(batch, k.shape[1], share, dim)
-        elif share > 1 and attention_mask is not None:
+        elif share > 1 and mask is not None:
             k, v = (x.repeat_interleave(share, dim=1) for x in (k, v))
         out = F.scaled_dot_product_attention(
             q,
             k,
             v,
-            attn_mask=None if attention_mask is None else ~attention_mask,
+            attn_mask=None if mask is None else ~mask,
             is_causal=causal and tokens > 1,
             scale=self.sight.scale,
             enable_gqa=q.shape[1] != k.shape[1],

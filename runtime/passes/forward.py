@@ -63,22 +63,9 @@ def run_schedule(
     (`token_output`). Forward only, its results are collected. Else it returns (loss, terms) and the terms are
     collected; gradients add up in the modules, unscaled.
     """
-
-    def forward_step(stage: Iterator[tuple[int, Pack]], module: Any) -> tuple[Tensor, Callable[..., Any]]:
-        index, pack = next(stage)
-
-        def close(hidden: Tensor, non_loss_data: bool = False) -> Any:
-            result = finish(hidden, index)
-            if non_loss_data:
-                return result
-            loss, terms = result
-            return loss, torch.ones((), dtype=torch.int, device=loss.device), terms
-
-        return hidden_states(module, pack), close
-
     stage_data = [iter(list(enumerate(packs))) for _ in modules]
     common: dict[str, Any] = {
-        "forward_step_func": forward_step,
+        "forward_step_func": _forward_step(finish),
         "num_microbatches": len(packs),
         "seq_length": len(packs[0].tokens) * model.layout.cp,
         "micro_batch_size": 1,
@@ -95,6 +82,24 @@ def run_schedule(
         return list(run(data_iterator=stage_data, model=list(modules), **common))
     run = schedules.forward_backward_pipelining_without_interleaving
     return list(run(data_iterator=stage_data[0], model=modules[0], **common))
+
+
+def _forward_step(finish: Callable[[Tensor, int], Any]) -> Callable[..., tuple[Tensor, Callable[..., Any]]]:
+    """What Megatron's schedules call for each pack: one chunk's hidden states, and what makes of them a result."""
+
+    def forward_step(stage: Iterator[tuple[int, Pack]], module: Any) -> tuple[Tensor, Callable[..., Any]]:
+        index, pack = next(stage)
+
+        def close(hidden: Tensor, non_loss_data: bool = False) -> Any:
+            result = finish(hidden, index)
+            if non_loss_data:
+                return result
+            loss, terms = result
+            return loss, torch.ones((), dtype=torch.int, device=loss.device), terms
+
+        return hidden_states(module, pack), close
+
+    return forward_step
 
 
 def hidden_states(module: Any, pack: Pack) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -119,10 +120,8 @@ def _against_transformers(setting: Setting) -> Iterator[Row]:
     """Greedy generation on the same weights: the tokens, and the time of the second run of each."""
     import torch
 
-    try:
-        from transformers import LlamaForCausalLM
-    except ImportError:
-        raise Skip("transformers is not installed") from None
+    if importlib.util.find_spec("transformers") is None:
+        raise Skip("transformers is not installed")
     from profiler.alone import alone
     from runtime.generation.generate import generate
     from runtime.generation.sampling import Sampling
@@ -147,26 +146,42 @@ def _against_transformers(setting: Setting) -> Iterator[Row]:
             found[:] = [made.sequences.tokens.view(rows, -1)[:, context:]]
 
         mine = [_seconds(setting, ours) for _ in range(2)][1]
-        other = LlamaForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-        other.generation_config.eos_token_id = None  # both go on to the last token
-        options = {"max_new_tokens": steps, "do_sample": False, "pad_token_id": 0}
-        wanted: list[Any] = []
-
-        def theirs() -> None:
-            wanted[:] = [other.generate(prompts, attention_mask=torch.ones_like(prompts), **options)[:, context:]]
-
-        its = [_seconds(setting, theirs) for _ in range(2)][1]
-    same = float((found[0] == wanted[0]).all(1).float().mean())
+        wanted, its = _theirs(setting, folder, prompts, steps)
     case = f"transformers.generate, batch {rows}, context {context}"
-    if dtype is torch.float32:
-        yield judged(f"{case}: rows with the same tokens", same, "", least=1.0)
-    else:
-        yield Row(case=f"{case}: rows with the same tokens", value=same, note="bf16 parts ways where logits are close")
+    yield _same_tokens(case, found[0], wanted, dtype)
     time_ratio, note = mine / its, f"{mine:.3f} s and {its:.3f} s"
     if setting.kind == "cuda":
         yield judged(f"{case}: time over theirs", time_ratio, "", most=SLOWEST, note=note)
     else:
         yield Row(case=f"{case}: time over theirs", value=time_ratio, note=note)
+
+
+def _same_tokens(case: str, found: Any, wanted: Any, dtype: Any) -> Row:
+    """The share of rows whose tokens are the same; float32 alone promises all of them."""
+    import torch
+
+    same, case = float((found == wanted).all(1).float().mean()), f"{case}: rows with the same tokens"
+    if dtype is torch.float32:
+        return judged(case, same, "", least=1.0)
+    return Row(case=case, value=same, note="bf16 parts ways where logits are close")
+
+
+def _theirs(setting: Setting, folder: Any, prompts: Any, steps: int) -> tuple[Any, float]:
+    """What `transformers` generates after prompts [rows, context], and the seconds of its second run."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=precision(setting)).to(setting.device).eval()
+    model.generation_config.eos_token_id = None  # both go on to the last token
+    options = {"max_new_tokens": steps, "do_sample": False, "pad_token_id": 0}
+    made: list[Any] = []
+
+    def theirs() -> None:
+        found = model.generate(prompts, attention_mask=torch.ones_like(prompts), **options)
+        made[:] = [found[:, prompts.shape[1] :]]
+
+    seconds = [_seconds(setting, theirs) for _ in range(2)][1]
+    return made[0], seconds
 
 
 def _weights(setting: Setting) -> tuple[Any, ModelSpec]:
