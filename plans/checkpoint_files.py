@@ -1,7 +1,7 @@
 """The files of a checkpoint: what stands in its folder, whether it is whole, and whether a plan can take it up.
 
     global_step_20/
-      index.json          the iterations done, step counts, every entry and its file, size and digest of every file
+      index.json          the iterations done, step counts, every entry and its file, size and checksums of every file
       plan.json           the plan that wrote it
       run.yaml            its run file
       metrics.jsonl       a line per iteration done
@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -31,6 +30,7 @@ from plans.flat_tensors import tensors_fault
 from plans.plan import ExecutionPlan
 from plans.run_output import METRICS, PLAN, RUN
 from plans.runfile import CHECKPOINTS
+from plans.seals import Seal, altered
 
 INDEX = "index.json"
 NEWEST = "latest_checkpointed_iteration.txt"  # the name that Megatron and verl use
@@ -38,7 +38,6 @@ MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
 MASTER_BYTES = 4
 STATE_BYTES = 12  # master and two moments of a parameter, float32
 MOST_INDEX_BYTES = 2**30
-CHUNK_BYTES = 2**23
 _PREFIX = "global_step_"
 Number = Annotated[int, Field(ge=0, le=10**15)]
 
@@ -49,13 +48,6 @@ class CheckpointError(RealplanError):
 
 class _Closed(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class Seal(_Closed):
-    """Size and SHA-256 of a file."""
-
-    bytes: Number
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class RoleState(_Closed):
@@ -151,19 +143,6 @@ def digest_of(index: CheckpointIndex) -> str:
     return hashlib.sha256(index.model_dump_json(exclude={"digest"}, exclude_none=True).encode()).hexdigest()
 
 
-def seal_of(path: Path) -> Seal:
-    """Size and digest of a file."""
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
-        pending = hasher.submit(digest.update, b"")
-        while chunk := file.read(CHUNK_BYTES):
-            pending.result()  # one chunk is hashed while the next one is read
-            pending = hasher.submit(digest.update, chunk)
-            size += len(chunk)
-        pending.result()
-    return Seal(bytes=size, sha256=digest.hexdigest())
-
-
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Read the index of a checkpoint and hold it against itself and against the sizes of its files.
 
@@ -178,8 +157,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             raise _refused(folder, f"`{name}` has {path.stat().st_size:,} bytes, not {seal.bytes:,}")
     if absent := {PLAN, RUN, METRICS, *(entry.file for entry in index.entries)} - index.files.keys():
         raise _refused(folder, f"its index lacks `{min(absent)}`")
-    if seal_of(folder / PLAN) != index.files[PLAN]:
-        raise _refused(folder, f"`{PLAN}` was altered: its SHA-256 is not that of the index")
+    if fault := altered(folder, {PLAN: index.files[PLAN]}):
+        raise _refused(folder, fault)
     try:
         plan = load_plan(folder / PLAN)
     except RealplanError as error:
@@ -205,13 +184,9 @@ def _tensors(index: CheckpointIndex) -> dict[str, dict[str, int]]:
 
 
 def verify_files(checkpoint: Checkpoint) -> None:
-    """Hold every file against its digest; raises CheckpointError for the first that differs."""
-    files = checkpoint.index.files
-    with ThreadPoolExecutor(4) as pool:  # hashing lets other threads run
-        found = pool.map(lambda name: seal_of(checkpoint.folder / name), files)
-        for (name, seal), now in zip(files.items(), found, strict=True):
-            if now != seal:
-                raise _refused(checkpoint.folder, f"`{name}` was altered: its SHA-256 is not that of the index")
+    """Hold every file against its seal; raises CheckpointError for the first that differs."""
+    if fault := altered(checkpoint.folder, checkpoint.index.files):
+        raise _refused(checkpoint.folder, fault)
 
 
 def find_usable(place: Path, plan: ExecutionPlan) -> tuple[Checkpoint | None, list[str]]:

@@ -29,7 +29,7 @@ from cost_models.tables.table_file import load_table
 from cost_models.validation.published import read_rows
 from planner.pictures.run_files import RunFiles, read_run
 from planner.pictures.run_page import run_page
-from plans.checkpoint_files import CheckpointIndex, open_checkpoint, seal_of, sealed_index
+from plans.checkpoint_files import CheckpointIndex, open_checkpoint, sealed_index
 from plans.checks import check_plan
 from plans.codec import dump_plan, load_plan, sealed
 from plans.errors import RealplanError
@@ -41,6 +41,7 @@ from plans.library import load_model
 from plans.plan import Estimate
 from plans.problems import blank_comments
 from plans.runfile import load_run
+from plans.seals import seal_of
 from plans.timeline import load_timeline
 from runtime.batches.files import read_data_rows
 from runtime.batches.tokenizer import Tokenizer

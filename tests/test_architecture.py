@@ -39,6 +39,7 @@ FLOORS = {
             "problems",
             "documents",
             "flat_tensors",
+            "seals",
             "run_output",
             "yaml_text",
             "shapes",

@@ -16,7 +16,6 @@ from plans.checkpoint_files import (
     NEWEST,
     RankIndex,
     joined,
-    seal_of,
     sealed_index,
     step_folder,
     steps_in,
@@ -24,6 +23,7 @@ from plans.checkpoint_files import (
 from plans.files import write_atomically
 from plans.run_output import METRICS, PLAN, RUN
 from plans.runfile import RunFile
+from plans.seals import seal_of
 from runtime.checkpoints.folder import partial_folder, rank_word, sync_folder
 
 POLL_S = 0.2

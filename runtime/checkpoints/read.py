@@ -42,11 +42,15 @@ class CheckpointReader:
 
     def read(self, wanted: Entry, kind: str) -> Tensor:
         """The wanted elements of a kind of state, flat float32 on the CPU."""
-        parameter = self._parameters[wanted.parameter]
         found = torch.empty(wanted.size)
+        self.read_into(found, wanted, kind)
+        return found
+
+    def read_into(self, found: Tensor, wanted: Entry, kind: str) -> None:
+        """The same into a flat tensor on the CPU, of any precision, straight from the file."""
+        parameter = self._parameters[wanted.parameter]
         for stored in self._stored[wanted.parameter]:
             self._fill(found, parameter, stored, wanted, kind)
-        return found
 
     def _fill(self, found: Tensor, parameter: Parameter, stored: StoredEntry, wanted: Entry, kind: str) -> None:
         """Copy the rectangles that a stored entry has of the wanted one; the file is read in runs, never whole."""
@@ -54,7 +58,9 @@ class CheckpointReader:
             stop = o.source + (o.rows - 1) * o.source_stride + o.width
             run = self._file(stored.file).get_slice(stored.tensor(kind))[o.source : stop]
             source = run.as_strided((o.rows, o.width), (o.source_stride, 1))
-            found.as_strided((o.rows, o.width), (o.target_stride, 1), o.target).copy_(source)
+            # An offset of `as_strided` counts from the start of the storage, where a parameter's tensor need not begin.
+            first = found.storage_offset() + o.target
+            found.as_strided((o.rows, o.width), (o.target_stride, 1), first).copy_(source)
 
     def _file(self, name: str) -> Any:
         if name not in self._files:
@@ -77,7 +83,10 @@ def restore(checkpoint: Checkpoint, trainers: Mapping[str, Trainer]) -> None:
                 if parameter.frozen:  # read from the folder of the weights, as at the start of a run
                     continue
                 whole = _entry(parameter.name, slices, 0, held.numel())
-                held.data.copy_(reader.read(whole, MASTER).view_as(held))
+                if held.device.type == "cpu" and held.is_contiguous():
+                    reader.read_into(held.data.view(-1), whole, MASTER)
+                else:  # many small rectangles would each be a copy to the device
+                    held.data.copy_(reader.read(whole, MASTER).view_as(held))
 
             def read(slot: Slot, kind: str, reader: CheckpointReader = reader, slices: Slices = slices) -> Tensor:
                 return reader.read(_entry(slot.parameter, slices, slot.start, slot.stop), kind)

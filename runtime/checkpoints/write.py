@@ -5,7 +5,6 @@ torch.distributed.checkpoint does not serve here: its metadata are pickles, and 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import struct
@@ -16,8 +15,9 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import Tensor
 
-from plans.checkpoint_files import CHUNK_BYTES, RankIndex, Seal
+from plans.checkpoint_files import RankIndex
 from plans.errors import RealplanError
+from plans.seals import CHUNK_BYTES, Seal, Sealer
 from runtime.checkpoints.folder import partial_folder, rank_word
 from runtime.checkpoints.snapshot import NONE, FrozenWeights, Snapshot, Snapshots, rank_file
 from runtime.passes.training import Trainer
@@ -82,19 +82,18 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Seal:
 
     The library's own `save_file` copies every tensor and holds the interpreter while it does, and training with it.
     """
-    digest, size = hashlib.sha256(), 0
-    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
-        pending = hasher.submit(digest.update, b"")
+    sealer = Sealer()
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as beside:
+        pending = beside.submit(sealer.update, memoryview(b""))
         for chunk in _chunks(tensors):
-            pending.result()  # one chunk is hashed while it is written, none waits
-            pending = hasher.submit(digest.update, chunk)
+            pending.result()  # one chunk is sealed while it is written, none waits
+            pending = beside.submit(sealer.update, chunk)
             left = chunk
             while left:
                 left = left[file.write(left) :]
-            size += len(chunk)
         pending.result()
         os.fsync(file.fileno())
-    return Seal(bytes=size, sha256=digest.hexdigest())
+    return sealer.seal
 
 
 def _chunks(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:

@@ -31,7 +31,6 @@ from plans.checkpoint_files import (
     CheckpointIndex,
     newest_usable,
     open_checkpoint,
-    seal_of,
     sealed_index,
     steps_in,
     takeover_problems,
@@ -42,6 +41,7 @@ from plans.lora import Lora
 from plans.plan import ExecutionPlan
 from plans.program import Copy
 from plans.runfile import RunFile
+from plans.seals import seal_of
 from runtime.checkpoints.complete import Completer
 from runtime.checkpoints.course import run_iterations, take_up
 from runtime.checkpoints.export import export_checkpoint
