@@ -20,10 +20,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 from gpu_check.plays import Places, fixture_plan, fixture_run
@@ -100,13 +100,43 @@ def kill_of(number: int) -> Kill:
     )
 
 
-class Bench:
-    """A folder of runs. `undisturbed` runs are made once per job."""
+class Process(Protocol):
+    """What is asked of a command under way."""
 
-    def __init__(self, output: Path) -> None:
-        self._output = output
+    pid: int
+
+    @property
+    def returncode(self) -> int | None:
+        """Its exit code, once it is known."""
+
+    def poll(self) -> int | None:
+        """Its exit code, when it has ended."""
+
+    def kill(self) -> None:
+        """End it at once."""
+
+    def communicate(self, *, timeout: float) -> tuple[str, str]:
+        """What it has said on stdout and stderr, when it has ended."""
+
+
+Start = Callable[[Sequence[str], Mapping[str, str]], Process]
+
+
+def start_fresh(command: Sequence[str], environment: Mapping[str, str]) -> Process:
+    """Start a command, which leads a session of its own."""
+    return subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+
+
+class Bench:
+    """A folder of runs. `undisturbed` runs are made once per job. start: starts a command, with an environment."""
+
+    def __init__(self, output: Path, start: Start = start_fresh) -> None:
+        self._output, self._starts = output, start
         self._wanted: dict[str, Metrics] = {}
         self._temporary: dict[Path, Path] = {}
+        self._sessions: dict[Path, list[int]] = {}
 
     def undisturbed(self, name: str) -> Metrics:
         """Metrics of a job that nobody kills."""
@@ -160,11 +190,12 @@ class Bench:
         code = "from runtime.cli import main; main()"
         return [sys.executable, "-c", code, str(folder / "plan.json"), "--run", str(folder / "run.yaml")], folder
 
-    def _start(self, command: Sequence[str], folder: Path) -> subprocess.Popen[str]:
+    def _start(self, command: Sequence[str], folder: Path) -> Process:
         # A folder of its own for temporary files, with a short name: a socket's address has 107 characters.
         place = self._temporary.setdefault(folder, Path(tempfile.mkdtemp(prefix="kill-")))
-        environment = {**os.environ, MARK: str(folder), "TMPDIR": str(place)}
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+        process = self._starts(command, {**os.environ, MARK: str(folder), "TMPDIR": str(place)})
+        self._sessions.setdefault(folder, []).append(process.pid)
+        return process
 
     def _run(self, command: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
         process = self._start(command, folder)
@@ -175,7 +206,7 @@ class Bench:
         return subprocess.CompletedProcess(command, process.returncode, "", said)
 
     @staticmethod
-    def _strike(kill: Kill, process: subprocess.Popen[str], output: Path) -> None:
+    def _strike(kill: Kill, process: Process, output: Path) -> None:
         """Send the signal at its moment. A launcher that was made to stand still goes on a little later."""
         end = time.monotonic() + MOST_S
         while len(_lines(output)) < kill.after and process.poll() is None and time.monotonic() < end:
@@ -203,7 +234,7 @@ class Bench:
     def _left(self, folder: Path) -> str:
         """Processes and files that should not be there any more."""
         end = time.monotonic() + 10.0
-        while (marked := _marked(str(folder))) and time.monotonic() < end:
+        while (marked := _marked(str(folder), self._sessions[folder])) and time.monotonic() < end:
             time.sleep(0.1)
         # torch keeps a cache of compiled code, which all runs of a user share.
         place = self._temporary.pop(folder)
@@ -214,12 +245,13 @@ class Bench:
         return f"left behind: {', '.join(found)}" if found else ""
 
 
-def _marked(folder: str) -> list[int]:
-    """Processes that were started with a run's mark in their environment."""
+def _marked(folder: str, sessions: Sequence[int]) -> list[int]:
+    """Processes that were started with a run's mark in their environment, or in the session of one of its commands."""
     mark, found = f"{MARK}={folder}\0".encode(), []
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
-            if mark in path.read_bytes() and path.with_name("stat").read_text().rpartition(")")[2].split()[0] != "Z":
+            state, _, _, session, *_ = path.with_name("stat").read_text().rpartition(")")[2].split()
+            if state != "Z" and (int(session) in sessions or mark in path.read_bytes()):
                 found.append(int(path.parent.name))
         except OSError:
             continue

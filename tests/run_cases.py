@@ -11,6 +11,7 @@ from pathlib import Path
 
 import yaml
 from plan_cases import tiny_plan, tiny_run
+from warm import Started, run_warm, start_warm
 
 from plans.codec import save_plan
 from plans.plan import ExecutionPlan
@@ -37,23 +38,23 @@ def arguments(folder: Path, *more: str, plan: ExecutionPlan = PLAN, **keys: obje
     return [sys.executable, "-c", code, str(folder / "plan.json"), "--run", str(folder / "run.yaml"), *more]
 
 
-def start(command: list[str]) -> subprocess.Popen[str]:
-    """A command in the project's root, with its words on stderr."""
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def outcome(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """What becomes of a command."""
+    return run_warm(command, PATIENCE_S)
 
 
 def fails(command: list[str], code: int = 1) -> str:
     """Run a command that must fail; what it said."""
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
+    result = outcome(command)
     assert result.returncode == code, result.stderr
     assert "Traceback" not in result.stderr
     return result.stderr
 
 
 @contextlib.contextmanager
-def running(command: list[str], scratch: Path, iteration: int) -> Iterator[tuple[subprocess.Popen[str], list[Status]]]:
+def running(command: list[str], scratch: Path, iteration: int) -> Iterator[tuple[Started, list[Status]]]:
     """A run that has reached an iteration, and where its two ranks are."""
-    process = start(command)
+    process = start_warm(command)
     try:
         deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:

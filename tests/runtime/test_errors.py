@@ -6,7 +6,6 @@ import json
 import os
 import resource
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +14,7 @@ from typing import Any
 
 import pytest
 from plan_cases import CRITIC_FREE, REWARDS, TINY, tiny_plan
-from run_cases import PATIENCE_S, PLAN, ROOT, arguments, fails, running, start
+from run_cases import PATIENCE_S, PLAN, arguments, fails, outcome, running
 
 from plans.errors import RealplanError
 from plans.huggingface import spec_from_folder
@@ -148,9 +147,7 @@ def test_wrong_use(tmp_path: Path) -> None:
 
 
 def test_dry_run_starts_nothing(tmp_path: Path) -> None:
-    done = subprocess.run(
-        arguments(tmp_path, "--dry-run"), cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S
-    )
+    done = outcome(arguments(tmp_path, "--dry-run"))
     assert done.returncode == 0 and not (tmp_path / "out").exists()
     assert "batch 8 prompts x group size 1 = 8 samples" in done.stdout
     assert "rank 1" in done.stdout and "critic_train (train_step)" in done.stdout
@@ -211,9 +208,9 @@ def test_a_run_writes_its_files(tmp_path: Path) -> None:
         iteration_s=1, latency_s=1, calls_s={"ref_infer": 0.5}, peak_gib=1, peak_at="", host_gib=1, engine="e", of="x"
     )
     command = arguments(tmp_path, "--allow-stale", "iterations=2", plan=PLAN.with_estimate(estimate))
-    process = start(command)
-    out, said = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 0, said
+    done = outcome(command)
+    assert done.returncode == 0, done.stderr
+    out, said = done.stdout, done.stderr
     assert not out and "iteration 2/2  reward" in said and "reward: first quarter" in said
     folder = tmp_path / "out"
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

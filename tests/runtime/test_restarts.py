@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 import yaml
 from plan_cases import FIXTURES, REWARDS, TINY, tiny_plan, tiny_run
 from reward_cases import vowels
-from run_cases import PATIENCE_S, PLAN, ROOT, arguments, running
+from run_cases import PATIENCE_S, PLAN, arguments, outcome, running
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -47,7 +46,7 @@ def test_a_run_goes_back_past_a_bad_batch(tmp_path: Path) -> None:
         (folder / "data.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts))
         data = {"data": {"source": str(folder / "data.jsonl"), "shuffle": False}}
         command = arguments(folder, **keys | more | data)
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
+        done = outcome(command)
         assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
         lines = [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
         apart = ("timing_s", "perf", "plan/", "data/")
@@ -183,9 +182,7 @@ def exported(folder: Path) -> None:
     for role in ("actor", "critic"):
         code = "from runtime.cli import main; main()"
         words = ["export", str(folder / "out"), str(folder / role), "--role", role]
-        done = subprocess.run(
-            [sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S
-        )
+        done = outcome([sys.executable, "-c", code, *words])
         assert done.returncode == 0, done.stderr
     found, wanted = (load_file(place / "model.safetensors") for place in (folder / "actor", folder / "out" / "actor"))
     assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)

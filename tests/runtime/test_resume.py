@@ -20,7 +20,7 @@ import torch.distributed as dist
 import yaml
 from plan_cases import TINY, tiny_plan, tiny_run
 from ranks import run_ranks
-from run_cases import PATIENCE_S, PLAN, ROOT, arguments, running
+from run_cases import PATIENCE_S, PLAN, ROOT, arguments, outcome, running
 from safetensors.torch import load_file, save_file
 
 from plans.checkpoint import Entry, parameters_of
@@ -248,8 +248,7 @@ def test_a_request_to_stop_loses_nothing(tmp_path: Path):
     assert "stopped by SIGTERM" in said and "--resume" in said
     done = len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
     assert steps_in(tmp_path / "out" / "checkpoints")[0].name == f"global_step_{done}"
-    resumed = [*command, "--resume", f"iterations={done + 2}"]
-    result = subprocess.run(resumed, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
+    result = outcome([*command, "--resume", f"iterations={done + 2}"])
     assert result.returncode == 0, result.stderr
     lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
     undisturbed = leg(PLAN, tiny_run(tmp_path / "whole", iterations=done + 2))

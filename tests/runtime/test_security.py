@@ -17,7 +17,8 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 
 import pytest
-from run_cases import PATIENCE_S, ROOT, arguments, start
+from run_cases import PATIENCE_S, ROOT, arguments
+from warm import start_warm
 
 TCP_LISTENS = "0A"
 
@@ -72,7 +73,8 @@ def test_a_local_run_listens_on_loopback_alone(private: Path, tmp_path: Path, mo
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")  # as users of several machines have it
     seen: set[IPv4Address | IPv6Address] = set()
     modes: set[int] = set()
-    process = start(arguments(tmp_path, iterations=3, export=False))
+    command = arguments(tmp_path, iterations=3, export=False)
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     while process.poll() is None:
         seen |= listening(family(process.pid))
         for folder in (*private.glob("realplan-*"), tmp_path / "out" / ".ranks"):
@@ -105,12 +107,7 @@ def test_a_client_of_the_store_cannot_make_a_rank_run_code(tmp_path: Path) -> No
         port = probe.getsockname()[1]
     environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     command = arguments(tmp_path, iterations=2, export=False, timeout_s=10)
-    processes = [
-        subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, **environment, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True
-        )
-        for rank in (0, 1)
-    ]
+    processes = [start_warm(command, {**os.environ, **environment, "RANK": str(rank)}) for rank in (0, 1)]
     overwritten: set[str] = set()
     seen: set[IPv4Address | IPv6Address] = set()
     try:
