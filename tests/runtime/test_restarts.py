@@ -102,7 +102,8 @@ def test_a_run_goes_on_with_the_devices_that_are_left(tmp_path: Path) -> None:
     """Both ranks train, one is killed after a checkpoint, and its device is gone: one rank does the rest."""
     command = arguments(tmp_path, iterations=4, checkpoint={"every": 1}, restarts=2, on_loss="replan")
     command[2] = (
-        "import runtime.launching.restarts as r; r.with_restarts.__defaults__ = (lambda plan: 1,); " + command[2]
+        "import runtime.launching.replan, runtime.launching.restarts as r; r.with_restarts.__defaults__ = "
+        "(lambda plan: 1,); runtime.launching.replan.SEARCH_S = 1; " + command[2]
     )
     with running(command, tmp_path / "out" / ".ranks", iteration=2) as (process, ranks):
         os.kill(ranks[1].pid, signal.SIGKILL)
