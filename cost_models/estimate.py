@@ -135,7 +135,8 @@ def _step_seconds(program: Program, step: Step, machine: Machine) -> float:
         return rows * plan.workload.graph.call(step.subject).seconds_per_sample
     if step.kind is StepKind.TRANSFER:
         messages = program.messages[step.subject, step.consumer]
-        sizes = [len(m.rows) * _row_bytes(plan, m.keys) for m in messages]
+        row_bytes = {keys: _row_bytes(plan, keys) for keys in {m.keys for m in messages}}
+        sizes = [len(m.rows) * row_bytes[m.keys] for m in messages]
         return transfer_time(machine, [(m.source, m.target) for m in messages], sizes)
     assert step.kind is StepKind.REALLOCATE, step.kind
     copy = program.copy_of[step.subject]

@@ -113,7 +113,7 @@ def _node_traffic(sizes: UnitSizes, source: Contents, target: Contents, cells: I
     received, peak, messages = (np.zeros(len(cells)) for _ in range(3))
     common = _Common.of(sizes, source, target)
     even = source.even[held] & target.even[needed]
-    for own, part in product(np.unique(source.tp).tolist(), np.unique(target.tp).tolist()):
+    for own, part in product(sorted(set(source.tp.tolist())), sorted(set(target.tp.tolist()))):
         here = (source.tp[held] == own) & (target.tp[needed] == part)
         for alike in (True, False):
             at = np.flatnonzero(here & (even == alike))

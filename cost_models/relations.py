@@ -70,7 +70,7 @@ class Relations:
     def parts(self) -> Iterator[range]:
         """Runs of source forms that have few relations and few contents."""
         relations = np.bincount(self.row, minlength=len(self.base))
-        different = np.array([len(np.unique(contents)) for contents in self.source.content])
+        different = np.array([len(set(contents)) for contents in self.source.content.tolist()])
         part = np.cumsum(4 * relations + different * len(self.target.contents)) // PAIRS_AT_ONCE
         starts = np.flatnonzero(np.diff(part, prepend=-1)).tolist()
         for start, stop in zip(starts, [*starts[1:], len(part)], strict=True):

@@ -8,7 +8,8 @@ answer without a message.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from heapq import heapify, heapreplace
 from itertools import pairwise
@@ -177,8 +178,8 @@ def rank_samples(plan: ExecutionPlan, call: str, lengths: Sequence[int] | None =
     """Samples that each rank of a call's mesh handles, in processing order; a function runs on the mesh of its host."""
     host = plan.workload.graph.host(call)
     layout = plan.layout(host)
-    shares = assign(plan.workload, host, layout, lengths)
-    return {rank: sum(shares[layout.places[rank].dp], ()) for rank in layout.ranks}
+    samples = [sum(share, ()) for share in assign(plan.workload, host, layout, lengths)]
+    return {rank: samples[place.dp] for rank, place in layout.places.items()}
 
 
 def lengths_from(plan: ExecutionPlan, call: str) -> str:
@@ -255,30 +256,69 @@ def _messages(
     made: Sequence[tuple[Numbers, ...]],
     needed: Mapping[int, Numbers],
     keys: tuple[str, ...],
-    held: Mapping[tuple[int, str], Collection[int]],
+    held: Mapping[tuple[int, str], AbstractSet[int]],
 ) -> tuple[Message, ...]:
     """Messages for the rows that ranks need and do not hold. Every rank of a producing replica holds its rows; senders
     on the target's node come first, then the one that has sent least."""
     layout, per_node = plan.layout(host), plan.cluster.gpus_per_node
     replica_of = {row: d for d, passes in enumerate(made) for rows in passes for row in rows}
     replicas = _replicas(layout, per_node)
+    members = [[rank for ranks in by_node.values() for rank in ranks] for by_node in replicas]
     sent = dict.fromkeys(layout.ranks, 0)
     messages: list[Message] = []
+    split: dict[Numbers, dict[int, Numbers]] = {}  # ranks of one replica need the same rows
+    places = layout.places
     for target, rows in sorted(needed.items()):
-        own = layout.places[target].dp if target in layout.places else None
+        own = places[target].dp if target in places else None
+        if rows not in split:
+            split[rows] = _by_replica(rows, replica_of)
         there = {key: held[target, key] for key in keys if (target, key) in held}
-        missing: dict[tuple[int, tuple[str, ...]], list[int]] = {}
-        for row in rows:
-            lacking = keys if not there else tuple(key for key in keys if row not in there.get(key, ()))
-            if lacking and replica_of[row] != own:
-                missing.setdefault((replica_of[row], lacking), []).append(row)
-        for (replica, lacking), part in missing.items():
-            by_node = replicas[replica]
-            candidates = by_node.get(target // per_node) or [r for rs in by_node.values() for r in rs]
+        for (replica, lacking), part in _missing(split[rows], replica_of, rows, keys, there, own).items():
+            candidates = replicas[replica].get(target // per_node) or members[replica]
             source = min(candidates, key=lambda r: (sent[r], r))
             sent[source] += len(part)
             messages.append(Message(source, target, tuple(part), lacking))
     return tuple(messages)
+
+
+def _by_replica(rows: Numbers, replica_of: Mapping[int, int]) -> dict[int, Numbers]:
+    """Rows by the replica that made them, in the order in which its first one stands."""
+    found: dict[int, list[int]] = {}
+    for row in rows:
+        found.setdefault(replica_of[row], []).append(row)
+    return {replica: tuple(part) for replica, part in found.items()}
+
+
+def _missing(
+    split: Mapping[int, Numbers],
+    replica_of: Mapping[int, int],
+    rows: Numbers,
+    keys: tuple[str, ...],
+    there: Mapping[str, AbstractSet[int]],
+    own: int | None,
+) -> dict[tuple[int, tuple[str, ...]], Sequence[int]]:
+    """(replica, tensors) -> the rows that a rank of replica `own` lacks of them, in the order of the first one.
+
+    `split`: the rows by replica. A rank mostly has all of a replica's rows or none; only where it has some of them are
+    they looked at one by one.
+    """
+    found: dict[tuple[int, tuple[str, ...]], Sequence[int]] = {}
+    for replica, part in split.items():
+        if replica == own:
+            continue
+        lacking = tuple(key for key in keys if key not in there or there[key].isdisjoint(part))
+        if any(key not in lacking and not there[key].issuperset(part) for key in keys):
+            break
+        if lacking:
+            found[replica, lacking] = part
+    else:
+        return found
+    some: dict[tuple[int, tuple[str, ...]], list[int]] = {}
+    for row in rows:
+        lacking = tuple(key for key in keys if row not in there.get(key, ()))
+        if lacking and replica_of[row] != own:
+            some.setdefault((replica_of[row], lacking), []).append(row)
+    return dict(some)
 
 
 def _replicas(layout: Layout, per_node: int) -> list[dict[int, list[int]]]:

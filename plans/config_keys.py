@@ -68,7 +68,7 @@ Silu = Annotated[str, only("silu", "swish")]
 
 
 class Closed(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
 
 
 Factors = Annotated[list[PositiveNumber], Field(min_length=1, max_length=4096)]

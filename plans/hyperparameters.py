@@ -22,7 +22,7 @@ NotNegative = Annotated[float, Field(ge=0, le=MOST_REAL)]
 class Closed(BaseModel):
     """A part of a run file: unknown keys and values of other types are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True, allow_inf_nan=False)
 
 
 class Optimizer(Closed):

@@ -30,7 +30,7 @@ Figure = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class _Closed(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
 
 
 class RopeScalingFile(_Closed):

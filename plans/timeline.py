@@ -74,7 +74,7 @@ def _plain(span: Span) -> dict[str, Any]:
 
 
 class _SpanFile(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True, allow_inf_nan=False)
 
     name: str
     kind: str
@@ -85,7 +85,7 @@ class _SpanFile(BaseModel):
 
 
 class _TimelineFile(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True, allow_inf_nan=False)
 
     format: Literal["realplan-timeline/1"]
     source: Literal["predicted", "measured"]

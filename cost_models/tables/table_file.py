@@ -169,6 +169,10 @@ def _shown(value: Any) -> str:
 
 def _values(data: Any, shape: tuple[int, ...], path: Path_) -> Array:
     """Nested lists of a full grid; the first hole, wrong length or value that is not positive is named by its index."""
+    if len(shape) == 1 and isinstance(data, list) and len(data) == shape[0] and all(type(x) is float for x in data):
+        row = np.array(data)
+        if row.min() >= _LEAST and row.max() <= _MOST:  # NaN fails
+            return row
     if not shape:
         legal = f"a number from {_LEAST:g} to {_MOST:g}; {_WRITER}"
         if data is None or data != data:  # NaN is not itself

@@ -5,6 +5,7 @@ A command has its options in `planning`, `pictures` or `lists`, and what it does
 
 from __future__ import annotations
 
+import gc
 import sys
 from typing import NoReturn
 
@@ -28,6 +29,7 @@ for command in (*planning.COMMANDS, *lists.COMMANDS, *pictures.COMMANDS):
 
 def main() -> None:
     """Entry point: errors become one message; exit code 1 for a plan with problems, 2 for wrong use."""
+    gc.set_threshold(50_000, 20, 20)  # imports and plans make many objects and little garbage
     with plain_streams():
         try:
             app()

@@ -11,7 +11,6 @@ from cost_models.engines.engine import Engine
 from cost_models.estimate import PlanCost, cost_plan
 from planner.cli.output import say
 from planner.remedies.memory import memory_problems
-from plans.checkpoint_files import CheckpointError, find_usable
 from plans.checks import check_plan, context_problems
 from plans.codec import is_stale, plan_text, read_plan, save_plan
 from plans.documents import locate
@@ -52,6 +51,8 @@ def check_command(
 
 
 def _takeover(plan: ExecutionPlan, place: Path) -> list[Problem]:
+    from plans.checkpoint_files import CheckpointError, find_usable
+
     hint = "--resume-from FOLDER, a checkpoint or the output of a run"
     try:
         found, refusals = find_usable(place, plan)
