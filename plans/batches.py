@@ -9,7 +9,6 @@ answer without a message.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from heapq import heapify, heapreplace
 from itertools import pairwise
@@ -256,7 +255,7 @@ def _messages(
     made: Sequence[tuple[Numbers, ...]],
     needed: Mapping[int, Numbers],
     keys: tuple[str, ...],
-    held: Mapping[tuple[int, str], AbstractSet[int]],
+    held: Mapping[tuple[int, str], set[int]],
 ) -> tuple[Message, ...]:
     """Messages for the rows that ranks need and do not hold. Every rank of a producing replica holds its rows; senders
     on the target's node come first, then the one that has sent least."""
@@ -294,7 +293,7 @@ def _missing(
     replica_of: Mapping[int, int],
     rows: Numbers,
     keys: tuple[str, ...],
-    there: Mapping[str, AbstractSet[int]],
+    there: Mapping[str, set[int]],
     own: int | None,
 ) -> dict[tuple[int, tuple[str, ...]], Sequence[int]]:
     """(replica, tensors) -> the rows that a rank of replica `own` lacks of them, in the order of the first one.
