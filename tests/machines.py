@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import pytest
 
-IP = shutil.which("ip", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+IP, TC = shutil.which("ip", path=PATH), shutil.which("tc", path=PATH)
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,13 @@ class Machine:
     def command(self, words: Sequence[str]) -> list[str]:
         """A command that runs on it."""
         return [str(IP), "netns", "exec", self.name, *words]
+
+    def limit(self, mbit: int) -> None:
+        """Have its cable carry so many megabits per second in either direction."""
+        for words in (f"-n {self.name} eth0", f"-n {self.switch} {self.cable}"):
+            *where, link = words.split()
+            shaped = ["qdisc", "add", "dev", link, "root", "tbf", "rate", f"{mbit}mbit", "burst", "256kb"]
+            _run([str(TC), *where, *shaped, "latency", "400ms"])
 
     def cut(self) -> None:
         """Take it off the network for good; nobody is told."""
@@ -66,4 +74,8 @@ def _machine(switch: str, number: int, made: list[str]) -> Machine:
 
 
 def _ip(words: str) -> None:
-    subprocess.run([str(IP), *words.split()], check=True, capture_output=True, text=True, timeout=60)
+    _run([str(IP), *words.split()])
+
+
+def _run(command: Sequence[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
