@@ -78,6 +78,7 @@ def value_problem(where: str, detail: ErrorDetails, path: Path_) -> Problem:
     shown = f" is {_shown(detail.get('input'))}"
     key = where.rpartition(".")[2]
     if kind == REFUSED:
+        shown = "" if isinstance(detail.get("input"), dict) else shown  # a rule that joins keys of it
         return Problem("not-obeyed", f"{where}{shown}: {detail['msg']}", context["hint"], path)
     if kind in _BOUNDS:
         name, words = _BOUNDS[kind]

@@ -10,3 +10,8 @@ SAMPLES = "samples.jsonl"  # prompts and responses as texts
 EVALUATIONS = "evaluation.jsonl"
 BEST = "best"  # folder of the weights with the best evaluation
 PAGE = "report.html"
+
+
+def adapter_of(name: str) -> str:
+    """Name of the folder of the adapter of a model that is exported to the folder `name`, beside it."""
+    return f"{name}-adapter"

@@ -6,8 +6,9 @@ reads it and accepts dotted overrides (`ppo.kl_coefficient=0.05`).
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,7 +20,7 @@ from plans.errors import RealplanError
 from plans.hyperparameters import Above, Closed, Count, Dpo, Optimizer, Positive, Ppo
 from plans.plan import ExecutionPlan
 from plans.planfile import LoraFile
-from plans.problems import REFUSED, Path_, Problem, shortened
+from plans.problems import REFUSED, Problem, shortened
 from plans.shapes import shape_problems
 from plans.yaml_text import MOST_YAML_BYTES, Yaml, parse_yaml
 
@@ -248,9 +249,12 @@ class RunFile(Closed):
 
     def weights_of(self, role: str) -> str:
         """Folder of a role's weights, `random`, or empty when the file names none."""
-        if isinstance(self.weights, str):
-            return self.weights
-        return self.weights.get(role, self.weights.get("actor", ""))
+        return weights_of(self.weights, role)
+
+
+def weights_of(weights: str | Mapping[str, str], role: str) -> str:
+    """What a role's weights are read from, by the key `weights` of a run file."""
+    return weights if isinstance(weights, str) else weights.get(role, weights.get("actor", ""))
 
 
 def load_run(path: Path | None, overrides: Sequence[str] = ()) -> RunFile:
@@ -263,17 +267,36 @@ def load_run(path: Path | None, overrides: Sequence[str] = ()) -> RunFile:
     if not isinstance(data, dict):
         problem = Problem("value", "a run file is a mapping of keys to values", "iterations: 10", (), 1, 1)
         refuse(RunFileError, path or "", [problem])
-    said = dict(_apply(data, override) for override in overrides)
-    try:
-        run = RunFile.model_validate(data)
-    except ValidationError as error:
-        problems = shape_problems(RunFile, data, error, "the run file")
-        for problem in problems:
-            override = next((said[key] for key in said if _made(problem.path, key, document)), None)
-            if override is not None:
-                raise RunFileError(f"`{shortened(override)}`: {problem.message}", problem.hint) from None
+    changed = copy.deepcopy(data)
+    for override in overrides:
+        _apply(changed, override)
+    problems = _problems(changed)
+    for problem in problems:
+        if override := _origin(problem, data, overrides):
+            raise RunFileError(f"`{shortened(override)}`: {problem.message}", problem.hint)
+    if problems:
         refuse(RunFileError, path or "the defaults", document.locate(problems))
-    return _absolute(run, path.parent.resolve() if path else Path.cwd())
+    return _absolute(RunFile.model_validate(changed), path.parent.resolve() if path else Path.cwd())
+
+
+def _problems(data: dict[str, Any]) -> list[Problem]:
+    try:
+        RunFile.model_validate(data)
+    except ValidationError as error:
+        return shape_problems(RunFile, data, error, "the run file")
+    return []
+
+
+def _origin(problem: Problem, data: dict[str, Any], overrides: Sequence[str]) -> str:
+    """The first override with which the data has a problem: of a rule that joins several keys the one that breaks it.
+    Empty where the data has it without them."""
+    data = copy.deepcopy(data)
+    for override in ("", *overrides):
+        if override:
+            _apply(data, override)
+        if any((found.path, found.message) == (problem.path, problem.message) for found in _problems(data)):
+            return override
+    raise AssertionError(f"all overrides together have {problem}")
 
 
 def _read(path: Path) -> Yaml:
@@ -284,8 +307,8 @@ def _read(path: Path) -> Yaml:
         refuse(RunFileError, path, [error.problem])
 
 
-def _apply(data: dict[str, Any], override: str) -> tuple[Path_, str]:
-    """Set a key; its path, and the override."""
+def _apply(data: dict[str, Any], override: str) -> None:
+    """Set a key."""
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise RunFileError(f"`{shortened(override)}` is not of the form key=value", "for example `iterations=3`")
@@ -299,13 +322,6 @@ def _apply(data: dict[str, Any], override: str) -> tuple[Path_, str]:
         node[last] = parse_yaml(value).data
     except BadText:
         node[last] = value
-    return (*parents, last), override
-
-
-def _made(path: Path_, key: Path_, document: Yaml) -> bool:
-    """Whether the override of a key brought a value: at the key or below, or a parent that the file has not."""
-    above = key[: len(path)] == path and not document.has(path)
-    return path[: len(key)] == key or above
 
 
 def _absolute(run: RunFile, base: Path) -> RunFile:

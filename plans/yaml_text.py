@@ -40,10 +40,6 @@ class Yaml:
     data: Any
     root: yaml.Node | None
 
-    def has(self, path: Path_) -> bool:
-        """Whether the text has a value at a path."""
-        return _node_at(self.root, path)[1] == len(path)
-
     def locate(self, problems: Iterable[Problem]) -> list[Problem]:
         """Give the first problems the place of their value, or of the nearest parent that exists."""
         placed = [p if p.line else _at_node(self.root, p) for p in counted(problems)]

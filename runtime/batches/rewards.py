@@ -6,6 +6,7 @@ did it, and never the rank that waits for it.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -24,6 +25,8 @@ from runtime.batches.reward_errors import RewardError
 
 START_S = 300.0  # to load the function; big libraries on a slow file system take minutes
 LOOK_S = 0.1
+TOLD = 3
+"""Failures that are told one by one; of later ones there is a line for each batch."""
 Columns = Mapping[str, Sequence[Any]]
 
 
@@ -68,6 +71,7 @@ class Reward:
         self._functions = {functions: 1.0} if isinstance(functions, str) else dict(functions)
         self._limits = limits
         self._columns = tuple(columns)
+        self._told = itertools.count()
         self._workers: list[_Worker] = []
         self._threads = ThreadPoolExecutor(limits.workers, thread_name_prefix="reward")
 
@@ -136,17 +140,23 @@ class Reward:
 
     def _each(self, worker: _Worker, values: Mapping[str, list[Any]]) -> list[float]:
         """Scores of the samples one by one, nan where that fails."""
-        scores = []
-        for index in range(len(values["responses"])):
+        scores, untold = [], []
+        for index, response in enumerate(values["responses"]):
             try:
                 one = {key: value[index : index + 1] for key, value in values.items()}
                 scores += worker.score(one, self._limits.seconds)
             except Failed as failure:
-                what = "0 for" if self._limits.on_failure == "zero" else "without"
-                said = f"reward: {what} {_short(values['responses'][index])}: {failure}"
-                print(said, file=sys.stderr, flush=True)
                 scores.append(math.nan)
+                untold.append(f"{_short(response)}: {failure}")
+                if next(self._told) < TOLD:
+                    self._tell(untold.pop())
+        if untold:
+            self._tell(f"{len(untold)} more of {len(scores)} responses, the last {untold[-1]}")
         return scores
+
+    def _tell(self, what: str) -> None:
+        verb = "0 for" if self._limits.on_failure == "zero" else "without"
+        print(f"reward: {verb} {what}", file=sys.stderr, flush=True)
 
     def _blame(self, worker: _Worker, values: Mapping[str, list[Any]], first: int, failure: Failed) -> RewardError:
         """The error with the sample that did it: the function says which, or each sample is scored alone until one

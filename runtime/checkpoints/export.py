@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from plans.checkpoint_files import MASTER, Checkpoint, CheckpointError, find_who
 from plans.files import check_target
 from plans.layout import Parameter, model_units
 from plans.model import ModelSpec
-from plans.runfile import RANDOM
+from plans.runfile import RANDOM, weights_of
 from runtime.checkpoints.read import CheckpointReader
 from runtime.checkpoints.resume import run_of
 from runtime.weights.export import write_folder
@@ -42,7 +41,7 @@ def export_checkpoint(place: Path, folder: Path, role: str = "", dtype: str = ""
     spec = checkpoint.plan.workload.models[role]
     wanted = DTYPES[dtype or checkpoint.plan.workload.dtype]
     run = run_of(checkpoint)
-    named = _weights(run, role)
+    named = weights_of(run.get("weights", ""), role)
     source = Path(named) if named and os.path.isdir(named) else None
     base = _base(spec, named, source, int(run.get("seed", 0))) if spec.lora else None
     write_folder(spec, wanted, _parameters(checkpoint, role, wanted, base), folder, source)
@@ -74,10 +73,3 @@ def _base(spec: ModelSpec, named: str, source: Path | None, seed: int) -> Callab
     files = WeightFiles(source)
     files.check(spec)
     return lambda parameter: whole_parameter(files, spec, parameter)
-
-
-def _weights(run: dict[str, Any], role: str) -> str:
-    """What the run read the role's weights from: a folder, which has the tokenizer too, or `random`."""
-    weights = run.get("weights", "")
-    found = weights if isinstance(weights, str) else weights.get(role) or weights.get("actor", "")
-    return str(found)

@@ -14,7 +14,7 @@ import yaml
 from plans.codec import dump_plan, save_plan
 from plans.files import OutputError, check_target, free_name, write_atomically
 from plans.plan import ExecutionPlan
-from plans.run_output import BEST, EVALUATIONS, METRICS, PAGE, PLAN, RUN, SAMPLES, TIMELINE
+from plans.run_output import BEST, EVALUATIONS, METRICS, PAGE, PLAN, RUN, SAMPLES, TIMELINE, adapter_of
 from plans.runfile import CHECKPOINTS, RANDOM, RunFile
 from runtime.reports.trackers import EVENTS
 
@@ -74,7 +74,7 @@ def held_output(plan: ExecutionPlan, run: RunFile, *, goes_on: bool = False) -> 
         yield moved
     finally:
         for weights in (exported_role(plan), BEST):
-            for made in (weights, f"{weights}-adapter"):
+            for made in (weights, adapter_of(weights)):
                 with suppress(OSError):
                     shutil.rmtree(partial_export(output, made))
         os.close(descriptor)
@@ -113,7 +113,7 @@ def _is_of_a_run(output: Path) -> bool:
 def _set_aside(plan: ExecutionPlan, output: Path) -> Path | None:
     """Move what a run writes out of its way. The plan and the run file are copied: other ranks may be reading them."""
     role = exported_role(plan)
-    weights = (name for made in (role, BEST) for name in (made, f"{made}-adapter"))
+    weights = (name for made in (role, BEST) for name in (made, adapter_of(made)))
     if _is_of_a_run(output) and not (output / METRICS).stat().st_size and not os.path.lexists(output / role):
         return None  # it failed before its first iteration
     moving = [

@@ -18,6 +18,7 @@ from torch import Tensor
 from plans.layout import Parameter
 from plans.lora import Lora
 from plans.model import ModelSpec
+from plans.run_output import adapter_of
 from runtime.weights.hf_names import hf_names, split
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -26,7 +27,7 @@ _STAGE = "stage-*.safetensors"
 
 def adapter_folder(folder: Path) -> Path:
     """Where the adapter of a model stands that is exported to `folder`."""
-    return folder.with_name(f"{folder.name}-adapter")
+    return folder.with_name(adapter_of(folder.name))
 
 
 def merged(

@@ -86,6 +86,27 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
         ("iterations: 1e3", [], "run.yaml:1:13: iterations is 1000.0; it must be a whole number"),
         ("", ["iterations=1_0"], '`iterations=1_0`: iterations is "1_0"; it must be a whole number'),
         ("iterations: 3", ["iterations.x=1"], "holds a value"),
+        (
+            "checkpoint: {every: 0}",
+            ["seed=1", "on_nonfinite=rollback"],
+            "`on_nonfinite=rollback`: the run file: on_nonfinite: rollback needs checkpoints",
+        ),
+        (
+            "on_nonfinite: rollback\ncheckpoint: {every: 5}",
+            ["checkpoint.every=0", "seed=1"],
+            "`checkpoint.every=0`: the run file: on_nonfinite: rollback needs checkpoints",
+        ),
+        (
+            "on_nonfinite: rollback\ncheckpoint: {every: 0}",
+            ["seed=1"],
+            "run.yaml:1:1: the run file: on_nonfinite: rollback needs checkpoints",
+        ),
+        (
+            "evaluation: {held_out: 4}",
+            ["evaluation.every=2", "evaluation.source=p"],
+            "`evaluation.source=p`: evaluation: it needs prompts of its own",
+        ),
+        ("evaluation: {every: 2}", ["seed=1"], "run.yaml:1:13: evaluation: it needs prompts of its own"),
     ],
 )
 def test_mistakes_are_one_clear_error(tmp_path: Path, text: str, overrides: list[str], words: str) -> None:

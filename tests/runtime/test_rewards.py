@@ -120,6 +120,18 @@ def test_a_sample_that_fails_has_no_score_where_the_run_goes_on(rewards, policy:
     assert ("reward: 0 for 'second'" if policy == "zero" else "reward: without 'second'") in said and "ended" in said
 
 
+def test_failures_are_told_one_by_one_until_there_are_many(rewards, capfd) -> None:  # type: ignore[no-untyped-def]
+    text = "def f(response):\n    assert response != 'x', 'no'\n    return 1"
+    reward = rewards(text, limits=replace(LIMITS, on_failure="zero"))
+    for _ in range(2):
+        assert [math.isnan(score) for score in reward(["p"] * 6, [*"xxyxxx"])] == [c == "x" for c in "xxyxxx"]
+    said = capfd.readouterr().err.splitlines()
+    assert [line.partition(": reward")[0] for line in said] == [
+        *["reward: 0 for 'x'"] * 3, "reward: 0 for 2 more of 6 responses, the last 'x'",
+        "reward: 0 for 5 more of 6 responses, the last 'x'",
+    ]  # fmt: skip
+
+
 def test_a_function_that_hangs_is_ended_with_all_it_started(rewards, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     text = (
         f"import subprocess, time\nplace = {str(tmp_path / 'child')!r}\n"
