@@ -148,7 +148,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
     Raises CheckpointError, which names the folder, for what is no checkpoint, torn or altered.
     """
-    index = _read_index(folder)
+    index = read_index(folder)
     for name, seal in index.files.items():
         path = folder / name
         if Path(name).name != name or not os.path.isfile(path) or path.is_symlink():
@@ -260,7 +260,8 @@ def takeover_problems(checkpoint: Checkpoint, plan: ExecutionPlan) -> list[str]:
     return found
 
 
-def _read_index(folder: Path) -> CheckpointIndex:
+def read_index(folder: Path) -> CheckpointIndex:
+    """The index of a checkpoint, whatever files stand beside it. Raises CheckpointError."""
     hint = f"a folder {_PREFIX}N that a run has written"
     if not os.path.isfile(folder / INDEX):
         raise _refused(folder, f"`{INDEX}` is missing")

@@ -36,6 +36,11 @@ def realrun(
     allow_long: Annotated[
         bool, typer.Option("--allow-long", help="let samples be longer than a model's context")
     ] = False,
+    node_rank: Annotated[
+        int | None, typer.Option(help="on several machines: the node of the plan that this one is, from 0")
+    ] = None,
+    master_addr: Annotated[str | None, typer.Option(help="address of the machine of node 0")] = None,
+    master_port: Annotated[int | None, typer.Option(min=1, max=65535, help="a free port there (29500)")] = None,
     debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")] = False,
 ) -> None:
     """Run a plan: train the models of its workload with the run file's data, weights and reward.
@@ -50,7 +55,8 @@ def realrun(
     from runtime.launching.preparation import Words
 
     try:
-        _run(plan, overrides or [], run, Words(dry_run, allow_stale, allow_long, resume), debug=debug)
+        words = Words(dry_run, allow_stale, allow_long, resume, node_rank, master_addr, master_port)
+        _run(plan, overrides or [], run, words, debug=debug)
     except RealplanError as error:
         if debug:
             _say(getattr(error, "details", ""))
@@ -66,13 +72,17 @@ def _run(path: Path, overrides: list[str], run_path: Path | None, words: Words, 
     if words.dry_run:
         return
     from runtime.launching.launch import launch
+    from runtime.machines.run import run_on_machines
     from runtime.processes.lifetime import end_at_once
     from runtime.reports.endings import RunFailed
     from runtime.reports.monitor import summary
     from runtime.reports.page import write_page
 
     try:
-        lines = launch(ready.plan, ready.run, ready.member, ready.start)
+        if ready.place is not None:
+            lines = run_on_machines(ready.plan, ready.run, ready.place)
+        else:
+            lines = launch(ready.plan, ready.run, ready.member, ready.start)
     except RunFailed as error:
         if ready.member is None:
             raise

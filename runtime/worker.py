@@ -56,13 +56,14 @@ def work(plan: ExecutionPlan, run: RunFile, member: Member, scratch: Path) -> No
     device, timeout = _device(plan, member), timedelta(seconds=patience_s(plan, run))
     install(device)
     store = _joined(member, device, timeout)
-    if isinstance(member.meeting, Address):
+    if isinstance(member.meeting, Address) and not member.meeting.kept:
         folders = [scratch, *([run.checkpoint_folder] if run.checkpoint.every else [])]
         check_shared(store, rank, member.world, folders)
     if rank == 0:
         store.set(ORIGIN, str(time.time()))
     recorder = Recorder(scratch, rank, float(store.get(ORIGIN)))
-    run = _agreed_start(store, run, rank)
+    if not member.ours:
+        run = _agreed_start(store, run, rank)
     job = prepare_job(plan, run)
     if rank == 0 and job.note:
         print(f"data: {job.note}", file=sys.stderr, flush=True)
@@ -76,8 +77,7 @@ def work(plan: ExecutionPlan, run: RunFile, member: Member, scratch: Path) -> No
             evaluations = Evaluations(executor, evaluator, job, rank, executor.state.iterations)
         stop = StopAgreement(scratch, timeout)
         if run.checkpoint.every:  # the keyboard speaks to the launcher, which asks its ranks
-            alone = isinstance(member.meeting, Path)
-            stop.listen(signal.SIGTERM, *(() if alone else (signal.SIGINT,)))
+            stop.listen(signal.SIGTERM, *(() if member.ours else (signal.SIGINT,)))
         done = run_iterations(executor, run, recorder, stop, evaluations)
     finally:
         if job.reward is not None:

@@ -236,7 +236,7 @@ def _check_sizes(words: list[str], workload: Any) -> None:
 
 
 def _leave_out_launch(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(entry_module, "prepare_ranks", lambda plan: None)
+    patch.setattr(entry_module, "prepare_ranks", lambda *_: None)
     patch.setattr(launch_module, "launch", lambda *_: [])
 
 

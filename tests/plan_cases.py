@@ -40,15 +40,16 @@ def tiny_plan(
     reward_model: bool = False,
     staleness: int = 0,
     lora: Lora | None = None,
+    nodes: int = 1,
     **sizes: Any,
 ) -> ExecutionPlan:
-    """A plan of the small model on a CPU node of `gpus` ranks.
+    """A plan of the small model on a CPU node of `gpus` ranks, or on equal `nodes` that have so many together.
 
     places: one strategy for every call on the whole node, or call -> strategy | (mesh, strategy) | with settings, of
     which `lag` is the call's (else the least). With `reward_model` the graph has no function and recomputes
     log-probabilities.
     """
-    cluster = load_cluster("local-cpu", gpus=gpus, gpus_per_node=gpus)
+    cluster = load_cluster("local-cpu", gpus=gpus, gpus_per_node=gpus // nodes)
     spec = load_model(str(TINY))
     graph = algorithm_graph(
         algorithm,
@@ -62,10 +63,10 @@ def tiny_plan(
         models=with_lora(graph, models, lora),
         **({"batch_size": 8, "prompt_tokens": 8, "response_tokens": 8, "minibatches": 2, "dtype": "fp32"} | sizes),
     )
-    calls = []
+    calls, whole = [], cluster.whole.text(cluster)
     for name in order:
         place = places if isinstance(places, str) else places[name]
-        mesh, degrees, settings = (("node 0", place, {}) if isinstance(place, str) else (*place, {}))[:3]
+        mesh, degrees, settings = ((whole, place, {}) if isinstance(place, str) else (*place, {}))[:3]
         lag = settings.get("lag", graph.first_lags[name])
         strategy = ParallelStrategy(**parse_degrees(degrees), **{k: v for k, v in settings.items() if k != "lag"})
         calls.append(PlannedCall(call=name, mesh=parse_mesh(mesh, cluster), strategy=strategy, lag=lag))

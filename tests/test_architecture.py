@@ -81,7 +81,7 @@ FLOORS = {
     ),
     "runtime": (
         *("sequences", "reports", "processes", "algorithms", "batches", "models", "groups", "passes", "generation"),
-        *("job", "calls", "weights", "executor", "evaluation", "checkpoints", "worker", "launching", "cli"),
+        *("job", "calls", "weights", "executor", "evaluation", "checkpoints", "worker", "launching", "machines", "cli"),
     ),
 }
 """Rooms of a package from the ground up: a room imports only those before it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Event, Thread
@@ -23,8 +23,8 @@ from plans.checkpoint_files import (
 from plans.files import write_atomically
 from plans.run_output import METRICS, PLAN, RUN
 from plans.runfile import RunFile
-from plans.seals import seal_of
-from runtime.checkpoints.folder import partial_folder, rank_word, sync_folder
+from plans.seals import Seal, Sealer
+from runtime.checkpoints.folder import RANK_WORDS, partial_folder, rank_word, sync_folder
 
 POLL_S = 0.2
 
@@ -32,7 +32,7 @@ POLL_S = 0.2
 class Completer:
     """Completes the checkpoints of a run in a thread, and once more on leaving. `ranks`: how many write.
 
-    All machines see one folder. Where they do not, each storage needs a completer for the words of its ranks.
+    All machines see one folder. Where they do not, `runtime.machines.keeper` does the same over several.
     """
 
     def __init__(self, run: RunFile, ranks: int) -> None:
@@ -50,11 +50,6 @@ class Completer:
         self._thread.join()
         self.poll()
 
-    @property
-    def newest(self) -> Path | None:
-        """The newest checkpoint that stands."""
-        return next(iter(steps_in(self._folder)), None)
-
     def _follow(self) -> None:
         while not self._stop.wait(POLL_S):
             with suppress(OSError):  # a full disk: the ranks say so; the last poll, on leaving, does not hide it
@@ -65,47 +60,51 @@ class Completer:
         for partial in sorted(self._folder.glob(".global_step_*.partial")):
             iteration = int(partial.name.removeprefix(".global_step_").removesuffix(".partial"))
             words = [partial / rank_word(rank) for rank in range(self._ranks)]
-            metrics = self._metrics(iteration)
+            metrics = lines_done(self._output, iteration)
             if metrics is not None and all(os.path.isfile(word) for word in words):
-                complete(self._folder, self._output, iteration, words, metrics)
-                self._prune(iteration)
-
-    def _metrics(self, iteration: int) -> str | None:
-        """The lines of the iterations that are in a checkpoint; None while the last of them is not written."""
-        try:
-            lines = (self._output / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)
-        except FileNotFoundError:
-            return None
-        return "".join(lines[:iteration]) if len(lines) >= iteration else None
-
-    def _prune(self, iteration: int) -> None:
-        """Remove all but the newest checkpoints up to this one. Later ones are such as were refused at the start."""
-        number = steps_in(self._folder).index(step_folder(self._folder, iteration))
-        for old in steps_in(self._folder)[number + self._keep :]:
-            _remove(old)
+                parts = [RankIndex.model_validate_json(word.read_text(encoding="utf-8")) for word in words]
+                put_in_place(self._folder, iteration, texts_beside(self._output, parts, metrics), self._keep)
 
 
-def complete(folder: Path, output: Path, iteration: int, words: Sequence[Path], metrics: str) -> None:
-    """Write the index of a checkpoint and what goes with it, and give it its name. It replaces one of that name."""
+def lines_done(output: Path, iteration: int) -> str | None:
+    """The metrics of the iterations that are in a checkpoint; None while the last of them is not written."""
+    try:
+        lines = (output / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)
+    except FileNotFoundError:
+        return None
+    return "".join(lines[:iteration]) if len(lines) >= iteration else None
+
+
+def texts_beside(output: Path, parts: Sequence[RankIndex], metrics: str) -> dict[str, str]:
+    """The files of a checkpoint that no rank writes, by name: plan, run file, metrics, and the index of all files."""
+    texts = {name: (output / name).read_text(encoding="utf-8") for name in (PLAN, RUN)} | {METRICS: metrics}
+    index, seals = joined(parts), {name: _seal(text) for name, text in texts.items()}
+    return texts | {INDEX: sealed_index(index.model_copy(update={"files": seals | index.files}))}
+
+
+def put_in_place(folder: Path, iteration: int, texts: Mapping[str, str], keep: int) -> None:
+    """Put the files that no rank writes beside those of the ranks, the index last, give the checkpoint its name, and
+    remove all but the newest `keep` up to it. It replaces one of that name. Later ones were refused at the start."""
     partial, final = partial_folder(folder, iteration), step_folder(folder, iteration)
-    parts = [RankIndex.model_validate_json(word.read_text(encoding="utf-8")) for word in words]
-    shutil.copyfile(output / PLAN, partial / PLAN)
-    shutil.copyfile(output / RUN, partial / RUN)
-    (partial / METRICS).write_text(metrics, encoding="utf-8")
-    index = joined(parts)
-    seals = {name: seal_of(partial / name) for name in (PLAN, RUN, METRICS)}
-    (partial / INDEX).write_text(
-        sealed_index(index.model_copy(update={"files": seals | index.files})), encoding="utf-8"
-    )
-    for word in words:
+    for word in partial.glob(RANK_WORDS):
         word.unlink()
-    for name in (*seals, INDEX):
+    for name, text in texts.items():
+        (partial / name).write_text(text, encoding="utf-8")
         _sync(partial / name)
     sync_folder(partial)
     _remove(final)
     partial.rename(final)
     write_atomically(folder / NEWEST, f"{iteration}\n")
     sync_folder(folder)
+    there = steps_in(folder)
+    for old in there[there.index(final) + keep :]:
+        _remove(old)
+
+
+def _seal(text: str) -> Seal:
+    sealer = Sealer()
+    sealer.update(memoryview(text.encode()))
+    return sealer.seal
 
 
 def _sync(path: Path) -> None:

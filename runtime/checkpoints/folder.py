@@ -13,6 +13,8 @@ from plans.errors import RealplanError
 from plans.plan import ExecutionPlan
 from plans.runfile import RunFile
 
+RANK_WORDS = ".rank-*.json"
+
 
 def partial_folder(folder: Path, iteration: int) -> Path:
     """Where a checkpoint stands before it is whole."""

@@ -17,6 +17,7 @@ from plans.plan import ExecutionPlan
 from plans.runfile import RunFile
 from runtime.processes.lifetime import die_with
 from runtime.processes.member import Address, Member
+from runtime.processes.network import interface_of, resolve
 from runtime.reports.records import crash_path
 
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
@@ -27,13 +28,18 @@ def start_method(plan: ExecutionPlan) -> str:
     return "forkserver" if plan.cluster.gpu.name == "cpu" else "spawn"
 
 
-def prepare_ranks(plan: ExecutionPlan) -> None:
+def prepare_ranks(plan: ExecutionPlan, meeting: Address | None = None) -> None:
     """Set what torch and the ranks read from the environment, where the user has not, and start the fork server, which
-    imports while the launcher does. All ranks run on this machine, so their libraries listen on its loopback alone,
-    whatever the user has set for runs on several. A second call does nothing."""
-    os.environ.update(LOOPBACK)
+    imports while the launcher does. A second call does nothing.
+
+    meeting: where the ranks of several machines meet. Without it all run on this machine, so that their libraries
+    listen on its loopback alone, whatever the user has set for runs on several."""
     forks = start_method(plan) == "forkserver"
     defaults = rank_defaults(forks)
+    if meeting is None:
+        os.environ.update(LOOPBACK)
+    elif interface := interface_of(resolve(meeting)[1]):
+        defaults["GLOO_SOCKET_IFNAME"] = interface
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     if forks:
@@ -56,8 +62,6 @@ def multiprocessing_folder() -> list[Path]:
 def prepare_joining(plan: ExecutionPlan, address: Address) -> None:
     """The same for a process that another launcher has started as a rank: gloo listens on the interface that leads to
     rank 0, where the user names none."""
-    from runtime.processes.stores import interface_of, resolve
-
     defaults = rank_defaults(plan.cluster.gpu.name == "cpu")
     if interface := interface_of(resolve(address)[1]):
         defaults["GLOO_SOCKET_IFNAME"] = interface

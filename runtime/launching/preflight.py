@@ -122,9 +122,10 @@ def check_packages() -> None:
             raise RealplanError(f"running a plan needs {package}", "pip install 'realplan[run]'")
 
 
-def check_devices(plan: ExecutionPlan, ranks: int | None) -> None:
-    """Enough devices for every rank of the plan. `ranks`: how many another launcher has started."""
-    size = plan.cluster.size
+def check_devices(plan: ExecutionPlan, ranks: int | None, *, alone: bool = True) -> None:
+    """Enough devices for every rank of the plan, or for those of a node where this machine is not `alone`. `ranks`: how
+    many another launcher has started."""
+    size = plan.cluster.size if alone else plan.cluster.gpus_per_node
     if ranks is not None:
         if ranks != size:
             raise RealplanError(

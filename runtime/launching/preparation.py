@@ -29,33 +29,40 @@ from runtime.launching.preflight import (
 from runtime.launching.slurm import rank_variables
 from runtime.models.support import check_supported
 from runtime.processes.member import Member, began_again, outside_member
+from runtime.processes.place import Place, place_of
 from runtime.reports.trackers import check_trackers
 
 
 @dataclass(frozen=True, slots=True)
 class Words:
     """What the command line asks for. dry_run: say what would run, and stop. allow_stale: run although the estimate is
-    not of this plan. allow_long: samples may outgrow a model's context. resume: go on from the newest checkpoint."""
+    not of this plan. allow_long: samples may outgrow a model's context. resume: go on from the newest checkpoint. node,
+    host, port: which machine of the plan this one is, and where that of node 0 listens."""
 
     dry_run: bool = False
     allow_stale: bool = False
     allow_long: bool = False
     resume: bool = False
+    node: int | None = None
+    host: str | None = None
+    port: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A run that can start. member: which rank this process is, None where it starts the ranks of one machine."""
+    """A run that can start. member: which rank this process is, None where it starts ranks. place: which of several
+    machines this one is, whose ranks it starts."""
 
     plan: ExecutionPlan
     run: RunFile
     member: Member | None
     start: Start
+    place: Place | None = None
 
     @property
     def first(self) -> bool:
         """Whether this process speaks and writes for the run."""
-        return self.member is None or self.member.rank == 0
+        return _first(self.member, self.place)
 
 
 def prepare(path: Path, overrides: list[str], run_path: Path | None, words: Words) -> Ready:
@@ -69,8 +76,10 @@ def prepare(path: Path, overrides: list[str], run_path: Path | None, words: Word
     check_run(plan, run)
     if words.resume or began_again(os.environ):
         run = run.model_copy(update={"resume_from": run.resume_from or str(run.checkpoint_folder)})
+    place = place_of(plan, member, words.node, words.host, words.port)
+    member = member if place is None else None
     check_rollback(plan, run, alone=member is None)
-    first = member is None or member.rank == 0
+    first = _first(member, place)
     _describe(plan, words, first)
     check_supported(plan)
     check_weights(plan, run)
@@ -78,15 +87,21 @@ def prepare(path: Path, overrides: list[str], run_path: Path | None, words: Word
         print(line, file=sys.stderr)
     check_packages()
     check_trackers(run)
-    check_devices(plan, None if member is None else member.world)
+    check_devices(plan, None if member is None else member.world, alone=place is None)
     if first:
         check_output(plan, run)
-    start = choose_start(plan, run) if first else Start()
+    # On several machines the checkpoint is chosen when all are there.
+    start = choose_start(plan, run) if first and place is None else Start()
     if words.dry_run:
         check_job(plan, run)
     elif member is None:
-        prepare_ranks(plan)
-    return Ready(plan, run, member, start)
+        prepare_ranks(plan, None if place is None else place.first)
+    return Ready(plan, run, member, start, place)
+
+
+def _first(member: Member | None, place: Place | None) -> bool:
+    """Whether a process is that of rank 0, starts it, or is on the machine of node 0."""
+    return (member is None or member.rank == 0) and (place is None or place.node == 0)
 
 
 def _describe(plan: ExecutionPlan, words: Words, first: bool) -> None:

@@ -26,12 +26,16 @@ def with_restarts(
     attempt: Attempt,
     asked: Sequence[str],
     left: Callable[[ExecutionPlan], int] = devices_left,
+    *,
+    choose: Callable[[ExecutionPlan, RunFile], Start] = choose_start,
+    forget: Callable[[RunFile, int], None] = remove_after,
 ) -> Sequence[Metrics]:
     """Metrics of the attempt that ends well, after at most `run.restarts` restarts and `run.rollbacks` rollbacks.
 
     Raises RunFailed with the cause of the last one; at once where the run was asked to stop (`asked`), and where two
     attempts from the same point fail with the same words: what is wrong then is not an accident. left: how many devices
     of a plan are still there; where some are not, and `run.on_loss` says so, the work is planned again for the others.
+    choose: finds the newest usable checkpoint; forget: removes those after an iteration.
     """
     begun, restarts, rollbacks, seen = start, 0, 0, set[tuple[int, str]]()
     while True:
@@ -46,7 +50,8 @@ def with_restarts(
             if bad is not None:
                 rollbacks += 1
                 _say(f"{error}\nrollback {rollbacks} of {run.rollbacks}")
-                begun = _before(plan, run, start, begun, error, bad)
+                forget(run, max(_newest_good(error, bad), start.iteration))
+                begun = _before(_next_start(plan, run, start, error, choose), run, begun, bad)
                 continue
             if failure in seen:
                 raise
@@ -54,7 +59,7 @@ def with_restarts(
             restarts += 1
             _say(f"{error}\nrestart {restarts} of {run.restarts}")
             plan = _plan_left(plan, run, left(plan), error)
-            found = _next_start(plan, run, start, error)
+            found = _next_start(plan, run, start, error, choose)
             begun = replace(found, skip_batches=max(found.skip_batches, begun.skip_batches))
 
 
@@ -79,28 +84,34 @@ def _bad_iteration(run: RunFile, error: RunFailed) -> int | None:
     return error.nonfinite if run.on_nonfinite == "rollback" else None
 
 
-def _before(plan: ExecutionPlan, run: RunFile, first: Start, begun: Start, failed: RunFailed, bad: int) -> Start:
-    """The newest state from before an iteration went wrong, with the data after the batch of that iteration.
+def _newest_good(failed: RunFailed, bad: int) -> int:
+    """The last iteration whose state is from before an iteration went wrong. A KL is measured before an iteration
+    trains: the state at its beginning is already beyond."""
+    return bad - 1 if isinstance(failed, Beyond) else bad
 
-    The same state and the same data would give the same numbers, so the batches since that state are left out with it.
-    A KL is measured before an iteration trains: the state at its beginning is already beyond.
-    """
-    newest = bad - 1 if isinstance(failed, Beyond) else bad
-    remove_after(run, max(newest, first.iteration))
-    found = _next_start(plan, run, first, failed)
+
+def _before(found: Start, run: RunFile, begun: Start, bad: int) -> Start:
+    """A state from before an iteration went wrong, with the data after the batch of that iteration: the same state and
+    the same data would give the same numbers, so the batches since that state are left out with it."""
     skip = bad + 1 + max(begun.skip_batches, run.skip_batches) - found.iteration
     _say(f"going back to iteration {found.iteration}; batches of the data left out so far: {skip}")
     return replace(found, skip_batches=skip)
 
 
-def _next_start(plan: ExecutionPlan, run: RunFile, first: Start, failed: RunFailed) -> Start:
+def _next_start(
+    plan: ExecutionPlan,
+    run: RunFile,
+    first: Start,
+    failed: RunFailed,
+    choose: Callable[[ExecutionPlan, RunFile], Start],
+) -> Start:
     """The newest checkpoint of this run, or where it began when it has none. Raises the failure where all checkpoints
     are damaged."""
     if not run.checkpoint.every:
         return first
     own = run.model_copy(update={"resume_from": str(run.checkpoint_folder)})
     try:
-        found = choose_start(plan, own)
+        found = choose(plan, own)
     except CheckpointError as error:
         _say(str(error))
         raise failed from None

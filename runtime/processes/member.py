@@ -18,7 +18,8 @@ _HINT = "torchrun and srun set RANK and WORLD_SIZE; unset both and realrun start
 class Address:
     """A TCP port at which ranks of several machines meet. `served`: the launcher (torchrun) has a store there already;
     otherwise rank 0 makes one. `alone`: every rank runs on this machine, None when the launcher does not say. `job`,
-    `attempt`: the launcher's name of the job, and how often it has started it again."""
+    `attempt`: the launcher's name of the job, and how often it has started it again. `kept`: a realrun on each machine
+    keeps the files of its ranks, so that the machines need share no folder."""
 
     host: str
     port: int
@@ -26,6 +27,7 @@ class Address:
     alone: bool | None = None
     job: str = "0"
     attempt: int = 0
+    kept: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,11 @@ class Member:
     world: int
     local_rank: int | None
     meeting: Path | Address
+
+    @property
+    def ours(self) -> bool:
+        """Whether realrun has started this rank: it then hears the keyboard for it, and says where the run begins."""
+        return isinstance(self.meeting, Path) or self.meeting.kept
 
 
 def outside_member(environment: Mapping[str, str]) -> Member | None:

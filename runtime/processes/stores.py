@@ -17,6 +17,7 @@ from torch._C._distributed_c10d import FileStore, PrefixStore, TCPStore
 
 from plans.errors import RealplanError
 from runtime.processes.member import Address, Member
+from runtime.processes.network import resolve
 
 RETRY_S = 0.1
 
@@ -34,46 +35,6 @@ def open_store(member: Member, timeout: timedelta) -> Any:
     _await(meeting, host, timeout)
     store = TCPStore(host, meeting.port, member.world, is_master=False, timeout=timeout, wait_for_workers=False)
     return PrefixStore(f"realplan/{meeting.attempt}", store)
-
-
-def resolve(address: Address) -> tuple[socket.AddressFamily, str]:
-    """Family and number of the address of rank 0's machine."""
-    try:
-        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise RealplanError(
-            f"the environment has MASTER_ADDR={address.host!r}, which is no host: {reason}",
-            "MASTER_ADDR is the name or address of the machine of rank 0, as the other machines see it",
-        ) from None
-    family, *_, place = found[0]
-    return family, str(place[0])
-
-
-def interface_of(host: str) -> str:
-    """The network interface of this machine on the way to a host's address; empty when there is none to name."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((host, 9))  # sends nothing
-        except OSError:
-            return ""
-        own = str(probe.getsockname()[0])
-    if ipaddress.ip_address(own).is_loopback:
-        return "lo"
-    return next((name for _, name in socket.if_nameindex() if _address_of(name) == own), "")
-
-
-def _address_of(interface: str) -> str:
-    import fcntl
-
-    siocgifaddr = 0x8915
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            answer = fcntl.ioctl(probe, siocgifaddr, interface.encode()[:15].ljust(256, b"\0"))
-        except OSError:
-            return ""
-    return socket.inet_ntoa(answer[20:24])
 
 
 def _serve(address: Address, family: socket.AddressFamily, host: str, world: int, timeout: timedelta) -> Any:

@@ -12,8 +12,9 @@ from torch.distributed import HashStore
 
 from plans.errors import RealplanError
 from runtime.processes.member import Address, Member, began_again, device_index, outside_member
+from runtime.processes.network import interface_of, resolve
 from runtime.processes.shared import check_shared
-from runtime.processes.stores import interface_of, open_store, resolve
+from runtime.processes.stores import open_store
 
 STATIC = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
 

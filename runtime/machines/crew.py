@@ -1,0 +1,156 @@
+"""Attempts of a run over the machines that are there."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from time import monotonic
+
+from plans.codec import dump_plan
+from plans.errors import RealplanError
+from plans.plan import ExecutionPlan
+from plans.runfile import RunFile, patience_s
+from runtime.checkpoints.resume import Start
+from runtime.launching.keeping import kept_files
+from runtime.launching.ranks import follow
+from runtime.machines.keeper import Keeper
+from runtime.machines.machines import Machines
+from runtime.machines.mirror import apply
+from runtime.machines.resume import choose_among, give
+from runtime.machines.wire import Message
+from runtime.processes.network import free_port
+from runtime.reports.endings import RunFailed
+from runtime.reports.metrics import Metrics
+
+ASK_S = 60.0
+"""How long a machine may take to end its ranks, or to look into a folder."""
+FETCH_S = 24 * 3600.0
+"""How long the files of a checkpoint may take to travel: a machine that is lost meanwhile is noticed before."""
+
+
+class Crew:
+    """Runs attempts on machines: node i of a plan is the i-th machine there. scratch: where ranks leave word."""
+
+    def __init__(self, machines: Machines, run: RunFile, scratch: Path) -> None:
+        self._machines, self._run, self._scratch = machines, run, scratch
+        self._attempts = 0
+
+    def devices_left(self, plan: ExecutionPlan) -> int:
+        """Devices of the machines that are there, as many as the plan has at most."""
+        return min(len(self._machines.there) * plan.cluster.gpus_per_node, plan.cluster.size)
+
+    def choose(self, plan: ExecutionPlan, run: RunFile) -> Start:
+        """The start that the run file asks for."""
+        return choose_among(plan, run, self._machines, FETCH_S)
+
+    def forget(self, _: RunFile, after: int) -> None:
+        """Remove the checkpoints after so many iterations, on every machine."""
+        self._machines.ask_all("forget", ASK_S, after=after)
+
+    def storages(self) -> dict[int, int]:
+        """For every machine the first one that sees the same folder of checkpoints."""
+        token = secrets.token_hex(8)
+        names = {node: f".probe-{token}-{node}" for node in self._machines.there}
+        try:
+            self._machines.ask("probe", {node: {"name": name} for node, name in names.items()}, ASK_S)
+            seen = self._machines.ask_all("sees", ASK_S, names=list(names.values()))
+        finally:
+            self._machines.ask("unprobe", {node: {"name": name} for node, name in names.items()}, ASK_S)
+        return {node: min(n for n, name in names.items() if name in seen[node]["seen"]) for node in seen}
+
+    def attempt(self, plan: ExecutionPlan, start: Start) -> Sequence[Metrics]:
+        """Metrics of one attempt. Raises RunFailed with the cause of its end; no rank is left then."""
+        machines, run = self._machines, self._run
+        nodes = sorted(machines.there)[: plan.cluster.nodes]
+        if len(nodes) < plan.cluster.nodes:
+            gone = "; ".join(f"node {node} is lost ({why})" for node, why in machines.lost.items())
+            raise RunFailed(f"the plan needs {plan.cluster.nodes} machines, {len(nodes)} are there: {gone}")
+        ranks = {node: _ranks(plan, place) for place, node in enumerate(nodes)}
+        storages = self.storages() if run.checkpoint.every else {}
+        keeps = {first: [r for node in nodes if storages[node] == first for r in ranks[node]]
+                 for first in sorted(set(storages.values()))}  # fmt: skip
+        others = [first for first in keeps if first and keeps[first]]
+        give(machines, run, start, others, FETCH_S)
+        keeper = Keeper(machines, keeps, Path(run.output), patience_s(plan, run))
+        with kept_files(plan, start.of(run), start, self._scratch, keeper) as monitor:
+            ready = {"plan": dump_plan(plan), "resume_from": start.of(run).resume_from}
+            machines.ask("prepare", dict.fromkeys(others, ready), ASK_S)
+            crew = _FarRanks(machines, ranks, self._scratch)
+            try:
+                self._start(plan, start, ranks, keeps)
+
+                def check() -> None:
+                    monitor.check()
+                    machines.check(nodes)
+                    keeper.poll()
+
+                follow(crew, self._scratch, check, Path(run.output))
+            finally:
+                crew.close()
+                with suppress(RunFailed):  # one that does not end its ranks is lost, or will be
+                    machines.ask_all("end", ASK_S)
+        return monitor.lines
+
+    def _start(
+        self, plan: ExecutionPlan, start: Start, ranks: Mapping[int, Sequence[int]], keeps: Mapping[int, Sequence[int]]
+    ) -> None:
+        machines = self._machines
+        self._attempts += 1
+        own = start.checkpoint is not None and start.checkpoint.parent == self._run.checkpoint_folder.resolve()
+        words = {
+            "plan": dump_plan(plan), "meeting": [machines.host, free_port(machines.host), self._attempts],
+            "begins": {"checkpoint": str(start.checkpoint or ""), "own": own, "skip": start.of(self._run).skip_batches},
+        }  # fmt: skip
+        each = {
+            node: {**words, "ranks": list(ranks.get(node, ())), "keeps": list(keeps.get(node, ()))}
+            for node in machines.there
+        }
+        machines.ask("start", each, ASK_S)
+
+
+def _ranks(plan: ExecutionPlan, place: int) -> range:
+    per_node = plan.cluster.gpus_per_node
+    return range(place * per_node, (place + 1) * per_node)
+
+
+class _FarRanks:
+    """Ranks on several machines, whose words go to a folder of this one."""
+
+    def __init__(self, machines: Machines, ranks: Mapping[int, Sequence[int]], scratch: Path) -> None:
+        self.numbers = [rank for numbers in ranks.values() for rank in numbers]
+        self.codes: dict[int, int] = {}
+        self._machines, self._scratch = machines, scratch
+        machines.handlers |= {"said": self._said, "ended": self._ended}
+
+    def close(self) -> None:
+        """Listen no more."""
+        for kind in ("said", "ended"):
+            del self._machines.handlers[kind]
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait for news of the machines until a rank ends, or for so long."""
+        end, before = monotonic() + timeout_s, len(self.codes)
+        while len(self.codes) == before and (left := end - monotonic()) > 0:
+            self._machines.pump(min(left, 0.1))
+
+    def _said(self, _: int, message: Message) -> None:
+        apply(self._scratch, message)
+
+    def _ended(self, _: int, message: Message) -> None:
+        self.codes |= {int(rank): int(code) for rank, code in message["codes"]}
+
+
+def check_folders(run: RunFile, storages: int, nodes: int) -> None:
+    """Raise RealplanError for what machines without a folder in common cannot write."""
+    if run.export and nodes > 1 and not run.checkpoint.every:
+        raise RealplanError(
+            "a run over several machines exports the weights of its last checkpoint, and checkpoint.every is 0",
+            "checkpoint.every=10, or export=false",
+        )
+    if run.evaluation.keep_best and storages > 1:
+        raise RealplanError(
+            f"evaluation.keep_best needs a folder that all machines see; there are {storages} in the place of one",
+            "evaluation.keep_best=false, or output=FOLDER on a file system that all machines share",
+        )

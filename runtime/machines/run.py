@@ -1,0 +1,75 @@
+"""A run over several machines: a realrun on each. The first one, that of node 0, has the loop over attempts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from plans.errors import RealplanError
+from plans.plan import ExecutionPlan
+from plans.runfile import RunFile, patience_s
+from runtime.checkpoints.folder import stop_request
+from runtime.launching.keeping import check_done, own_output, stopped_by_signals
+from runtime.launching.output import exported_role
+from runtime.launching.restarts import with_restarts
+from runtime.machines.agent import serve
+from runtime.machines.crew import Crew, check_folders
+from runtime.machines.machines import Machines
+from runtime.machines.station import Station
+from runtime.machines.wire import Message, pace_of, work_of
+from runtime.processes.place import Place
+from runtime.reports.metrics import Metrics
+
+
+def run_on_machines(plan: ExecutionPlan, run: RunFile, place: Place) -> Sequence[Metrics]:
+    """Run a plan as one of its machines; the metrics of its iterations on the first one, none on others. Raises
+    RunFailed with the cause, RealplanError for wrong input."""
+    if place.node:
+        serve(plan, run, place)
+        return ()
+    machines = Machines(place.first, plan.cluster.nodes, work_of(plan, run), pace_of(patience_s(plan, run)))
+    words, done = "", False
+    try:
+        lines = _coordinate(plan, run, machines)
+        done = True
+    except BaseException as error:
+        words = str(error) if isinstance(error, RealplanError) else type(error).__name__
+        raise
+    finally:
+        machines.close(words, done=done)
+    return lines
+
+
+def _coordinate(plan: ExecutionPlan, run: RunFile, machines: Machines) -> Sequence[Metrics]:
+    scratch = Path(run.output) / ".ranks"
+    with stopped_by_signals(run, scratch) as asked, Station(run, machines.host, machines.say, scratch) as station:
+
+        def stop(node: int, message: Message) -> None:
+            asked.append(f"{message['by']} to {machines.words(node)}")
+            stop_request(scratch).touch()
+
+        machines.handlers["asked"] = stop
+        machines.settle(station)
+        machines.gather(patience_s(plan, run))
+        crew = Crew(machines, run, scratch)
+        check_folders(run, len(set(crew.storages().values())), plan.cluster.nodes)
+        start = crew.choose(plan, run)
+        with own_output(plan, run, start):
+            lines = with_restarts(
+                plan, run, start, crew.attempt, asked, crew.devices_left, choose=crew.choose, forget=crew.forget
+            )
+            check_done(run, lines, asked)
+            if run.export:
+                _export(plan, run, crew)
+    return lines
+
+
+def _export(plan: ExecutionPlan, run: RunFile, crew: Crew) -> None:
+    """Write the weights of the last checkpoint, whose slices come from wherever they are."""
+    from runtime.checkpoints.export import export_checkpoint
+
+    own = run.model_copy(update={"resume_from": str(run.checkpoint_folder)})
+    found = crew.choose(plan, own).checkpoint
+    assert found is not None, "the last iteration leaves a checkpoint"
+    role = exported_role(plan)
+    export_checkpoint(found, Path(run.output) / role, role)

@@ -1,0 +1,152 @@
+"""What one machine does for a run when the first one asks: it starts and ends its ranks, tells what they say and how
+they end, and keeps its part of the checkpoints."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from plans.checks import check_plan
+from plans.codec import BadPlan, read_plan
+from plans.errors import RealplanError
+from plans.plan import ExecutionPlan
+from plans.runfile import RunFile
+from runtime.checkpoints.folder import prepare_folder
+from runtime.launching.entry import prepare_ranks
+from runtime.launching.ranks import LocalRanks
+from runtime.machines.mirror import Mirror
+from runtime.machines.storage import Storage
+from runtime.machines.wire import Message
+from runtime.processes.member import Address, Member
+
+Say = Callable[[Message], None]
+
+
+class Station:
+    """A machine of a run. say: how it speaks to the first one. scratch: where its ranks leave word, on the first
+    machine itself; None elsewhere, where they do so in a folder of their own and all of it is told."""
+
+    def __init__(self, run: RunFile, host: str, say: Say, scratch: Path | None = None) -> None:
+        self._run, self._say, self._scratch = run, say, scratch
+        self.storage = Storage(run, host)
+        self._own = tempfile.TemporaryDirectory(prefix="realplan-", ignore_cleanup_errors=True)
+        self._ranks: LocalRanks | None = None
+        self._mirror: Mirror | None = None
+        self._keeps: Sequence[int] = ()
+        self._told: set[int] = set()
+        self._fetching: dict[int, Future[None]] = {}
+        storage = self.storage
+        self._does: Mapping[str, Callable[..., Message | Future[None]]] = {
+            "start": self._start, "end": self._end, "prepare": self._prepare,
+            "probe": storage.probe, "sees": storage.sees, "unprobe": storage.unprobe, "inventory": storage.inventory,
+            "fetch_part": storage.fetch_part, "fetch_step": storage.fetch_step, "finish": storage.finish,
+            "forget": storage.forget, "digest": storage.digest,
+        }  # fmt: skip
+
+    def __enter__(self) -> Station:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+        self.storage.close()
+        self._own.cleanup()
+
+    def handle(self, message: Message) -> None:
+        """Do what the first machine asks, and answer; what takes long is answered by a later `poll`."""
+        number, kind = int(message.pop("id")), str(message.pop("kind"))
+        try:
+            if kind not in self._does:
+                raise RealplanError(f"`{kind}` is nothing that a machine does", "the same version on every machine")
+            found = self._does[kind](**message)
+        except (RealplanError, OSError) as error:
+            self._answer(number, {"error": str(error)})
+            return
+        if isinstance(found, Future):
+            self._fetching[number] = found
+        else:
+            self._answer(number, found)
+
+    def poll(self, timeout_s: float) -> None:
+        """Tell what is new on this machine; waits for a rank to end, for so long."""
+        if self._ranks is not None:
+            self._ranks.wait(timeout_s)
+        self._tell_ranks()
+        for number, fetched in list(self._fetching.items()):
+            if fetched.done():
+                del self._fetching[number]
+                error = fetched.exception()
+                self._answer(number, {} if error is None else {"error": str(error)})
+        self._tell_parts()
+
+    def _tell_parts(self) -> None:
+        for part in self.storage.parts(self._keeps) if self._keeps else ():
+            self._say({"kind": "part", **part})
+
+    def _answer(self, number: int, found: Message) -> None:
+        self._say({"kind": "answer", "id": number, **found})
+
+    def _tell_ranks(self) -> None:
+        """What ranks have left word of goes before how they ended."""
+        codes = dict(self._ranks.codes) if self._ranks is not None else {}
+        for change in self._mirror.changes() if self._mirror is not None else ():
+            self._say({"kind": "said", **change})
+        if new := {rank: code for rank, code in codes.items() if rank not in self._told}:
+            self._told |= set(new)
+            self._say({"kind": "ended", "codes": sorted(new.items())})
+
+    def _prepare(self, plan: str, resume_from: str) -> Message:
+        """Make room for the checkpoints of an attempt, which goes on from one or from none."""
+        prepare_folder(_plan(plan), self._run.model_copy(update={"resume_from": resume_from}))
+        return {}
+
+    def _start(
+        self, plan: str, begins: Message, ranks: Sequence[int], meeting: Sequence[Any], keeps: Sequence[int]
+    ) -> Message:
+        """Start ranks of a plan.
+
+        begins: the checkpoint that they take up (`own`: the one of that name in this machine's folder), and batches of
+        the data that are left out. meeting: host and port where they meet, and the number of the attempt. keeps: the
+        ranks whose parts of checkpoints lie in the folder of this machine."""
+        self._end()
+        self._keeps = [int(rank) for rank in keeps]
+        self.storage.begin()
+        if not ranks:
+            return {}
+        planned, host, port, attempt = _plan(plan), str(meeting[0]), int(meeting[1]), int(meeting[2])
+        address = Address(host, port, attempt=attempt, kept=True)
+        prepare_ranks(planned, address)
+        scratch = self._scratch or Path(self._own.name) / "ranks"
+        if self._scratch is None:
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(mode=0o700)
+            self._mirror = Mirror(scratch)
+        numbers = [int(rank) for rank in ranks]
+
+        def member(rank: int, _: Path) -> Member:
+            return Member(rank, planned.cluster.size, rank - numbers[0], address)
+
+        checkpoint = str(begins["checkpoint"])
+        if begins["own"]:
+            checkpoint = str(self._run.checkpoint_folder.resolve() / Path(checkpoint).name)
+        update = {"resume_from": checkpoint, "skip_batches": int(begins["skip"]), "export": False}
+        self._ranks = LocalRanks(planned, self._run.model_copy(update=update), numbers, scratch, member)
+        return {}
+
+    def _end(self) -> Message:
+        """End the ranks that run; when this is answered none is left."""
+        if self._ranks is not None:
+            self._ranks.end()
+        self._tell_parts()
+        self._ranks, self._mirror, self._keeps, self._told = None, None, (), set()
+        return {}
+
+
+def _plan(text: str) -> ExecutionPlan:
+    plan, problems = read_plan(text)
+    if plan is None or (problems := check_plan(plan)):
+        raise BadPlan("the plan of the first machine", problems)
+    return plan

@@ -1,0 +1,134 @@
+"""The checkpoints in the folder of one machine, of which other machines may hold the rest."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from plans.checkpoint_files import INDEX, CheckpointError, read_index, step_folder, steps_in
+from plans.files import writing
+from plans.runfile import RunFile
+from plans.seals import Seal, seal_of
+from runtime.checkpoints.complete import put_in_place
+from runtime.checkpoints.folder import partial_folder, rank_word, remove_after
+from runtime.machines.files import FileServer, Wanted, fetch
+from runtime.machines.wire import Message
+
+SEEN_S = 1.0
+"""How long a new file may take to show on another machine of the same storage."""
+
+
+class Storage:
+    """Does what the first machine asks of a checkpoint folder, and serves its files to the other machines."""
+
+    def __init__(self, run: RunFile, host: str) -> None:
+        self._run, self._folder = run, run.checkpoint_folder
+        self.files = FileServer(host, self._folder)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="fetch")
+        self._told: set[int] = set()
+
+    def close(self) -> None:
+        """Serve no more, and fetch nothing that has not begun."""
+        self.files.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def probe(self, name: str) -> Message:
+        """Leave a file by which other machines find out whether they see this folder."""
+        with writing(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            (self._folder / name).touch()
+        return {}
+
+    def sees(self, names: Sequence[str]) -> Message:
+        """Which of the files of the other machines show here; a machine's own one always does."""
+        deadline = time.monotonic() + SEEN_S
+        while True:
+            found = [name for name in names if os.path.exists(self._folder / name)]
+            if len(found) == len(names) or time.monotonic() > deadline:
+                return {"seen": found}
+            time.sleep(SEEN_S / 10)
+
+    def unprobe(self, name: str) -> Message:
+        """Remove that file."""
+        (self._folder / name).unlink(missing_ok=True)
+        return {}
+
+    def inventory(self) -> Message:
+        """The checkpoints that have an index here, the newest first: the seals of their files, the index last,
+        and which of them are here with their size."""
+        steps = []
+        for folder in steps_in(self._folder):
+            try:
+                index = read_index(folder)
+            except CheckpointError:
+                continue
+            seals = index.files | {INDEX: seal_of(folder / INDEX)}
+            files = {name: seal.model_dump(exclude_none=True) for name, seal in seals.items()}
+            here = [name for name, seal in seals.items() if _size(folder / name) == seal.bytes]
+            steps.append({"iteration": index.iteration, "digest": index.digest, "files": files, "here": here})
+        return {"steps": steps}
+
+    def parts(self, ranks: Sequence[int]) -> Iterator[Message]:
+        """Checkpoints of which the parts of some ranks are here since this was last asked."""
+        for partial in sorted(self._folder.glob(".global_step_*.partial")):
+            iteration = int(partial.name.removeprefix(".global_step_").removesuffix(".partial"))
+            words = [partial / rank_word(rank) for rank in ranks]
+            if iteration not in self._told and all(os.path.isfile(word) for word in words):
+                self._told.add(iteration)
+                yield {"iteration": iteration, "words": [word.read_text(encoding="utf-8") for word in words]}
+
+    def begin(self) -> None:
+        """Forget which checkpoints were told: another attempt begins."""
+        self._told.clear()
+
+    def fetch_part(self, iteration: int, files: Sequence[Any]) -> Future[None]:
+        """Have files of a checkpoint that is not whole yet, beside those of this machine."""
+        partial = partial_folder(self._folder, iteration)
+        return self._pool.submit(_fetch_all, partial, partial.name, _wanted(files))
+
+    def fetch_step(self, iteration: int, files: Sequence[Any]) -> Future[None]:
+        """Have files of a checkpoint that stands on other machines."""
+        return self._pool.submit(self._fetch_step, step_folder(self._folder, iteration), _wanted(files))
+
+    def _fetch_step(self, final: Path, files: Sequence[Wanted]) -> None:
+        if os.path.isdir(final):
+            _fetch_all(final, final.name, files)
+            return
+        aside = final.with_name(f".{final.name}.fetched")  # without a whole set of files it has no name
+        _fetch_all(aside, final.name, files)
+        aside.rename(final)
+
+    def finish(self, iteration: int, texts: dict[str, str]) -> Message:
+        """Give a checkpoint of which every slice lies on two machines its index and its name."""
+        partial_folder(self._folder, iteration).mkdir(parents=True, exist_ok=True)
+        put_in_place(self._folder, iteration, texts, self._run.checkpoint.keep)
+        return {}
+
+    def forget(self, after: int) -> Message:
+        """Remove the checkpoints after so many iterations."""
+        remove_after(self._run, after)
+        return {}
+
+    def digest(self, folder: str) -> Message:
+        """Digest of the index of a checkpoint somewhere on this machine; empty where there is none."""
+        try:
+            return {"digest": read_index(Path(folder)).digest}
+        except CheckpointError:
+            return {"digest": ""}
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if os.path.isfile(path) else -1
+
+
+def _wanted(files: Sequence[Any]) -> list[Wanted]:
+    return [Wanted(str(f["name"]), Seal.model_validate(f["seal"]), [tuple(s) for s in f["sources"]]) for f in files]
+
+
+def _fetch_all(folder: Path, step: str, files: Sequence[Wanted]) -> None:
+    for wanted in files:
+        fetch(folder, wanted, step)
