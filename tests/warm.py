@@ -67,6 +67,12 @@ class Started:
         out, said = (file.read() for file in self._words)
         return out, said
 
+    @property
+    def words(self) -> str:
+        """What it has said on stderr so far."""
+        file = self._words[1].fileno()
+        return os.pread(file, os.fstat(file).st_size, 0).decode()
+
     def send_signal(self, number: int) -> None:
         """Send a signal, if it has not ended."""
         if self.poll() is None:

@@ -18,7 +18,8 @@ from runtime.reports.endings import RunFailed
 
 @dataclass(frozen=True)
 class Spread:
-    """A checkpoint whose files lie on several machines. digest: that of its index; files: the seal of each, the index last; holders: who has it."""
+    """A checkpoint whose files lie on several machines. digest: that of its index; files: the seal of each, the
+    index last; holders: who has it."""
 
     iteration: int
     digest: str

@@ -3,7 +3,6 @@ they end, and keeps its part of the checkpoints."""
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -33,7 +32,7 @@ class Station:
     def __init__(self, run: RunFile, host: str, say: Say, scratch: Path | None = None) -> None:
         self._run, self._say, self._scratch = run, say, scratch
         self.storage = Storage(run, host)
-        self._own = tempfile.TemporaryDirectory(prefix="realplan-", ignore_cleanup_errors=True)
+        self._own: tempfile.TemporaryDirectory[str] | None = None
         self._ranks: LocalRanks | None = None
         self._mirror: Mirror | None = None
         self._keeps: Sequence[int] = ()
@@ -53,7 +52,6 @@ class Station:
     def __exit__(self, *_: object) -> None:
         self._end()
         self.storage.close()
-        self._own.cleanup()
 
     def handle(self, message: Message) -> None:
         """Do what the first machine asks, and answer; what takes long is answered by a later `poll`."""
@@ -119,10 +117,10 @@ class Station:
         planned, host, port, attempt = _plan(plan), str(meeting[0]), int(meeting[1]), int(meeting[2])
         address = Address(host, port, attempt=attempt, kept=True)
         prepare_ranks(planned, address)
-        scratch = self._scratch or Path(self._own.name) / "ranks"
-        if self._scratch is None:
-            shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir(mode=0o700)
+        scratch = self._scratch
+        if scratch is None:
+            self._own = tempfile.TemporaryDirectory(prefix="realplan-", ignore_cleanup_errors=True)
+            scratch = Path(self._own.name)
             self._mirror = Mirror(scratch)
         numbers = [int(rank) for rank in ranks]
 
@@ -141,6 +139,9 @@ class Station:
         if self._ranks is not None:
             self._ranks.end()
         self._tell_parts()
+        if self._own is not None:
+            self._own.cleanup()
+        self._own = None
         self._ranks, self._mirror, self._keeps, self._told = None, None, (), set()
         return {}
 

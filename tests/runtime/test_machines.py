@@ -6,16 +6,18 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from machines import Machine, machines
 from plan_cases import tiny_plan
-from run_cases import PATIENCE_S, ROOT, arguments
+from run_cases import PATIENCE_S, ROOT, arguments, outcome
+from warm import Started, start_warm
 
 from plans.codec import load_plan
 from runtime.reports.records import read_status
@@ -63,84 +65,114 @@ def test_a_machine_is_cut_off(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "checkpoints" / "latest_checkpointed_iteration.txt").exists()
 
 
-Agents = list[subprocess.Popen[str]]
+Agents = list[Started]
+QUICK = "import runtime.launching.replan as r; r.SEARCH_S = 1; "
 
 
 @contextlib.contextmanager
-def agents(found: Sequence[Machine], folder: Path, *more: str, **keys: Any) -> Iterator[Agents]:
+def agents(found: Sequence[Machine], folder: Path, **keys: Any) -> Iterator[Agents]:
     """A realrun on each machine: the same command but for its node, folders of its own. Afterwards no process of theirs
     is left, and nothing in their folder for temporary files."""
     plan = tiny_plan(len(found), f"d{len(found)} t1 p1", nodes=len(found), batch_size=12)
     given = {"timeout_s": TIMEOUT_S, "checkpoint": {"every": 1}, "restarts": 2, "on_loss": "replan"} | keys
     temporary = tempfile.mkdtemp(prefix="rp")  # a socket's address has 107 characters
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": temporary}
     made: Agents = []
     try:
         for node, machine in enumerate(found):
-            own = folder / machine.name
-            own.mkdir(exist_ok=True)
+            (folder / machine.name).mkdir()
             place = ["--node-rank", str(node), "--master-addr", found[0].address]
-            words = machine.command(arguments(own, *place, *more, plan=plan, **given))
-            made.append(subprocess.Popen(words, cwd=ROOT, env=environment, text=True, stdout=-3, stderr=-1))
+            command = arguments(folder / machine.name, *place, plan=plan, **given)
+            command[2] = machine.entering + QUICK + command[2]
+            made.append(start_warm(command, {**os.environ, "TMPDIR": temporary}))
         yield made
-        left = [path.name for path in Path(temporary).iterdir() if not path.name.startswith("torchinductor")]
-        assert not left and not _processes(temporary), left
+        assert not _left(made), [agent.words for agent in made]
+        assert not list(Path(temporary).iterdir())
     finally:
         for agent in made:
             agent.kill()
-            agent.wait()
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _processes(mark: str) -> list[int]:
-    """Processes with a text in their environment, a while after they should have ended."""
-    found, end = list[int](), time.monotonic() + 10
-    while time.monotonic() < end:
+def _left(agents: Agents) -> list[int]:
+    """Processes of the sessions that commands lead, a while after they should have ended."""
+    sessions, end = {agent.pid for agent in agents}, time.monotonic() + 10
+    while True:
         found = []
         for place in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                if mark.encode() in (place / "environ").read_bytes():
+            with contextlib.suppress(ProcessLookupError):
+                if os.getsid(int(place.name)) in sessions:
                     found.append(int(place.name))
-        if not found:
-            break
+        if not found or time.monotonic() > end:
+            return found
         time.sleep(0.1)
-    return found
 
 
-def _reach(agents: Agents, folder: Path, step: int) -> None:
-    """Wait for a checkpoint of a machine."""
+def _until(ready: Callable[[], bool], agents: Agents) -> None:
+    """Wait for something while all agents run."""
     end = time.monotonic() + PATIENCE_S
-    while not (folder / "out" / "checkpoints" / f"global_step_{step}").exists():
+    while not ready():
         ended = next((agent for agent in agents if agent.poll() is not None), None)
-        assert ended is None, ended and ended.communicate()[1]
+        assert ended is None, ended and ended.words
         assert time.monotonic() < end
         time.sleep(0.05)
 
 
-def _iterations(folder: Path) -> list[int]:
+def _ends(agents: Agents, *codes: int) -> list[str]:
+    """What agents have said, when they have ended as they should."""
+    said = [agent.communicate(timeout=PATIENCE_S)[1] for agent in agents]
+    assert [agent.returncode for agent in agents] == [*codes] and "Traceback" not in "".join(said), said
+    return said
+
+
+def _output(folder: Path) -> tuple[Path, list[int]]:
+    """The output of a run on a machine, and the iterations of its metrics."""
     lines = (folder / "out" / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["iteration"] for line in lines]
+    return folder / "out", [json.loads(line)["iteration"] for line in lines]
+
+
+def _slices(output: Path, step: int) -> set[str]:
+    folder = output / "checkpoints" / f"global_step_{step}"
+    return {path.name for path in folder.glob("rank-*")} if (folder / "index.json").exists() else set()
 
 
 def test_a_run_goes_on_without_a_machine_that_is_cut_off(tmp_path: Path) -> None:
     """Three machines without a folder in common: two plan again and finish, the third stops and says so."""
-    with machines(3) as found, agents(found, tmp_path, iterations=8) as ranks:
-        folders = [tmp_path / machine.name for machine in found]
-        _reach(ranks, folders[2], 2)
+    with machines(3) as found, agents(found, tmp_path, iterations=6) as made:
+        outputs = [tmp_path / machine.name / "out" for machine in found]
+        _until(lambda: bool(_slices(outputs[2], 2)), made)
         found[2].cut()
-        cut_s, said = time.monotonic(), ""
-        while "is lost" not in said:
-            said += ranks[0].stderr.readline()
+        cut_s = time.monotonic()
+        _until(lambda: "is lost" in made[0].words, made[:1])
         seconds = time.monotonic() - cut_s
-        words = [agent.communicate(timeout=PATIENCE_S)[1] for agent in ranks]
-        assert [agent.returncode for agent in ranks] == [0, 0, 1] and "Traceback" not in "".join(words), words
+        said = _ends(made, 0, 0, 1)
     assert seconds < TIMEOUT_S, said
-    assert "2 of 3 devices are left" in words[0] and "going on with a plan for 2 devices" in words[0], words[0]
-    assert "node 2 stops: node 0" in words[2] and "nothing was heard" in words[2], words[2]
-    assert _iterations(folders[0]) == list(range(8)) and load_plan(folders[0] / "out" / "plan.json").cluster.nodes == 2
-    assert (folders[0] / "out" / "actor" / "model.safetensors").exists()
-    assert not any((folder / "out" / "actor").exists() for folder in folders[1:])
-    for folder in folders[:2]:  # every slice on both
-        step = folder / "out" / "checkpoints" / "global_step_8"
-        assert {path.name for path in step.glob("rank-*")} == {"rank-00000.safetensors", "rank-00001.safetensors"}
-    assert not [path for folder in folders[:2] for path in (folder / "out").rglob(".*")]
+    assert "2 of 3 devices are left" in said[0] and "going on with a plan for 2 devices" in said[0], said[0]
+    assert "node 2 stops: node 0" in said[2] and "nothing was heard" in said[2], said[2]
+    output, iterations = _output(tmp_path / found[0].name)
+    assert iterations == list(range(6)) and load_plan(output / "plan.json").cluster.nodes == 2
+    assert [(each / "actor").exists() for each in outputs] == [True, False, False]
+    # A slice lies on its own machine and on another one; the lost machine has not the end.
+    assert [len(_slices(each, 6)) for each in outputs] == [2, 2, 0]
+    assert not [path for each in outputs[:2] for path in each.rglob(".*")]
+
+
+def test_a_run_goes_on_without_a_machine_that_is_killed(tmp_path: Path) -> None:
+    with machines(2) as found, agents(found, tmp_path, iterations=4, export=False) as made:
+        _until(lambda: bool(_slices(tmp_path / found[0].name / "out", 1)), made)
+        made[1].kill()
+        said = _ends(made, 0, -signal.SIGKILL)
+    assert "node 1 is lost" in said[0] and "it went away" in said[0], said[0]
+    assert _output(tmp_path / found[0].name)[1] == [0, 1, 2, 3]
+
+
+def test_what_is_left_goes_on_without_the_first_machine(tmp_path: Path) -> None:
+    """It is killed, the other one says so and ends, and has every slice: it goes on alone."""
+    with machines(2) as found, agents(found, tmp_path, iterations=3) as made:
+        left = tmp_path / found[1].name
+        _until(lambda: bool(_slices(left / "out", 1)), made)
+        made[0].kill()
+        said = _ends(made, -signal.SIGKILL, 1)
+    assert "node 1 stops: node 0" in said[1] and "--resume" in said[1], said[1]
+    done = outcome(arguments(left, "--resume", plan=tiny_plan(1, "d1 t1 p1", batch_size=12), checkpoint={"every": 1}))
+    assert done.returncode == 0 and "going on from" in done.stderr, done.stderr
+    assert _output(left)[1] == [0, 1, 2]
