@@ -60,6 +60,11 @@ class Unit:
     parameters: tuple[Parameter, ...]
 
     @property
+    def size(self) -> int:
+        """Elements."""
+        return sum(p.size for p in self.parameters)
+
+    @property
     def sharded(self) -> int:
         """Elements that tp cuts."""
         return sum(p.size for p in self.parameters if p.axis is not None)

@@ -9,7 +9,7 @@ start. A slice that several ranks of one node need crosses the network once (rou
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from math import lcm
@@ -62,6 +62,11 @@ class Reallocation:
     def elements(self) -> int:
         """Elements that cross between ranks."""
         return sum(t.elements for t in self.moves)
+
+    def among(self, units: Collection[str]) -> Reallocation:
+        """The same for some units alone."""
+        local = tuple((rank, piece) for rank, piece in self.local if piece.unit in units)
+        return Reallocation(self.grid, local, tuple(move for move in self.moves if move.piece.unit in units))
 
     def streams(self, turn: int) -> dict[tuple[int, int], tuple[Piece, ...]]:
         """(source, target) -> what goes from one to the other in a round, in an order that both know."""

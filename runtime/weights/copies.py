@@ -148,15 +148,12 @@ class Copies:
         for copy in self._of_role(target):
             if rank not in home.layout.ranks and rank not in copy.layout.ranks:
                 continue
-            held, new = {}, {}
+            held = {}
             if copy.name in self._base:
                 if copy.offload:
                     self.load(copy)
                 held = self._shards(copy)
-                new = {name: torch.empty_like(own) for name, own in held.items()}
-            self._reallocator.run(home.layout, copy.layout, have, new)
-            for name, own in held.items():
-                own.copy_(torch.lerp(own.float(), new[name].float(), mix))
+            self._reallocator.mix(home.layout, copy.layout, have, held, mix)
             if held and copy.offload:
                 self._host.pop(copy.name, None)
                 self.offload(copy)

@@ -9,7 +9,7 @@ in one piece; small ones are fused.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from math import prod
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from plans.layout import Layout, Parameter, fraction, trained_units
+from plans.layout import Layout, Parameter, Unit, fraction, trained_units
 from plans.reallocation import WAVE_BYTES, Piece, Reallocation, busiest, reallocation
 
 DIRECT_BYTES = 2**20
@@ -51,14 +51,33 @@ class Reallocator:
             self._plans[key] = reallocation(source, target, self._gpus_per_node)
         return self._plans[key]
 
-    @torch.no_grad()
     def run(self, source: Layout, target: Layout, have: Shards, want: Shards) -> Moved:
         """Fill `want` (this rank's slices in `target`, by parameter name) from `have` (in `source`) of all ranks.
 
         Every rank of either layout calls this; a rank outside one of them passes an empty mapping for it. All shards
         have one type and lie on one kind of device.
         """
-        plan, rank = self.plan(source, target), dist.get_rank()
+        return self._move(self.plan(source, target), source, target, have, want)
+
+    @torch.no_grad()
+    def mix(self, source: Layout, target: Layout, have: Shards, held: Shards, share: float) -> None:
+        """Make `held` share x the source's weights + (1 - share) x its own, in float32; else as `run`.
+
+        Goes through the model in runs of units that are no larger than its largest one, so that only that much is
+        there twice.
+        """
+        plan, units = self.plan(source, target), trained_units(target.spec)
+        most = max(unit.size for unit in units)
+        for some in _runs(units, most):
+            names = [p.name for unit in some for p in unit.parameters if p.name in held]
+            new = {name: torch.empty_like(held[name]) for name in names}
+            self._move(plan.among({unit.name for unit in some}), source, target, have, new)
+            for name, theirs in new.items():
+                held[name].copy_(torch.lerp(held[name].float(), theirs.float(), share))
+
+    @torch.no_grad()
+    def _move(self, plan: Reallocation, source: Layout, target: Layout, have: Shards, want: Shards) -> Moved:
+        rank = dist.get_rank()
         mine = _Side(source, rank, plan.grid, have)
         theirs = _Side(target, rank, plan.grid, want)
         for owner, piece in plan.local:
@@ -92,6 +111,18 @@ class Reallocator:
             size += view.numel()
         if chunk:
             yield chunk
+
+
+def _runs(units: Sequence[Unit], most: int) -> Iterator[list[Unit]]:
+    """Runs of units with at most `most` elements, or of a single one."""
+    run: list[Unit] = []
+    for unit in units:
+        if run and sum(one.size for one in run) + unit.size > most:
+            yield run
+            run = []
+        run.append(unit)
+    if run:
+        yield run
 
 
 class _Side:

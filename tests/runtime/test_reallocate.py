@@ -186,3 +186,28 @@ def test_bit_exact_and_minimal(wave_bytes: int, gpus_per_node: int, direct_bytes
         assert sent == received == 4 * minimum, name
         assert Reallocator(gpus_per_node).plan(source, target).elements == minimum, name
     assert 0 < max(result.fullest for result in results) <= wave_bytes, "all peers share what a wave may hold"
+
+
+def mix_all() -> bool:
+    """Mix a quarter of the weights into -3 times them, which makes -2 times them, in every pair on this rank."""
+    rank, mover = dist.get_rank(), Reallocator(2)
+    move, most = Reallocator._move, 0
+
+    def watched(self: Reallocator, *arguments: Any) -> Moved:
+        assert sum(tensor.numel() for tensor in arguments[-1].values()) <= most, "twice there"
+        return move(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Reallocator, "_move", watched)
+        for name, (source, target) in PAIRS.items():
+            most = max(sum(p.size for p in unit.parameters) for unit in trained_units(target.spec))
+            held = {key: -3 * value for key, value in shards(target, rank).items()}
+            if rank in {*source.ranks, *target.ranks}:
+                mover.mix(source, target, shards(source, rank), held, 0.25)
+            for key, value in shards(target, rank).items():
+                torch.testing.assert_close(held[key], -2 * value, msg=f"{name}: {key} on rank {rank}")
+    return True
+
+
+def test_mixing_holds_the_largest_unit_twice_and_no_more() -> None:
+    assert all(run_ranks(4, mix_all))
