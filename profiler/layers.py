@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
+from math import inf
 from typing import Any
 
 import torch
@@ -119,9 +121,14 @@ class Shard:
 
         return _backward(forward)
 
+    @cached_property
+    def _stage(self) -> LeanStage:
+        """As of a long generation."""
+        return LeanStage(self.model, inf)
+
     def _block_prefill(self, sequences: int, sequence_tokens: int) -> Timed:
         """Prompts end to end through a block of generation, their keys and values stored."""
-        stage, device = LeanStage(self.model), self._device
+        stage, device = self._stage, self._device
         hidden = self._hidden(sequence_tokens, sequences, grad=False).flatten(0, 1)
         pool = Pool(stage, sequences, sequence_tokens)
         attend = prefill_attention(stage, pool, torch.arange(len(hidden), device=device), [sequence_tokens] * sequences)
@@ -130,7 +137,7 @@ class Shard:
 
     def _block_decode(self, sequences: int, cached_tokens: int) -> Timed:
         """A token of each slot through a block of generation, on `cached_tokens` before it."""
-        stage, device = LeanStage(self.model), self._device
+        stage, device = self._stage, self._device
         hidden = self._hidden(1, sequences, grad=False).flatten(0, 1)
         pool = Pool(stage, sequences, cached_tokens + 1)
         last = torch.full((sequences,), cached_tokens, device=device)

@@ -35,7 +35,7 @@ class MemoryHabits:
     to 0.4 GB on A100 and H100. context_gib: CUDA context and libraries, 0.5 to 0.8 GB there.
     gathered_layers: whole layers that sharded weights hold at once. gathers_keys: context parallelism gathers keys and
     values; otherwise it exchanges heads for tokens (all-to-all). keeps_outputs: the interleaved schedule keeps what a
-    stage sent on until its backward pass.
+    stage sent on until its backward pass. laid_out: copies of fp32 weights that generation lays out for its products.
     """
 
     fused_pointwise: bool = True
@@ -54,11 +54,12 @@ class MemoryHabits:
     gathered_layers: int = 2
     gathers_keys: bool = True
     keeps_outputs: bool = False
+    laid_out: int = 0
 
 
 def habits_on(cluster: ClusterSpec, habits: MemoryHabits) -> MemoryHabits:
-    """The habits on that cluster: CPU devices have no NCCL, no context, an allocator that keeps little, and no kernel
-    for a cache in blocks."""
+    """The habits on that cluster: CPU devices have no NCCL, no context, an allocator that keeps little, no kernel
+    for a cache in blocks, and products on weights that are laid out for them (`runtime.generation.products`)."""
     if "cpu" not in cluster.gpu.name:
         return habits
-    return replace(habits, communicator_gib=0.0, context_gib=0.0, reserve=0.05, block_tokens=0)
+    return replace(habits, communicator_gib=0.0, context_gib=0.0, reserve=0.05, block_tokens=0, laid_out=1)

@@ -100,7 +100,9 @@ def generation_terms(
     activations = block * prefill
     logits = habits.sampling_bytes / candidates.tp * group
     terms = _fullest(spec, candidates, habits, element, activations, logits)
-    return replace(terms, kv_cache=cache, workspace=habits.mask_bytes * group * float(workload.prompt_tokens) ** 2)
+    masks = habits.mask_bytes * group * float(workload.prompt_tokens) ** 2
+    laid_out = habits.laid_out * (terms.weights + terms.base) if element == 4 else 0.0
+    return replace(terms, kv_cache=cache, workspace=masks + laid_out)
 
 
 def _fullest(

@@ -120,14 +120,14 @@ class _Run:
     ) -> None:
         self._limits, self._keys, self._device = limits, keys, model.device
         self._queue = deque(lives)
-        stage = LeanStage(model)
+        slots = min(limits.slots or len(lives), len(lives))
+        stage = LeanStage(model, sum(live.limit for live in lives) / slots)
         longest = max(len(live.prompt) + live.limit - 1 for live in lives)
         rotation = stage.rotation(longest)
         chooser = None
         if model.last_stage:
             part = model.spec.padded_vocab // model.layout.tp
             chooser = Chooser(sampling, model.spec.vocab, part, model.groups.tp, model.device)
-        slots = min(limits.slots or len(lives), len(lives))
         each = -(-slots // limits.groups)
         self._flights = []
         for first in range(0, slots, each):

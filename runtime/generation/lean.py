@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from runtime.generation.experts import expert_block
+from runtime.generation.products import Product, product_with
 from runtime.models.architecture import embedding_scale
 from runtime.models.lora import adapter_of
 from runtime.models.model import Model
@@ -39,10 +40,10 @@ class _Block:
     attention_norm: Callable[[Tensor], Tensor] | None
     mlp_norm: Callable[[Tensor], Tensor] | None
     local: bool
-    qkv: Tensor
+    qkv: Product
     qkv_bias: Tensor | None
     qkv_adapter: Adapter
-    out: Tensor
+    out: Product
     out_bias: Tensor | None
     out_adapter: Adapter
     mlp: Callable[[Tensor, Tensor], Tensor]
@@ -51,9 +52,11 @@ class _Block:
 class LeanStage:
     """This rank's stage of a model. Sees the weights as they stand at each call: make it anew after they have moved."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, steps: float = 0) -> None:
+        """`steps`: calls that are to come, to which weights may be fitted."""
         assert len(model.chunks) == 1 and not model.config.sequence_parallel, "generation has its own layout"
         self.model, spec, tp = model, model.spec, model.layout.tp
+        self._steps = steps
         self._group = model.groups.tp if tp > 1 else None
         self.kv_heads, self.share, self.dim = spec.kv_heads // tp, spec.heads // spec.kv_heads, spec.head_dim
         self.rotated = spec.rotated
@@ -61,6 +64,7 @@ class LeanStage:
         self._chunk: Any = model.chunks[0]
         self.blocks = [self._block(layer) for layer in self._chunk.decoder.layers]
         self.sights = [layer.self_attention.core_attention.sight for layer in self._chunk.decoder.layers]
+        self._head = self._product(self._vocabulary()) if model.last_stage else None
 
     def _block(self, layer: Any) -> _Block:
         attention, spec = layer.self_attention, self.model.spec
@@ -72,10 +76,10 @@ class LeanStage:
             attention_norm=attention.post_norm.forward if spec.norms_after else None,
             mlp_norm=layer.pre_mlp_layernorm.forward if before else None,
             local=attention.local,
-            qkv=attention.linear_qkv.weight,
+            qkv=self._product(attention.linear_qkv.weight),
             qkv_bias=attention.linear_qkv.bias,
             qkv_adapter=adapter_of(attention.linear_qkv),
-            out=attention.linear_proj.weight,
+            out=self._product(attention.linear_proj.weight),
             out_bias=attention.linear_proj.bias,
             out_adapter=adapter_of(attention.linear_proj),
             mlp=self._mlp(layer.mlp),
@@ -89,15 +93,16 @@ class LeanStage:
         activation, gated, join = config.activation_func, config.gated_linear_unit, self._join
         norm = mlp.post_norm.forward if self.model.spec.norms_after else None
         widen, narrow = adapter_of(first), adapter_of(second)
+        wide, thin = self._product(first.weight), self._product(second.weight)
 
         def dense(residual: Tensor, x: Tensor) -> Tensor:
-            inner = widen(F.linear(x, first.weight, first.bias), x)
+            inner = widen(wide(x, first.bias), x)
             if gated:
                 gate, up = inner.chunk(2, -1)
                 inner = activation(gate).mul_(up)
             else:
                 inner = activation(inner)
-            return join(residual, inner, second.weight, second.bias, narrow, norm)
+            return join(residual, inner, thin, second.bias, narrow, norm)
 
         return dense
 
@@ -105,24 +110,22 @@ class LeanStage:
         self,
         residual: Tensor,
         x: Tensor,
-        weight: Tensor,
+        product: Product,
         bias: Tensor | None,
         adapter: Adapter,
         norm: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """residual + a row-parallel linear layer, or the norm of it. Ranks add their part of an adapter's product
         before the sum."""
+        part = product(x, None)
+        self._sum(adapter(part, x))
         if norm is not None:
-            part = F.linear(x, weight)
-            self._sum(adapter(part, x))
             return norm(part if bias is None else part.add_(bias)) + residual
-        if self._group is None:
-            out = adapter(torch.addmm(residual, x, weight.t()), x)
-        else:
-            part = F.linear(x, weight)
-            self._sum(adapter(part, x))
-            out = part.add_(residual)
+        out = part.add_(residual)
         return out if bias is None else out.add_(bias)
+
+    def _product(self, weight: Tensor) -> Product:
+        return product_with(weight, self._steps)
 
     def _sum(self, part: Tensor) -> None:
         """Sum over the tp ranks, in place."""
@@ -161,7 +164,7 @@ class LeanStage:
         shape = (len(hidden), self.kv_heads, self.share + 2, self.dim)
         for index, block in enumerate(self.blocks):
             normed = hidden if block.input_norm is None else block.input_norm(hidden)
-            qkv = block.qkv_adapter(F.linear(normed, block.qkv, block.qkv_bias), normed).view(shape)
+            qkv = block.qkv_adapter(block.qkv(normed, block.qkv_bias), normed).view(shape)
             cos, sin = rotation[:, 2 * block.local], rotation[:, 2 * block.local + 1]
             turned = qkv[:, :, : self.share + 1]
             if block.query_norm is not None and block.key_norm is not None:
@@ -178,8 +181,11 @@ class LeanStage:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """This rank's part of the vocabulary, [n, padded vocabulary / tp]; on the last stage."""
-        chunk = self._chunk
-        tied = self.model.spec.tied_embeddings
-        weight = chunk.shared_embedding_or_output_weight() if tied else chunk.output_layer.weight
-        logits = F.linear(chunk.decoder.final_layernorm.forward(hidden), weight)
+        assert self._head is not None, "the last stage has the head"
+        logits = self._head(self._chunk.decoder.final_layernorm.forward(hidden), None)
         return capped_(logits, self.model.spec.logit_cap) if self.model.spec.logit_cap else logits
+
+    def _vocabulary(self) -> Tensor:
+        tied, chunk = self.model.spec.tied_embeddings, self._chunk
+        weight: Tensor = chunk.shared_embedding_or_output_weight() if tied else chunk.output_layer.weight
+        return weight

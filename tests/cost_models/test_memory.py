@@ -327,6 +327,14 @@ class TestCalls:
         assert terms.masters[0] == 0
         assert MEGATRON.on(load_cluster("h100-80gb-sxm"), "bf16").context_bytes > 0
 
+    def test_generation_on_a_cpu_lays_out_the_134_515_008_numbers_of_the_model(self) -> None:
+        for dtype, laid_out in (("fp32", 134_515_008 * 4), ("bf16", 0)):
+            workload = ppo_workload("smollm2-135m", dtype=dtype)
+            terms = memory_of("actor_generate", workload, ParallelStrategy(), cluster="local-cpu")
+            assert terms.workspace[0] == laid_out
+        workload = ppo_workload("smollm2-135m", dtype="fp32")
+        assert memory_of("actor_generate", workload, ParallelStrategy()).workspace[0] == 0, "not on a GPU"
+
     def test_terms_add_up(self) -> None:
         terms = memory_of("actor_train", self.WORKLOAD, ParallelStrategy(tp=4, pp=2))
         assert sum(value[0] for value in terms.terms().values()) == pytest.approx(terms.peak_bytes[0])

@@ -20,7 +20,9 @@ from plans.huggingface import spec_from_folder
 from plans.layout import Layout
 from runtime.batches.files import read_data_rows
 from runtime.batches.tokenizer import Tokenizer
+from runtime.generation import products
 from runtime.generation.generate import FlightLimits, Generated, generate
+from runtime.generation.products import product_with
 from runtime.generation.sampling import Sampling
 from runtime.groups import GroupCache
 from runtime.models import installation
@@ -156,6 +158,25 @@ def _reference_logprobs(reference: Any, result: Plain, temperature: float) -> li
 
 def test_greedy_equals_transformers(one_process: list[Plain], reference: Any) -> None:
     assert one_process[0]["responses"] == _continued(reference, _prompts())
+
+
+def test_products_with_laid_out_weights(
+    one_process: list[Plain], reference: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights of the tiny model are too small to gain by it: a bound of none makes it lay out them all."""
+    x, weight, bias = torch.randn(7, 400), torch.randn(500, 400), torch.randn(500)
+    fitted, plain = product_with(weight, 1000), product_with(weight, 1)
+    for rows, added in ((1, None), (7, None), (7, bias)):
+        wanted = x[:rows].double() @ weight.double().t() + (0 if added is None else added.double())
+        for product in (fitted, plain):
+            torch.testing.assert_close(product(x[:rows], added).double(), wanted, atol=1e-4, rtol=1e-5)
+    weight.zero_()
+    assert fitted(x, None).any() and not plain(x, None).any(), "only the first has a copy"
+    monkeypatch.setattr(products, "WORTH_NUMBERS", 1)
+    monkeypatch.setattr(products, "WORTH_STEPS", 1)
+    [found] = _on_model(1, {}, lambda model: _plain(_generate(model, GREEDY)))
+    assert found["responses"] == _continued(reference, _prompts())
+    _check_same(found, one_process[0])
 
 
 def test_repetition_penalty_equals_transformers(reference: Any) -> None:
