@@ -138,12 +138,14 @@ def test_never_worse_than_its_start(method: Method) -> None:
     assert again.period_s <= cost.period_s
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_same_seed_same_plan_in_another_process(method: Method) -> None:
-    script = (
-        "from test_solvers import *;"
-        f"print([solve(table_problem(s), Method('{method.value}'), seed=4).decision for s in (1, 2)])"
-    )
+def found_by_all() -> str:
+    """The decisions of every method for two problems."""
+    answers = {method: [solve(table_problem(seed), method, seed=4) for seed in (1, 2)] for method in METHODS}
+    return repr([[a.decision for a in found if isinstance(a, Solution)] for found in answers.values()])
+
+
+def test_same_seed_same_plan_in_another_process() -> None:
+    script = "import test_solvers; print(test_solvers.found_by_all())"
     path = os.pathsep.join((TESTS, os.path.dirname(__file__), *sys.path))
     said = {
         subprocess.run(
@@ -155,8 +157,8 @@ def test_same_seed_same_plan_in_another_process(method: Method) -> None:
         ).stdout
         for seed in ("0", "123")
     }
-    here = [solve(table_problem(s), method, seed=4) for s in (1, 2)]
-    assert said == {f"{[answer.decision for answer in here if isinstance(answer, Solution)]}\n"}
+    here = found_by_all()
+    assert said == {f"{here}\n"} and here.count("Decision(") == 2 * len(METHODS)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -152,7 +152,7 @@ def part(model: Model, parameter: Any, tensors: Mapping[str, torch.Tensor]) -> t
 )
 def test_steps_equal_one_process(kind: str, tmp_path: Path):
     save_tiny(kind, tmp_path)
-    losses, norms, balances, first, trained = reference_steps(kind, steps=3)
+    losses, norms, balances, first, trained = reference_steps(kind, steps=2)
     balance = BALANCE if kind in BALANCED else None
     grads = checkpoint_tensors(kind, first)
     initial, final = (
