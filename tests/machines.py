@@ -24,10 +24,6 @@ class Machine:
     switch: str
     cable: str
 
-    def command(self, words: Sequence[str]) -> list[str]:
-        """A command that runs on it."""
-        return [str(IP), "netns", "exec", self.name, *words]
-
     def limit(self, mbit: int) -> None:
         """Have its cable carry so many megabits per second in either direction."""
         for words in (f"-n {self.name} eth0", f"-n {self.switch} {self.cable}"):

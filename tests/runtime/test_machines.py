@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 
 from machines import Machine, machines
 from plan_cases import tiny_plan
-from run_cases import PATIENCE_S, ROOT, arguments, outcome
+from run_cases import PATIENCE_S, arguments, outcome
 from warm import Started, start_warm
 
 from plans.codec import load_plan
@@ -27,14 +26,13 @@ TIMEOUT_S = 20
 PLAN = tiny_plan(RANKS, "d3 t1 p1", batch_size=12)
 
 
-def joined(machine: Machine, rank: int, first: Machine, command: list[str]) -> subprocess.Popen[str]:
+def joined(machine: Machine, rank: int, first: Machine, command: list[str]) -> Started:
     """A rank that is started by hand on its machine."""
     environment = {
         **os.environ, "RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
         "MASTER_ADDR": first.address, "MASTER_PORT": "29500", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    words = machine.command(command)
-    return subprocess.Popen(words, cwd=ROOT, env=environment, text=True, stdout=subprocess.DEVNULL, stderr=-1)
+    return start_warm([*command[:2], machine.entering + command[2], *command[3:]], environment)
 
 
 def test_a_machine_is_cut_off(tmp_path: Path) -> None:
