@@ -78,15 +78,16 @@ def _scratch(folder: Path) -> Iterator[Path]:
 def stopped_by_signals(run: RunFile, scratch: Path) -> Iterator[list[str]]:
     """The first SIGINT or SIGTERM asks the ranks for a checkpoint, where they write any, and is kept by name; others
     become Stopped at once, so that ranks and files are cleared away."""
-    asked: list[str] = []
+    asked, heard = list[str](), list[str]()  # others may ask as well: this process's second signal is its own
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
 
     def stop(number: int, _: object) -> None:
         name = signal.Signals(number).name
-        if asked or number == signal.SIGHUP or not run.checkpoint.every or not os.path.isdir(scratch):
+        if heard or number == signal.SIGHUP or not run.checkpoint.every or not os.path.isdir(scratch):
             raise Stopped(f"stopped by {name}")
+        heard.append(name)
         asked.append(name)
         stop_request(scratch).touch()
         print(f"{name}: stopping with a checkpoint when this iteration is done; once more: at once", file=sys.stderr)

@@ -15,7 +15,7 @@ from plans.errors import RealplanError
 from plans.plan import ExecutionPlan
 from plans.runfile import RunFile, patience_s
 from runtime.machines.station import Station
-from runtime.machines.wire import Connection, Message, Pace, pace_of, work_of
+from runtime.machines.wire import MOST_BYTES, Connection, Message, Pace, pace_of, work_of
 from runtime.processes.network import own_address, resolve
 from runtime.processes.place import Place
 from runtime.reports.endings import RunFailed, Stopped
@@ -31,6 +31,7 @@ def serve(plan: ExecutionPlan, run: RunFile, place: Place) -> None:
     pace = pace_of(patience)
     host = resolve(place.first)[1]
     connection = _connect(place, host, pace, patience)
+    connection.most_bytes = MOST_BYTES
     heard: queue.SimpleQueue[Message] = queue.SimpleQueue()
     try:
         own = own_address(host)
@@ -58,6 +59,8 @@ def _work(station: Station, heard: queue.SimpleQueue[Message], place: Place) -> 
         kind = message["kind"]
         if kind == "welcome":
             print(f"node {place.node}: waits for node 0 to start its ranks", file=sys.stderr)
+        elif kind == "note":
+            print(message["words"], file=sys.stderr)
         elif kind == "refused":
             hint = "the same plan and run file on every machine, and every --node-rank once"
             raise RealplanError(f"node 0 ({place.first.host}) refuses node {place.node}: {message['words']}", hint)

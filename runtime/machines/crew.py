@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +17,7 @@ from runtime.checkpoints.resume import Start
 from runtime.launching.keeping import kept_files
 from runtime.launching.ranks import follow
 from runtime.machines.keeper import Keeper
-from runtime.machines.machines import Machines
+from runtime.machines.machines import POLL_S, Machines
 from runtime.machines.mirror import apply
 from runtime.machines.resume import choose_among, give
 from runtime.machines.wire import Message
@@ -24,8 +25,8 @@ from runtime.processes.network import free_port
 from runtime.reports.endings import RunFailed
 from runtime.reports.metrics import Metrics
 
-ASK_S = 60.0
-"""How long a machine may take to end its ranks, or to look into a folder."""
+ASK_S = 600.0
+"""How long a machine may take to start its ranks, which import torch first, or to end them."""
 FETCH_S = 24 * 3600.0
 """How long the files of a checkpoint may take to travel: a machine that is lost meanwhile is noticed before."""
 
@@ -38,7 +39,13 @@ class Crew:
         self._attempts = 0
 
     def devices_left(self, plan: ExecutionPlan) -> int:
-        """Devices of the machines that are there, as many as the plan has at most."""
+        """Devices of the machines that are there, as many as the plan has at most. Where the run does not go on without
+        a machine, it waits for one that is started again."""
+        nodes, end = plan.cluster.nodes, monotonic() + patience_s(plan, self._run)
+        if self._run.on_loss == "stop" and len(self._machines.there) < nodes:
+            print(f"waiting for a machine to come back, for timeout_s = {end - monotonic():.0f} s", file=sys.stderr)
+            while len(self._machines.there) < nodes and monotonic() < end:
+                self._machines.pump(POLL_S)
         return min(len(self._machines.there) * plan.cluster.gpus_per_node, plan.cluster.size)
 
     def choose(self, plan: ExecutionPlan, run: RunFile) -> Start:

@@ -33,7 +33,10 @@ class Keeper:
 
     def __init__(self, machines: Machines, storages: Mapping[int, Sequence[int]], output: Path, patience_s: float):
         self._machines, self._output, self._patience_s = machines, output, patience_s
-        self._storages = {node: ranks for node, ranks in storages.items() if ranks}
+        self._writers = {node for node, ranks in storages.items() if ranks}
+        idle = [node for node in storages if node not in self._writers]
+        # A machine without ranks has the second copy where only one has any.
+        self._ring = sorted(self._writers) + (idle[:1] if len(self._writers) == 1 else [])
         self._making: dict[int, _Making] = {}
 
     def __enter__(self) -> Keeper:
@@ -55,17 +58,17 @@ class Keeper:
     def _waits(self) -> bool:
         """Whether a checkpoint of which all parts are written waits for machines that are all there."""
         there = self._machines.there
-        if any(node not in there for node in self._storages):
+        if any(node not in there for node in self._ring):
             return False
         return any(
-            set(making.parts) == set(self._storages) and lines_done(self._output, iteration) is not None
+            set(making.parts) == self._writers and lines_done(self._output, iteration) is not None
             for iteration, making in self._making.items()
         )
 
     def poll(self) -> None:
         """Go on with every checkpoint as far as it can."""
         for iteration, making in sorted(self._making.items()):
-            if set(making.parts) == set(self._storages) and self._advance(iteration, making):
+            if set(making.parts) == self._writers and self._advance(iteration, making):
                 del self._making[iteration]
 
     def _advance(self, iteration: int, making: _Making) -> bool:
@@ -89,20 +92,19 @@ class Keeper:
         making.copied = True
         texts = texts_beside(self._output, [part for parts in making.parts.values() for part in parts], metrics)
         making.asked = {
-            node: self._machines.send(node, "finish", iteration=iteration, texts=texts) for node in self._storages
+            node: self._machines.send(node, "finish", iteration=iteration, texts=texts) for node in self._ring
         }
         return False
 
     def _copy(self, iteration: int, making: _Making) -> None:
         """Have every storage fetch what the one before it in the ring has."""
-        ring = list(self._storages)
-        for before, node in zip([ring[-1], *ring], ring, strict=False):
+        for before, node in zip([self._ring[-1], *self._ring], self._ring, strict=False):
             files: list[Message] = []
             if before != node and before in self._machines.there:
                 source = self._machines.there[before].source
                 files = [
                     {"name": name, "seal": seal.model_dump(exclude_none=True), "sources": [source]}
-                    for part in making.parts[before]
+                    for part in making.parts.get(before, ())
                     for name, seal in part.files.items()
                 ]
             making.asked[node] = self._machines.send(node, "fetch_part", iteration=iteration, files=files)

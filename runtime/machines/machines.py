@@ -14,7 +14,7 @@ from time import monotonic
 from plans.errors import RealplanError
 from runtime.machines.files import Source
 from runtime.machines.station import Station
-from runtime.machines.wire import Connection, Message, Pace, difference
+from runtime.machines.wire import MOST_BYTES, Connection, Message, Pace, difference
 from runtime.processes.member import Address
 from runtime.processes.network import listener, resolve
 from runtime.reports.endings import RunFailed
@@ -187,7 +187,12 @@ class Machines:
         if connection is not None:
             connection.close()
         self.lost[node] = f"{machine.name}: {why}"
-        print(f"node {node} is lost ({self.lost[node]})", file=sys.stderr)
+        words = f"node {node} is lost ({self.lost[node]})"
+        print(words, file=sys.stderr)
+        for other in self.there.values():
+            if other.connection is not None:
+                with suppress(OSError):  # it is lost too, and will be noticed
+                    other.connection.send({"kind": "note", "words": words})
 
     def _accept(self) -> None:
         with suppress(OSError):  # closed
@@ -210,6 +215,7 @@ class Machines:
                 connection.send({"kind": "refused", "words": words})
                 connection.close()
                 return
+            connection.most_bytes = MOST_BYTES
             self._heard.put((node, connection, hello))
             for message in said:
                 self._heard.put((node, connection, message))

@@ -17,7 +17,7 @@ from plans.runfile import RunFile
 
 Message = dict[str, Any]
 BEAT = "beat"
-MOST_BYTES = 2**30
+MOST_BYTES, MOST_STRANGER_BYTES = 2**30, 2**20
 _CHUNK = 2**16
 _OWN = ("output", "checkpoint", "resume_from")
 
@@ -48,6 +48,8 @@ class Connection:
         self._socket, self._pace = end, pace
         self._lock = threading.Lock()
         self._closed = threading.Event()
+        self.most_bytes = MOST_STRANGER_BYTES
+        """Of one message: more are taken from who has said who it is."""
         end.settimeout(pace.quiet_s)
         end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -74,12 +76,15 @@ class Connection:
             if not chunk:
                 return
             left += chunk
-            if len(left) > MOST_BYTES:
-                raise ValueError(f"a message of more than {MOST_BYTES:,} bytes")
+            if len(left) > self.most_bytes:
+                raise ValueError(f"a message of more than {self.most_bytes:,} bytes")
             *lines, rest = left.split(b"\n") if b"\n" in chunk else [left]
             left = bytearray(rest)
             for line in lines:
-                message = json.loads(line)
+                try:
+                    message = json.loads(line)
+                except RecursionError:
+                    raise ValueError("a message of many levels") from None
                 if not isinstance(message, dict) or not isinstance(message.get("kind"), str):
                     raise ValueError("no message of a run")
                 if message["kind"] != BEAT:
