@@ -66,8 +66,9 @@ def prefill_time(machine: Machine, work: Generation, candidates: Candidates) -> 
     if not (later > 0).any():
         return seconds
     bursts = np.ceil(work.responses.mean * (rows / slots) / np.maximum(constants.burst_steps, 1.0))
-    if work.responses.full:
-        bursts = np.ceil(begun * work.prompt_tokens / constants.prefill_tokens) * np.maximum(rows / slots - 1.0, 1.0)
+    if work.responses.full:  # all of a wave end together: as many passes as a whole wave takes, or a part of one
+        waves, wave = np.maximum(rows / slots - 1.0, 0.0), begun * work.prompt_tokens / constants.prefill_tokens
+        bursts = np.floor(waves) * np.ceil(wave) + np.ceil(waves % 1.0 * wave - 1e-9)
     joins = np.clip(bursts, 1.0, np.maximum(later, 1.0))
     one = replace(prompts, samples=np.maximum(later / joins, 1e-3) * c.dp)
     again = Terms(forward_terms(machine, one, c, np.ones_like(rows))).total_s

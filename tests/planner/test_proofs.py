@@ -143,6 +143,27 @@ def test_a_move_takes_its_time_but_for_a_shared_copy() -> None:
     assert solved(second, 10.0)[0] and not solved(second, 9.9)[0]
 
 
+def test_weights_that_are_read_before_the_training_that_changes_them() -> None:
+    """The reader's move ends before the trainer begins: a turn that its edge to the trainer keeps as well."""
+    moves = {(1, 0): Moves.of_options(np.array([[2.0]]))}
+    p = problem([lone(0, 3.0), lone(1, 4.0)], [(0, 1), (1, 0, 1)], moves=moves, turns=(Dependency(0, 1, 0),))
+    assert solved(p, 9.0)[0] and not solved(p, 8.9)[0]
+
+
+def test_a_move_is_rounded_down_by_less_than_a_tick() -> None:
+    """192.64, 256.64 and 128.64 ticks in a round: 192 + 256 + 128."""
+    moves = {(1, 0): Moves.of_options(np.array([[2.01]]))}
+    p = problem([lone(0, 3.01), lone(1, 4.01)], [(0, 1), (1, 0, 1)], moves=moves)
+    assert solved(p, 576 * TICK_S)[0] and not solved(p, 575 * TICK_S)[0]
+
+
+def test_calls_that_must_share_a_mesh_keep_all_of_theirs() -> None:
+    """The first call's better option is on half of the mesh that the second one has alone."""
+    both = [options((0, 2, 1.0), (0, 4, 2.0), (0, 2, 3.0)), options((0, 4, 1.0))]
+    assert dominance.undominated(problem(both, same_mesh=((0, 1),)), 0).tolist() == [0, 1]
+    assert dominance.undominated(problem(both), 0).tolist() == [0]
+
+
 def test_a_bound_from_memory() -> None:
     """Two calls of 1 s where all stays, of 3 s where little does, on four GPUs of 10 bytes: 6 + 6 do not fit. With
     shares x and y of the fast ones 4 (6x + 2 (1 - x) + 6y + 2 (1 - y)) is at most 40, so x + y at most 1.5, and the

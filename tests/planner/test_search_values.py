@@ -75,6 +75,22 @@ def test_a_copy_is_shared_on_one_mesh_in_one_layout_alone(layout: int, overflow:
     assert schedule.cost(found, found.plain((0, 0))).overflow_bytes == pytest.approx(2 * overflow), "at both calls"
 
 
+def test_a_second_reader_finds_the_copy_of_the_first() -> None:
+    """Both read on GPU 0, for 3 s and 1 s, what is trained on GPU 1 in 4 s and sent in 2 s: 10 s a round, 12 s if each
+    had a copy of its own."""
+    moves = {(2, v): Moves.of_options(np.array([[2.0]])) for v in (0, 1)}
+    edges = [Dependency(0, 1), Dependency(1, 2), Dependency(2, 0, 1), Dependency(2, 1, 1)]
+    found = problem([option(0, 3.0), option(0, 1.0), option(1, 4.0)], edges, moves=moves)
+    assert schedule.cost(found, found.plain((0, 0, 0))).period_s == pytest.approx(10.0)
+
+
+def test_the_first_call_may_be_the_trainer() -> None:
+    """It trains for 4 s and sends in 2 s what the other reads one iteration later."""
+    moves = {(0, 1): Moves.of_options(np.array([[2.0]]))}
+    found = problem([option(1, 4.0), option(0, 3.0)], [Dependency(0, 1, 1)], moves=moves)
+    assert schedule.cost(found, found.plain((0, 0))).period_s == pytest.approx(6.0)
+
+
 def walked(period_s: float) -> Walked:
     return Walked(Decision((0,), (0,), (0,)), period_s, period_s, period_s, 1, 0.0, None)  # type: ignore[arg-type]
 

@@ -184,11 +184,22 @@ def test_newcomers_join_between_bursts(responses: Lengths, burst: float, passes:
     assert nanoseconds(flops) == pytest.approx(LAYERS * layer + 2 * 64 * 1536 * 32_000, rel=1e-6)
 
 
-def test_a_second_wave_of_equal_responses_is_one_more_round_of_passes() -> None:
-    """Twelve prompts, eight in flight, one pass: half a wave more is one pass, not none."""
-    at = machine(TextbookKernels(), prefill_tokens=4096.0, burst_steps=64.0, micro_batch_s=1.0)
-    work = replace(WORK, samples=12)
-    assert generation_time(at, work, layout(dp=1, slots=8))["prefill"] == pytest.approx(2.0)
+@pytest.mark.parametrize(
+    ("samples", "tokens", "passes"),
+    [
+        (12, 4096.0, 1 + 1),  # half a wave more is one pass, not none
+        (12, 1024.0, 4 + 2),  # two prompts a pass
+        (28, 1024.0, 4 + 2 * 4 + 2),
+        (13, 1024.0, 4 + 3),
+    ],
+)
+def test_further_waves_of_equal_responses_take_the_passes_of_their_prompts(
+    samples: int, tokens: float, passes: int
+) -> None:
+    """Prompts of 512 tokens, eight in flight."""
+    at = machine(TextbookKernels(), prefill_tokens=tokens, burst_steps=64.0, micro_batch_s=1.0)
+    work = replace(WORK, samples=samples)
+    assert generation_time(at, work, layout(dp=1, slots=8))["prefill"] == pytest.approx(passes)
 
 
 def test_newcomers_of_several_replicas() -> None:
