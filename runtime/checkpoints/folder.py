@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from pathlib import Path
@@ -40,8 +41,9 @@ def checkpoint_bytes(plan: ExecutionPlan, run: RunFile) -> int:
     return sum(each * p.size for role, each in sizes.items() for p in parameters_of(models[role]).values())
 
 
-def prepare_folder(plan: ExecutionPlan, run: RunFile) -> None:
-    """Clear what earlier attempts left half done, and see that there is room.
+def prepare_folder(plan: ExecutionPlan, run: RunFile, part: float = 1.0) -> None:
+    """Clear what earlier attempts left half done, and see that there is room. part: of a checkpoint, that comes to lie
+    in this folder; the copies in host memory are those of the ranks of one node.
 
     Raises RealplanError where a run that starts anew would mix its checkpoints with those of another, and where disk or
     host memory are too small.
@@ -64,7 +66,8 @@ def prepare_folder(plan: ExecutionPlan, run: RunFile) -> None:
         raise RealplanError(
             f"cannot write checkpoints to `{folder}`: {error.strerror}", "checkpoint.folder=FOLDER"
         ) from None
-    size = checkpoint_bytes(plan, run)
+    whole = checkpoint_bytes(plan, run)
+    size, copies = math.ceil(whole * part), whole // plan.cluster.nodes
     # One more than is kept stands there while the oldest waits to be removed.
     need = size * max(run.checkpoint.keep + 1 - len(there), 1)
     if free < need:
@@ -73,9 +76,9 @@ def prepare_folder(plan: ExecutionPlan, run: RunFile) -> None:
             "checkpoint.folder=FOLDER on another disk, a smaller checkpoint.keep, or checkpoint.every=0 for none",
         )
     memory = _available_memory()
-    if memory is not None and memory < size:
+    if memory is not None and memory < copies:
         raise RealplanError(
-            f"checkpoints need {size / 2**30:.1f} GiB of host memory, of which {memory / 2**30:.1f} GiB are available",
+            f"checkpoints need {copies / 2**30:.1f} GiB of host memory, and {memory / 2**30:.1f} GiB are available",
             "checkpoint.every=0 for no checkpoints",
         )
 

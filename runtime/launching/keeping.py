@@ -34,12 +34,17 @@ def own_output(plan: ExecutionPlan, run: RunFile, start: Start) -> Iterator[None
 
 @contextmanager
 def kept_files(
-    plan: ExecutionPlan, run: RunFile, start: Start, scratch: Path, completer: AbstractContextManager[object]
+    plan: ExecutionPlan,
+    run: RunFile,
+    start: Start,
+    scratch: Path,
+    completer: AbstractContextManager[object],
+    part: float = 1.0,
 ) -> Iterator[Monitor]:
     """The files of an attempt, kept while its ranks run: what ranks say, metrics and checkpoints, which `completer`
-    makes whole."""
+    makes whole and of which `part` comes to lie here."""
     with _scratch(scratch):
-        prepare_folder(plan, run)
+        prepare_folder(plan, run, part)
         save_run(start.of(run))
         keep_plan(plan, Path(run.output))
         # The monitor leaves first: the last checkpoint waits for the last line of metrics.

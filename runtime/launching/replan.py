@@ -29,16 +29,21 @@ def devices_left(plan: ExecutionPlan) -> int:
     return min(int(done.stdout), plan.cluster.size) if done.returncode == 0 else 0
 
 
-def replanned(plan: ExecutionPlan, run: RunFile, devices: int) -> ExecutionPlan:
-    """The best plan that is found for the same work on fewer devices, by what the run has measured so far. Raises
-    RunFailed where there is none."""
+def replanned(plan: ExecutionPlan, run: RunFile, devices: int, per_node: int | None = None) -> ExecutionPlan:
+    """The best plan that is found for the same work on fewer devices, by what the run has measured so far; per_node: of
+    a node, where that is not the plan's. Raises RunFailed where there is none."""
+    nodes = ["--gpus-per-node", str(per_node)] if per_node else []
     said = ""
     for count in _counts(devices):
         with tempfile.TemporaryDirectory(prefix="realplan-") as folder:
             target = Path(folder) / "plan.json"
-            words = ["--measured", run.output, "--gpus", str(count), "--seconds", str(SEARCH_S), "-o", str(target)]
-            command = [sys.executable, "-m", "planner.cli", "search", *words]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=MOST_S, check=False)
+            words = ["--measured", run.output, "--gpus", str(count), *nodes, "--seconds", str(SEARCH_S)]
+            command = [sys.executable, "-m", "planner.cli", "search", *words, "-o", str(target)]
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=MOST_S, check=False)
+            except subprocess.TimeoutExpired:
+                said = said or f"the search took longer than {MOST_S} s"
+                continue
             if done.returncode == 0:
                 return _with_work(legal_plan(target), plan)
             said = said or done.stderr.strip()

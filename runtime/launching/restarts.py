@@ -29,13 +29,15 @@ def with_restarts(
     *,
     choose: Callable[[ExecutionPlan, RunFile], Start] = choose_start,
     forget: Callable[[RunFile, int], None] = remove_after,
+    search: Callable[[ExecutionPlan, RunFile, int], ExecutionPlan] = replanned,
 ) -> Sequence[Metrics]:
     """Metrics of the attempt that ends well, after at most `run.restarts` restarts and `run.rollbacks` rollbacks.
 
     Raises RunFailed with the cause of the last one; at once where the run was asked to stop (`asked`), and where two
     attempts from the same point fail with the same words: what is wrong then is not an accident. left: how many devices
     of a plan are still there; where some are not, and `run.on_loss` says so, the work is planned again for the others.
-    choose: finds the newest usable checkpoint; forget: removes those after an iteration.
+    choose: finds the newest usable checkpoint; forget: removes those after an iteration; search: plans for so
+    many devices.
     """
     begun, restarts, rollbacks, seen = start, 0, 0, set[tuple[int, str]]()
     while True:
@@ -58,12 +60,18 @@ def with_restarts(
             seen.add(failure)
             restarts += 1
             _say(f"{error}\nrestart {restarts} of {run.restarts}")
-            plan = _plan_left(plan, run, left(plan), error)
+            plan = _plan_left(plan, run, left(plan), error, search)
             found = _next_start(plan, run, start, error, choose)
             begun = replace(found, skip_batches=max(found.skip_batches, begun.skip_batches))
 
 
-def _plan_left(plan: ExecutionPlan, run: RunFile, devices: int, failed: RunFailed) -> ExecutionPlan:
+def _plan_left(
+    plan: ExecutionPlan,
+    run: RunFile,
+    devices: int,
+    failed: RunFailed,
+    search: Callable[[ExecutionPlan, RunFile, int], ExecutionPlan],
+) -> ExecutionPlan:
     """The plan to go on with: the same one where all its devices are there."""
     if devices >= plan.cluster.size:
         return plan
@@ -71,7 +79,7 @@ def _plan_left(plan: ExecutionPlan, run: RunFile, devices: int, failed: RunFaile
     if run.on_loss == "stop":
         hint = "on_loss=replan plans for what is left; `realplan search --measured OUTPUT --gpus N` does it by hand"
         raise RunFailed(f"{failed.message}\n{devices} of {plan.cluster.size} devices are left", hint) from None
-    found = replanned(plan, run, devices)
+    found = search(plan, run, devices)
     seconds = f", {found.estimate.iteration_s:.4g} s an iteration" if found.estimate else ""
     _say(f"going on with a plan for {found.cluster.size} devices{seconds}")
     return found

@@ -16,6 +16,7 @@ from plans.runfile import RunFile, patience_s
 from runtime.checkpoints.resume import Start
 from runtime.launching.keeping import kept_files
 from runtime.launching.ranks import follow
+from runtime.launching.replan import replanned
 from runtime.machines.keeper import Keeper
 from runtime.machines.machines import POLL_S, Machines
 from runtime.machines.mirror import apply
@@ -37,16 +38,31 @@ class Crew:
     def __init__(self, machines: Machines, run: RunFile, scratch: Path) -> None:
         self._machines, self._run, self._scratch = machines, run, scratch
         self._attempts = 0
+        self._devices: dict[int, int] = {}  # of each machine, once something has failed
+        self._per_node = 0
 
     def devices_left(self, plan: ExecutionPlan) -> int:
-        """Devices of the machines that are there, as many as the plan has at most. Where the run does not go on without
-        a machine, it waits for one that is started again."""
+        """Devices that a plan can still use, of as many machines with equally many as have most together. Where the run
+        does not go on without a machine, it waits for one that is started again."""
         nodes, end = plan.cluster.nodes, monotonic() + patience_s(plan, self._run)
         if self._run.on_loss == "stop" and len(self._machines.there) < nodes:
             print(f"waiting for a machine to come back, for timeout_s = {end - monotonic():.0f} s", file=sys.stderr)
             while len(self._machines.there) < nodes and monotonic() < end:
                 self._machines.pump(POLL_S)
-        return min(len(self._machines.there) * plan.cluster.gpus_per_node, plan.cluster.size)
+        found = self._machines.ask_all("devices", ASK_S, plan=dump_plan(plan))
+        self._devices = {node: int(answer["devices"]) for node, answer in found.items()}
+        machines, self._per_node = equal_part(self._devices, plan.cluster.gpus_per_node)
+        return min(machines * self._per_node, plan.cluster.size)
+
+    def replanned(self, plan: ExecutionPlan, run: RunFile, devices: int) -> ExecutionPlan:
+        """A plan for the devices that are left."""
+        return replanned(plan, run, devices, self._per_node)
+
+    def begin(self, start: Start) -> None:
+        """Make way for a run on the other machines: where it starts anew, earlier checkpoints go aside."""
+        if self._run.checkpoint.every and not start.own:
+            firsts = set(self.storages().values()) - {0}
+            self._machines.ask("set_aside", {first: {} for first in firsts}, ASK_S)
 
     def choose(self, plan: ExecutionPlan, run: RunFile) -> Start:
         """The start that the run file asks for."""
@@ -70,20 +86,24 @@ class Crew:
     def attempt(self, plan: ExecutionPlan, start: Start) -> Sequence[Metrics]:
         """Metrics of one attempt. Raises RunFailed with the cause of its end; no rank is left then."""
         machines, run = self._machines, self._run
-        nodes = sorted(machines.there)[: plan.cluster.nodes]
+        per_node = plan.cluster.gpus_per_node
+        fit = [node for node in sorted(machines.there) if self._devices.get(node, per_node) >= per_node]
+        nodes = fit[: plan.cluster.nodes]
         if len(nodes) < plan.cluster.nodes:
             gone = "; ".join(f"node {node} is lost ({why})" for node, why in machines.lost.items())
             raise RunFailed(f"the plan needs {plan.cluster.nodes} machines, {len(nodes)} are there: {gone}")
         ranks = {node: _ranks(plan, place) for place, node in enumerate(nodes)}
         storages = self.storages() if run.checkpoint.every else {}
+        machines.check(nodes)
         keeps = {first: [r for node in nodes if storages[node] == first for r in ranks[node]]
                  for first in sorted(set(storages.values()))}  # fmt: skip
-        others = [first for first in keeps if first and keeps[first]]
-        give(machines, run, start, others, FETCH_S)
+        writers = [first for first in keeps if keeps[first]]
+        part = 2 / len(writers) if len(writers) > 2 else 1.0
+        give(machines, run, start, [first for first in writers if first], FETCH_S)
         keeper = Keeper(machines, keeps, Path(run.output), patience_s(plan, run))
-        with kept_files(plan, start.of(run), start, self._scratch, keeper) as monitor:
-            ready = {"plan": dump_plan(plan), "resume_from": start.of(run).resume_from}
-            machines.ask("prepare", dict.fromkeys(others, ready), ASK_S)
+        with kept_files(plan, start.of(run), start, self._scratch, keeper, part) as monitor:
+            ready = {"plan": dump_plan(plan), "resume_from": start.of(run).resume_from, "part": part}
+            machines.ask("prepare", {first: ready for first in keeps if first}, ASK_S)
             crew = _FarRanks(machines, ranks, self._scratch)
             try:
                 self._start(plan, start, ranks, keeps)
@@ -115,6 +135,16 @@ class Crew:
             for node in machines.there
         }
         machines.ask("start", each, ASK_S)
+
+
+def equal_part(devices: Mapping[int, int], per_node: int) -> tuple[int, int]:
+    """How many machines, and how many devices of each, make the most of what machines have: all `per_node` of a node of
+    the plan, or a power of two. Machine 0 is one of them."""
+    sizes = [per_node, *(1 << power for power in range(per_node.bit_length()) if 1 << power < per_node)]
+    counts = {size: sum(count >= size for count in devices.values()) for size in sizes}
+    fit = [(machines * size, size, machines) for size, machines in counts.items() if devices.get(0, 0) >= size]
+    _, size, machines = max(fit, default=(0, 0, 0))
+    return machines, size
 
 
 def _ranks(plan: ExecutionPlan, place: int) -> range:

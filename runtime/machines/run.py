@@ -55,9 +55,11 @@ def _coordinate(plan: ExecutionPlan, run: RunFile, machines: Machines) -> Sequen
         check_folders(run, len(set(crew.storages().values())), plan.cluster.nodes)
         start = crew.choose(plan, run)
         with own_output(plan, run, start):
+            crew.begin(start)
             lines = with_restarts(
-                plan, run, start, crew.attempt, asked, crew.devices_left, choose=crew.choose, forget=crew.forget
-            )
+                plan, run, start, crew.attempt, asked, crew.devices_left,
+                choose=crew.choose, forget=crew.forget, search=crew.replanned,
+            )  # fmt: skip
             check_done(run, lines, asked)
             if run.export:
                 _export(plan, run, crew)

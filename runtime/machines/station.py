@@ -17,6 +17,7 @@ from plans.runfile import RunFile
 from runtime.checkpoints.folder import prepare_folder
 from runtime.launching.entry import prepare_ranks
 from runtime.launching.ranks import LocalRanks
+from runtime.launching.replan import devices_left
 from runtime.machines.mirror import Mirror
 from runtime.machines.storage import Storage
 from runtime.machines.wire import Message
@@ -40,10 +41,10 @@ class Station:
         self._fetching: dict[int, Future[None]] = {}
         storage = self.storage
         self._does: Mapping[str, Callable[..., Message | Future[None]]] = {
-            "start": self._start, "end": self._end, "prepare": self._prepare,
+            "start": self._start, "end": self._end, "prepare": self._prepare, "devices": self._devices,
             "probe": storage.probe, "sees": storage.sees, "unprobe": storage.unprobe, "inventory": storage.inventory,
             "fetch_part": storage.fetch_part, "fetch_step": storage.fetch_step, "finish": storage.finish,
-            "forget": storage.forget, "digest": storage.digest,
+            "forget": storage.forget, "digest": storage.digest, "set_aside": storage.set_aside,
         }  # fmt: skip
 
     def __enter__(self) -> Station:
@@ -96,10 +97,15 @@ class Station:
             self._told |= set(new)
             self._say({"kind": "ended", "codes": sorted(new.items())})
 
-    def _prepare(self, plan: str, resume_from: str) -> Message:
-        """Make room for the checkpoints of an attempt, which goes on from one or from none."""
-        prepare_folder(_plan(plan), self._run.model_copy(update={"resume_from": resume_from}))
+    def _prepare(self, plan: str, resume_from: str, part: float) -> Message:
+        """Make room for `part` of the checkpoints of an attempt, which goes on from one or from none."""
+        prepare_folder(_plan(plan), self._run.model_copy(update={"resume_from": resume_from}), part)
         return {}
+
+    def _devices(self, plan: str) -> Message:
+        """How many devices of a node of the plan this machine can still use."""
+        planned = _plan(plan)
+        return {"devices": min(devices_left(planned), planned.cluster.gpus_per_node)}
 
     def _start(
         self, plan: str, begins: Message, ranks: Sequence[int], meeting: Sequence[Any], keeps: Sequence[int]

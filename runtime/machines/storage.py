@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from plans.checkpoint_files import INDEX, CheckpointError, read_index, step_folder, steps_in
-from plans.files import writing
-from plans.runfile import RunFile
+from plans.files import free_name, writing
+from plans.runfile import CHECKPOINTS, RunFile
 from plans.seals import Seal, seal_of
 from runtime.checkpoints.complete import put_in_place
 from runtime.checkpoints.folder import partial_folder, rank_word, remove_after
@@ -111,6 +111,15 @@ class Storage:
     def forget(self, after: int) -> Message:
         """Remove the checkpoints after so many iterations."""
         remove_after(self._run, after)
+        return {}
+
+    def set_aside(self) -> Message:
+        """Move checkpoints of an earlier run out of the way of a new one, as the first machine does with its output."""
+        if not self._run.checkpoint.folder and steps_in(self._folder):
+            place = free_name(Path(self._run.output).resolve())
+            with writing(place):
+                place.mkdir()
+                self._folder.rename(place / CHECKPOINTS)
         return {}
 
     def digest(self, folder: str) -> Message:

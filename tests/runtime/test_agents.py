@@ -16,6 +16,7 @@ from plan_cases import tiny_plan, tiny_run
 from plans.checkpoint_files import INDEX
 from plans.errors import RealplanError
 from plans.seals import seal_of
+from runtime.machines.crew import equal_part
 from runtime.machines.files import FileServer, Wanted, fetch
 from runtime.machines.machines import Machines
 from runtime.machines.mirror import Mirror, apply
@@ -200,6 +201,25 @@ def test_what_ranks_say_arrives_as_it_stands(tmp_path: Path) -> None:
     assert all((here / path.name).read_bytes() == path.read_bytes() for path in there.iterdir())
     with pytest.raises(ValueError, match="no file of a rank"):
         apply(there, {"name": "../status-3", "at": 0, "text": ""})
+
+
+def test_the_most_of_what_machines_have() -> None:
+    """Machines, and devices of each: all of a node or a power of two, with machine 0 among them."""
+    assert equal_part({0: 8, 1: 8, 2: 7}, 8) == (2, 8)
+    assert equal_part({0: 7, 1: 8}, 8) == (2, 4)
+    assert equal_part({0: 8, 1: 7, 2: 7}, 8) == (3, 4)
+    assert equal_part({0: 6, 1: 6, 2: 3}, 6) == (2, 6)
+    assert equal_part({0: 1, 1: 0}, 1) == (1, 1) and equal_part({0: 0, 1: 8}, 8) == (0, 0) == equal_part({}, 8)
+
+
+def test_checkpoints_of_an_earlier_run_go_aside(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path / "out")
+    with closing(Storage(run, HOST)) as storage:
+        storage.set_aside()
+        assert not run.checkpoint_folder.exists()
+        (run.checkpoint_folder / "global_step_4").mkdir(parents=True)
+        storage.set_aside()
+    assert (tmp_path / "out.1" / "checkpoints" / "global_step_4").exists() and not run.checkpoint_folder.exists()
 
 
 def test_which_machine_a_process_is() -> None:
