@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 from hypothesis import strategies as st
@@ -56,32 +57,58 @@ def has_copy(problem: SearchProblem, decision: Decision, call: int) -> bool:
     return any(copy(c) == copy(call) for c in before)
 
 
+@dataclass(frozen=True)
+class Turn:
+    """What is the same for a call in every period: its GPUs and seconds, the calls that it waits for, (call, iterations
+    before), and the move before it: seconds, the GPUs that it holds, and which training's weights it moves."""
+
+    call: int
+    lag: int
+    mesh: range
+    seconds: float
+    waits: tuple[tuple[int, int], ...]
+    move_s: float = 0.0
+    held: tuple[int, ...] = ()
+    trained: tuple[int, int] = (-1, 0)
+
+
+def turn_of(problem: SearchProblem, decision: Decision, c: int) -> Turn:
+    """The turn of a call."""
+    mesh, seconds = gpus_of(problem, decision, c), float(problem.options[c].time_s[decision.choice[c]])
+    waits = tuple((e.source, e.distance) for e in problem.edges if e.target == c)
+    turn = Turn(c, decision.lag[c], mesh, seconds, waits)
+    u, move_s = move_seconds(problem, decision, c)
+    if not move_s > 0 or has_copy(problem, decision, c):
+        return turn
+    distance = min(e.distance for e in problem.edges if (e.source, e.target) == (u, c) and e.distance > 0)
+    held = tuple({*mesh, *gpus_of(problem, decision, u)})
+    return replace(turn, move_s=move_s, held=held, trained=(u, distance))
+
+
 def play(problem: SearchProblem, decision: Decision, periods: int) -> list[dict[int, float]]:
     """Per period the end of every call that ran in it, starting from idle GPUs."""
     free = [0.0] * problem.gpus
     end: dict[tuple[int, int], float] = {}
+    turns = [turn_of(problem, decision, c) for c in decision.order]
     history = []
     for p in range(periods):
         ends = {}
-        for c in decision.order:
-            t = p - decision.lag[c]
+        for turn in turns:
+            t = p - turn.lag
             if t < 0:
                 continue
-            mesh = gpus_of(problem, decision, c)
-            u, seconds = move_seconds(problem, decision, c)
-            if seconds > 0 and not has_copy(problem, decision, c):
-                distance = min(e.distance for e in problem.edges if (e.source, e.target) == (u, c) and e.distance > 0)
-                held = {*mesh, *gpus_of(problem, decision, u)}
-                begin = max([free[g] for g in held] + [end.get((u, t - distance), 0.0)])
-                for g in held:
-                    free[g] = begin + seconds
-            begin = max(free[g] for g in mesh)
-            for e in problem.edges:
-                if e.target == c and t >= e.distance:
-                    begin = max(begin, end[e.source, t - e.distance])
-            end[c, t] = ends[c] = begin + float(problem.options[c].time_s[decision.choice[c]])
-            for g in mesh:
-                free[g] = end[c, t]
+            if turn.held:
+                u, distance = turn.trained
+                begin = max([free[g] for g in turn.held] + [end.get((u, t - distance), 0.0)])
+                for g in turn.held:
+                    free[g] = begin + turn.move_s
+            begin = max([free[g] for g in turn.mesh])
+            for source, distance in turn.waits:
+                if t >= distance:
+                    begin = max(begin, end[source, t - distance])
+            end[turn.call, t] = ends[turn.call] = begin + turn.seconds
+            for g in turn.mesh:
+                free[g] = end[turn.call, t]
         history.append(ends)
     return history
 
