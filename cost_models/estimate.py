@@ -21,6 +21,7 @@ from plans.codec import sealed
 from plans.graph import CallKind
 from plans.plan import Estimate, ExecutionPlan
 from plans.program import Program, Step, StepKind, compile_program
+from plans.routes import is_routes, route_token_bytes
 from plans.timeline import Timeline
 
 BYTES_PER_TOKEN = {"sequences": 8.0}
@@ -146,8 +147,14 @@ def _step_seconds(program: Program, step: Step, machine: Machine) -> float:
 
 def _row_bytes(plan: ExecutionPlan, keys: Iterable[str]) -> float:
     """Bytes of a mean sample of tensors of a batch, which travel without padding."""
-    tokens = plan.workload.prompts.mean + plan.workload.responses.mean
-    return sum(BYTES_PER_TOKEN.get(key, SCORE_BYTES) * tokens for key in keys)
+    tokens, graph = plan.workload.prompts.mean + plan.workload.responses.mean, plan.workload.graph
+
+    def of_token(key: str) -> float:
+        if is_routes(key):
+            return float(route_token_bytes(plan.workload.spec(graph.producers[key])))
+        return BYTES_PER_TOKEN.get(key, SCORE_BYTES)
+
+    return sum(of_token(key) * tokens for key in keys)
 
 
 def _call_memory(plan: ExecutionPlan, call: str, memory: MemoryTerms) -> CallMemory:
@@ -155,6 +162,6 @@ def _call_memory(plan: ExecutionPlan, call: str, memory: MemoryTerms) -> CallMem
     train = plan.workload.graph.call(call).kind is CallKind.TRAIN_STEP
     state = ("gradients", "masters", "optimizer")
     stays = train and bool(memory.state_stays[0])
-    resident = ("communicators", *(state if stays else ()))
+    resident = ("communicators", *(name for name in ("routes",) if name in terms), *(state if stays else ()))
     transient = ("activations", "logits", "kv_cache", "workspace", "reserve", *(() if stays else state))
     return CallMemory(terms=terms, resident=resident, transient=transient, host=float(memory.host[0]))

@@ -90,6 +90,7 @@ def _graph(wanted: RunWorkload, function: bool, staleness: int) -> DataflowGraph
     return algorithm_graph(
         wanted.algorithm,
         recompute_logprobs=wanted.recompute_logprobs,
+        router_replay=wanted.router_replay,
         reward_seconds_per_sample=PYTHON_REWARD_SECONDS if function else None,
         staleness=staleness,
     )

@@ -2,7 +2,8 @@
 are the workload's. Losses and advantages are the runtime's, under the same names.
 
 `sequences` are prompt + response tokens; log-probs, values and rewards are per sample or response token. `lengths` are
-the tokens of prompt and response of all samples: they go first to every rank that deals samples by them.
+the tokens of prompt and response of all samples: they go first to every rank that deals samples by them. `routes` are
+the experts that generation chose (`plans.routes`).
 `pairs` are chosen and rejected responses (two samples per prompt), `examples` are prompt + answer tokens. Names that
 end in `_greedy` are of the greedy response to the same prompt.
 """
@@ -24,18 +25,30 @@ GEN, INF, TRAIN, FN = CallKind.GENERATE, CallKind.INFERENCE, CallKind.TRAIN_STEP
 class Variant:
     """What a user may choose of an algorithm. reward_seconds_per_sample: the reward is a Python function of this cost,
     not a model. recompute_logprobs: old log-probs come from a forward pass of their own, as in verl, and the training
-    of the actor reads those of the generation too, which tell how far both are apart."""
+    of the actor reads those of the generation too, which tell how far both are apart. router_replay: forward passes of
+    the actor send every token to the experts that generation chose; the reference, whose weights are others, chooses
+    its own, as in verl and NeMo RL."""
 
     reward_seconds_per_sample: float | None = None
     recompute_logprobs: bool = False
+    router_replay: bool = False
 
 
 PLAIN = Variant()
 
 
-def _generate(name: str = "actor_generate", suffix: str = "") -> Call:
-    outputs = (f"sequences{suffix}", f"gen_logprobs{suffix}", f"lengths{suffix}")
-    return Call(name=name, kind=GEN, model="actor", inputs=("prompts",), outputs=outputs)
+def _generate(variant: Variant) -> Call:
+    outputs = ("sequences", "gen_logprobs", "lengths", *_routes(variant))
+    return Call(name="actor_generate", kind=GEN, model="actor", inputs=("prompts",), outputs=outputs)
+
+
+def _greedy() -> Call:
+    outputs = (f"sequences{GREEDY}", f"gen_logprobs{GREEDY}", f"lengths{GREEDY}")
+    return Call(name="actor_greedy", kind=GEN, model="actor", inputs=("prompts",), outputs=outputs)
+
+
+def _routes(variant: Variant) -> tuple[str, ...]:
+    return ("routes",) if variant.router_replay else ()
 
 
 def _reward(variant: Variant, suffix: str = "") -> Call:
@@ -53,10 +66,12 @@ def _ref() -> Call:
 
 def _old_logprobs(variant: Variant) -> tuple[str, tuple[Call, ...], tuple[str, ...]]:
     """The old log-probs, the calls that make them, and what the training of the actor reads beside them."""
+    routes = _routes(variant)
     if not variant.recompute_logprobs:
-        return "gen_logprobs", (), ()
-    call = Call(name="actor_infer", kind=INF, model="actor", inputs=("sequences",), outputs=("old_logprobs",))
-    return "old_logprobs", (call,), ("gen_logprobs",)
+        return "gen_logprobs", (), routes
+    reads = ("sequences", *routes)
+    call = Call(name="actor_infer", kind=INF, model="actor", inputs=reads, outputs=("old_logprobs",))
+    return "old_logprobs", (call,), ("gen_logprobs", *routes)
 
 
 def ppo(variant: Variant = PLAIN) -> DataflowGraph:
@@ -68,7 +83,7 @@ def ppo(variant: Variant = PLAIN) -> DataflowGraph:
         Call(name="actor_train", kind=TRAIN, model="actor", inputs=(*scores, *beside)),
         Call(name="critic_train", kind=TRAIN, model="critic", inputs=scores),
     )
-    return DataflowGraph(name="ppo", calls=(_generate(), _reward(variant), _ref(), critic, *extra, *trains))
+    return DataflowGraph(name="ppo", calls=(_generate(variant), _reward(variant), _ref(), critic, *extra, *trains))
 
 
 def _critic_free(
@@ -77,7 +92,7 @@ def _critic_free(
     old, extra, beside = _old_logprobs(variant)
     scores = ("sequences", old, "ref_logprobs", "rewards", *keys, *beside)
     train = Call(name="actor_train", kind=TRAIN, model="actor", inputs=scores)
-    return DataflowGraph(name=name, calls=(_generate(), *baseline, _reward(variant), _ref(), *extra, train))
+    return DataflowGraph(name=name, calls=(_generate(variant), *baseline, _reward(variant), _ref(), *extra, train))
 
 
 def grpo(variant: Variant) -> DataflowGraph:
@@ -97,8 +112,7 @@ def reinforce_pp(variant: Variant) -> DataflowGraph:
 
 def remax(variant: Variant) -> DataflowGraph:
     """ReMax (Li et al. 2024): the reward of a greedy response to the same prompt is the baseline."""
-    greedy = _generate("actor_greedy", GREEDY)
-    return _critic_free("remax", variant, (greedy, _reward(variant, GREEDY)), (f"rewards{GREEDY}",))
+    return _critic_free("remax", variant, (_greedy(), _reward(variant, GREEDY)), (f"rewards{GREEDY}",))
 
 
 def dpo(variant: Variant) -> DataflowGraph:
@@ -187,8 +201,9 @@ def algorithm_named(name: str) -> Algorithm:
 
 def tensor_kind(key: str) -> str:
     """What a tensor of a graph is, by the beginning of its name: `sequences` (tokens), `lengths` (of all samples),
-    `rewards` (a number per sample), `values` or else `logprobs` (a number per response token)."""
-    kinds = ("sequences", "lengths", "rewards", "values")
+    `rewards` (a number per sample), `routes` (experts of each token), `values` or else `logprobs` (a number per
+    response token)."""
+    kinds = ("sequences", "lengths", "rewards", "routes", "values")
     return next((kind for kind in kinds if key == kind or key.startswith(f"{kind}_")), "logprobs")
 
 
@@ -215,8 +230,17 @@ def algorithm_graph(
     *,
     reward_seconds_per_sample: float | None = None,
     recompute_logprobs: bool = False,
+    router_replay: bool = False,
     staleness: int = 0,
 ) -> DataflowGraph:
-    """The graph of a named algorithm in a variant; generation runs `staleness` iterations ahead."""
-    variant = Variant(reward_seconds_per_sample=reward_seconds_per_sample, recompute_logprobs=recompute_logprobs)
-    return replace(algorithm_named(name).graph(variant), staleness=staleness)
+    """The graph of a named algorithm in a variant; generation runs `staleness` iterations ahead. Raises SpecError for
+    an unknown name, and for router replay where nothing is generated."""
+    record = algorithm_named(name)
+    if router_replay and record.offline:
+        raise SpecError(f"router replay: {name} generates nothing whose routes could be replayed", "leave it out")
+    variant = Variant(
+        reward_seconds_per_sample=reward_seconds_per_sample,
+        recompute_logprobs=recompute_logprobs,
+        router_replay=router_replay,
+    )
+    return replace(record.graph(variant), staleness=staleness)

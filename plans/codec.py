@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from plans.algorithms import algorithm_graph
+from plans.algorithms import ALGORITHMS, algorithm_graph
 from plans.cluster import ClusterSpec, GpuSpec, parse_mesh
 from plans.documents import BadText, locate, parse_json, read_text
 from plans.errors import PlanError, RealplanError, nearest
@@ -30,6 +30,7 @@ from plans.plan import Estimate, ExecutionPlan, PlannedCall
 from plans.planfile import FORMAT, CallFile, ClusterFile, LoraFile, ModelFile, PlanFile, WorkloadFile
 from plans.problems import Path_, Problem, blank_comments
 from plans.rope import scaling_of, values_of
+from plans.routes import check_routes, replays_routes
 from plans.shapes import shape_problems
 from plans.strategy import KEYS, SETTINGS, ParallelStrategy, parse_degrees
 from plans.workload import Workload, role_spec, with_lora
@@ -144,8 +145,13 @@ class _Reader:
         lengths = self.lengths(file)
         if self.problems:
             return None
+        self.attempt(
+            "routes",
+            ("workload", "graph" if file.graph else "router_replay"),
+            lambda: check_routes(graph, models),
+        )
         adapted = self.attempt("lora", ("workload", "lora"), lambda: with_lora(graph, models, lora_of(file.lora)))
-        if adapted is None:
+        if adapted is None or self.problems:
             return None
         apart = ("graph", "models", *LENGTHS)
         sizes = {f.name: getattr(file, f.name) for f in fields(Workload) if f.name not in apart}
@@ -169,16 +175,23 @@ class _Reader:
         if file.graph:
             own = file.graph
             faults = own_graph_problems(own)
+            if file.router_replay:
+                hint = "`routes` among the outputs of its generate call and the inputs of the calls that replay them"
+                message = "a graph of one's own says itself who replays routes"
+                self.problems.append(Problem("routes", message, hint, ("workload", "router_replay")))
+                return None
             if faults:
                 self.problems += [fault.at(("workload", "graph")) for fault in faults]
                 return None
             return self.attempt("graph", ("workload", "graph"), lambda: graph_of(own, file.staleness))
+        offline = file.algorithm in ALGORITHMS and ALGORITHMS[file.algorithm].offline
         return self.attempt(
             "algorithm",
-            ("workload", "algorithm"),
+            ("workload", "router_replay" if file.router_replay and offline else "algorithm"),
             lambda: algorithm_graph(
                 file.algorithm,
                 recompute_logprobs=file.recompute_logprobs,
+                router_replay=file.router_replay,
                 reward_seconds_per_sample=file.reward_seconds_per_sample,
                 staleness=file.staleness,
             ),
@@ -285,6 +298,7 @@ def _workload_file(workload: Workload) -> dict[str, Any]:
         graph=own,
         staleness=graph.staleness,
         recompute_logprobs=not own and any(call.name == "actor_infer" for call in graph.calls),
+        router_replay=not own and replays_routes(graph),
         reward_seconds_per_sample=costs[0] if costs else None,
         models={},
         lora=_lora_file(workload.lora),

@@ -161,6 +161,9 @@ class WorkloadFile(_Closed):
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     allow_long: Annotated[bool, Field(description="samples may be longer than a model's context")] = False
     recompute_logprobs: bool = False
+    router_replay: Annotated[
+        bool, Field(description="the actor's forward passes use the experts that generation chose")
+    ] = False
     reward_seconds_per_sample: Annotated[
         float | None,
         Field(ge=0, le=1e6, allow_inf_nan=False, description="the reward is a Python function of this cost, no model"),

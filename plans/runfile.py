@@ -55,6 +55,7 @@ class RunWorkload(Closed):
     minibatches: Positive = 4
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     recompute_logprobs: bool = False
+    router_replay: bool = False
     allow_long: bool = False
     lora: LoraFile | None = None
     models: dict[str, str] = Field(default_factory=dict)

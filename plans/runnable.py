@@ -64,14 +64,14 @@ def workload_problems(workload: Workload) -> list[Problem]:
 
 
 _OUTPUTS: Mapping[CallKind, tuple[tuple[str, ...], ...]] = {
-    CallKind.GENERATE: (("sequences", "logprobs", "lengths"),),
+    CallKind.GENERATE: (("sequences", "logprobs", "lengths"), ("sequences", "logprobs", "lengths", "routes")),
     CallKind.INFERENCE: (("rewards",), ("values",), ("logprobs",)),
     CallKind.TRAIN_STEP: ((),),
     CallKind.FUNCTION: (("rewards",),),
 }
 """What a call may write, as kinds of tensors."""
 _NAMES = {"sequences": "sequences", "logprobs": "gen_logprobs", "lengths": "lengths", "rewards": "rewards_x",
-          "values": "values"}  # fmt: skip
+          "routes": "routes", "values": "values"}  # fmt: skip
 
 
 def _own_graph(graph: DataflowGraph) -> Iterator[Problem]:

@@ -13,6 +13,7 @@ from plans.lengths import Lengths, Percentiles, percentiles_of
 from plans.lora import LORA_ROLE, Lora
 from plans.model import ModelSpec
 from plans.problems import shortened
+from plans.routes import check_routes
 
 VALUE_ROLES = ("critic", "reward")
 """Roles whose models give one scalar per token, in place of a vocabulary."""
@@ -90,6 +91,7 @@ class Workload:
         missing = [role for role in self.graph.roles if role not in self.models]
         if missing:
             raise SpecError(f"workload: no model for role `{missing[0]}` of graph `{self.graph.name}`")
+        check_routes(self.graph, self.models)
 
     def with_lengths(self, found: Mapping[str, Any]) -> Workload:
         """The same work on samples of other lengths, in the keys of a run file (`plans.lengthsfile.lengths_file`)."""

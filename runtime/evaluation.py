@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from plans.algorithms import GREEDY, tensor_kind
 from plans.files import write_atomically, writing
@@ -127,7 +128,7 @@ class Evaluator(Executor):
         first = iteration * self._plan.workload.samples
         if tensor_kind(key) == "rewards":
             values = self._store.get(iteration, key, rows)
-            assert not isinstance(values, Sequences)
+            assert isinstance(values, Tensor)
             # nan is a reward that failed where the run file does not stop for it: no point for that answer.
             self._numbers[_SCORE, [first + row for row in rows]] += settled(self._job, values).double().cpu()
         elif tensor_kind(key) == "sequences":

@@ -26,8 +26,8 @@ from plans.workload import Workload, role_spec, with_lora
 
 @dataclass(frozen=True)
 class Kind:
-    """What a plan is of: an algorithm, an architecture, how many iterations generation runs ahead, and the rank of the
-    actor's adapters (0: it has none).
+    """What a plan is of: an algorithm, an architecture, how many iterations generation runs ahead, the rank of the
+    actor's adapters (0: it has none), and whether the actor replays the routes of generation.
 
     `llama` has trained weights, and real prompts and responses; the others have random weights and prompts, and a
     reward model.
@@ -37,13 +37,15 @@ class Kind:
     model: str
     staleness: int = 0
     rank: int = 0
+    replay: bool = False
 
 
 KINDS = (
     Kind("ppo", "llama"), Kind("grpo", "experts"), Kind("dpo", "llama"), Kind("rloo", "tied"), Kind("grpo", "llama", 1),
-    Kind("remax", "normed"), Kind("ppo", "shared", 1), Kind("sft", "llama"), Kind("reinforce++", "windowed"),
-    Kind("ppo", "biased", 1), Kind("reward-modelling", "llama"), Kind("ppo", "experts"), Kind("remax", "llama"),
-    Kind("grpo", "llama", rank=4), Kind("ppo", "windowed", 1, rank=3), Kind("dpo", "llama", rank=2),
+    Kind("remax", "normed"), Kind("ppo", "shared", 1, replay=True), Kind("sft", "llama"),
+    Kind("reinforce++", "windowed"), Kind("ppo", "biased", 1), Kind("reward-modelling", "llama"),
+    Kind("ppo", "experts", replay=True), Kind("remax", "llama"), Kind("grpo", "llama", rank=4),
+    Kind("ppo", "windowed", 1, rank=3), Kind("dpo", "llama", rank=2),
 )  # fmt: skip
 PLAIN = ModelSpec(name="plain", layers=2, hidden=32, heads=4, kv_heads=4, head_dim=16, ffn=48, vocab=251)
 """A vocabulary that is padded for every tp. A layer costs much time and shows little more than the one before."""
@@ -84,7 +86,7 @@ def workload_of(kind: Kind) -> Workload:
     trained = kind.model == "llama"
     graph = algorithm_graph(
         kind.algorithm, reward_seconds_per_sample=1e-4 if trained else None, recompute_logprobs=not trained,
-        staleness=kind.staleness,
+        router_replay=kind.replay, staleness=kind.staleness,
     )  # fmt: skip
     spec = load_model(str(TINY)) if trained else SPECS[kind.model]
     models = {role: role_spec(role, spec) for role in graph.roles}

@@ -54,6 +54,7 @@ FLOORS = {
             "config_keys",
             "lora",
             "model",
+            "routes",
             "decoder",
             "planned_families",
             "families",
@@ -80,7 +81,8 @@ FLOORS = {
         *("alone", "cases", "devices", "timers", "layers", "results", "collectives", "profile", "command", "speeds"),
     ),
     "runtime": (
-        *("sequences", "reports", "processes", "algorithms", "batches", "models", "groups", "passes", "generation"),
+        *("sequences", "routes", "reports", "processes", "algorithms", "batches", "models", "groups", "passes"),
+        *("generation",),
         *("job", "calls", "weights", "executor", "evaluation", "checkpoints", "worker", "launching", "machines", "cli"),
     ),
 }

@@ -6,14 +6,17 @@ from dataclasses import replace
 
 import numpy as np
 
-from cost_models.candidates import Candidates
+from cost_models.candidates import Array, Candidates
 from cost_models.engines.machine import Machine
-from cost_models.memory.memory_inference import generation_terms, inference_terms
+from cost_models.memory.memory_inference import cached_tokens, generation_terms, inference_terms
 from cost_models.memory.memory_terms import MemoryTerms
 from cost_models.memory.memory_training import training_terms
 from cost_models.memory.training_case import TrainingCase
 from cost_models.packing import bound_tokens, packed
+from cost_models.slots import slots_of
+from cost_models.stages import stage_layers
 from plans.graph import CallKind
+from plans.routes import call_routes, route_token_bytes
 from plans.workload import Workload
 
 
@@ -26,6 +29,31 @@ def call_memory(machine: Machine, workload: Workload, call: str, candidates: Can
     that lives only while they run. A frozen model's weights stay unless offloaded. The CUDA context is not in here: add
     `Machine.context_bytes` once per GPU.
     """
+    terms = _without_routes(machine, workload, call, candidates)
+    if not call_routes(workload.graph.call(call)):
+        return terms
+    held = batch_routes(workload, call, candidates)
+    return replace(terms, routes=held, kv_cache=terms.kv_cache + cached_routes(machine, workload, call, candidates))
+
+
+def batch_routes(workload: Workload, call: str, candidates: Candidates) -> Array:
+    """Bytes of the routes of all layers of a dp rank's samples (`plans.routes`), of as many iterations as are under way
+    where generation runs ahead."""
+    tokens = workload.samples / candidates.dp * (workload.prompts.mean + workload.responses.mean - 1.0)
+    return tokens * route_token_bytes(workload.spec(call)) * (1.0 + workload.graph.staleness)
+
+
+def cached_routes(machine: Machine, workload: Workload, call: str, candidates: Candidates) -> Array:
+    """Bytes of the routes of the fullest stage's layers that lie beside the KV cache, for a call that generates."""
+    if workload.graph.call(call).kind is not CallKind.GENERATE:
+        return np.zeros_like(candidates.dp)
+    spec, slots = workload.spec(call), np.ceil(slots_of(candidates, workload.samples))
+    layers, _ = stage_layers(spec, candidates)
+    bytes_of_layer = route_token_bytes(spec) / spec.layers
+    return layers * bytes_of_layer * cached_tokens(workload, candidates, slots, machine.habits)
+
+
+def _without_routes(machine: Machine, workload: Workload, call: str, candidates: Candidates) -> MemoryTerms:
     habits = machine.habits
     spec, kind = workload.spec(call), workload.graph.call(call).kind
     role = workload.graph.call(call).model

@@ -5,7 +5,7 @@ All sizes are bytes on the fullest rank, as numpy arrays over candidate layouts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,8 @@ class MemoryTerms:
     weights beside bf16 ones), optimizer (Adam moments): training only. activations: stored for the backward pass, or
     alive in a forward pass. logits: vocabulary logits and loss. kv_cache. workspace: temporaries of the fullest moment.
     communicators: NCCL buffers of the layout's groups. reserve: allocator cache that nothing uses. host: host memory
-    per GPU of what is offloaded.
+    per GPU of what is offloaded. routes: the experts of the tokens of an iteration, from their generation to the
+    training that replays them; they count as if they always stayed.
 
     Flags say which terms stay when the call is not running: `weights_stay` (trained home copy, frozen model that is not
     offloaded), `state_stays` (gradients, masters and optimizer, unless offloaded), `is_copy` (a trained model's weights
@@ -46,13 +47,14 @@ class MemoryTerms:
     host: Array
     weights_stay: NDArray[np.bool_]
     state_stays: NDArray[np.bool_]
+    routes: Array = field(default_factory=lambda: np.zeros(1))
     is_copy: bool = False
 
     @property
     def resident_bytes(self) -> Array:
         """Alive on those GPUs all the time."""
         weights = self.base + np.where(self.weights_stay, self.weights, 0.0)
-        return weights + np.where(self.state_stays, self._state, 0.0) + self.communicators
+        return weights + np.where(self.state_stays, self._state, 0.0) + self.communicators + self.routes
 
     @property
     def transient_bytes(self) -> Array:
@@ -98,6 +100,7 @@ class MemoryTerms:
         return self.resident_bytes + self.transient_bytes
 
     def terms(self) -> dict[str, Array]:
-        """Device memory by name, in the order of the fields; the base where there is one."""
-        apart = ("host", "weights_stay", "state_stays", "is_copy", *(() if self.base.any() else ("base",)))
+        """Device memory by name, in the order of the fields; base and routes where there are some."""
+        none = [name for name in ("base", "routes") if not getattr(self, name).any()]
+        apart = ("host", "weights_stay", "state_stays", "is_copy", *none)
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}

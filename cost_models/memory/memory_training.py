@@ -191,7 +191,7 @@ def fullest_stage(first: MemoryTerms, last: MemoryTerms) -> MemoryTerms:
     chosen = {
         f.name: np.where(wins, getattr(last, f.name), getattr(first, f.name))
         for f in fields(MemoryTerms)
-        if f.name != "is_copy"
+        if f.name not in ("is_copy", "routes")
     }
     return MemoryTerms(**chosen, is_copy=first.is_copy)
 

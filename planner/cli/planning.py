@@ -58,6 +58,9 @@ def _request(graph: Path | None, sizes: Mapping[str, int | str | bool | None], *
         hint = "leave one of the two out"
         rule = "both say what an iteration does"
         raise RealplanError(f"--graph {graph} and --algorithm {sizes['algorithm']}: {rule}", hint)
+    if graph and sizes["router_replay"]:
+        hint = "`routes` among the outputs of its generate call and the inputs of the calls that replay them"
+        raise RealplanError(f"--graph {graph} and --router-replay: a graph of one's own says itself who replays", hint)
     return build_request(sizes=sizes, own_graph=load_graph(graph) if graph else None, **flags)
 
 
@@ -79,7 +82,8 @@ def search(
     group_size: words.GroupSize = None, prompt_tokens: words.PromptTokens = None,
     response_tokens: words.ResponseTokens = None, mean_response_tokens: words.MeanResponseTokens = None,
     lengths: words.LengthsPath = None, measured: words.MeasuredRun = None, minibatches: words.Minibatches = None,
-    dtype: words.Dtype = None, recompute_logprobs: words.RecomputeLogprobs = None, lora_rank: words.LoraRank = None,
+    dtype: words.Dtype = None, recompute_logprobs: words.RecomputeLogprobs = None,
+    router_replay: words.RouterReplay = None, lora_rank: words.LoraRank = None,
     lora_alpha: words.LoraAlpha = None, allow_long: AllowLong = False,
     engine: EngineName = DEFAULT_ENGINE, table: TablePath = None, method: words.MethodName = "auto",
     seconds: words.Seconds = 10.0, seed: words.Seed = 0, pin: words.Pins = None, forbid: words.Forbidden = None,
@@ -95,7 +99,8 @@ def search(
     sizes = {
         "algorithm": algorithm, "batch_size": batch_size, "group_size": group_size, "prompt_tokens": prompt_tokens,
         "response_tokens": response_tokens, "mean_response_tokens": mean_response_tokens, "minibatches": minibatches,
-        "dtype": dtype, "recompute_logprobs": recompute_logprobs, "allow_long": allow_long or None,
+        "dtype": dtype, "recompute_logprobs": recompute_logprobs, "router_replay": router_replay,
+        "allow_long": allow_long or None,
     }  # fmt: skip
     models = {"actor": model, "critic": critic, "reward": reward, "ref": ref}
     flags = {"run": run, "graph": graph, "async": staleness, "lengths": lengths, "lora_rank": lora_rank}

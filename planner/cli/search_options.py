@@ -46,6 +46,9 @@ LoraAlpha = Annotated[float | None, typer.Option(help="adapters count alpha / ra
 RecomputeLogprobs = Annotated[
     bool | None, typer.Option("--recompute-logprobs", help="old log-probs in a call of their own")
 ]
+RouterReplay = Annotated[
+    bool | None, typer.Option("--router-replay", help="the actor trains on the experts that generation chose")
+]
 
 MethodName = Annotated[Literal["auto", "exact", "mcmc"], typer.Option(help="how to search")]
 Seconds = Annotated[float, typer.Option(help="search budget")]

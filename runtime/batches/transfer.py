@@ -8,7 +8,7 @@ the consumer starts, so that a rank goes on with other work while the generation
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,10 @@ from torch import Tensor
 from plans.algorithms import tensor_kind
 from plans.batches import Message, batch_transfers, lengths_from, lengths_routes
 from plans.graph import CallKind
+from plans.model import ModelSpec
 from plans.plan import ExecutionPlan
+from plans.routes import routed_tokens, routes_per_token
+from runtime.routes import Routes, route_type
 from runtime.sequences import Sequences
 
 SampleLengths = Sequence[tuple[int, int]]
@@ -141,28 +144,53 @@ class BatchStore:
         return self.lengths(iteration, self._plan.workload.graph.producers[key])
 
     def _sizes(self, iteration: int, key: str, rows: Sequence[int]) -> list[int]:
-        """Numbers of a tensor for each row: all tokens of `sequences`, one reward, else one per response token."""
+        """Numbers of a tensor for each row: all tokens of `sequences`, one reward, the experts of every token with a
+        route, else one per response token."""
         lengths = self._of_key(iteration, key)
         match _kind(key):
             case "sequences":
                 return [sum(lengths[row]) for row in rows]
             case "rewards":
                 return [1] * len(rows)
+            case "routes":
+                each = routes_per_token(self._maker(key))
+                return [routed_tokens(sum(lengths[row])) * each for row in rows]
         return [lengths[row][1] for row in rows]
 
-    def put(self, iteration: int, key: str, rows: Sequence[int], values: Sequences | Tensor) -> None:
-        """Keep rows that this rank made or received, end to end: `Sequences`, or numbers per response token or sample.
-        Lengths are [all samples, 2]; they go on at once to the ranks that deal by them, and rows need them."""
+    def _maker(self, key: str) -> ModelSpec:
+        """The model that makes a tensor."""
+        return self._plan.workload.spec(self._plan.workload.graph.producers[key])
+
+    def _dtype(self, key: str) -> torch.dtype:
+        match _kind(key):
+            case "sequences":
+                return torch.int64
+            case "routes":
+                return route_type(self._maker(key))
+        return torch.float32
+
+    def put(self, iteration: int, key: str, rows: Sequence[int], values: Sequences | Routes | Tensor) -> None:
+        """Keep rows that this rank made or received: `Sequences`, `Routes`, or numbers per response token or sample,
+        end to end. Lengths are [all samples, 2]; they go on at once to the ranks that deal by them, and rows need
+        them."""
         if _kind(key) == "lengths":
             assert isinstance(values, Tensor)
             self._know(iteration, self._plan.workload.graph.producers[key], values)
             return
-        flat = values.tokens if isinstance(values, Sequences) else values
-        parts = torch.split(flat.to(self._device, _dtype(key)), self._sizes(iteration, key, rows))
+        parts: Iterable[Tensor]
+        if isinstance(values, Routes):
+            parts = [row.flatten() for row in values.rows]
+        else:
+            flat = values.tokens if isinstance(values, Sequences) else values
+            parts = torch.split(flat.to(self._device, self._dtype(key)), self._sizes(iteration, key, rows))
         self._rows.setdefault((iteration, key), {}).update(zip(rows, parts, strict=True))
 
-    def get(self, iteration: int, key: str, rows: Sequence[int]) -> Sequences | Tensor:
+    def get(self, iteration: int, key: str, rows: Sequence[int]) -> Sequences | Routes | Tensor:
         """Rows in the order asked for; `arrive` has been called for what comes from elsewhere."""
+        if _kind(key) == "routes":
+            held, spec = self._rows[iteration, key], self._maker(key)
+            shape = (spec.expert_layers, spec.experts_per_token)
+            return Routes(tuple(held[row].view(-1, *shape) for row in rows))
         flat = self._flat(iteration, key, rows)
         if _kind(key) != "sequences":
             return flat
@@ -171,7 +199,7 @@ class BatchStore:
 
     def _flat(self, iteration: int, key: str, rows: Sequence[int]) -> Tensor:
         held = self._rows[iteration, key]
-        return torch.cat([torch.empty(0, dtype=_dtype(key), device=self._device), *(held[row] for row in rows)])
+        return torch.cat([torch.empty(0, dtype=self._dtype(key), device=self._device), *(held[row] for row in rows)])
 
     # Transfers
 
@@ -216,7 +244,7 @@ class BatchStore:
                 self._departures.setdefault(iteration, []).append((work, buffer))
             elif me == message.target:
                 counts = self._counts(iteration, message)
-                size = sum(_dtype(key).itemsize * count for key, count in counts.items())
+                size = sum(self._dtype(key).itemsize * count for key, count in counts.items())
                 buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
                 arrival = _Arrival(message, dist.irecv(buffer, message.source), buffer)
                 self._arrivals.setdefault((iteration, step.producer), []).append(arrival)
@@ -230,7 +258,7 @@ class BatchStore:
 
     def _counts(self, iteration: int, message: Message) -> dict[str, int]:
         """Numbers of each tensor in a message, the widest type first, so that every tensor starts aligned."""
-        keys = sorted(message.keys, key=lambda key: -_dtype(key).itemsize)
+        keys = sorted(message.keys, key=lambda key: -self._dtype(key).itemsize)
         return {key: sum(self._sizes(iteration, key, message.rows)) for key in keys}
 
     def _pack(self, iteration: int, message: Message) -> Tensor:
@@ -253,8 +281,8 @@ class BatchStore:
     def _unpack(self, iteration: int, arrival: _Arrival) -> None:
         start = 0
         for key, count in self._counts(iteration, arrival.message).items():
-            stop = start + _dtype(key).itemsize * count
-            self.put(iteration, key, arrival.message.rows, arrival.buffer[start:stop].view(_dtype(key)))
+            stop = start + self._dtype(key).itemsize * count
+            self.put(iteration, key, arrival.message.rows, arrival.buffer[start:stop].view(self._dtype(key)))
             start = stop
 
     def settle(self, iteration: int) -> None:
@@ -267,10 +295,6 @@ class BatchStore:
         for kept in (self._rows, self._lengths, self._messages):
             for place in [place for place in kept if place[0] == iteration]:
                 del kept[place]
-
-
-def _dtype(key: str) -> torch.dtype:
-    return torch.int64 if _kind(key) == "sequences" else torch.float32
 
 
 def _wait(work: Any, source: int) -> None:

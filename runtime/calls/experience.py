@@ -20,6 +20,7 @@ from runtime.calls.forward_calls import Values
 from runtime.job import Job
 from runtime.passes.packs import Batch
 from runtime.passes.training import Trainer
+from runtime.routes import Routes
 from runtime.sequences import Sequences, padded, unpadded
 
 
@@ -44,6 +45,7 @@ def experience(job: Job, call: Call, trainer: Trainer, inputs: Mapping[str, Valu
     workload, model = job.plan.workload, trainer.model
     (sequences,) = (values for values in inputs.values() if isinstance(values, Sequences))
     flat = {key: values for key, values in inputs.items() if isinstance(values, Tensor)}
+    routes = next((values for values in inputs.values() if isinstance(values, Routes)), None)
     loss = loss_of(workload.graph, call)
     fields: dict[str, Tensor] = {key: flat[key] for key in ("ref_logprobs", "values") if key in flat}
     lengths = torch.tensor(sequences.responses, device=model.device)
@@ -52,10 +54,11 @@ def experience(job: Job, call: Call, trainer: Trainer, inputs: Mapping[str, Valu
         "response_length/clip_ratio": lengths == workload.response_tokens,
         "prompt_length": torch.tensor(sequences.prompts),
     }
-    found = Experience(Batch(sequences, fields), report, _present(job.run.ppo, trainer))
+    found = Experience(Batch(sequences, fields, routes), report, _present(job.run.ppo, trainer))
     if loss not in ALGORITHMS:
         flat = {key: settled(job, values) if tensor_kind(key) == "rewards" else values for key, values in flat.items()}
-        return replace(found, batch=Batch(sequences, fields | {k: _per_token(v, sequences) for k, v in flat.items()}))
+        fields |= {k: _per_token(v, sequences) for k, v in flat.items()}
+        return replace(found, batch=replace(found.batch, fields=fields))
     return found if job.offline else _with_advantages(job, loss, trainer, found, flat, rows)
 
 
@@ -85,7 +88,7 @@ def _with_advantages(
     returns = unpadded(signal.returns, sequences.responses)
     fields = {**found.batch.fields, "old_logprobs": flat[_old(flat)], "advantages": advantages, "returns": returns}
     kl = None if settings.kl_target is None else _mean_kl(samples)
-    return replace(found, batch=Batch(sequences, fields), report=report, counts=counts, kl=kl)
+    return replace(found, batch=replace(found.batch, fields=fields), report=report, counts=counts, kl=kl)
 
 
 def _present(settings: Ppo, trainer: Trainer) -> Ppo:

@@ -24,10 +24,11 @@ from runtime.generation.sampling import Sampling
 from runtime.job import Job
 from runtime.models.model import Model
 from runtime.passes.forward import sample_scores, token_logprobs, token_values
+from runtime.routes import Routes
 from runtime.sequences import Sequences
 
-Values = Sequences | Tensor
-"""Rows of a tensor of the graph, end to end: sequences, numbers per response token, or numbers per sample."""
+Values = Sequences | Routes | Tensor
+"""Rows of a tensor of the graph: sequences, routes, or numbers per response token or per sample, end to end."""
 
 
 def generate_call(
@@ -37,7 +38,7 @@ def generate_call(
     all samples. Collective over the model's ranks."""
     assert job.prompts is not None
     workload, strategy = job.plan.workload, planned.strategy
-    sequences, logprobs, lengths = call.outputs
+    sequences, logprobs, lengths, *routes = call.outputs
     prompts = job.prompts.tokens(job.batch(iteration), job.numbers(rows))
     made = generate(
         model,
@@ -54,11 +55,13 @@ def generate_call(
             groups=strategy.groups,
             allow_long=workload.allow_long,
         ),
+        keep_routes=bool(routes),
     )
     own = torch.tensor([made.sequences.prompts, made.sequences.responses], device=model.device).t()
     index = torch.tensor(rows, device=model.device)
     every = gather_samples(own, index, workload.samples, model.groups.dp)
-    return {lengths: every, sequences: made.sequences, logprobs: made.logprobs}
+    found: dict[str, Values] = {lengths: every, sequences: made.sequences, logprobs: made.logprobs}
+    return found if made.routes is None else found | dict.fromkeys(routes, made.routes)
 
 
 def inference_call(job: Job, call: Call, share: Share, model: Model, inputs: Mapping[str, Values]) -> dict[str, Values]:
@@ -71,7 +74,8 @@ def inference_call(job: Job, call: Call, share: Share, model: Model, inputs: Map
             return {key: sample_scores(model, sequences, micro_batches=parts)}
         case "values":
             return {key: token_values(model, sequences, micro_batches=parts)}
-    return {key: token_logprobs(model, sequences, micro_batches=parts, temperature=job.temperature)}
+    routes = next((values for values in inputs.values() if isinstance(values, Routes)), None)
+    return {key: token_logprobs(model, sequences, micro_batches=parts, temperature=job.temperature, routes=routes)}
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
+from runtime.calls.forward_calls import Values
 from runtime.job import Job
 from runtime.sequences import Sequences
 
 
-def shown_samples(
-    job: Job, inputs: Mapping[str, Sequences | Tensor], rows: Sequence[int], iteration: int
-) -> list[dict[str, Any]]:
+def shown_samples(job: Job, inputs: Mapping[str, Values], rows: Sequence[int], iteration: int) -> list[dict[str, Any]]:
     """The first `samples` of the run file among rows whose responses were generated, as lines of `samples.jsonl`: what
     a person asked, what the model said, its rewards."""
     places = [place for place, row in enumerate(rows) if row < job.run.samples]

@@ -6,6 +6,7 @@ Samples stand in the order of `plans.batches.Share`: this replica's part of mini
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ def _minibatches(
         lengths = torch.tensor(part.sequences.responses, dtype=torch.int64)
         weights = torch.tensor(each).repeat_interleave(lengths).to(part.sequences.tokens.device)
         left = [[i for i in cut if counts[samples[i]]] or cut[:1] for cut in cuts]
-        yield Batch(part.sequences, {**part.fields, WEIGHTS: weights}), max(sum(counted), 1.0), left
+        yield replace(part, fields={**part.fields, WEIGHTS: weights}), max(sum(counted), 1.0), left
 
 
 def _balance(job: Job, call: Call, found: Experience, share: Share, minibatch: int) -> Balance | None:

@@ -14,6 +14,7 @@ from plans.errors import RealplanError
 from runtime.generation.blocks import BlockCopy
 from runtime.generation.lean import Attend, LeanStage
 from runtime.models.packed_attention import Runs, attention, packed_attention
+from runtime.routes import route_type
 
 
 @cache
@@ -25,9 +26,14 @@ def paged_kernel() -> bool:
 
 
 class Pool:
-    """Blocks of keys and values of every layer of a stage: [layers, blocks, block_tokens, kv_heads / tp, 2, dim]."""
+    """Blocks of keys and values of every layer of a stage: [layers, blocks, block_tokens, kv_heads / tp, 2, dim].
 
-    def __init__(self, stage: LeanStage, blocks: int, block_tokens: int) -> None:
+    routes: where they are asked for, beside the keys of a token the experts that it visits, so that both are shared by
+    the samples of a prompt, copied and moved alike: [layers, blocks x block_tokens + 1, experts per token]. The last
+    place, `nowhere`, is for tokens that nobody reads.
+    """
+
+    def __init__(self, stage: LeanStage, blocks: int, block_tokens: int, *, routes: bool = False) -> None:
         dtype, device = stage.model.config.params_dtype, stage.model.device
         shape = (len(stage.blocks), blocks, block_tokens, stage.kv_heads, 2, stage.dim)
         count = torch.Size(shape).numel() * dtype.itemsize
@@ -39,6 +45,12 @@ class Pool:
             raise _too_large(count, "what can be allocated") from None
         self.block_tokens = block_tokens
         self.flat = [layer.flatten(0, 1) for layer in self.data]
+        self.nowhere = blocks * block_tokens
+        self.routes: Tensor | None = None
+        if routes:
+            spec = stage.model.spec
+            chosen = (len(stage.blocks), self.nowhere + 1, spec.experts_per_token)
+            self.routes = torch.zeros(chosen, dtype=route_type(spec), device=device)
 
     @staticmethod
     def _check(count: int, device: torch.device) -> None:
@@ -52,10 +64,24 @@ class Pool:
         """Write keys and values of tokens [n] to flat places [n]."""
         self.flat[layer].index_copy_(0, places, qkv[:, :, -2:])
 
+    def note(self, places: Tensor, layer: int, chosen: Tensor) -> None:
+        """Write the experts [n, k] that tokens visit to flat places [n]."""
+        assert self.routes is not None
+        self.routes[layer].index_copy_(0, places, chosen.to(self.routes.dtype))
+
+    def routes_at(self, places: Tensor) -> Tensor:
+        """The experts of tokens at flat places [n] in every layer of the stage: [n, layers, k]."""
+        assert self.routes is not None
+        return self.routes.index_select(1, places).transpose(0, 1).contiguous()
+
     def copy(self, copies: Sequence[BlockCopy]) -> None:
         """Copy the beginnings of blocks, one after the other."""
         for one in copies:
             self.data[:, one.target, : one.tokens].copy_(self.data[:, one.source, : one.tokens])
+            if self.routes is not None:
+                source, target = one.source * self.block_tokens, one.target * self.block_tokens
+                kept = self.routes[:, source : source + one.tokens]
+                self.routes[:, target : target + one.tokens].copy_(kept)
 
 
 def _too_large(count: int, limit: str) -> RealplanError:
@@ -74,7 +100,7 @@ def row_attention(stage: LeanStage, pool: Pool, count: int, longest: int, last: 
     share = stage.share
     columns = torch.arange(longest, device=last.device)
     masks = _masks(stage, columns, last, pool.data.dtype)
-    places = last + torch.arange(count, device=last.device) * pool.block_tokens
+    places = row_places(pool, last)
     rows = pool.data[:, :count, :longest].permute(4, 0, 1, 3, 2, 5)
     views = list(zip(rows[0].unbind(0), rows[1].unbind(0), strict=True))
 
@@ -87,6 +113,11 @@ def row_attention(stage: LeanStage, pool: Pool, count: int, longest: int, last: 
         return out.reshape(count, -1)
 
     return attend
+
+
+def row_places(pool: Pool, last: Tensor) -> Tensor:
+    """Flat places of the tokens at positions `last` [n] of the first n slots, whose blocks are their own."""
+    return last + torch.arange(len(last), device=last.device) * pool.block_tokens
 
 
 def _masks(stage: LeanStage, columns: Tensor, last: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:
@@ -109,7 +140,7 @@ def gathered_attention(stage: LeanStage, pool: Pool, tables: Tensor, last: Tenso
     count, share, size = len(tables), stage.share, pool.block_tokens
     columns = torch.arange(tables.shape[1] * size, device=last.device)
     masks = _masks(stage, columns, last, pool.data.dtype)
-    places = _places(tables, last, size)
+    places = table_places(tables, last, size)
     listed = tables.flatten()
 
     def attend(layer: int, qkv: Tensor) -> Tensor:
@@ -131,7 +162,7 @@ def paged_attention(stage: LeanStage, pool: Pool, tables: Tensor, last: Tensor) 
     bounds = torch.arange(count + 1, dtype=torch.int32, device=last.device)
     used, listed = (last + 1).to(torch.int32), tables.to(torch.int32)
     longest = tables.shape[1] * pool.block_tokens
-    places = _places(tables, last, pool.block_tokens)
+    places = table_places(tables, last, pool.block_tokens)
 
     def attend(layer: int, qkv: Tensor) -> Tensor:
         pool.store(layer, places, qkv)
@@ -145,8 +176,8 @@ def paged_attention(stage: LeanStage, pool: Pool, tables: Tensor, last: Tensor) 
     return attend
 
 
-def _places(tables: Tensor, last: Tensor, size: int) -> Tensor:
-    """Flat places of the tokens at positions `last` [n]."""
+def table_places(tables: Tensor, last: Tensor, size: int) -> Tensor:
+    """Flat places of the tokens at positions `last` [n] of slots with tables of blocks [n, m]."""
     block = torch.div(last, size, rounding_mode="floor")
     return tables.gather(1, block[:, None]).squeeze(1) * size + last.remainder(size)
 

@@ -16,9 +16,13 @@ from torch import Tensor
 
 from runtime.models.model import Model
 
+Note = Callable[[Tensor], None]
+"""Takes the experts that were chosen for each row, [n, k]."""
+
 
 class LeanExperts:
     """The experts of one block: normed hidden states [n, hidden] -> this rank's part of the block's output, the same.
+    `note` gets what every row chose, on every rank.
 
     Where tp is more than ep, the runs of ep ranks share the tokens out: run i of r has the rows i, i + r, ...
     """
@@ -33,11 +37,14 @@ class LeanExperts:
         self._router, self._shared = layer.router.weight, layer.shared_experts
         self._activation, self._gated = model.config.activation_func, model.config.gated_linear_unit
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, note: Note | None = None) -> Tensor:
         out = torch.zeros_like(x)
-        mine = x[self._run :: self._runs]
-        if len(mine):
-            (self._all if x.is_cuda else self._needed)(mine, out[self._run :: self._runs])
+        chosen, gates = self._gates(x)
+        if note is not None:
+            note(chosen)
+        mine = slice(self._run, None, self._runs)
+        if len(x[mine]):
+            (self._all if x.is_cuda else self._needed)(x[mine], chosen[mine], gates[mine], out[mine])
         if self._shared is not None:
             part = self._mlp(x, self._shared.linear_fc1.weight, self._shared.linear_fc2.weight)
             out += part * torch.sigmoid(F.linear(x, self._shared.gate_weight))
@@ -52,19 +59,17 @@ class LeanExperts:
         best, chosen = logits.softmax(-1).topk(self._chosen, -1)
         return chosen, best
 
-    def _needed(self, x: Tensor, out: Tensor) -> None:
+    def _needed(self, x: Tensor, chosen: Tensor, gates: Tensor, out: Tensor) -> None:
         """Each expert on the rows that chose it."""
-        chosen, gates = self._gates(x)
         for index, (first, second) in enumerate(self._experts):
             rows, place = (chosen == self._first + index).nonzero(as_tuple=True)
             if len(rows):
                 part = self._mlp(x[rows], first, second)
                 out.index_add_(0, rows, part * gates[rows, place, None].to(x.dtype))
 
-    def _all(self, x: Tensor, out: Tensor) -> None:
+    def _all(self, x: Tensor, chosen: Tensor, gates: Tensor, out: Tensor) -> None:
         """Each expert on every row, with a gate of zero where it is not chosen: shapes that do not depend on values. A
         decoding step reads the weights of nearly all experts anyhow."""
-        chosen, gates = self._gates(x)
         experts = torch.arange(self._first, self._first + len(self._experts), device=x.device)
         weights = (gates[..., None] * (chosen[..., None] == experts)).sum(1).to(x.dtype)
         for index, (first, second) in enumerate(self._experts):
@@ -78,12 +83,12 @@ class LeanExperts:
         return F.linear(self._activation(inner), second)
 
 
-def expert_block(model: Model, layer: Any, total: Callable[[Tensor], None]) -> Callable[[Tensor, Tensor], Tensor]:
-    """(residual, normed) -> residual + the experts' output; `total` sums over tp in place."""
+def expert_block(model: Model, layer: Any, total: Callable[[Tensor], None]) -> Callable[..., Tensor]:
+    """(residual, normed, note) -> residual + the experts' output; `total` sums over tp in place."""
     experts = LeanExperts(model, layer)
 
-    def block(residual: Tensor, x: Tensor) -> Tensor:
-        out = experts(x)
+    def block(residual: Tensor, x: Tensor, note: Note | None = None) -> Tensor:
+        out = experts(x, note)
         total(out)
         return out.add_(residual)
 

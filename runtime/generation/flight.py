@@ -4,25 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from runtime.generation.attention import Pool, gathered_attention, paged_attention, row_attention
-from runtime.generation.blocks import Blocks, PagedBlocks, Prompt
-from runtime.generation.lean import Attend, LeanStage
+from runtime.generation.attention import (
+    Pool,
+    gathered_attention,
+    paged_attention,
+    row_attention,
+    row_places,
+    table_places,
+)
+from runtime.generation.blocks import Blocks, PagedBlocks, Prompt, flat_places
+from runtime.generation.lean import Attend, LayerNote, LeanStage
 from runtime.generation.sampling import Chooser, mark_seen, step_seeds
 
 
 @dataclass
 class Live:
-    """A sample in a slot: its number in the batch, its prompt, how many tokens it may have, and what it has."""
+    """A sample in a slot: its number in the batch, its prompt, how many tokens it may have, and what it has.
+    routes: once it has ended, where they are asked for, those of this stage's layers (`runtime.routes`)."""
 
     sample: int
     prompt: Prompt
     limit: int
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    routes: Tensor | None = None
 
     @property
     def left(self) -> int:
@@ -119,7 +129,7 @@ class Flight:
         n, stage = self.count, self._stage
         last = torch.minimum(self.positions[:n], self._bounds[:n])
         hidden = stage.embed(self.tokens[:n]) if stage.model.first_stage else self.inbox[:n]
-        hidden = stage.layers(hidden, self.rotation.index_select(0, last), self._attend(last))
+        hidden = stage.layers(hidden, self.rotation.index_select(0, last), self._attend(last), self._note(last))
         if self._chooser is None:
             self.outbox[:n].copy_(hidden)
             return
@@ -135,6 +145,25 @@ class Flight:
         plain = all(not sight.window and not sight.cap and not sight.scale for sight in self._stage.sights)
         kernel = paged_attention if self.tokens.is_cuda and plain else gathered_attention
         return kernel(self._stage, self.pool, self._tables[: self.count], last)
+
+    def _note(self, last: Tensor) -> LayerNote | None:
+        """Where the step keeps the experts of its tokens. A sample that has its tokens before the burst ends goes on to
+        compute at the last position, whose experts are those of the token that came first."""
+        if self.pool.routes is None:
+            return None
+        if isinstance(self.blocks, PagedBlocks):
+            places = table_places(self._tables[: self.count], last, self.pool.block_tokens)
+        else:
+            places = row_places(self.pool, last)
+        return partial(self.pool.note, places.masked_fill(self.positions[: self.count] > last, self.pool.nowhere))
+
+    def routes_of(self, slot: int) -> Tensor | None:
+        """The routes of the sample in a slot, where they are kept: [tokens - 1, layers of the stage, k]."""
+        live = self.lives[slot]
+        if self.pool.routes is None or live is None:
+            return None
+        read = flat_places(self.blocks.tables[slot], live.position, self.pool.block_tokens)
+        return self.pool.routes_at(torch.tensor(read, dtype=torch.int64, device=self.tokens.device))
 
     def land(self, step: int) -> None:
         """Take what a step has chosen: it is the input of the next one."""

@@ -23,9 +23,11 @@ from runtime.generation.capture import CapturedSteps, cuda_recorder
 from runtime.generation.flight import Flight, Live
 from runtime.generation.lean import LeanStage
 from runtime.generation.pipeline import Pipeline
+from runtime.generation.routes import whole_routes
 from runtime.generation.sampling import Chooser, Sampling, sample_keys
 from runtime.generation.stopping import Ended
 from runtime.models.model import Model
+from runtime.routes import Routes
 from runtime.sequences import Sequences
 
 
@@ -34,12 +36,13 @@ class Generated:
     """Sequences of a replica, the same on all its ranks.
 
     logprobs: float32 [all response tokens] at the sampling temperature. steps: rows that decoding computed, those of
-    ended and empty slots included.
+    ended and empty slots included. routes: of all samples and layers, where they were asked for.
     """
 
     sequences: Sequences
     logprobs: Tensor
     rows_computed: int
+    routes: Routes | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,13 +78,15 @@ def generate(
     stop_ids: Sequence[int] = (),
     ended: Ended | None = None,
     limits: FlightLimits | None = None,
+    keep_routes: bool = False,
 ) -> Generated:
     """Continue each prompt (token ids, at least one) by up to `response_tokens` tokens, for all or for each.
 
     Collective over the ranks of a replica, which all give the same arguments. `sample_ids` are the global numbers of
     the samples: with `seed` and `iteration` they fix the tokens. Equal prompts that are in flight together are computed
-    once. A response ends with the first of `stop_ids`, or where `ended` says. Raises RealplanError for empty prompts or
-    responses, positions beyond the model's context, and slots that do not fit.
+    once. A response ends with the first of `stop_ids`, or where `ended` says. `keep_routes`: tell which experts every
+    token has visited. Raises RealplanError for empty prompts or responses, positions beyond the model's context, and
+    slots that do not fit.
     """
     most = [response_tokens] * len(prompts) if isinstance(response_tokens, int) else list(response_tokens)
     limits = limits or FlightLimits()
@@ -91,11 +96,12 @@ def generate(
     if lives:
         with torch.inference_mode():
             keys = sample_keys(seed, iteration, torch.tensor(sample_ids)).to(model.device)
-            run = _Run(model, lives, sampling, limits, keys)
+            run = _Run(model, lives, sampling, limits, keys, keep_routes=keep_routes)
             computed = run.all(frozenset(stop_ids), ended)
     sequences = Sequences.of(prompts, [live.tokens for live in lives])
     found = torch.tensor([value for live in lives for value in live.logprobs], dtype=torch.float32)
-    return Generated(sequences.to(model.device), found.to(model.device), computed)
+    routes = whole_routes(model, [live.routes for live in lives if live.routes is not None]) if keep_routes else None
+    return Generated(sequences.to(model.device), found.to(model.device), computed, routes)
 
 
 def _check(model: Model, prompts: Sequence[Sequence[int]], most: Sequence[int], allow_long: bool) -> None:
@@ -116,7 +122,14 @@ class _Run:
     """One generation: the queue, the flights and the pipeline."""
 
     def __init__(
-        self, model: Model, lives: Sequence[Live], sampling: Sampling, limits: FlightLimits, keys: Tensor
+        self,
+        model: Model,
+        lives: Sequence[Live],
+        sampling: Sampling,
+        limits: FlightLimits,
+        keys: Tensor,
+        *,
+        keep_routes: bool,
     ) -> None:
         self._limits, self._keys, self._device = limits, keys, model.device
         self._queue = deque(lives)
@@ -133,7 +146,7 @@ class _Run:
         for first in range(0, slots, each):
             blocks = self._blocks(stage, lives, min(each, slots - first), longest)
             count = blocks.spare + 1 if isinstance(blocks, PagedBlocks) else len(blocks.tables)
-            pool = Pool(stage, count, blocks.block_tokens)
+            pool = Pool(stage, count, blocks.block_tokens, routes=keep_routes)
             self._flights.append(Flight(stage, blocks, pool, rotation, chooser))
         captures = limits.capture and self._device.type == "cuda"
         self._pipeline = Pipeline(stage, CapturedSteps(cuda_recorder() if captures else None))
@@ -242,5 +255,6 @@ def _retire(flight: Flight, stops: frozenset[int], ended: Ended | None) -> None:
                 end = cut - old
         live.logprobs += logprobs[slot][: len(live.tokens) - old]
         if end is not None or not live.left:
+            live.routes = flight.routes_of(slot)
             flight.blocks.retire(slot)
             flight.lives[slot] = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,9 @@ Attend = Callable[[int, Tensor], Tensor]
 """(local layer, queries with keys and values [tokens, kv_heads / tp, share + 2, dim], rotated) -> attention outputs
 [tokens, heads / tp x dim]. Of each kv head's `share + 2` vectors the last two are its key and its value."""
 
+LayerNote = Callable[[int, Tensor], None]
+"""(local layer, the experts that each token visits [tokens, k])."""
+
 
 @dataclass(frozen=True, eq=False)
 class _Block:
@@ -46,7 +50,7 @@ class _Block:
     out: Product
     out_bias: Tensor | None
     out_adapter: Adapter
-    mlp: Callable[[Tensor, Tensor], Tensor]
+    mlp: Callable[..., Tensor]
 
 
 class LeanStage:
@@ -85,8 +89,8 @@ class LeanStage:
             mlp=self._mlp(layer.mlp),
         )
 
-    def _mlp(self, mlp: Any) -> Callable[[Tensor, Tensor], Tensor]:
-        """(residual, normed) -> residual + the block's MLP."""
+    def _mlp(self, mlp: Any) -> Callable[..., Tensor]:
+        """(residual, normed, note) -> residual + the block's MLP; experts tell `note` which of them were chosen."""
         if self.model.spec.experts:
             return expert_block(self.model, mlp, self._sum)
         first, second, config = mlp.linear_fc1, mlp.linear_fc2, self.model.config
@@ -95,7 +99,7 @@ class LeanStage:
         widen, narrow = adapter_of(first), adapter_of(second)
         wide, thin = self._product(first.weight), self._product(second.weight)
 
-        def dense(residual: Tensor, x: Tensor) -> Tensor:
+        def dense(residual: Tensor, x: Tensor, note: object = None) -> Tensor:
             inner = widen(wide(x, first.bias), x)
             if gated:
                 gate, up = inner.chunk(2, -1)
@@ -159,8 +163,9 @@ class LeanStage:
         table = torch.stack([angles.cos(), angles.sin() * sign], 1) * rope.amplitude
         return torch.as_tensor(table[:, :, None].to(self.model.config.params_dtype))
 
-    def layers(self, hidden: Tensor, rotation: Tensor, attend: Attend) -> Tensor:
-        """Hidden states [n, hidden] behind the blocks; `rotation` [n, 2 or 4, 1, 1, rotated]: the tokens' positions."""
+    def layers(self, hidden: Tensor, rotation: Tensor, attend: Attend, note: LayerNote | None = None) -> Tensor:
+        """Hidden states [n, hidden] behind the blocks; `rotation` [n, 2 or 4, 1, 1, rotated]: the tokens' positions.
+        `note` gets the experts that the tokens visit."""
         shape = (len(hidden), self.kv_heads, self.share + 2, self.dim)
         for index, block in enumerate(self.blocks):
             normed = hidden if block.input_norm is None else block.input_norm(hidden)
@@ -176,7 +181,8 @@ class LeanStage:
             turned.mul_(cos).addcmul_(swapped, sin)
             attended, adapter = attend(index, qkv), block.out_adapter
             hidden = self._join(hidden, attended, block.out, block.out_bias, adapter, block.attention_norm)
-            hidden = block.mlp(hidden, hidden if block.mlp_norm is None else block.mlp_norm(hidden))
+            normed = hidden if block.mlp_norm is None else block.mlp_norm(hidden)
+            hidden = block.mlp(hidden, normed, None if note is None else partial(note, index))
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:

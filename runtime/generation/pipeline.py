@@ -7,6 +7,7 @@ states go from stage to stage, and the last stage broadcasts the chosen tokens t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,8 +75,10 @@ class Pipeline:
             shape = (len(tokens), model.spec.hidden)
             hidden = torch.empty(shape, dtype=model.config.params_dtype, device=model.device)
             dist.recv(hidden, src=self._ranks[model.place.pp - 1], group=self._group)
-        attend = prefill_attention(stage, flight.pool, torch.tensor(places, device=model.device), lengths)
-        hidden = stage.layers(hidden, flight.rotation.index_select(0, positions), attend)
+        at = torch.tensor(places, device=model.device)
+        attend = prefill_attention(stage, flight.pool, at, lengths)
+        note = None if flight.pool.routes is None else partial(flight.pool.note, at)
+        hidden = stage.layers(hidden, flight.rotation.index_select(0, positions), attend, note)
         if not model.last_stage:
             self._wait(-1)
             self._send(-1, hidden)

@@ -11,6 +11,7 @@ from plans.plan import ExecutionPlan
 from plans.program import Program, Step, StepKind, compile_program
 from plans.reallocation import reallocation
 from plans.render import rank_ranges
+from plans.routes import route_token_bytes, routed_tokens
 from plans.runfile import RunFile
 from plans.workload import Workload
 
@@ -83,8 +84,10 @@ def step_bytes(program: Program, step: Step) -> int:
 
 
 def row_bytes(key: str, workload: Workload) -> int:
-    """Most bytes of one sample of a tensor of the graph: tokens in int64, or float32 numbers."""
+    """Most bytes of one sample of a tensor of the graph: tokens in int64, routes, or float32 numbers."""
     kind = tensor_kind(key)
+    if kind == "routes":
+        return routed_tokens(workload.tokens) * route_token_bytes(workload.spec(workload.graph.producers[key]))
     if kind == "sequences":
         return 8 * workload.tokens
     return 4 if kind == "rewards" else 4 * workload.response_tokens

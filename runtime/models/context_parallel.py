@@ -16,21 +16,22 @@ import torch
 from torch import Tensor
 
 from runtime.models.mcore import gather_from_sequence_parallel_region
-from runtime.models.packed_attention import RoutedTokens, Runs
+from runtime.models.packed_attention import ReplayedTokens, RoutedTokens, Runs
 
 
 @dataclass(frozen=True, eq=False)
 class CutRuns:
     """The segments of a rank's two chunks. Megatron's layers hand it to the attention core in the place of `Runs`.
 
-    of_queries, of_keys: tokens of each segment. spans: the keys that each chunk reads, as places in the pack. routed:
-    where experts are to be balanced.
+    of_queries, of_keys: tokens of each segment. spans: the keys that each chunk reads, as places in the pack. routed,
+    replayed: as in `Runs`.
     """
 
     of_queries: Runs
     of_keys: Runs
     spans: tuple[tuple[int, int], tuple[int, int]]
     routed: RoutedTokens | None = None
+    replayed: ReplayedTokens | None = None
     qkv_format: ClassVar[str] = "thd"
 
     @classmethod

@@ -57,6 +57,7 @@ class NumberedLayer(TransformerLayer):  # type: ignore[misc]
         router = getattr(self.mlp, "router", None)
         if router is not None:
             router.tokens = None if packed_seq_params is None else packed_seq_params.routed
+            router.replayed = None if packed_seq_params is None else packed_seq_params.replayed
         return super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
 
 

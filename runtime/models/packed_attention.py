@@ -30,16 +30,28 @@ class RoutedTokens:
 
 
 @dataclass(frozen=True, eq=False)
+class ReplayedTokens:
+    """The experts that a rank's tokens of a pack have to visit. experts: what `runtime.routes` stores, in the layers of
+    this rank's stage [width / cp, layers, k]; layers: the number of each, as Megatron counts, from 1. known: whether a
+    token has a route; those without go where their router says: bool [width / cp]."""
+
+    experts: Tensor
+    layers: tuple[int, ...]
+    known: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Runs:
     """Lengths of sequences that lie end to end, in host memory, and where they begin, on the device: int32 [n + 1].
 
     Megatron's layers hand it to the attention core in the place of `PackedSeqParams`. routed: where experts are to be
-    balanced.
+    balanced; replayed: where tokens visit given ones.
     """
 
     lengths: tuple[int, ...]
     bounds: Tensor
     routed: RoutedTokens | None = None
+    replayed: ReplayedTokens | None = None
     qkv_format: ClassVar[str] = "thd"
 
     @classmethod

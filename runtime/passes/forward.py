@@ -21,7 +21,8 @@ from runtime.models.mcore import (
 )
 from runtime.models.model import Model
 from runtime.passes.logprobs import token_logprobs_of
-from runtime.passes.packs import Batch, Pack, packs_of
+from runtime.passes.packs import Batch, Pack, packs_of, replayed
+from runtime.routes import Routes
 from runtime.sequences import Sequences, take_runs
 
 MicroBatches = Sequence[Sequence[int]]
@@ -162,10 +163,13 @@ def _scored(
     micro_batches: MicroBatches | None,
     lengths: Sequence[int],
     pick: Callable[[Tensor, Pack], Tensor],
+    routes: Routes | None = None,
 ) -> Tensor:
     """Numbers that the last stage picks of each pack, a run of `lengths` per sample, in the order of `sequences`."""
     parts = micro_batches or [range(len(sequences))]
     packs = packs_of(model, [sequences.take(part) for part in parts])
+    if routes is not None:
+        packs = [replayed(pack, routes.take(part), model) for pack, part in zip(packs, parts, strict=True)]
     for chunk in model.chunks:
         chunk.eval()
     with torch.no_grad():
@@ -186,16 +190,22 @@ def _from_last_stage(model: Model, tensor: Tensor) -> Tensor:
 
 
 def token_logprobs(
-    model: Model, sequences: Sequences, *, micro_batches: MicroBatches | None = None, temperature: float = 1.0
+    model: Model,
+    sequences: Sequences,
+    *,
+    micro_batches: MicroBatches | None = None,
+    temperature: float = 1.0,
+    routes: Routes | None = None,
 ) -> Tensor:
     """Log-probability of each response token given those before it: float32 [response tokens] on every rank of the
-    replica, whose samples `sequences` are. Collective over the replica; without `micro_batches`, in one."""
+    replica, whose samples `sequences` are. Collective over the replica; without `micro_batches`, in one. routes: the
+    experts that the tokens have to visit."""
     assert model.spec.head is Head.LM
 
     def pick(hidden: Tensor, pack: Pack) -> Tensor:
         return token_output(model, hidden, pack, temperature).logprobs
 
-    return _scored(model, sequences, micro_batches, sequences.responses, pick)
+    return _scored(model, sequences, micro_batches, sequences.responses, pick, routes)
 
 
 def token_values(model: Model, sequences: Sequences, *, micro_batches: MicroBatches | None = None) -> Tensor:

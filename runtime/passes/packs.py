@@ -11,23 +11,26 @@ from torch import Tensor
 
 from runtime.models.context_parallel import CutRuns, own_places
 from runtime.models.model import Model
-from runtime.models.packed_attention import RoutedTokens, Runs
+from runtime.models.packed_attention import ReplayedTokens, RoutedTokens, Runs
 from runtime.models.routing import Balance
-from runtime.sequences import Sequences, take_runs
+from runtime.routes import Routes, route_type
+from runtime.sequences import Sequences, ranges, take_runs
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples and what a loss reads of them: numbers per response token, each [response tokens] (`Sequences`)."""
+    """Samples and what a loss reads of them: numbers per response token, each [response tokens] (`Sequences`). routes:
+    the experts that their tokens have to visit, None where routers choose."""
 
     sequences: Sequences
     fields: Mapping[str, Tensor]
+    routes: Routes | None = None
 
     def take(self, samples: Sequence[int]) -> Batch:
         """Some samples, in the order given."""
         lengths = self.sequences.responses
         taken = {name: take_runs(values, lengths, samples) for name, values in self.fields.items()}
-        return Batch(self.sequences.take(samples), taken)
+        return Batch(self.sequences.take(samples), taken, self.routes and self.routes.take(samples))
 
     def __getitem__(self, name: str) -> Tensor:
         """The numbers of that name."""
@@ -51,9 +54,22 @@ class Pack:
     number: Tensor | None = None
 
     @property
+    def width(self) -> int:
+        """Tokens of the whole pack, with the filling."""
+        return len(self.tokens) if self.number is None else len(self.number)
+
+    @property
     def before(self) -> Tensor:
         """Places where the response tokens are predicted."""
         return self.sequences.of_response - 1
+
+    @property
+    def own(self) -> Tensor:
+        """Places in the whole pack of this rank's tokens, in its order."""
+        if self.number is None:
+            return torch.arange(len(self.tokens), device=self.tokens.device)
+        held = (self.number >= 0).nonzero().flatten()
+        return held[self.number[held].argsort()]
 
     def held(self, places: Tensor) -> tuple[Tensor, Tensor]:
         """Of places of the whole pack, the numbers of those that this rank has, and where they are in `tokens`."""
@@ -96,13 +112,27 @@ def balanced(pack: Pack, samples: Sequence[int], balance: Balance, layers: int) 
     owners = torch.arange(len(lengths), device=device).repeat_interleave(
         torch.tensor(lengths, dtype=torch.int64, device=device)
     )
-    if pack.number is not None:  # places of this rank's tokens, in its order
-        held = (pack.number >= 0).nonzero().flatten()
-        owners = F.pad(owners, (0, len(pack.number) - len(owners)), value=len(lengths))
-        owners = owners[held[pack.number[held].argsort()]]
-    owners = F.pad(owners, (0, len(pack.tokens) - len(owners)), value=len(lengths))
+    owners = F.pad(owners, (0, pack.width - len(owners)), value=len(lengths))[pack.own]
     counted = [not balance.counts or balance.counts[sample] for sample in samples]
     reals = [float(n) if counts else torch.inf for n, counts in zip(lengths, counted, strict=True)]
     each = torch.tensor([*reals, torch.inf], device=device)
     routed = RoutedTokens(owners, each, balance.coefficient / (balance.samples * layers))
     return replace(pack, runs=replace(pack.runs, routed=routed))
+
+
+def replayed(pack: Pack, routes: Routes, model: Model) -> Pack:
+    """A pack whose tokens visit the experts of their routes in the layers of this rank's stage. The last token of a
+    sequence and the filling have none."""
+    layout, device = model.layout, pack.tokens.device
+    layers = [layer for index in range(layout.vpp) for layer in layout.chunk_layers(model.place.pp, index)]
+    places = ranges(pack.sequences.starts[:-1], [len(row) for row in routes.rows]).to(device)
+    experts = torch.zeros(
+        pack.width, len(layers), model.spec.experts_per_token, dtype=route_type(model.spec), device=device
+    )
+    known = torch.zeros(pack.width, dtype=torch.bool, device=device)
+    if len(places):
+        columns = torch.tensor(layers, device=routes.rows[0].device)
+        experts.index_copy_(0, places, torch.cat([row.index_select(1, columns) for row in routes.rows]).to(device))
+        known.index_fill_(0, places, True)
+    found = ReplayedTokens(experts[pack.own], tuple(layer + 1 for layer in layers), known[pack.own])
+    return replace(pack, runs=replace(pack.runs, replayed=found))

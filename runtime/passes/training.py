@@ -23,7 +23,7 @@ from runtime.models.model import Model, moved, named_shards
 from runtime.models.routing import Balance, routers
 from runtime.passes.forward import LossFunction, MicroBatches, run_schedule, token_output
 from runtime.passes.optimizer import AdamSettings, make_optimizer, masters_of, parts_of
-from runtime.passes.packs import Batch, balanced, packs_of
+from runtime.passes.packs import Batch, balanced, packs_of, replayed
 
 _TERMS_BYTES = 2048
 
@@ -160,6 +160,10 @@ class Trainer:
         parts = micro_batches or [range(len(batch.sequences))]
         batches = [batch.take(part) for part in parts]
         packs = packs_of(self.model, [part.sequences for part in batches])
+        packs = [
+            pack if part.routes is None else replayed(pack, part.routes, self.model)
+            for pack, part in zip(packs, batches, strict=True)
+        ]
         if balance is not None:
             layers = self.model.spec.layers
             packs = [balanced(pack, part, balance, layers) for pack, part in zip(packs, parts, strict=True)]

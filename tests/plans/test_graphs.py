@@ -17,8 +17,10 @@ from plans.errors import PlanError, SpecError
 from plans.graph import Call, CallKind, DataflowGraph, Edge
 from plans.graphfile import load_graph
 from plans.library import load_cluster, load_model
+from plans.model import ModelSpec
 from plans.plan import ExecutionPlan, PlannedCall
 from plans.program import StepKind, compile_program
+from plans.routes import check_routes
 from plans.strategy import ParallelStrategy
 from plans.workload import Workload
 
@@ -46,6 +48,58 @@ def test_ppo_has_the_calls_and_edges_of_the_paper() -> None:
     }
     seven = algorithm_graph("ppo", recompute_logprobs=True)
     assert len(seven.calls) == 7 and Edge("actor_infer", "actor_train") in seven.edges
+
+
+def test_routes_go_from_generation_to_the_passes_of_the_actor() -> None:
+    graph = algorithm_graph("ppo", recompute_logprobs=True, router_replay=True)
+    assert {call.name for call in graph.calls if "routes" in call.inputs} == {"actor_infer", "actor_train"}
+    assert [call.name for call in graph.calls if "routes" in call.outputs] == ["actor_generate"]
+    remax = algorithm_graph("remax", router_replay=True)
+    assert "routes" in remax.call("actor_train").inputs and "routes" not in remax.call("actor_greedy").outputs
+    with pytest.raises(SpecError, match="dpo generates nothing whose routes could be replayed"):
+        algorithm_graph("dpo", router_replay=True)
+
+
+MIXTURE = ModelSpec(
+    name="mixture", layers=2, hidden=8, heads=2, kv_heads=2, head_dim=4, ffn=8, vocab=64, experts=4, experts_per_token=2
+)
+
+
+@pytest.mark.parametrize(
+    ("reader", "said"),
+    [
+        ("ref_infer", "`ref_infer` reads the routes of `actor`, whose experts are not those of its own model"),
+        ("critic_infer", "`critic_infer` reads the routes of `actor`"),
+        ("", "`actor` (dense) has no experts to choose from"),
+    ],
+)
+def test_routes_of_other_experts_are_refused(reader: str, said: str) -> None:
+    graph = algorithm_graph("ppo", reward_seconds_per_sample=0.1, router_replay=True)
+    models = {"actor": MIXTURE, "ref": replace(MIXTURE, ffn=16), "critic": MIXTURE.with_value_head()}
+    check_routes(graph, models)
+    calls = tuple(replace(c, inputs=(*c.inputs, "routes")) if c.name == reader else c for c in graph.calls)
+    dense = {} if reader else {"actor": replace(MIXTURE, name="dense", experts=0, experts_per_token=0)}
+    with pytest.raises(SpecError) as error:
+        check_routes(replace(graph, name="own", calls=calls), models | dense)
+    assert said in error.value.message
+
+
+def test_a_plan_file_says_that_routes_are_replayed() -> None:
+    cluster = load_cluster("local-cpu", gpus=1, gpus_per_node=1)
+    graph = algorithm_graph("grpo", reward_seconds_per_sample=0.1, router_replay=True)
+    workload = Workload(graph=graph, models=dict.fromkeys(graph.roles, MIXTURE), batch_size=4, group_size=4)
+    calls = [PlannedCall(call=c.name, mesh=cluster.whole, strategy=ParallelStrategy()) for c in graph.model_calls]
+    plan = ExecutionPlan(workload=workload, cluster=cluster, calls=tuple(calls))
+    text = dump_plan(plan)
+    assert read_plan(text) == (plan, []) and '"router_replay": true' in text
+    for old, new, rule, said in (
+        ('"grpo"', '"sft"', "algorithm", "sft generates nothing whose routes could be replayed"),
+        ('"experts": 4, "experts_per_token": 2', '"gated_mlp": true', "routes", "has no experts to choose from"),
+    ):
+        wrong = text.replace(old, new)
+        problem = next(p for p in read_plan(wrong)[1] if p.rule == rule)
+        assert said in problem.message
+        assert wrong.splitlines()[problem.line - 1][problem.column - 1 :].startswith("true")
 
 
 def test_a_call_before_its_input_is_refused() -> None:
