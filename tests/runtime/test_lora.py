@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from training_cases import (
     CONTEXT_CASES,
     SETTINGS,
-    TOTAL,
+    Against,
+    Steps,
+    check_layouts,
     full_batch,
-    own_rows,
-    parts_of,
     reference_output,
-    split_case,
     weighted_loss,
 )
 from transformers import AutoModelForCausalLM
@@ -37,7 +36,6 @@ from runtime.groups import GroupCache
 from runtime.models import installation
 from runtime.models.model import Model, named_shards
 from runtime.models.shards import shard
-from runtime.passes.training import Trainer
 from runtime.weights.export import export
 from runtime.weights.hf import load_weights
 from runtime.weights.hf_names import hf_names, hf_shape, join
@@ -126,65 +124,20 @@ def test_steps_equal_one_process(kind: str, tmp_path: Path):
     spec = replace(spec_from_folder(tmp_path), lora=lora)
     model, batch = tiny_model(kind), full_batch()
     adapters = adapt(model, spec)
-    initial = values(adapters)
+    found = Steps(initial=values(adapters))
     adam = torch.optim.AdamW(adapters.values(), betas=(SETTINGS.beta1, SETTINGS.beta2), eps=SETTINGS.eps,
                              weight_decay=SETTINGS.weight_decay)  # fmt: skip
-    losses, norms, grads = [], [], dict[str, Tensor]()
     for step in range(2):
         adam.zero_grad()
         loss, _ = weighted_loss(reference_output(model, batch, False), batch)
         loss.backward()
-        grads = grads or {name: p.grad.clone() for name, p in adapters.items()}
-        norms.append(float(nn.utils.clip_grad_norm_(adapters.values(), SETTINGS.clip_norm)))
-        losses.append(float(loss.detach()))
+        found.grads = found.grads or {name: p.grad.clone() for name, p in adapters.items()}
+        found.norms.append(float(nn.utils.clip_grad_norm_(adapters.values(), SETTINGS.clip_norm)))
+        found.losses.append(float(loss.detach()))
         adam.param_groups[0]["lr"] = SETTINGS.lr_at(step)
         adam.step()
-    final = values(adapters)
-
-    def errors() -> dict[str, dict[str, float]]:
-        installation.install(CPU)
-        groups = GroupCache(CPU)
-        found = {}
-        for case in cases:
-            degrees, settings, sharded = split_case(case)
-            model = build(groups, layout_of(spec, **degrees), **settings)
-            if model is not None:
-                fill(model, tmp_path, initial)
-                found[str(case)] = compare(model, sharded)
-        return found
-
-    def compare(model: Model, sharded: bool) -> dict[str, float]:
-        before = {p.name: held.data.clone() for p, held in named_shards(model) if p.frozen}
-        trainer = Trainer(model, SETTINGS, shard_optimizer=sharded)
-        assert {slot.parameter for slot in trainer.slots()} <= {p.name for p, _ in named_shards(model) if p.adapter}
-        batch = own_rows(model, full_batch())
-        worst = {"loss": 0.0, "norm": 0.0, "grad": 0.0, "update": 0.0}
-        trainer.accumulate(batch, weighted_loss, parts_of(batch, 2))
-        if not sharded or model.groups.dp_cp.size() == 1:
-            for parameter, held in named_shards(model):
-                if parameter.adapter:
-                    want = part(model, parameter, grads)
-                    error = (held.main_grad - want).abs().max() / want.abs().max().clamp_min(1e-3)
-                    worst["grad"] = max(worst["grad"], float(error))
-        for loss, norm in zip(losses, norms, strict=True):
-            stats = trainer.step(batch, weighted_loss, parts_of(batch, 4))
-            assert stats.terms["tokens"] == TOTAL
-            worst["loss"] = max(worst["loss"], abs(stats.terms["loss"] - loss))
-            worst["norm"] = max(worst["norm"], abs(stats.grad_norm - norm) / norm)
-        for parameter, held in named_shards(model):
-            if parameter.frozen:
-                assert torch.equal(held.data, before[parameter.name]), parameter.name
-                continue
-            want, start = part(model, parameter, final), part(model, parameter, initial)
-            worst["update"] = max(worst["update"], float((held.data - want).norm() / (want - start).norm()))
-        return worst
-
-    for found in run_ranks(4, errors):
-        for case, worst in found.items():
-            assert worst["grad"] < 1e-5, (case, worst)
-            assert worst["loss"] < 2e-5, (case, worst)
-            assert worst["norm"] < 1e-4, (case, worst)
-            assert worst["update"] < 1e-3, (case, worst)
+    found.final = values(adapters)
+    check_layouts(spec, cases, Against(found, lambda model: fill(model, tmp_path, found.initial), part))
 
 
 PROMPTS = [[5, 9, 200, 17], [33, 4], [7, 70, 8, 80, 9]]
