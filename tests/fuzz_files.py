@@ -5,21 +5,29 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
-import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
+from fuzz_meaning import (
+    same_config,
+    same_graph,
+    same_lines,
+    same_metrics,
+    same_numbers,
+    same_plan,
+    same_run,
+    same_sheet,
+    same_table,
+    same_timeline,
+)
 from plan_cases import TINY, tiny_plan
 from safetensors.torch import save, save_file
 
@@ -148,58 +156,6 @@ def _legal_plan(path: Path) -> Any:
     return plan
 
 
-def leaves(data: Any, at: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], Any]:
-    """Every value that is no list or object, by its path."""
-    if isinstance(data, dict):
-        return {path: value for key, inner in data.items() for path, value in leaves(inner, (*at, key)).items()}
-    if isinstance(data, list):
-        return {path: value for i, inner in enumerate(data) for path, value in leaves(inner, (*at, i)).items()}
-    return {at: data}
-
-
-def _equal(read: Any, said: Any) -> bool:
-    """Equal, where a whole number that stands for a real one is read as the nearest."""
-    return read == said or (isinstance(read, float) and isinstance(said, int) and read == float(said))
-
-
-def _same_plan(plan: Any, said: Any) -> bool:
-    """Defaults that a plan spells out and words that it spells otherwise aside, writing gives the file again."""
-    read = json.loads(dump_plan(plan))
-    loose = ("mesh", "strategy", "$schema")
-    kept = {p: v for p, v in leaves(said).items() if p[-1] not in loose and p[0] != "provenance"}
-    written = leaves(read)
-    defaults = (0, 1, False, "", "none", True, "bf16", None, 1024.0)
-    return all(_equal(written[p], v) if p in written else v in defaults or p[:2] == ("workload", "graph")
-               for p, v in kept.items())  # fmt: skip
-
-
-CONFIG_FIELDS = {
-    "num_hidden_layers": "layers", "hidden_size": "hidden", "num_attention_heads": "heads", "vocab_size": "vocab",
-    "intermediate_size": "ffn", "rms_norm_eps": "norm_eps", "max_position_embeddings": "max_context",
-    "tie_word_embeddings": "tied_embeddings",
-}  # fmt: skip
-
-
-def _same_config(spec: Any, said: Mapping[str, Any]) -> bool:
-    return all(getattr(spec, name) == said[key] for key, name in CONFIG_FIELDS.items() if key in said)
-
-
-def _same_run(run: Any, said: Any) -> bool:
-    """Every scalar of the text is in the run file, as a number where it reads as one."""
-    read = leaves(run.model_dump(mode="json"))
-    for path, text in leaves(said).items():
-        value = read.get(path, run.weights if path[0] == "weights" else None)
-        if isinstance(value, bool) or value is None:
-            if str(value).lower().replace("none", "null") != str(text).lower().replace("~", "null") and text:
-                return False
-        elif isinstance(value, int | float):
-            if float(text) != float(value):
-                return False
-        elif str(value) != text and not str(value).endswith(text):
-            return False
-    return True
-
-
 def _scalars(node: yaml.Node | None) -> Any:
     """A YAML text as its words, without a view on what they mean; keys that stand twice are an error."""
     if isinstance(node, yaml.MappingNode):
@@ -213,24 +169,6 @@ def _scalars(node: yaml.Node | None) -> Any:
 
 def _words(text: str) -> Any:
     return _scalars(yaml.compose(text, Loader=yaml.CSafeLoader))
-
-
-def _same_graph(graph: Any, said: Any) -> bool:
-    calls = [(c.name, c.kind.value, c.model, list(c.inputs), list(c.outputs)) for c in graph.calls]
-    return graph.name == said["name"] and calls == [
-        (c["name"], c["kind"], c.get("model", ""), c.get("inputs", []), c.get("outputs", [])) for c in said["calls"]
-    ]
-
-
-def _same_timeline(timeline: Any, said: Any) -> bool:
-    spans = [
-        {"name": s.name, "kind": s.kind, "iteration": s.iteration, "start_s": s.start_s, "end_s": s.end_s,
-         "ranks": list(s.ranks)} for s in timeline.spans
-    ]  # fmt: skip
-    same = len(spans) == len(said["spans"]) and all(
-        _equal(a[key], b[key]) for a, b in zip(spans, said["spans"], strict=True) for key in a
-    )
-    return same and _equal(timeline.period_s, said["period_s"])
 
 
 def _json_lines(text: str) -> list[Any]:
@@ -258,41 +196,6 @@ def _a_run(folder: Path) -> None:
 def _whole_lines(text: str) -> list[Any]:
     """A last line that has no end is left out, as a run that goes on may be writing it."""
     return _json_lines(text[: text.rfind("\n") + 1])
-
-
-def _same_lines(found: Sequence[Any], said: Sequence[Any]) -> bool:
-    return list(found) == list(said)
-
-
-def _same_sheet(rows: list[str], said: str) -> bool:
-    table = [row for row in csv.reader(io.StringIO(said.removeprefix("\ufeff"), newline="")) if row]
-    return rows == [row[table[0].index("prompt")] for row in table[1:]]
-
-
-def _same_table(table: Any, said: Any) -> bool:
-    for name, entry in said["entries"].items():
-        if not np.array_equal(table.entries[name].values, np.array(entry["values"], dtype=float)):
-            return False
-    return all(getattr(table, key) == said[key] for key in ("hardware", "device", "precision", "date", "source"))
-
-
-def _same_numbers(found: Any, said: str) -> bool:
-    values = np.array([int(line) for line in said.removeprefix("\ufeff").split("\n") if line.strip()])
-    keys = found["response_lengths"]
-    return all(keys[f"p{p}"] == round(float(np.percentile(values, p))) for p in (0, 50, 100))
-
-
-def _same_metrics(found: Any, said: list[Any]) -> bool:
-    def mean(key: str) -> float | None:
-        values = [line[key] for line in said if line.get(key) is not None]
-        return math.fsum(values) / len(values) if values else None
-
-    keys = found.get("response_lengths", {})
-    return all(
-        abs(keys[p] - mean(f"response_length/{p}")) <= 0.51  # type: ignore[operator]
-        for p in ("p50", "p99")
-        if mean(f"response_length/{p}") is not None
-    )
 
 
 def _checkpoint_text(folder: Path) -> str:
@@ -384,22 +287,22 @@ def kinds() -> list[Kind]:
     lengths = partial(lengths_file, prompt_tokens=512, response_tokens=8192)
     plain = partial(json.dumps, indent=1)
     return [
-        Kind("plan.json", _plan_text(), _legal_plan, _same_plan, lambda text: json.loads(blank_comments(text))),
-        Kind("config.json", plain(config), spec_from_folder, _same_config),
-        Kind("run.yaml", RUN, load_run, _same_run, _words),
-        Kind("graph.yaml", GRAPH, load_graph, _same_graph, _words),
-        Kind("timeline.json", _timeline_text(), load_timeline, _same_timeline),
+        Kind("plan.json", _plan_text(), _legal_plan, same_plan, lambda text: json.loads(blank_comments(text))),
+        Kind("config.json", plain(config), spec_from_folder, same_config),
+        Kind("run.yaml", RUN, load_run, same_run, _words),
+        Kind("graph.yaml", GRAPH, load_graph, same_graph, _words),
+        Kind("timeline.json", _timeline_text(), load_timeline, same_timeline),
         Kind("rows.jsonl", ROWS, _prompts, lambda rows, said: rows == [r["prompt"] for r in said], _json_lines),
         Kind("pairs.jsonl", PAIRS, lambda p: _texts(p, "prompt", "chosen", "rejected"),
              lambda rows, said: rows == [(r["prompt"], r["chosen"], r["rejected"]) for r in said], _json_lines),
-        Kind("sheet.csv", SHEET, _prompts, _same_sheet, str),
-        Kind("table.json", plain(TABLE), load_table, _same_table),
+        Kind("sheet.csv", SHEET, _prompts, same_sheet, str),
+        Kind("table.json", plain(TABLE), load_table, same_table),
         Kind("measured.json", plain(MEASURED), read_rows,
              lambda rows, said: rows == (said["rows"] if isinstance(said, dict) else said)),
-        Kind("lengths.txt", NUMBERS, lengths, _same_numbers, str),
-        Kind("metrics.jsonl", METRICS, lengths, _same_metrics, _json_lines),
-        Kind("evaluation.jsonl", EVALUATED, lambda p: _reported(p).evaluated, _same_lines, _whole_lines, beside=_a_run),
-        Kind("samples.jsonl", SHOWN, lambda p: _reported(p).samples, _same_lines, _whole_lines, beside=_a_run),
+        Kind("lengths.txt", NUMBERS, lengths, same_numbers, str),
+        Kind("metrics.jsonl", METRICS, lengths, same_metrics, _json_lines),
+        Kind("evaluation.jsonl", EVALUATED, lambda p: _reported(p).evaluated, same_lines, _whole_lines, beside=_a_run),
+        Kind("samples.jsonl", SHOWN, lambda p: _reported(p).samples, same_lines, _whole_lines, beside=_a_run),
         Kind(INDEX, _index_text(), _weights, lambda files, said: files == said["weight_map"], beside=_shards),
         Kind("model.safetensors", save(_small_tensors()), _weights, _anything, beside=_with_config),
         Kind("tokenizer.json", _vocabulary(), _tokens, _anything, beside=_copies),
