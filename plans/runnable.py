@@ -179,6 +179,14 @@ def spec_problems(spec: ModelSpec) -> list[Problem]:
         (spec.activation in RUN_ACTIVATIONS, f"activation `{spec.activation}`", f"one of {', '.join(RUN_ACTIVATIONS)}"),
         (spec.norms_per_layer in (2, 4), f"{spec.norms_per_layer} norms per layer", "a model with 2 or 4 of them"),
         (not (spec.experts and spec.norms_after), "norms behind experts", "a dense model, or norms before alone"),
+        (spec.expert_layers in (0, spec.layers), "layers without experts among others", "experts in every layer"),
+        (
+            spec.shared_gate or not spec.shared_ffn,
+            "a shared expert without a gate",
+            "shared_gate true, as in Qwen2-MoE",
+        ),
+        (not spec.kv_rank, "latent attention", "it can be planned; a model with keys of its own runs"),
+        (not spec.sinks, "attention sinks", "it can be planned; a model without them runs"),
         (
             not (spec.tied_embeddings and spec.head is Head.VALUE),
             "a value head tied to its embedding",

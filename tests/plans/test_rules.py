@@ -244,6 +244,10 @@ def test_what_the_runtime_does_not_run(plan: ExecutionPlan) -> None:
         "traits of the family `gpt_oss`": {"family": "gpt_oss"},
         "activation `tanh`": {"activation": "tanh"},
         "3 norms per layer": {"norms_per_layer": 3},
+        "latent attention": {"kv_rank": 16, "rotary_dim": 8},
+        "attention sinks": {"sinks": True},
+        "layers without experts among others": {"experts": 4, "experts_per_token": 2, "dense_first": 1, "dense_ffn": 8},
+        "a shared expert without a gate": {"experts": 4, "experts_per_token": 2, "shared_ffn": 8, "shared_gate": False},
     }
     for words, fields in cases.items():
         (problem,) = spec_problems(replace(spec, **fields))
