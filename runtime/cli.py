@@ -41,6 +41,7 @@ def realrun(
     ] = None,
     master_addr: Annotated[str | None, typer.Option(help="address of the machine of node 0")] = None,
     master_port: Annotated[int | None, typer.Option(min=1, max=65535, help="a free port there (29500)")] = None,
+    ray: Annotated[str, typer.Option(metavar="ADDRESS", help="run on this Ray cluster; auto: the one here")] = "",
     debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")] = False,
 ) -> None:
     """Run a plan: train the models of its workload with the run file's data, weights and reward.
@@ -54,9 +55,12 @@ def realrun(
     from plans.errors import RealplanError
     from runtime.launching.preparation import Words
 
+    words = Words(dry_run, allow_stale, allow_long, resume, node_rank, master_addr, master_port)
     try:
-        words = Words(dry_run, allow_stale, allow_long, resume, node_rank, master_addr, master_port)
-        _run(plan, overrides or [], run, words, debug=debug)
+        if ray and not dry_run:
+            _run_on_ray(plan, overrides or [], run, words, ray)
+        else:
+            _run(plan, overrides or [], run, words, debug=debug)
     except RealplanError as error:
         if debug:
             _say(getattr(error, "details", ""))
@@ -93,6 +97,15 @@ def _run(path: Path, overrides: list[str], run_path: Path | None, words: Words, 
             _say(line)
         if ready.run.report and lines:
             _say(write_page(Path(ready.run.output)))
+
+
+def _run_on_ray(path: Path, overrides: list[str], run_path: Path | None, words: Words, address: str) -> None:
+    from plans.legal import legal_plan
+    from runtime.launching.on_ray import run_on_ray
+
+    flags = {"--resume": words.resume, "--allow-stale": words.allow_stale, "--allow-long": words.allow_long}
+    again = [str(path.resolve()), *overrides, *(flag for flag, given in flags.items() if given)]
+    run_on_ray(legal_plan(path), [*again, *(["--run", str(run_path.resolve())] if run_path else [])], address)
 
 
 def _say(text: str) -> None:

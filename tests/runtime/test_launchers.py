@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from plan_cases import tiny_plan
-from run_cases import PATIENCE_S, arguments
+from run_cases import PATIENCE_S, arguments, outcome
 from slurm import slurm
+
+from runtime.reports.records import read_status
 
 PLAN = tiny_plan(2, "d2 t1 p1")
 SCRIPTS = Path(sys.executable).parent
@@ -37,9 +41,7 @@ def trained(
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     left = [path.name for path in (folder / "out").rglob(".*")] + [p.name for p in folder.glob("pytest-errorfile*")]
     assert not left
-    apart = ("timing_s/", "perf/", "plan/")
-    lines = [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.startswith(apart)} for line in lines]
+    return learnt(folder / "out")
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +68,40 @@ def test_srun(tmp_path: Path, alone: Metrics) -> None:
         assert found[:1] == alone and [line["iteration"] for line in found] == [0, 1]
         steps = sorted(path.name for path in (tmp_path / "2" / "out" / "checkpoints").glob("global_step_*"))
         assert steps == ["global_step_1", "global_step_2"]
+
+
+def test_a_killed_rank_of_a_slurm_job_is_started_again(tmp_path: Path) -> None:
+    """One realrun per machine, two ranks each: the step goes on, from the newest checkpoint, as if nothing had been."""
+    keys: dict[str, Any] = {
+        "iterations": 4, "export": False, "report": False, "checkpoint": {"every": 1}, "restarts": 2
+    }  # fmt: skip
+    (tmp_path / "alone").mkdir()
+    command = arguments(tmp_path / "alone", plan=tiny_plan(4, "d4 t1 p1"), **keys)
+    assert outcome(command).returncode == 0
+    *_, plan, run, file = arguments(tmp_path, plan=tiny_plan(4, "d4 t1 p1", nodes=2), **keys)
+    step = ["srun", "-N", "2", "--ntasks-per-node", "1", str(SCRIPTS / "realrun"), plan, run, file]
+    with slurm() as environment:
+        env = {**environment, **_address(), "OMP_NUM_THREADS": "1"}
+        job = subprocess.Popen(step, env=env, cwd=tmp_path, text=True, stdout=subprocess.DEVNULL, stderr=-1)
+        try:
+            end = time.monotonic() + PATIENCE_S
+            while (rank := read_status(tmp_path / "out" / ".ranks", 3)) is None or rank.iteration < 2:
+                assert job.poll() is None and time.monotonic() < end, job.communicate(timeout=5)[1]
+                time.sleep(0.05)
+            os.kill(rank.pid, signal.SIGKILL)
+            _, said = job.communicate(timeout=PATIENCE_S)
+        finally:
+            job.kill()
+    assert job.returncode == 0 and "Traceback" not in said, said
+    assert "rank 3 was killed by SIGKILL" in said and "restart 1 of 2" in said and "going on from" in said, said
+    assert learnt(tmp_path / "out") == learnt(tmp_path / "alone" / "out")
+
+
+def learnt(output: Path) -> Metrics:
+    """Metrics of a run, as far as they do not depend on time."""
+    apart = ("timing_s/", "perf/", "plan/")
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith(apart)} for line in lines]
 
 
 def _address() -> dict[str, str]:
