@@ -15,20 +15,23 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 export_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+PlanPath = Annotated[
+    Path, typer.Argument(help="plan file, as `realplan search` writes it", exists=True, dir_okay=False)
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="key=value", help="keys of the run file, such as iterations=3")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="say what would run on which rank and whether it can, and stop")
+]
 
 
 @app.command()
 def realrun(
-    plan: Annotated[
-        Path, typer.Argument(help="plan file, as `realplan search` writes it", exists=True, dir_okay=False)
-    ],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="key=value", help="keys of the run file, such as iterations=3")
-    ] = None,
+    plan: PlanPath,
+    overrides: Overrides = None,
     run: Annotated[Path | None, typer.Option(help="run file (default: the one that the plan names)")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="say what would run on which rank and whether it can, and stop")
-    ] = False,
+    dry_run: DryRun = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="go on from the newest checkpoint of the run file's output")
     ] = False,

@@ -16,6 +16,7 @@ from plans.errors import RealplanError
 
 if TYPE_CHECKING:
     from cost_models.engines.engine import Engine
+    from planner.best import Effort
     from planner.measured import Ran
     from planner.request import Request
     from plans.lora import Lora
@@ -74,6 +75,13 @@ def _ran(measured: Path | None, engine: str, table: Path | None, flags: Mapping[
     return ran(measured, _inner(measured, engine, table))
 
 
+def _effort(seconds: float, seed: int, method: str) -> Effort:
+    from planner.best import Effort
+    from planner.search.portfolio import Method
+
+    return Effort(seconds=seconds, seed=seed, workers=os.cpu_count() or 1, method=Method(method))
+
+
 def search(
     model: words.ActorModel = "", critic: words.CriticModel = "", reward: words.RewardModel = "",
     ref: words.RefModel = "", gpus: words.Gpus = None, cluster: words.ClusterName = DEFAULT_CLUSTER,
@@ -91,9 +99,7 @@ def search(
     as_json: AsJson = False, verbose: words.Verbose = False,
 ) -> None:  # fmt: skip
     """Find the best plan and write it."""
-    from planner.best import Effort
     from planner.cli.commands.search import search_command
-    from planner.search.portfolio import Method
     from planner.space.limits import parse_limits
 
     sizes = {
@@ -111,7 +117,7 @@ def search(
     )  # fmt: skip
     calls = [call.name for call in request.workload.graph.model_calls]
     limits = parse_limits(pin or [], forbid or [], same_mesh or [], max_memory, calls)
-    effort = Effort(seconds=seconds, seed=seed, workers=os.cpu_count() or 1, method=Method(method))
+    effort = _effort(seconds, seed, method)
     raise typer.Exit(search_command(
         request, engine=earlier.engine if earlier else _engine(engine, table), ran=earlier, limits=limits,
         effort=effort, output=output, as_json=as_json, verbose=verbose,

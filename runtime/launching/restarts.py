@@ -34,20 +34,18 @@ def with_restarts(
     """Metrics of the attempt that ends well, after at most `run.restarts` restarts and `run.rollbacks` rollbacks.
 
     Raises RunFailed with the cause of the last one; at once where the run was asked to stop (`asked`), and where two
-    attempts from the same point fail with the same words: what is wrong then is not an accident. left: how many devices
-    of a plan are still there; where some are not, and `run.on_loss` says so, the work is planned again for the others.
-    choose: finds the newest usable checkpoint; forget: removes those after an iteration; search: plans for so
-    many devices.
+    attempts from the same point fail with the same words. left: the devices of a plan that are still there; where some
+    are gone, and `run.on_loss` says so, `search` plans for so many. choose: finds the newest usable checkpoint; forget:
+    removes those after an iteration.
     """
     begun, restarts, rollbacks, seen = start, 0, 0, set[tuple[int, str]]()
     while True:
         try:
             return attempt(plan, begun)
-        except Stopped:
-            raise
         except RunFailed as error:
+            stopped = asked or isinstance(error, Stopped)
             bad, failure = _bad_iteration(run, error), (begun.iteration, error.message)
-            if asked or (rollbacks >= run.rollbacks if bad is not None else restarts >= run.restarts):
+            if stopped or (rollbacks >= run.rollbacks if bad is not None else restarts >= run.restarts):
                 raise
             if bad is not None:
                 rollbacks += 1
@@ -57,8 +55,7 @@ def with_restarts(
                 continue
             if failure in seen:
                 raise
-            seen.add(failure)
-            restarts += 1
+            seen, restarts = seen | {failure}, restarts + 1
             _say(f"{error}\nrestart {restarts} of {run.restarts}")
             plan = _plan_left(plan, run, left(plan), error, search)
             found = _next_start(plan, run, start, error, choose)
