@@ -15,7 +15,7 @@ from plans.errors import RealplanError
 from plans.plan import ExecutionPlan
 from plans.runfile import RunFile, patience_s
 from runtime.machines.station import Station
-from runtime.machines.wire import MOST_BYTES, Connection, Message, Pace, pace_of, work_of
+from runtime.machines.wire import GONE, MOST_BYTES, Connection, Message, Pace, pace_of, work_of
 from runtime.processes.network import own_address, resolve
 from runtime.processes.place import Place
 from runtime.reports.endings import RunFailed, Stopped
@@ -42,6 +42,8 @@ def serve(plan: ExecutionPlan, run: RunFile, place: Place) -> None:
             connection.beat()
             threading.Thread(target=_listen, args=(connection, heard), daemon=True).start()
             _work(station, heard, place)
+    except ConnectionError:
+        raise _cut_off(place, GONE) from None
     except OSError as error:
         raise _cut_off(place, str(error)) from None
     finally:
@@ -75,7 +77,7 @@ def _work(station: Station, heard: queue.SimpleQueue[Message], place: Place) -> 
 
 
 def _listen(connection: Connection, heard: queue.SimpleQueue[Message]) -> None:
-    why = "it went away"
+    why = GONE
     try:
         for message in connection.messages():
             heard.put(message)

@@ -14,7 +14,7 @@ from time import monotonic
 from plans.errors import RealplanError
 from runtime.machines.files import Source
 from runtime.machines.station import Station
-from runtime.machines.wire import MOST_BYTES, Connection, Message, Pace, difference
+from runtime.machines.wire import GONE, MOST_BYTES, Connection, Message, Pace, difference
 from runtime.processes.member import Address
 from runtime.processes.network import listener, resolve
 from runtime.reports.endings import RunFailed
@@ -97,6 +97,8 @@ class Machines:
             return self._asked
         try:
             machine.connection.send(message)
+        except ConnectionError:
+            self._lose(node, machine.connection, GONE)
         except OSError as error:
             self._lose(node, machine.connection, str(error))
         return self._asked
@@ -219,7 +221,7 @@ class Machines:
             self._heard.put((node, connection, hello))
             for message in said:
                 self._heard.put((node, connection, message))
-            why = "it went away"
+            why = GONE
         except (OSError, ValueError, KeyError, TypeError) as error:
             why = str(error)
         if node >= 0:

@@ -16,7 +16,7 @@ from plans.plan import ExecutionPlan
 from plans.runfile import RunFile
 
 Message = dict[str, Any]
-BEAT = "beat"
+BEAT, GONE = "beat", "it went away"
 MOST_BYTES, MOST_STRANGER_BYTES = 2**30, 2**20
 _CHUNK = 2**16
 _OWN = ("output", "checkpoint", "resume_from")
@@ -65,14 +65,16 @@ class Connection:
             self._socket.sendall(data)
 
     def messages(self) -> Iterator[Message]:
-        """What the other side says, without its beats, until it closes. Raises Silent, OSError, and ValueError for what
-        is no message."""
+        """What the other side says, without its beats, until it goes away. Raises Silent, OSError, and ValueError
+        for what is no message."""
         left = bytearray()
         while True:
             try:
                 chunk = self._socket.recv(_CHUNK)
             except TimeoutError:
                 raise Silent(f"nothing was heard for {self._pace.quiet_s:g} s") from None
+            except ConnectionError:  # a process that was killed leaves what it had not read
+                return
             if not chunk:
                 return
             left += chunk
