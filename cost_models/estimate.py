@@ -91,17 +91,17 @@ def cost_plan(
     plan: ExecutionPlan,
     engine: Engine = MEGATRON,
     *,
-    foreign: Mapping[str, CallCost] | None = None,
+    known: Mapping[str, CallCost] | None = None,
     steps_s: Mapping[str, float] | None = None,
 ) -> PlanCost:
     """Cost a legal plan (`plans.checks`) under an engine.
 
-    foreign: calls that another engine runs, with their cost. steps_s: seconds of steps by name where they are known
-    otherwise.
+    known: the cost of calls that another engine runs, or that is known already. steps_s: seconds of steps by name where
+    they are known otherwise.
     """
     machine = engine.on(plan.cluster, plan.workload.dtype)
     program = compile_program(plan)
-    costs = {p.call: (foreign or {}).get(p.call) or call_cost(plan, p.call, engine) for p in plan.calls}
+    costs = {p.call: (known or {}).get(p.call) or call_cost(plan, p.call, engine) for p in plan.calls}
     seconds = {call: sum(cost.terms.values()) for call, cost in costs.items()}
     for step in program.steps:
         if step.kind not in (StepKind.CALL, StepKind.LOAD, StepKind.OFFLOAD, StepKind.RELEASE):

@@ -26,18 +26,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 LONG = tuple(
     f"test_{name}.py"
     for name in (
-        "kills",
         "random_plans",
         "training",
         "invariance",
-        "errors",
+        "machines",
         "wheel",
-        "restarts",
+        "kills",
         "gpu_check",
         "launchers",
-        "machines",
         "baselines",
-        "solvers",
+        "restarts",
+        "generation",
+        "models",
+        "errors",
     )
 )
 

@@ -115,7 +115,7 @@ class _Server:
         # What glibc and torch read when a process starts is that of a rank.
         from runtime.launching.entry import rank_defaults
 
-        environment = rank_defaults(cpu=True) | os.environ
+        environment = rank_defaults(cpu=True) | os.environ | {"OMP_NUM_THREADS": "1"}
         paths = os.pathsep.join((str(ROOT), str(Path(__file__).parent)))
         code = f"import sys; sys.path[:0] = {paths.split(os.pathsep)!r}; import warm; warm.serve({theirs.fileno()})"
         with theirs:

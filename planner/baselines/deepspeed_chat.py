@@ -52,7 +52,7 @@ def _price(plan: ExecutionPlan) -> PlanCost:
         call: _hybrid(plan, call) if kind is CallKind.GENERATE else zero3.sharded_call(plan, call)
         for call, kind in calls.items()
     }
-    return cost_plan(plan, zero3.ENGINE, foreign=costs)
+    return cost_plan(plan, zero3.ENGINE, known=costs)
 
 
 def _hybrid(plan: ExecutionPlan, call: str) -> CallCost:

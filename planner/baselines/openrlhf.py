@@ -102,7 +102,7 @@ def _price(plan: ExecutionPlan) -> PlanCost:
         call: call_cost(plan, call, GENERATION_ENGINE) if kind is CallKind.GENERATE else zero3.sharded_call(plan, call)
         for call, kind in kinds.items()
     }
-    return cost_plan(plan, zero3.ENGINE, foreign=costs, steps_s=_broadcasts(plan))
+    return cost_plan(plan, zero3.ENGINE, known=costs, steps_s=_broadcasts(plan))
 
 
 def _broadcasts(plan: ExecutionPlan) -> dict[str, float]:

@@ -20,13 +20,13 @@ from functools import partial
 from itertools import product
 
 from cost_models.engines.engine import ComposedEngine, Engine, NamedEngine
-from cost_models.estimate import PlanCost, cost_plan
+from cost_models.estimate import CallCost, PlanCost, call_cost, cost_plan
 from planner.baselines.base import Contender, Ladder, NoLayoutError, best, climb, price_on, settle
 from plans.checks import divisors
 from plans.cluster import ClusterSpec
 from plans.errors import Infeasible
 from plans.graph import Call, CallKind
-from plans.plan import ExecutionPlan
+from plans.plan import ExecutionPlan, PlannedCall
 from plans.strategy import ParallelStrategy
 from plans.workload import Workload
 
@@ -41,8 +41,13 @@ def verl(workload: Workload, cluster: ClusterSpec, engine: Engine) -> Contender 
     """The baseline: `engine` prices training and scoring, its own engine the rollout."""
     both = ComposedEngine(engine.running(CallKind.TRAIN_STEP), GENERATION_ENGINE)
 
+    known: dict[PlannedCall, CallCost] = {}  # plans that are tried differ in a call or two
+
     def price(plan: ExecutionPlan) -> PlanCost:
-        return cost_plan(plan, both)
+        for planned in plan.calls:
+            if planned not in known:
+                known[planned] = call_cost(plan, planned.call, both)
+        return cost_plan(plan, both, known={planned.call: known[planned] for planned in plan.calls})
 
     costs = []
     for frozen, state in OFFLOADS:

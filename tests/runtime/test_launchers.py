@@ -20,6 +20,7 @@ import pytest
 from plan_cases import tiny_plan
 from run_cases import PATIENCE_S, arguments, outcome
 from slurm import slurm
+from warm import run_warm
 
 from runtime.reports.records import read_status
 
@@ -33,11 +34,14 @@ def trained(
 ) -> Metrics:
     """Metrics of a run, as far as they do not depend on time."""
     keys: dict[str, Any] = {"iterations": iterations, "export": False, "checkpoint": {"every": 1}}
-    *_, plan, run, file = arguments(folder, plan=PLAN, **keys)
-    command = [*launcher, str(SCRIPTS / "realrun"), plan, run, file]
+    *code, plan, run, file = arguments(folder, plan=PLAN, **keys)
     threads = {"OMP_NUM_THREADS": "1"}  # rounding depends on their number, and each launcher has its own
     env = {**(environment or os.environ), **threads}
-    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=PATIENCE_S)
+    if launcher:
+        command = [*launcher, str(SCRIPTS / "realrun"), plan, run, file]
+        done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=PATIENCE_S)
+    else:
+        done = run_warm([*code, plan, run, file], PATIENCE_S, env)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     left = [path.name for path in (folder / "out").rglob(".*")] + [p.name for p in folder.glob("pytest-errorfile*")]
     assert not left
