@@ -14,7 +14,7 @@ import torch
 from plan_cases import tiny_run
 from random_plans import KINDS, plan_alone
 from ranks import run_ranks
-from tiny_models import build, checkpoint_tensors, layout_of, save_tiny, tiny_model
+from tiny_models import MIXTURE, build, checkpoint_tensors, layout_of, save_tiny, tiny_model
 from torch import Tensor
 from training_cases import TOTAL, full_batch, own_rows, parts_of, reference_output, split_case, weighted_loss
 
@@ -150,20 +150,29 @@ LIMITS = (8, 3, 1, 8, 7, 5, 8)
 
 
 @pytest.mark.parametrize(
-    ("kind", "degrees", "limits"),
+    ("kind", "degrees", "limits", "experts"),
     [
-        ("qwen3-moe", {}, {"slots": 3, "burst": 5}),
-        ("mixtral", {}, {"slots": 2, "burst": 3, "block": 4, "prefill": 3}),
-        ("qwen2-moe", {"tp": 2}, {}),  # both ranks have all experts and share the tokens out
-        ("mixtral", {"tp": 2, "pp": 2, "ep": 2}, {"slots": 4, "groups": 2}),
-        ("qwen3-moe", {"pp": 2, "layers_per_stage": (1, 3)}, {"slots": 3, "groups": 2, "block": 8}),
+        ("qwen3-moe", {}, {"slots": 3, "burst": 5}, EXPERTS),
+        ("mixtral", {}, {"slots": 2, "burst": 3, "block": 4, "prefill": 3}, EXPERTS),
+        ("qwen2-moe", {"tp": 2}, {}, EXPERTS),  # both ranks have all experts and share the tokens out
+        ("mixtral", {"tp": 2, "pp": 2, "ep": 2}, {"slots": 4, "groups": 2}, EXPERTS),
+        ("qwen3-moe", {"pp": 2, "layers_per_stage": (1, 3)}, {"slots": 3, "groups": 2, "block": 8}, EXPERTS),
+        ("qwen3-moe", {}, {"slots": 3, "block": 8}, 260),
     ],
 )
 def test_generation_tells_the_experts_of_every_token(
-    kind: str, degrees: dict[str, Any], limits: dict[str, int], tmp_path: Path
+    kind: str,
+    degrees: dict[str, Any],
+    limits: dict[str, int],
+    experts: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Slots refill, samples share the keys of a prompt, and end in the midst of a burst, two of them by their text."""
-    reference = save_tiny(kind, tmp_path)
+    if experts != EXPERTS:
+        monkeypatch.setattr("tiny_models.MIXTURE", MIXTURE | {"num_experts": experts, "moe_intermediate_size": 4})
+    layers = LAYERS if experts == EXPERTS else 1
+    reference = save_tiny(kind, tmp_path, num_hidden_layers=layers)
     spec = spec_from_folder(tmp_path)
 
     def ended(tokens: Sequence[int], old: int) -> int | None:
@@ -188,10 +197,16 @@ def test_generation_tells_the_experts_of_every_token(
         (first, *others) = run_ranks(world, work)
         assert len({len(tokens) for tokens, _ in first}) > 3
         for number, (tokens, routes) in enumerate(first):
-            assert routes.dtype is torch.uint8 and routes.shape == (len(tokens) - 1, LAYERS, CHOSEN)
+            assert routes.element_size() == (1 if experts <= 256 else 2) and routes.shape == (
+                len(tokens) - 1,
+                layers,
+                CHOSEN,
+            )
             reference(torch.tensor([tokens]))
             wanted = torch.stack(gates.chosen[number], 1)[:-1]
             assert expert_numbers(routes).sort(-1)[0].equal(wanted.sort(-1)[0]), number
+    most = max(int(expert_numbers(routes).max()) for _, routes in first)
+    assert most < experts and (experts == EXPERTS or most >= 256)
     for other in others:
         for (tokens, routes), (same, alike) in zip(first, other, strict=True):
             assert tokens == same and routes.equal(alike)
