@@ -1,11 +1,11 @@
 """What checkpoints cost: their files against `dd conv=fsync`, and a run that writes one after every iteration against
 one that writes none.
 
-    bench_checkpoint.py [--mib 1540] [--folder FOLDER] [--repeats 3] [--plan plan.json] [key=value ...]
+    bench_checkpoint.py [--mib 1540] [--folder FOLDER] [--repeats 3] [--demo | --plan plan.json] [key=value ...]
 
 1,540 MiB are the state of SmolLM2-135M: master and two moments of 134.5 million parameters. All figures are ratios of
-what was measured in the same minutes. Without --plan only the files are measured; with it the plan runs twice, and the
-overrides are those of realrun.
+what was measured in the same minutes. With --plan the plan runs twice, and the overrides are those of realrun; --demo
+does it with that of scripts/demo.py, four iterations each, three minutes on two idle cores.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import demo
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -39,14 +40,16 @@ def main() -> int:
     parser.add_argument("--mib", type=int, default=1540)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--demo", action="store_true", help="run the plan that the demo finds for this machine")
     parser.add_argument("--plan", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args()
     table, missed = Table("what", "measured", "bar"), 0
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         rows = [(f"{name} against dd", ratio, 0.7, True) for name, ratio in files(Path(folder), options).items()]
-        if options.plan:
-            slower, blocked = runs(options.plan, Path(folder), options.overrides)
+        plan = demo_plan(Path(folder)) if options.demo else options.plan
+        if plan:
+            slower, blocked = runs(plan, Path(folder), ["iterations=4"] * options.demo + options.overrides)
             rows += [
                 ("iteration against none", slower, 1.10, False),
                 ("blocked, of an iteration", blocked, 0.05, False),
@@ -116,6 +119,13 @@ def read(path: Path, seal: Seal, there: dict[str, torch.Tensor]) -> None:
             tensor.copy_(file.get_slice(name)[0 : tensor.numel()])
 
 
+def demo_plan(folder: Path) -> Path:
+    """The plan of the demo for this machine, beside its run file."""
+    run_file, plan = demo.prepare(demo.SENTIMENT, folder, seed=1), folder / "plan.json"
+    demo.call("realplan", "search", "--run", str(run_file), "--cluster", "local-cpu", "--seconds", "5", "-o", str(plan))
+    return plan
+
+
 def runs(plan: Path, folder: Path, overrides: list[str]) -> tuple[float, float]:
     """Period of a run with a checkpoint after every iteration over one without, and the part of an iteration in which
     its ranks stand still between two, beyond those of the other run."""
@@ -127,7 +137,10 @@ def runs(plan: Path, folder: Path, overrides: list[str]) -> tuple[float, float]:
         subprocess.run(command, check=True)
         found.append(load_timeline(output / "timeline.json"))
     without, with_ = found
-    return with_.period_s / without.period_s, (between(with_) - between(without)) / without.period_s
+    gaps = [between(timeline) for timeline in found]
+    for name, timeline, gap in zip(("no checkpoints", "checkpoints"), found, gaps, strict=True):
+        print(f"{name}: period {timeline.period_s:.2f} s, ranks stand still for {gap:.3f} s between iterations")
+    return with_.period_s / without.period_s, (gaps[1] - gaps[0]) / without.period_s
 
 
 def between(timeline: Timeline) -> float:
