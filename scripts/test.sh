@@ -9,4 +9,4 @@ export OMP_NUM_THREADS=1
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-.venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
+.venv/bin/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder "$@"
