@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import types
 
 import pytest
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from ranks import RankError, run_ranks
 
@@ -39,6 +41,19 @@ def test_groups_of_megatron_cannot_be_used_by_mistake():
     installation.install(CPU)
     with pytest.raises(AssertionError):
         parallel_state.get_tensor_model_parallel_group()
+
+
+def test_the_norm_of_many_numbers_is_that_of_float64():
+    def norm() -> float:
+        installation.install(CPU)
+        from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
+
+        return get_grad_norm_fp32(gradients, grad_stats_parallel_group=dist.group.WORLD)
+
+    drawn = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(size, generator=drawn) * 1e-3 for size in ((1 << 22) + 5, 7)]
+    wanted = math.hypot(*(float(x.double().norm()) for x in gradients))
+    assert run_ranks(1, norm) == [pytest.approx(wanted, rel=2e-7)]
 
 
 def test_import_is_quiet():
