@@ -265,6 +265,7 @@ def _messages(
     members = [[rank for ranks in by_node.values() for rank in ranks] for by_node in replicas]
     sent = dict.fromkeys(layout.ranks, 0)
     messages: list[Message] = []
+    heaps: dict[tuple[int, int], list[tuple[int, int]]] = {}
     split: dict[Numbers, dict[int, Numbers]] = {}  # ranks of one replica need the same rows
     places = layout.places
     for target, rows in sorted(needed.items()):
@@ -273,11 +274,22 @@ def _messages(
             split[rows] = _by_replica(rows, replica_of)
         there = {key: held[target, key] for key in keys if (target, key) in held}
         for (replica, lacking), part in _missing(split[rows], replica_of, rows, keys, there, own).items():
-            candidates = replicas[replica].get(target // per_node) or members[replica]
-            source = min(candidates, key=lambda r: (sent[r], r))
+            node = target // per_node if target // per_node in replicas[replica] else -1
+            if (replica, node) not in heaps:
+                heaps[replica, node] = [(sent[r], r) for r in replicas[replica].get(node, members[replica])]
+                heapify(heaps[replica, node])
+            source = _least(heaps[replica, node], sent)
             sent[source] += len(part)
             messages.append(Message(source, target, tuple(part), lacking))
     return tuple(messages)
+
+
+def _least(heap: list[tuple[int, int]], sent: Mapping[int, int]) -> int:
+    """The rank of a heap of (rows sent, rank) that has sent least, of equal ones the first. What a rank has sent may
+    have grown since it was entered: then it is entered anew, until the top is up to date."""
+    while sent[heap[0][1]] != heap[0][0]:
+        heapreplace(heap, (sent[heap[0][1]], heap[0][1]))
+    return heap[0][1]
 
 
 def _by_replica(rows: Numbers, replica_of: Mapping[int, int]) -> dict[int, Numbers]:

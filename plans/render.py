@@ -139,9 +139,10 @@ def _paint(cells: list[str], span: Span, begin: float, end: float, letters: dict
 def _lanes(spans: Sequence[Span], cluster: ClusterSpec) -> list[tuple[str, int]]:
     """Runs of ranks that do the same all the time, each with a representative rank."""
     per_node = cluster.gpus_per_node
-    busy: list[frozenset[int]] = []
-    for rank in range(cluster.size):
-        busy.append(frozenset(i for i, span in enumerate(spans) if rank in span.ranks))
+    busy: list[set[int]] = [set() for _ in range(cluster.size)]
+    for i, span in enumerate(spans):
+        for rank in span.ranks:
+            busy[rank].add(i)
     lanes: list[tuple[str, int]] = []
     start = 0
     for rank in range(1, cluster.size + 1):
