@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,11 @@ class Routes:
     def take(self, samples: Sequence[int]) -> Routes:
         """Some samples, in the order given."""
         return Routes(tuple(self.rows[i] for i in samples))
+
+
+def routes_among(inputs: Mapping[str, object]) -> Routes | None:
+    """The routes among the inputs of a call; None where it replays none."""
+    return next((values for values in inputs.values() if isinstance(values, Routes)), None)
 
 
 def route_type(spec: ModelSpec) -> torch.dtype:

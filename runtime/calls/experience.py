@@ -20,7 +20,7 @@ from runtime.calls.forward_calls import Values
 from runtime.job import Job
 from runtime.passes.packs import Batch
 from runtime.passes.training import Trainer
-from runtime.routes import Routes
+from runtime.routes import routes_among
 from runtime.sequences import Sequences, padded, unpadded
 
 
@@ -45,7 +45,7 @@ def experience(job: Job, call: Call, trainer: Trainer, inputs: Mapping[str, Valu
     workload, model = job.plan.workload, trainer.model
     (sequences,) = (values for values in inputs.values() if isinstance(values, Sequences))
     flat = {key: values for key, values in inputs.items() if isinstance(values, Tensor)}
-    routes = next((values for values in inputs.values() if isinstance(values, Routes)), None)
+    routes = routes_among(inputs)
     loss = loss_of(workload.graph, call)
     fields: dict[str, Tensor] = {key: flat[key] for key in ("ref_logprobs", "values") if key in flat}
     lengths = torch.tensor(sequences.responses, device=model.device)

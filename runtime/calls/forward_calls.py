@@ -24,7 +24,7 @@ from runtime.generation.sampling import Sampling
 from runtime.job import Job
 from runtime.models.model import Model
 from runtime.passes.forward import sample_scores, token_logprobs, token_values
-from runtime.routes import Routes
+from runtime.routes import Routes, routes_among
 from runtime.sequences import Sequences
 
 Values = Sequences | Routes | Tensor
@@ -74,7 +74,7 @@ def inference_call(job: Job, call: Call, share: Share, model: Model, inputs: Map
             return {key: sample_scores(model, sequences, micro_batches=parts)}
         case "values":
             return {key: token_values(model, sequences, micro_batches=parts)}
-    routes = next((values for values in inputs.values() if isinstance(values, Routes)), None)
+    routes = routes_among(inputs)
     return {key: token_logprobs(model, sequences, micro_batches=parts, temperature=job.temperature, routes=routes)}
 
 
