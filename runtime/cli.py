@@ -73,18 +73,21 @@ def realrun(
 
 
 def _run(path: Path, overrides: list[str], run_path: Path | None, words: Words, *, debug: bool) -> None:
-    from runtime.launching.preparation import prepare
+    from runtime.launching.preparation import checked, read
 
-    ready = prepare(path, overrides, run_path, words)
+    ready = read(path, overrides, run_path, words)
     if words.dry_run:
+        checked(ready, words)
         return
     from runtime.launching.launch import launch
-    from runtime.machines.run import run_on_machines
+    from runtime.machines.run import run_on_machines, told
     from runtime.processes.lifetime import end_at_once
     from runtime.reports.endings import RunFailed
     from runtime.reports.monitor import summary
     from runtime.reports.page import write_page
 
+    with told(ready.plan, ready.run, ready.place):
+        ready = checked(ready, words)
     try:
         if ready.place is not None:
             lines = run_on_machines(ready.plan, ready.run, ready.place)

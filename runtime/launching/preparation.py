@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from plans.legal import legal_plan
@@ -61,12 +61,12 @@ class Ready:
 
     @property
     def first(self) -> bool:
-        """Whether this process speaks and writes for the run."""
-        return _first(self.member, self.place)
+        """Whether this process speaks and writes for the run: it is rank 0, starts it, or is on node 0's machine."""
+        return (self.member is None or self.member.rank == 0) and (self.place is None or self.place.node == 0)
 
 
-def prepare(path: Path, overrides: list[str], run_path: Path | None, words: Words) -> Ready:
-    """Read, check and describe a run. Raises RealplanError for what cannot run."""
+def read(path: Path, overrides: list[str], run_path: Path | None, words: Words) -> Ready:
+    """A run as its files and the environment say it. Raises RealplanError for what is no run."""
     member = outside_member({**os.environ, **rank_variables(os.environ)})
     plan = legal_plan(path)
     if not words.allow_stale:
@@ -77,31 +77,30 @@ def prepare(path: Path, overrides: list[str], run_path: Path | None, words: Word
     if words.resume or began_again(os.environ):
         run = run.model_copy(update={"resume_from": run.resume_from or str(run.checkpoint_folder)})
     place = place_of(plan, member, words.node, words.host, words.port)
-    member = member if place is None else None
+    return Ready(plan, run, member if place is None else None, Start(), place)
+
+
+def checked(ready: Ready, words: Words) -> Ready:
+    """A run that this machine can start, described; with its beginning. Raises RealplanError for what cannot run."""
+    plan, run, member, place = ready.plan, ready.run, ready.member, ready.place
     check_rollback(plan, run, alone=member is None)
-    first = _first(member, place)
-    _describe(plan, words, first)
+    _describe(plan, words, ready.first)
     check_supported(plan)
     check_weights(plan, run)
-    for line in base_words(plan, run) if first else ():
+    for line in base_words(plan, run) if ready.first else ():
         print(line, file=sys.stderr)
     check_packages()
     check_trackers(run)
     check_devices(plan, None if member is None else member.world, alone=place is None)
-    if first:
+    if ready.first:
         check_output(plan, run)
     # On several machines the checkpoint is chosen when all are there.
-    start = choose_start(plan, run) if first and place is None else Start()
+    start = choose_start(plan, run) if ready.first and place is None else ready.start
     if words.dry_run:
         check_job(plan, run)
     elif member is None:
         prepare_ranks(plan, None if place is None else place.first)
-    return Ready(plan, run, member, start, place)
-
-
-def _first(member: Member | None, place: Place | None) -> bool:
-    """Whether a process is that of rank 0, starts it, or is on the machine of node 0."""
-    return (member is None or member.rank == 0) and (place is None or place.node == 0)
+    return replace(ready, start=start)
 
 
 def _describe(plan: ExecutionPlan, words: Words, first: bool) -> None:

@@ -8,14 +8,14 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from time import monotonic, sleep
 
 from plans.errors import RealplanError
 from plans.plan import ExecutionPlan
 from plans.runfile import RunFile, patience_s
 from runtime.machines.station import Station
-from runtime.machines.wire import GONE, MOST_BYTES, Connection, Message, Pace, pace_of, work_of
+from runtime.machines.wire import GONE, MOST_BYTES, Connection, Message, pace_of, work_of
 from runtime.processes.network import own_address, resolve
 from runtime.processes.place import Place
 from runtime.reports.endings import RunFailed, Stopped
@@ -27,18 +27,12 @@ RETRY_S = 0.2
 def serve(plan: ExecutionPlan, run: RunFile, place: Place) -> None:
     """Be a machine of a run until it has ended well. Raises RunFailed where it has not, where the first machine went
     away or is not heard any more, and where a second signal asks; no rank is left then."""
-    patience = patience_s(plan, run)
-    pace = pace_of(patience)
     host = resolve(place.first)[1]
-    connection = _connect(place, host, pace, patience)
-    connection.most_bytes = MOST_BYTES
+    connection = _connect(plan, run, place, host)
     heard: queue.SimpleQueue[Message] = queue.SimpleQueue()
     try:
-        own = own_address(host)
-        with _asking(connection, run), Station(run, own, connection.send) as station:
-            name, source = socket.gethostname(), station.storage.files.source
-            hello = {"kind": "hello", "node": place.node, "name": name, "source": source, "work": work_of(plan, run)}
-            connection.send(hello)
+        with _asking(connection, run), _station(plan, run, place, host, connection) as station:
+            connection.send(_hello(plan, run, place) | {"source": station.storage.files.source})
             connection.beat()
             threading.Thread(target=_listen, args=(connection, heard), daemon=True).start()
             _work(station, heard, place)
@@ -48,6 +42,37 @@ def serve(plan: ExecutionPlan, run: RunFile, place: Place) -> None:
         raise _cut_off(place, str(error)) from None
     finally:
         connection.close()
+
+
+def decline(plan: ExecutionPlan, run: RunFile, place: Place, words: str) -> None:
+    """Tell the first machine, which may start later, why this one cannot take part. Raises RealplanError where nobody
+    is there."""
+    connection = _connect(plan, run, place, resolve(place.first)[1])
+    try:
+        _say_no(plan, run, place, connection, words)
+    finally:
+        connection.close()
+
+
+def _say_no(plan: ExecutionPlan, run: RunFile, place: Place, connection: Connection, words: str) -> None:
+    """Send the words, and wait until they have come."""
+    with suppress(OSError, ValueError):
+        connection.send(_hello(plan, run, place) | {"declines": words})
+        next(connection.messages(), None)
+
+
+def _hello(plan: ExecutionPlan, run: RunFile, place: Place) -> Message:
+    return {"kind": "hello", "node": place.node, "name": socket.gethostname(), "work": work_of(plan, run)}
+
+
+def _station(plan: ExecutionPlan, run: RunFile, place: Place, host: str, connection: Connection) -> Station:
+    own = own_address(host)
+    try:
+        return Station(run, own, connection.send)
+    except OSError as error:
+        words = f"cannot serve its files at {own or 'an address that leads to node 0'}: {error.strerror or error}"
+        _say_no(plan, run, place, connection, words)
+        raise RealplanError(f"node {place.node} {words}") from None
 
 
 def _work(station: Station, heard: queue.SimpleQueue[Message], place: Place) -> None:
@@ -86,12 +111,15 @@ def _listen(connection: Connection, heard: queue.SimpleQueue[Message]) -> None:
     heard.put({"kind": "lost", "why": why})
 
 
-def _connect(place: Place, host: str, pace: Pace, patience: float) -> Connection:
+def _connect(plan: ExecutionPlan, run: RunFile, place: Place, host: str) -> Connection:
     """Reach the first machine, which may start later. Raises RealplanError."""
-    end = monotonic() + patience
+    patience = patience_s(plan, run)
+    pace, end = pace_of(patience), monotonic() + patience
     while True:
         try:
-            return Connection(socket.create_connection((host, place.first.port), timeout=pace.quiet_s), pace)
+            connection = Connection(socket.create_connection((host, place.first.port), timeout=pace.quiet_s), pace)
+            connection.most_bytes = MOST_BYTES
+            return connection
         except OSError as error:
             if monotonic() > end:
                 raise RealplanError(

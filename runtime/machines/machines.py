@@ -20,7 +20,8 @@ from runtime.processes.network import listener, resolve
 from runtime.reports.endings import RunFailed
 
 POLL_S = 0.1
-LEAVE_S = 5.0
+LEAVE_S, LATE_S = 5.0, 10.0
+"""How long the others get to go when a run is over, and those of one that never began to come and be told."""
 MOST_STRANGERS = 64
 """Connections at once that have not said yet which machine they are."""
 
@@ -53,6 +54,10 @@ class Machines:
         self._strangers = threading.Semaphore(MOST_STRANGERS)
         self.there: dict[int, Machine] = {}
         self.lost: dict[int, str] = {}
+        self._came: set[int] = {0}
+        self._declined = ""
+        self._over: Message | None = None
+        self._refused: set[str] = set()
         self.handlers: dict[str, Callable[[int, Message], None]] = {}
         try:
             self._listener = listener(self.host, address.port)
@@ -73,10 +78,13 @@ class Machines:
         self.there[0] = Machine(socket.gethostname(), station.storage.files.source, None)
 
     def gather(self, patience_s: float) -> None:
-        """Wait until a machine for every node is there. Raises RealplanError for those that do not come."""
+        """Wait until a machine for every node is there. Raises RealplanError for those that do not come, and RunFailed
+        for one that says that it cannot take part."""
         nodes, end = self._nodes, monotonic() + patience_s
         while len(self.there) < nodes:
             self.pump(POLL_S)
+            if self._declined:
+                raise RunFailed(self._declined)
             if monotonic() > end:
                 missing = ", ".join(str(node) for node in range(nodes) if node not in self.there)
                 raise RealplanError(
@@ -174,13 +182,19 @@ class Machines:
         refused = "" if node < self._nodes else f"the plan has {self._nodes} nodes"
         if node in self.there:
             refused = f"a machine of node {node} is there already ({self.there[node].name})"
+        self._came.add(node)
+        answer = {"kind": "refused", "words": refused} if refused else self._over or {"kind": "welcome"}
         with suppress(OSError):
-            connection.send({"kind": "refused", "words": refused} if refused else {"kind": "welcome"})
-        if refused:
+            connection.send(answer)
+        if "declines" in hello and not refused:
+            self._declined = f"node {node} ({hello['name']}) cannot take part: {hello['declines']}"
+            print(self._declined, file=sys.stderr)
+        if answer["kind"] != "welcome" or "declines" in hello:
             connection.close()
             return
         host, port, secret = hello["source"]
         self.lost.pop(node, None)
+        self._declined = ""
         self.there[node] = Machine(str(hello["name"]), (str(host), int(port), str(secret)), connection)
         connection.beat()
 
@@ -211,9 +225,10 @@ class Machines:
                 hello = next(said, {})
                 node = int(hello["node"])
                 other = difference(self._work, hello["work"])
-                _ = [str(hello["name"]), *hello["source"]]
+                _ = [str(hello["name"]), *(() if "declines" in hello else hello["source"])]
             if other:
                 words = f"{other} is not that of node 0"
+                self._say_once(f"a machine at {connection.host}, which would be node {node}, is refused: {words}")
                 connection.send({"kind": "refused", "words": words})
                 connection.close()
                 return
@@ -229,19 +244,31 @@ class Machines:
         else:
             connection.close()
 
-    def close(self, words: str, *, done: bool) -> None:
-        """Tell the other machines how the run ended, and wait a while until they have gone."""
-        self._listener.close()
+    def _say_once(self, words: str) -> None:
+        """Say of a machine that is not let in why: it may be one that the run waits for. Not without end."""
+        if words not in self._refused and len(self._refused) < MOST_STRANGERS:
+            self._refused.add(words)
+            print(words, file=sys.stderr)
+
+    def close(self, words: str, *, done: bool, late_s: float = 0.0) -> None:
+        """Tell the other machines how the run ended, and wait a while until they have gone. late_s: how long those that
+        have never come may still come, to be told too."""
+        self._over = {"kind": "over", "words": words, "done": done}
         others = {node: m.connection for node, m in self.there.items() if m.connection is not None}
         for end_of in others.values():
             with suppress(OSError):
-                end_of.send({"kind": "over", "words": words, "done": done})
-        end = monotonic() + LEAVE_S
-        while others and monotonic() < end:
+                end_of.send(self._over)
+        begun = monotonic()
+        while (others and monotonic() < begun + LEAVE_S) or (
+            len(self._came) < self._nodes and monotonic() < begun + late_s
+        ):
             with suppress(queue.Empty):
                 node, connection, message = self._heard.get(timeout=POLL_S)
-                if message["kind"] == "lost" and others.get(node) is connection:
+                if message["kind"] == "hello" and connection is not None:
+                    self._welcome(node, connection, message)
+                elif message["kind"] == "lost" and others.get(node) is connection:
                     del others[node]
+        self._listener.close()
         for machine in self.there.values():
             if machine.connection is not None:
                 machine.connection.close()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from plans.errors import RealplanError
@@ -12,12 +14,13 @@ from runtime.checkpoints.folder import stop_request
 from runtime.launching.keeping import check_done, own_output, stopped_by_signals
 from runtime.launching.output import exported_role
 from runtime.launching.restarts import with_restarts
-from runtime.machines.agent import serve
+from runtime.machines.agent import decline, serve
 from runtime.machines.crew import Crew, check_folders
-from runtime.machines.machines import Machines
+from runtime.machines.machines import LATE_S, Machines
 from runtime.machines.station import Station
 from runtime.machines.wire import Message, pace_of, work_of
 from runtime.processes.place import Place
+from runtime.reports.endings import Stopped
 from runtime.reports.metrics import Metrics
 
 
@@ -27,17 +30,39 @@ def run_on_machines(plan: ExecutionPlan, run: RunFile, place: Place) -> Sequence
     if place.node:
         serve(plan, run, place)
         return ()
-    machines = Machines(place.first, plan.cluster.nodes, work_of(plan, run), pace_of(patience_s(plan, run)))
-    words, done = "", False
+    machines = _machines(plan, run, place)
+    words, done, late_s = "", False, 0.0
     try:
         lines = _coordinate(plan, run, machines)
         done = True
     except BaseException as error:
         words = str(error) if isinstance(error, RealplanError) else type(error).__name__
+        late_s = LATE_S if isinstance(error, RealplanError) and not isinstance(error, Stopped) else 0.0
         raise
     finally:
-        machines.close(words, done=done)
+        machines.close(words, done=done, late_s=late_s)
     return lines
+
+
+@contextmanager
+def told(plan: ExecutionPlan, run: RunFile, place: Place | None) -> Iterator[None]:
+    """Where a machine finds that it cannot take part, the others of the run end with its words, instead of waiting for
+    it."""
+    try:
+        yield
+    except RealplanError as error:
+        if place is not None:
+            print(f"node {place.node} cannot take part, and tells the other machines: {error.message}", file=sys.stderr)
+            with suppress(RealplanError):  # nobody is there; its own error is the one to show
+                if place.node:
+                    decline(plan, run, place, str(error))
+                else:
+                    _machines(plan, run, place).close(str(error), done=False, late_s=LATE_S)
+        raise
+
+
+def _machines(plan: ExecutionPlan, run: RunFile, place: Place) -> Machines:
+    return Machines(place.first, plan.cluster.nodes, work_of(plan, run), pace_of(patience_s(plan, run)))
 
 
 def _coordinate(plan: ExecutionPlan, run: RunFile, machines: Machines) -> Sequence[Metrics]:

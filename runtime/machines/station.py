@@ -38,9 +38,9 @@ class Station:
         self._mirror: Mirror | None = None
         self._keeps: Sequence[int] = ()
         self._told: set[int] = set()
-        self._fetching: dict[int, Future[None]] = {}
+        self._fetching: dict[int, Future[Any]] = {}
         storage = self.storage
-        self._does: Mapping[str, Callable[..., Message | Future[None]]] = {
+        self._does: Mapping[str, Callable[..., Message | Future[Any]]] = {
             "start": self._start, "end": self._end, "prepare": self._prepare, "devices": self._devices,
             "probe": storage.probe, "sees": storage.sees, "unprobe": storage.unprobe, "inventory": storage.inventory,
             "fetch_part": storage.fetch_part, "fetch_step": storage.fetch_step, "finish": storage.finish,
@@ -78,7 +78,7 @@ class Station:
             if fetched.done():
                 del self._fetching[number]
                 error = fetched.exception()
-                self._answer(number, {} if error is None else {"error": str(error)})
+                self._answer(number, fetched.result() or {} if error is None else {"error": str(error)})
         self._tell_parts()
 
     def _tell_parts(self) -> None:

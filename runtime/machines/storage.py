@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,8 +19,10 @@ from runtime.checkpoints.folder import partial_folder, rank_word, remove_after
 from runtime.machines.files import FileServer, Wanted, fetch
 from runtime.machines.wire import Message
 
-SEEN_S = 1.0
-"""How long a new file may take to show on another machine of the same storage."""
+SEEN_S, LOOK_S = 30.0, 0.1
+"""How long a new file may take to show on another machine of a network file system, and how often to look."""
+_LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "ramfs", "overlay"}
+"""File systems of one machine alone, where a file shows at once or never."""
 
 
 class Storage:
@@ -43,14 +46,10 @@ class Storage:
             (self._folder / name).touch()
         return {}
 
-    def sees(self, names: Sequence[str]) -> Message:
+    def sees(self, names: Sequence[str]) -> Future[Message]:
         """Which of the files of the other machines show here; a machine's own one always does."""
-        deadline = time.monotonic() + SEEN_S
-        while True:
-            found = [name for name in names if os.path.exists(self._folder / name)]
-            if len(found) == len(names) or time.monotonic() > deadline:
-                return {"seen": found}
-            time.sleep(SEEN_S / 10)
+        wait_s = 0.0 if file_system(self._folder) in _LOCAL else SEEN_S
+        return self._pool.submit(_shown, self._folder, names, wait_s)
 
     def unprobe(self, name: str) -> Message:
         """Remove that file."""
@@ -128,6 +127,34 @@ class Storage:
             return {"digest": read_index(Path(folder)).digest}
         except CheckpointError:
             return {"digest": ""}
+
+
+def file_system(folder: Path) -> str:
+    """Type of the file system that a folder is on, such as `ext4` or `nfs4`; empty where the system does not say."""
+    found, longest, place = "", -1, str(folder.resolve())
+    try:
+        lines = Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape").splitlines()
+    except OSError:
+        return ""
+    for line in lines:
+        mount, _, rest = line.partition(" - ")
+        point = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), mount.split(" ")[4])
+        within = place == point or place.startswith(f"{point.rstrip('/')}/")
+        if within and len(point) >= longest:  # of two at one place the later one hides the other
+            found, longest = rest.split(" ")[0], len(point)
+    return found
+
+
+def _shown(folder: Path, names: Sequence[str], wait_s: float) -> Message:
+    """Which files of a folder show, after a wait for those that do not."""
+    deadline = time.monotonic() + wait_s
+    while True:
+        # A client of a network file system remembers that a name was not there; to list the folder has it ask again.
+        there = set(os.listdir(folder))
+        found = [name for name in names if name in there]
+        if len(found) == len(names) or time.monotonic() > deadline:
+            return {"seen": found}
+        time.sleep(LOOK_S)
 
 
 def _size(path: Path) -> int:

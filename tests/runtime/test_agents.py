@@ -23,12 +23,13 @@ from runtime.machines.files import FileServer, Wanted, fetch
 from runtime.machines.machines import Machines
 from runtime.machines.mirror import Mirror, apply
 from runtime.machines.resume import spread_checkpoints
+from runtime.machines.run import told
 from runtime.machines.station import Station
-from runtime.machines.storage import Storage
+from runtime.machines.storage import Storage, file_system
 from runtime.machines.wire import Connection, Pace, difference, pace_of, work_of
 from runtime.processes.member import Address, Member
 from runtime.processes.network import free_port
-from runtime.processes.place import place_of
+from runtime.processes.place import Place, place_of
 from runtime.reports.endings import RunFailed
 from runtime.reports.records import records_path
 
@@ -120,6 +121,41 @@ def test_what_a_machine_cannot_do_is_said(machines: Machines) -> None:
     assert pace_of(20) == Pace(1.0, 10.0) and pace_of(3600).quiet_s == 60 and pace_of(1).quiet_s == 2
 
 
+def test_a_machine_that_cannot_take_part_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Node 0 ends at once with its words, and speaks of a machine with other work."""
+    plan, run = tiny_plan(2, "d2 t1 p1", nodes=2), tiny_run(tmp_path / "out", timeout_s=PATIENCE_S)
+    place = Place(1, Address(HOST, free_port(HOST)))
+
+    def fail() -> None:
+        with suppress(RealplanError), told(plan, run, place):
+            raise RealplanError("no weights at `w`", "weights=FOLDER")
+
+    sick = threading.Thread(target=fail)
+    sick.start()  # before node 0 is there
+    first = Machines(place.first, 2, work_of(plan, run), PACE)
+    try:
+        with closing(reach(first)) as other:
+            assert answer_to(other, first)["kind"] == "refused"
+        with pytest.raises(RunFailed, match=r"node 1 \(.*\) cannot take part: no weights at `w`\nhint: weights=FOLDER"):
+            first.gather(PATIENCE_S)
+        sick.join(10)
+        assert not sick.is_alive() and not first.there
+    finally:
+        first.close("", done=True)
+    assert "a machine at 127.0.0.1, which would be node 1, is refused: the plan is not that" in capsys.readouterr().err
+
+
+def test_who_comes_to_a_run_that_is_over_is_told() -> None:
+    machines = Machines(Address(HOST, free_port(HOST)), 3, WORK, PACE)
+    closer = threading.Thread(target=machines.close, args=("no GPU",), kwargs={"done": False, "late_s": 60.0})
+    closer.start()
+    for node in (1, 2):
+        with closing(reach(machines, node=node)) as late:
+            assert next(late.messages()) == {"kind": "over", "words": "no GPU", "done": False}
+    closer.join(10)
+    assert not closer.is_alive(), "all have been told"
+
+
 def test_files_are_fetched_whole_or_not_at_all(tmp_path: Path) -> None:
     good, bad, ours = (tmp_path / name / "global_step_1" for name in ("good", "bad", "ours"))
     name = "rank-00000.safetensors"
@@ -169,20 +205,38 @@ def test_the_newest_checkpoint_that_machines_hold_together() -> None:
     assert found[1].holders == {"rank-0": [0, 2], "rank-1": [2], INDEX: [0, 2]}
 
 
-def test_folders_in_common_are_found(tmp_path: Path) -> None:
+def test_folders_in_common_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = [tiny_run(tmp_path / name) for name in ("shared", "shared", "own")]
     storages = [Storage(run, HOST) for run in runs]
     try:
         for number, storage in enumerate(storages):
             storage.probe(f".probe-{number}")
-        seen = [storage.sees([f".probe-{number}" for number in range(3)])["seen"] for storage in storages]
+        seen = [storage.sees([f".probe-{number}" for number in range(3)]).result()["seen"] for storage in storages]
         assert seen == [[".probe-0", ".probe-1"], [".probe-0", ".probe-1"], [".probe-2"]]
+        # On a network file system what another machine has made may show late.
+        monkeypatch.setattr("runtime.machines.storage.file_system", lambda _: "nfs4")
+        late = storages[2].sees([".probe-2", ".probe-3"])
+        time.sleep(0.3)
+        storages[2].probe(".probe-3")
+        assert late.result(PATIENCE_S)["seen"] == [".probe-2", ".probe-3"]
+        storages[2].unprobe(".probe-3")
         for number, storage in enumerate(storages):
             storage.unprobe(f".probe-{number}")
         assert not [path for run in runs for path in run.checkpoint_folder.iterdir()]
     finally:
         for storage in storages:
             storage.close()
+
+
+@pytest.mark.parametrize(
+    ("folder", "kind"), [("/a/b/c", "ext4"), ("/a b/c", "nfs4"), ("/ab", "overlay"), ("/a", "xfs")]
+)
+def test_the_file_system_of_a_folder(folder: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The longest place above it counts, of two at one place the later one."""
+    table = [("/", "overlay"), ("/a", "tmpfs"), ("/a", "xfs"), ("/a/b", "ext4"), (r"/a\040b", "nfs4")]
+    lines = "".join(f"1 0 8:1 / {place} rw shared:1 - {kind} /dev/x rw\n" for place, kind in table)
+    monkeypatch.setattr(Path, "read_text", lambda *_: lines)
+    assert file_system(Path(folder)) == kind
 
 
 def test_what_ranks_say_arrives_as_it_stands(tmp_path: Path) -> None:
