@@ -5,17 +5,18 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Iterator
+from itertools import pairwise
+from statistics import median
 from typing import Any
 
 from gpu_check.ceilings import copy_bytes_per_s
-from gpu_check.gaps import outside_kernels
 from gpu_check.rows import Case, Row, Skip, judged
 from gpu_check.setting import FIXTURE, Setting
 from gpu_check.shapes import SHAPES, fitting_layers, layers_of, model_alone, precision
 from plans.kvcache import BURST_STEPS
 from plans.model import ModelSpec
 
-LAYERS, STEPS = 8, 32
+LAYERS, STEPS = 8, 48
 DEGREES = (1, 4, 8)
 BATCHES = (1, 64, 16, 256)
 CONTEXTS = (512, 4096)
@@ -32,7 +33,16 @@ def step_bytes(spec: ModelSpec, rows: int, context: int, element: int) -> float:
     return float(element * (weights + rows * cache))
 
 
-def generation(model: Any, rows: int, context: int, steps: int, *, capture: bool = True) -> Any:
+def generation(
+    model: Any,
+    rows: int,
+    context: int,
+    steps: int,
+    *,
+    burst: int = BURST_STEPS,
+    capture: bool = True,
+    ended: Any = None,
+) -> Any:
     """A generation of `steps` tokens after random prompts, to be called."""
     import torch
 
@@ -40,7 +50,8 @@ def generation(model: Any, rows: int, context: int, steps: int, *, capture: bool
     from runtime.generation.sampling import Sampling
 
     prompts = torch.randint(model.spec.vocab, (rows, context)).tolist()
-    words = {"sampling": Sampling(), "seed": 0, "iteration": 0, "limits": FlightLimits(capture=capture)}
+    limits = FlightLimits(burst=burst, capture=capture, allow_long=True)
+    words = {"sampling": Sampling(), "seed": 0, "iteration": 0, "limits": limits, "ended": ended}
     return lambda: generate(model, prompts, range(rows), response_tokens=steps, **words)
 
 
@@ -75,45 +86,47 @@ def _shape(shape: str, tp: int) -> Case:
 
 
 def _point(setting: Setting, model: Any, case: str, rows: int, context: int, ceiling: float) -> Iterator[Row]:
-    """Prefill out of a generation of one token; a step out of the difference between two longer ones, because the first
-    burst of a generation runs uncaptured and the second one records."""
+    """Prefill out of a generation of one token, a step out of the later bursts of a longer one."""
     import torch
 
-    steps, first = setting.pick(STEPS, 4), setting.pick(2 * BURST_STEPS, 2)
     element = precision(setting).itemsize
-    cache = step_bytes(model.spec, rows, context + first + steps, element)
+    cache = step_bytes(model.spec, rows, context + STEPS, element)
     if setting.kind == "cuda" and cache > 0.8 * torch.cuda.mem_get_info()[0]:
         yield Row(case=case, verdict="skipped", note=f"its cache of {cache / 2**30:.0f} GiB does not fit")
         return
     if setting.left_s < setting.pick(4.0, 0.0):
         yield Row(case=case, verdict="skipped", note="no time is left")
         return
-    prefill = _seconds(setting, generation(model, rows, context, 1))
-    step = _step_seconds(setting, model, rows, context, first, steps)
+    first = context == setting.pick(CONTEXTS, (16,))[0]
+    step = _step_seconds(setting, model, rows, context)
+    note = f"{step * 1e3:.3f} ms a step"
+    if first:
+        prefill = _seconds(setting, generation(model, rows, context, 1))
+        note += f"; prefill {rows * context / prefill:,.0f} tokens/s"
     rate = step_bytes(model.spec, rows, context, element) / step
-    note = f"{step * 1e3:.3f} ms a step; prefill {rows * context / prefill:,.0f} tokens/s"
     goal = LEAST_SHARE if setting.kind == "cuda" and rows in (1, 64) else None
     yield (
         judged(f"{case}: share of the copy ceiling", rate / ceiling, "", least=goal, note=note)
         if goal
         else Row(case=f"{case}: share of the copy ceiling", value=rate / ceiling, note=note)
     )
-    if rows == 1 and context == setting.pick(CONTEXTS, (16,))[0]:
-        idle = outside_kernels(generation(model, rows, context, 8), setting.device)
-        yield Row(case=f"{case}: idle in a generation of 8 tokens", value=idle)
-        eager = _step_seconds(setting, model, rows, context, first, steps, capture=False)
+    if rows == 1 and first:
+        eager = _step_seconds(setting, model, rows, context, capture=False)
         yield Row(case=f"{case}: uncaptured step over captured step", value=eager / step)
 
 
-def _step_seconds(
-    setting: Setting, model: Any, rows: int, context: int, first: int, steps: int, *, capture: bool = True
-) -> float:
-    short, long = (
-        _seconds(setting, generation(model, rows, context, count, capture=capture)) for count in (first, first + steps)
-    )
-    if long <= short:
-        raise Skip(f"{first + steps} tokens took no longer than {first}: other work on the machine")
-    return (long - short) / steps
+def _step_seconds(setting: Setting, model: Any, rows: int, context: int, *, capture: bool = True) -> float:
+    """Median seconds of a step in the bursts of a generation behind the first, which runs uncaptured after the prefill,
+    and the second, which records. A burst has ended when its tokens are read, which waits for the device."""
+    burst, steps = setting.pick((BURST_STEPS, STEPS), (2, 10))
+    read: dict[int, float] = {}
+
+    def ended(_: object, old: int) -> None:
+        read.setdefault(old, time.perf_counter())
+
+    generation(model, rows, context, steps, burst=burst, capture=capture, ended=ended)()
+    times = list(read.values())
+    return median((after - before) / burst for before, after in pairwise(times[1:]))
 
 
 def _against_transformers(setting: Setting) -> Iterator[Row]:

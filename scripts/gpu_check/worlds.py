@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import multiprocessing
 import os
@@ -108,18 +109,19 @@ def _collect(pipes: list[Any], processes: list[Any], may_die: bool) -> list[tupl
             return [found.get(rank, ("", None)) for rank in range(len(pipes))]
         for rank in left:
             if pipes[rank] in ready or processes[rank].sentinel in ready:
-                found[rank] = _receive(pipes[rank], rank, may_die)
+                found[rank] = _receive(pipes[rank], rank, processes[rank], may_die)
                 failed |= bool(found[rank][0])
     return [found[rank] for rank in range(len(pipes))]
 
 
-def _receive(pipe: Any, rank: int, may_die: bool) -> tuple[str, Any]:
+def _receive(pipe: Any, rank: int, process: Any, may_die: bool) -> tuple[str, Any]:
     try:
         error, value = pipe.recv() if pipe.poll() else (None, None)
     except EOFError:
         error, value = None, None
     if error is None:
-        return "" if may_die else f"rank {rank} died", None
+        process.join(GRACE_S)
+        return "" if may_die else f"rank {rank} died with exit code {process.exitcode}", None
     return error and f"rank {rank}: {error}", value
 
 
@@ -128,6 +130,7 @@ def _rank(
 ) -> None:
     if world.kind == "cpu" and world.spawns:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: the reference knows of no card
+    faulthandler.enable()  # a crash below Python shows in the stage's log where it was
     import torch
     import torch.distributed as dist
 
