@@ -15,6 +15,7 @@ What is not frozen is trained, moved between layouts and kept in checkpoints.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -312,6 +313,13 @@ class Layout:
     def rank(self, place: Place) -> int:
         """The rank at a place."""
         return self.ranks[((place.pp * self.dp + place.dp) * self.cp + place.cp) * self.tp + place.tp]
+
+    @property
+    def joined_replicas(self) -> int:
+        """Replicas that share experts: neighbours that together are the least number of whole runs of ep ranks. 1 where
+        a replica's stage consists of whole runs."""
+        own = self.tp * self.cp
+        return math.lcm(own, self.ep) // own
 
     def expert_rank(self, rank: int) -> int:
         """Position of a rank in its run of ep ranks."""

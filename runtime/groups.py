@@ -93,7 +93,8 @@ class GroupCache:
         return self._groups[key]
 
     def collection(self, layout: Layout) -> Any:
-        """Megatron's `ProcessGroupCollection` of a layout; None on ranks outside it."""
+        """Megatron's `ProcessGroupCollection` of a layout; None on ranks outside it. Beside Megatron's it has `joined`
+        (`joined_sets`), None where no replicas share experts."""
         assert list(layout.ranks) == sorted(layout.ranks), "torch orders the ranks of a group ascending"
         if layout not in self._collections:
             self._collections[layout] = self._collect(layout)
@@ -101,10 +102,12 @@ class GroupCache:
 
     def _collect(self, layout: Layout) -> Any:
         found: dict[str, Any] = {name: self._mine(sets) for name, sets in rank_sets(layout).items()}
+        joined = self._mine(joined_sets(layout)) if layout.joined_replicas > 1 else None
         if dist.get_rank() not in layout.ranks:
             return None
         groups = ProcessGroupCollection(**found)
         groups.inter_dist_opt = None
+        groups.joined = joined
         return groups
 
     def _mine(self, rank_sets: Sequence[tuple[int, ...]]) -> Any:
@@ -178,6 +181,12 @@ def _expert_runs(layout: Layout) -> tuple[list[tuple[int, ...]], list[tuple[int,
     stages = [layout.ranks[i : i + size] for i in range(0, len(layout.ranks), size)]
     runs = [stage[i : i + ep] for stage in stages for i in range(0, size, ep)]
     return runs, [stage[i::ep] for stage in stages for i in range(ep)]
+
+
+def joined_sets(layout: Layout) -> list[tuple[int, ...]]:
+    """The ranks at the same place of replicas that share experts (`Layout.joined_replicas`), in the order of dp."""
+    joined = layout.joined_replicas
+    return [ranks[i : i + joined] for ranks in _cut(layout, "dp") for i in range(0, layout.dp, joined)]
 
 
 def _over_stages(layout: Layout, runs: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:

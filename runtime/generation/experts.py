@@ -1,8 +1,9 @@
 """A mixture of experts in generation: the tokens stay where they are, and every rank runs its own experts on them.
 
-All tp ranks of a replica have the same tokens, and a run of ep ranks (ep divides tp) holds every expert once. A rank
-adds up what its experts and its part of the shared expert say; the sum over tp, which a dense block needs too, makes
-the block complete. So there is no exchange of tokens, and no number of tokens per expert that the host would wait for.
+All tp ranks of a replica have the same tokens, and a run of ep ranks holds every expert once. A rank adds up what its
+experts and its part of the shared expert say; the sum over tp, which a dense block needs too, makes the block complete.
+So there is no number of tokens per expert that the host would wait for. Where a run spans several replicas, each gets
+the tokens of all of them (`runtime.generation.joined`), and what its experts say goes back to the replica of the token.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from runtime.generation.joined import Joined
 from runtime.models.model import Model
 
 Note = Callable[[Tensor], None]
@@ -22,30 +24,37 @@ Note = Callable[[Tensor], None]
 
 class LeanExperts:
     """The experts of one block: normed hidden states [n, hidden] -> this rank's part of the block's output, the same.
-    `note` gets what every row chose, on every rank.
+    `note` gets what every row chose, on every rank. `rows`: the most of them that a replica has, where replicas share
+    experts and have different numbers (0: as many as this one).
 
-    Where tp is more than ep, the runs of ep ranks share the tokens out: run i of r has the rows i, i + r, ...
+    Where the ranks that have the same tokens are more than ep, their runs of ep ranks share the tokens out: run i of r
+    has the rows i, i + r, ...
     """
 
     def __init__(self, model: Model, layer: Any) -> None:
         spec, layout = model.spec, model.layout
-        assert layout.tp % layout.ep == 0, "replicas finish at different times"
+        self._joined = joined = Joined(model)
         self._chosen, self._scaled = spec.experts_per_token, spec.normalize_gates
         self._experts = [(e.linear_fc1.weight, e.linear_fc2.weight) for e in layer.experts.local_experts]
         self._first = model.groups.ep.rank() * len(self._experts)
-        self._run, self._runs = model.place.tp // layout.ep, layout.tp // layout.ep
+        self._run = (joined.place * layout.tp + model.place.tp) // layout.ep
+        self._runs = joined.count * layout.tp // layout.ep
         self._router, self._shared = layer.router.weight, layer.shared_experts
         self._activation, self._gated = model.config.activation_func, model.config.gated_linear_unit
 
-    def __call__(self, x: Tensor, note: Note | None = None) -> Tensor:
-        out = torch.zeros_like(x)
-        chosen, gates = self._gates(x)
+    def __call__(self, x: Tensor, note: Note | None = None, rows: int = 0) -> Tensor:
+        every = self._joined.gather(x, rows or len(x))
+        chosen, gates = self._gates(every)
+        first = self._joined.place * (rows or len(x))
         if note is not None:
-            note(chosen)
-        mine = slice(self._run, None, self._runs)
-        if len(x[mine]):
-            (self._all if x.is_cuda else self._needed)(x[mine], chosen[mine], gates[mine], out[mine])
-        if self._shared is not None:
+            note(chosen[first : first + len(x)])
+        if rows and self._joined.count > 1:  # experts have no biases: the rows of zeros behind a replica's stay zeros
+            chosen = chosen.masked_fill(~every.any(-1, keepdim=True), -1)
+        total, mine = torch.zeros_like(every), slice(self._run, None, self._runs)
+        if len(every[mine]):
+            (self._all if x.is_cuda else self._needed)(every[mine], chosen[mine], gates[mine], total[mine])
+        out = self._joined.scatter(total)[: len(x)]
+        if self._shared is not None and len(x):
             part = self._mlp(x, self._shared.linear_fc1.weight, self._shared.linear_fc2.weight)
             out += part * torch.sigmoid(F.linear(x, self._shared.gate_weight))
         return out
@@ -84,12 +93,13 @@ class LeanExperts:
 
 
 def expert_block(model: Model, layer: Any, total: Callable[[Tensor], None]) -> Callable[..., Tensor]:
-    """(residual, normed, note) -> residual + the experts' output; `total` sums over tp in place."""
+    """(residual, normed, note, rows) -> residual + the experts' output; `total` sums over tp in place."""
     experts = LeanExperts(model, layer)
 
-    def block(residual: Tensor, x: Tensor, note: Note | None = None) -> Tensor:
-        out = experts(x, note)
-        total(out)
+    def block(residual: Tensor, x: Tensor, note: Note | None = None, rows: int = 0) -> Tensor:
+        out = experts(x, note, rows)
+        if len(x):
+            total(out)
         return out.add_(residual)
 
     return block

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -79,12 +79,13 @@ class Flight:
         self._burst_seeds = self._seeds[None]
         self.count = self._columns = 0
 
-    def begin(self, keys: Tensor, steps: int, buckets: Callable[[int], int]) -> None:
-        """Bring the state of the slots to the device for a burst; `keys` [samples] are those of all samples."""
+    def begin(self, keys: Tensor, steps: int, rows: int) -> None:
+        """Bring the state of the slots to the device for a burst of steps that compute `rows`, of which the last may be
+        without a sample; `keys` [samples, at least one] are those of all samples."""
         lives = [live for live in self.lives if live is not None]
         assert all(live is not None for live in self.lives[: len(lives)]), "samples stand in the first slots"
-        self.count = min(len(self.lives), buckets(len(lives))) if lives else 0
-        idle = self.count - len(lives)
+        assert len(lives) <= rows <= len(self.lives)
+        self.count, idle = rows, rows - len(lives)
         newest = [(live.tokens or live.prompt)[-1] for live in lives]
         positions = [live.position for live in lives]
         bounds = [len(live.prompt) + live.limit - 2 for live in lives]

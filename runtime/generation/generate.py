@@ -1,16 +1,18 @@
-"""Generation on one data-parallel replica: a queue of samples, slots that take the next one when theirs has ended.
+"""Generation on a data-parallel replica: a queue of samples, slots that take the next one when theirs has ended.
 
 Decoding runs in bursts. Between bursts every rank reads the tokens, which it has anyway, decides alike which samples
 have ended, gives their slots to the next ones of the queue and computes the prompts of these, packed. A sample starts
 with the last token of its prompt as the first to decode, so that samples of one prompt share all that was computed.
-Random numbers are keyed by sample and position: slots, bursts and layouts do not change a token.
+Random numbers are keyed by sample and position: slots, bursts and layouts do not change a token. Replicas that share
+experts (`runtime.generation.joined`) go through the same rounds, each with a queue of its own.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice, zip_longest
 
 import torch
 from torch import Tensor
@@ -18,9 +20,10 @@ from torch import Tensor
 from plans.errors import RealplanError
 from plans.kvcache import BLOCK_TOKENS, BURST_STEPS, PREFILL_TOKENS, cache_blocks
 from runtime.generation.attention import Pool, paged_kernel
-from runtime.generation.blocks import Admission, Blocks, PagedBlocks, RowBlocks, flat_places
+from runtime.generation.blocks import Admission, BlockCopy, Blocks, PagedBlocks, RowBlocks, flat_places
 from runtime.generation.capture import CapturedSteps, cuda_recorder
 from runtime.generation.flight import Flight, Live
+from runtime.generation.joined import Joined
 from runtime.generation.lean import LeanStage
 from runtime.generation.pipeline import Pipeline
 from runtime.generation.routes import whole_routes
@@ -82,8 +85,9 @@ def generate(
 ) -> Generated:
     """Continue each prompt (token ids, at least one) by up to `response_tokens` tokens, for all or for each.
 
-    Collective over the ranks of a replica, which all give the same arguments. `sample_ids` are the global numbers of
-    the samples: with `seed` and `iteration` they fix the tokens. Equal prompts that are in flight together are computed
+    Collective over the ranks of a replica, which all give the same arguments, and over replicas that share experts,
+    which give other samples, if need be none. `sample_ids` are the global numbers of the samples: with `seed` and
+    `iteration` they fix the tokens. Equal prompts that are in flight together are computed
     once. A response ends with the first of `stop_ids`, or where `ended` says. `keep_routes`: tell which experts every
     token has visited. Raises RealplanError for empty prompts or responses, positions beyond the model's context, and
     slots that do not fit.
@@ -92,11 +96,12 @@ def generate(
     limits = limits or FlightLimits()
     _check(model, prompts, most, limits.allow_long)
     lives = [Live(i, tuple(p), limit) for i, (p, limit) in enumerate(zip(prompts, most, strict=True))]
-    computed = 0
-    if lives:
+    joined, computed = Joined(model), 0
+    (slots,) = joined.most([min(limits.slots or len(lives), len(lives))])
+    if slots:
         with torch.inference_mode():
-            keys = sample_keys(seed, iteration, torch.tensor(sample_ids)).to(model.device)
-            run = _Run(model, lives, sampling, limits, keys, keep_routes=keep_routes)
+            keys = sample_keys(seed, iteration, torch.tensor(list(sample_ids) or [0])).to(model.device)
+            run = _Run(model, lives, sampling, replace(limits, slots=slots), keys, joined, keep_routes=keep_routes)
             computed = run.all(frozenset(stop_ids), ended)
     sequences = Sequences.of(prompts, [live.tokens for live in lives])
     found = torch.tensor([value for live in lives for value in live.logprobs], dtype=torch.float32)
@@ -118,8 +123,13 @@ def _check(model: Model, prompts: Sequence[Sequence[int]], most: Sequence[int], 
             )
 
 
+Pack = list[tuple[int, Live]]
+"""Newcomers whose prompts are computed in one pass, each with its slot."""
+
+
 class _Run:
-    """One generation: the queue, the flights and the pipeline."""
+    """One generation: the queue, the flights and the pipeline. `limits` say how many slots; the replicas in `joined`
+    have as many, and agree before every round on what is in it."""
 
     def __init__(
         self,
@@ -128,14 +138,14 @@ class _Run:
         sampling: Sampling,
         limits: FlightLimits,
         keys: Tensor,
+        joined: Joined,
         *,
         keep_routes: bool,
     ) -> None:
-        self._limits, self._keys, self._device = limits, keys, model.device
-        self._queue = deque(lives)
-        slots = min(limits.slots or len(lives), len(lives))
-        stage = LeanStage(model, sum(live.limit for live in lives) / slots)
-        longest = max(len(live.prompt) + live.limit - 1 for live in lives)
+        self._limits, self._keys, self._joined, self._device = limits, keys, joined, model.device
+        self._queue, slots = deque(lives), limits.slots
+        self._stage = stage = LeanStage(model, sum(live.limit for live in lives) / slots)
+        longest = max((len(live.prompt) + live.limit - 1 for live in lives), default=1)
         rotation = stage.rotation(longest)
         chooser = None
         if model.last_stage:
@@ -158,29 +168,46 @@ class _Run:
             size = BLOCK_TOKENS
         if not size:
             return RowBlocks(slots, longest)
-        prompt = max(len(live.prompt) for live in lives)
-        group = max(1, len(lives) // len({live.prompt for live in lives}))
+        prompt = max((len(live.prompt) for live in lives), default=1)
+        group = max(1, len(lives) // max(1, len({live.prompt for live in lives})))
         return PagedBlocks(slots, cache_blocks(slots, prompt, longest + 1 - prompt, group, size), size)
 
     def all(self, stops: frozenset[int], ended: Ended | None) -> int:
         """Run until no sample is left; the rows that were computed."""
         computed = 0
         while True:
-            for flight in self._flights:
-                self._admit(flight)
+            admitted = [self._admit(flight) for flight in self._flights]
+            left, counts, widths = self._agree([packs for packs, _ in admitted])
+            for flight, (packs, late), most in zip(self._flights, admitted, widths, strict=True):
+                self._prefill(flight, packs, most)
+                flight.pool.copy(late)
                 self._close_up(flight)
-            busy = [flight for flight in self._flights if flight.lives[0] is not None]
-            if not busy:
+            if not left:
                 assert not self._queue, "the KV cache holds no sample"
                 return computed
-            left = max(live.left for flight in busy for live in flight.lives if live is not None)
-            steps = min(self._limits.burst, left)
-            for flight in busy:
-                flight.begin(self._keys, steps, self._bucket)
-                computed += steps * flight.count
+            busy, steps = [], min(self._limits.burst, left)
+            for flight, count in zip(self._flights, counts, strict=True):
+                if count:
+                    flight.begin(self._keys, steps, min(len(flight.lives), self._bucket(count)))
+                    computed += steps * flight.count
+                    busy.append(flight)
             self._pipeline.burst(busy, steps)
             for flight in busy:
                 _retire(flight, stops, ended)
+
+    def _agree(self, packs: Sequence[Sequence[Pack]]) -> tuple[int, list[int], list[list[int]]]:
+        """Of this replica and those joined to it the most: tokens that a sample may still get (0: none is left),
+        samples of each flight, tokens of each pack of each flight."""
+        lives = [[live for live in flight.lives if live is not None] for flight in self._flights]
+        left = max((live.left for held in lives for live in held), default=0)
+        left, *most = self._joined.most([left, *map(len, lives), *map(len, packs)])
+        counts, numbers = most[: len(lives)], most[len(lives) :]
+        own = [[_tokens(pack) for pack in mine] for mine in packs]
+        if not any(numbers):
+            return left, counts, own
+        flat = [n for mine, number in zip(own, numbers, strict=True) for n in [*mine, *[0] * (number - len(mine))]]
+        widths = iter(self._joined.most(flat))
+        return left, counts, [list(islice(widths, number)) for number in numbers]
 
     def _bucket(self, count: int) -> int:
         """Rows that a step computes for so many samples: few different numbers where each is a graph."""
@@ -188,8 +215,9 @@ class _Run:
             return count
         return 1 << (count - 1).bit_length() if count <= 8 else -(-count // 8) * 8
 
-    def _admit(self, flight: Flight) -> None:
-        """Give free slots to the next samples of the queue, and compute what these need."""
+    def _admit(self, flight: Flight) -> tuple[list[Pack], list[BlockCopy]]:
+        """Give free slots to the next samples of the queue; the prompts to compute for them, and what is to be copied
+        when that is done."""
         flight.blocks.begin()
         placed: list[tuple[int, Live, Admission]] = []
         for slot, held in enumerate(flight.lives):
@@ -203,11 +231,22 @@ class _Run:
             flight.forget(slot, live.prompt)
             placed.append((slot, live, place))
         flight.pool.copy([place.copy for _, _, place in placed if place.copy and not place.late])
-        for pack in _packs([(slot, live) for slot, live, place in placed if place.prefill], self._limits.prefill):
+        most = max(
+            1, self._limits.prefill // self._joined.count
+        )  # experts see the packs of all joined replicas at once
+        packs = _packs([(slot, live) for slot, live, place in placed if place.prefill], most)
+        return list(packs), [place.copy for _, _, place in placed if place.copy and place.late]
+
+    def _prefill(self, flight: Flight, packs: Sequence[Pack], widths: Sequence[int]) -> None:
+        """Compute the prompts of newcomers. `widths`: the most tokens of each pack of any joined replica, of which some
+        have more packs than others."""
+        for pack, width in zip_longest(packs, widths):
+            if pack is None:
+                self._stage.lend(width)
+                continue
             tables = [(flight.blocks.tables[slot], len(live.prompt) - 1) for slot, live in pack]
             places = [at for table, count in tables for at in flat_places(table, count, flight.blocks.block_tokens)]
-            self._pipeline.prefill(flight, [live.prompt for _, live in pack], places)
-        flight.pool.copy([place.copy for _, _, place in placed if place.copy and place.late])
+            self._pipeline.prefill(flight, [live.prompt for _, live in pack], places, width)
 
     @staticmethod
     def _close_up(flight: Flight) -> None:
@@ -223,9 +262,14 @@ class _Run:
             flight.move(source, target)
 
 
-def _packs(newcomers: Sequence[tuple[int, Live]], most: int) -> Iterator[list[tuple[int, Live]]]:
+def _tokens(pack: Pack) -> int:
+    """Prompt tokens of a pack that are computed: the last one of a prompt is the first to decode."""
+    return sum(len(live.prompt) - 1 for _, live in pack)
+
+
+def _packs(newcomers: Sequence[tuple[int, Live]], most: int) -> Iterator[Pack]:
     """Newcomers in packs of at most `most` tokens, or of one."""
-    pack: list[tuple[int, Live]] = []
+    pack: Pack = []
     tokens = 0
     for slot, live in newcomers:
         if pack and tokens + len(live.prompt) - 1 > most:

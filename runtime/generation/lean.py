@@ -90,7 +90,8 @@ class LeanStage:
         )
 
     def _mlp(self, mlp: Any) -> Callable[..., Tensor]:
-        """(residual, normed, note) -> residual + the block's MLP; experts tell `note` which of them were chosen."""
+        """(residual, normed, note, rows) -> residual + the block's MLP; experts tell `note` which of them were chosen,
+        and `rows` tells them how many tokens other replicas have."""
         if self.model.spec.experts:
             return expert_block(self.model, mlp, self._sum)
         first, second, config = mlp.linear_fc1, mlp.linear_fc2, self.model.config
@@ -99,7 +100,7 @@ class LeanStage:
         widen, narrow = adapter_of(first), adapter_of(second)
         wide, thin = self._product(first.weight), self._product(second.weight)
 
-        def dense(residual: Tensor, x: Tensor, note: object = None) -> Tensor:
+        def dense(residual: Tensor, x: Tensor, note: object = None, rows: int = 0) -> Tensor:
             inner = widen(wide(x, first.bias), x)
             if gated:
                 gate, up = inner.chunk(2, -1)
@@ -163,9 +164,12 @@ class LeanStage:
         table = torch.stack([angles.cos(), angles.sin() * sign], 1) * rope.amplitude
         return torch.as_tensor(table[:, :, None].to(self.model.config.params_dtype))
 
-    def layers(self, hidden: Tensor, rotation: Tensor, attend: Attend, note: LayerNote | None = None) -> Tensor:
+    def layers(
+        self, hidden: Tensor, rotation: Tensor, attend: Attend, note: LayerNote | None = None, rows: int = 0
+    ) -> Tensor:
         """Hidden states [n, hidden] behind the blocks; `rotation` [n, 2 or 4, 1, 1, rotated]: the tokens' positions.
-        `note` gets the experts that the tokens visit."""
+        `note` gets the experts that the tokens visit. `rows`: the most tokens that a replica has, where replicas share
+        experts and have different numbers of them."""
         shape = (len(hidden), self.kv_heads, self.share + 2, self.dim)
         for index, block in enumerate(self.blocks):
             normed = hidden if block.input_norm is None else block.input_norm(hidden)
@@ -182,8 +186,15 @@ class LeanStage:
             attended, adapter = attend(index, qkv), block.out_adapter
             hidden = self._join(hidden, attended, block.out, block.out_bias, adapter, block.attention_norm)
             normed = hidden if block.mlp_norm is None else block.mlp_norm(hidden)
-            hidden = block.mlp(hidden, normed, None if note is None else partial(note, index))
+            hidden = block.mlp(hidden, normed, None if note is None else partial(note, index), rows)
         return hidden
+
+    def lend(self, rows: int) -> None:
+        """Compute this rank's experts for up to `rows` tokens of each other replica that shares them, and nothing of
+        its own: what `layers` there waits for."""
+        nothing = torch.zeros(0, self.model.spec.hidden, dtype=self.model.config.params_dtype, device=self.model.device)
+        for block in self.blocks:
+            block.mlp(nothing, nothing, None, rows)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """This rank's part of the vocabulary, [n, padded vocabulary / tp]; on the last stage."""

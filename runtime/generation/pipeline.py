@@ -32,7 +32,8 @@ class Pipeline:
     def burst(self, flights: Sequence[Flight], steps: int) -> None:
         """`steps` tokens for every slot of flights that have begun a burst. Nothing here waits for the device, but
         collectives on the CPU."""
-        runs = [self._captured.of((index, *flight.shape), flight.step) for index, flight in enumerate(flights)]
+        # By the flight itself: one that has run dry is not among them, and the next one would get its number.
+        runs = [self._captured.of((id(flight), *flight.shape), flight.step) for flight in flights]
         coming: list[Any] = [None] * len(flights)
         for step in range(steps):
             for index, (flight, run) in enumerate(zip(flights, runs, strict=True)):
@@ -63,8 +64,9 @@ class Pipeline:
             work.wait()
         flight.land(step)
 
-    def prefill(self, flight: Flight, prompts: Sequence[Sequence[int]], places: Sequence[int]) -> None:
-        """Compute keys and values of prompts, their last tokens left out, in one pass; they go to flat `places`."""
+    def prefill(self, flight: Flight, prompts: Sequence[Sequence[int]], places: Sequence[int], rows: int) -> None:
+        """Compute keys and values of prompts, their last tokens left out, in one pass; they go to flat `places`.
+        `rows`: the most tokens of such a pass, this one or those of other replicas at the same time."""
         model, stage = self._stage.model, self._stage
         lengths = [len(prompt) - 1 for prompt in prompts]
         tokens = torch.tensor([token for prompt in prompts for token in prompt[:-1]], device=model.device)
@@ -78,7 +80,7 @@ class Pipeline:
         at = torch.tensor(places, device=model.device)
         attend = prefill_attention(stage, flight.pool, at, lengths)
         note = None if flight.pool.routes is None else partial(flight.pool.note, at)
-        hidden = stage.layers(hidden, flight.rotation.index_select(0, positions), attend, note)
+        hidden = stage.layers(hidden, flight.rotation.index_select(0, positions), attend, note, rows)
         if not model.last_stage:
             self._wait(-1)
             self._send(-1, hidden)
