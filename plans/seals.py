@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 CHUNK_BYTES = 2**23
 _PIECE_BYTES = 2**20  # stays in a core's cache between reading and summing
+_RUN_BYTES = 8 * CHUNK_BYTES  # one thread reads so much in order: the kernel reads ahead of those who do
 _READERS = 8
 Checksum = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -76,42 +77,54 @@ def altered(folder: Path, seals: Mapping[str, Seal]) -> str:
     """What is wrong with the first file of a folder that is not as it was sealed; empty where all are.
 
     The files may be larger than memory: they are read in pieces, by several threads, in their order."""
-    chunks = [(name, at) for name, seal in seals.items() for at in range(0, max(seal.bytes, 1), _step(seal))]
+    runs = [(name, at) for name, seal in seals.items() for at in range(0, max(seal.bytes, 1), _run_bytes(seal))]
     with ThreadPoolExecutor(_READERS) as pool:  # reading and summing let other threads run
-        found = pool.map(lambda chunk: _altered_chunk(folder / chunk[0], seals[chunk[0]], chunk[1]), chunks)
+        found = pool.map(lambda run: _altered_run(folder / run[0], seals[run[0]], run[1]), runs)
         return next((fault for fault in found if fault), "")
 
 
-def _step(seal: Seal) -> int:
-    return max(seal.bytes, 1) if seal.crc32 is None else CHUNK_BYTES
+def _run_bytes(seal: Seal) -> int:
+    return max(seal.bytes, 1) if seal.crc32 is None else _RUN_BYTES
 
 
-def _altered_chunk(path: Path, seal: Seal, start: int) -> str:
-    """The fault of one chunk, or of the whole file where the seal knows no chunks."""
+def _altered_run(path: Path, seal: Seal, start: int) -> str:
+    """The fault of the first chunk of a run that has one, or of the whole file where the seal knows no chunks."""
     size = path.stat().st_size
     if size != seal.bytes:
         return f"`{path.name}` has {size:,} bytes, not {seal.bytes:,}"
-    stop = min(start + _step(seal), size)
-    if seal.crc32 is None:
-        digest = hashlib.sha256()
-        for piece in _pieces(path, start, stop):
-            digest.update(piece)
-        right = digest.hexdigest() == seal.sha256
+    stop = min(start + _run_bytes(seal), size)
+    pieces = _pieces(path, start, stop)
+    if seal.crc32 is not None:
+        wrong = _altered_chunk(seal.crc32, start, stop, pieces)
     else:
-        checksum = 0
-        for piece in _pieces(path, start, stop):
-            checksum = zlib.crc32(piece, checksum)
-        number = start // CHUNK_BYTES
-        right = start == stop or seal.crc32[number : number + 1] == [checksum]
-    return "" if right else f"`{path.name}` was altered: bytes {start:,} to {stop:,} are not those that were written"
+        digest = hashlib.sha256()
+        for piece in pieces:
+            digest.update(piece)
+        wrong = None if digest.hexdigest() == seal.sha256 else (start, stop)
+    if wrong is None:
+        return ""
+    return f"`{path.name}` was altered: bytes {wrong[0]:,} to {wrong[1]:,} are not those that were written"
+
+
+def _altered_chunk(sums: list[int], start: int, stop: int, pieces: Iterable[memoryview]) -> tuple[int, int] | None:
+    """Where the first chunk of a run lies that has not its checksum, or of which a file that ends early has nothing."""
+    sealer = Sealer()
+    for piece in pieces:
+        sealer.update(piece)
+    found = dict(zip(range(start, stop, CHUNK_BYTES), sealer.seal.crc32 or (), strict=False))
+    for at in range(start, stop, CHUNK_BYTES):
+        number = at // CHUNK_BYTES
+        if number >= len(sums) or found.get(at) != sums[number]:
+            return at, min(at + CHUNK_BYTES, stop)
+    return None
 
 
 def _pieces(path: Path, start: int, stop: int) -> Iterator[memoryview]:
     """The bytes of a part of a file in one buffer, which the next piece overwrites. Ends early where the file does."""
     buffer = memoryview(bytearray(min(_PIECE_BYTES, stop - start)))
     with path.open("rb", buffering=0) as file:
-        if hasattr(os, "posix_fadvise"):  # the disk reads a whole chunk while its first piece is summed
-            os.posix_fadvise(file.fileno(), start, min(stop - start, CHUNK_BYTES), os.POSIX_FADV_WILLNEED)
+        if hasattr(os, "posix_fadvise"):  # the kernel reads ahead, farther than by itself
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
         file.seek(start)
         while start < stop and (count := file.readinto(buffer[: stop - start])):
             start += count

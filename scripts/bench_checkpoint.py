@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import demo
@@ -62,34 +63,44 @@ def main() -> int:
 
 
 def files(folder: Path, options: argparse.Namespace) -> dict[str, float]:
-    """Speed of writing and of reading a rank's file, checksums and all, as parts of that of dd.
+    """Speed of writing and of reading a rank's file, checksums and all, as parts of that of dd: medians of the ratios
+    of pairs of small turns, every second pair the other way round, since disks have bursts and a machine other users.
 
-    In many small turns, every second one the other way round: disks have bursts, and a machine other users."""
+    Both read the file that we wrote, and from the disk; dd has nothing to keep, ours puts the tensors to their places.
+    """
     mib = options.mib // TURNS
     tensors = {f"actor/{number}": torch.rand(mib * MIB // 4 // TENSORS) for number in range(TENSORS)}
     there = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
     ours, plain = folder / "ours.safetensors", folder / "plain"
     dd = ["dd", "bs=8M", "status=none", "iflag=fullblock"]
     write_dd = [*dd, "if=/dev/zero", f"of={plain}", f"count={mib // 8}", "conv=fsync"]
-    read_dd = [*dd, f"if={plain}", "of=/dev/null"]
-    spent: dict[str, list[float]] = {name: [0.0, 0.0] for name in ("written", "read")}
-
-    def turn(name: str, number: int, *acts: Callable[[], object]) -> None:
-        for which in (1, 0) if number % 2 else (0, 1):
-            spent[name][which] += seconds(acts[which])
-
+    read_dd = [*dd, f"if={ours}", "of=/dev/null"]
+    spent: dict[str, list[tuple[float, float]]] = {"written": [], "read": []}
     for number in range(TURNS * options.repeats):
         for path in (ours, plain):
             path.unlink(missing_ok=True)
         seals: list[Seal] = []
-        turn("written", number, lambda: run(write_dd), lambda to=seals: to.append(write_tensors(ours, tensors)))
-        for path in (ours, plain):
-            forget(path)
-        turn("read", number, lambda: run(read_dd), lambda of=seals: read(ours, of[0], there))
-    total = options.mib * options.repeats
-    for name, (base, own) in spent.items():
-        print(f"{name}: {total / own:,.0f} MiB/s, dd {total / base:,.0f}")
-    return {name: base / own for name, (base, own) in spent.items()}
+        write = lambda to=seals: to.append(write_tensors(ours, tensors))  # noqa: E731
+        spent["written"].append(pair(number, lambda: run(write_dd), write))
+        cold = partial(forget, ours)
+        spent["read"].append(pair(number, lambda: run(read_dd), lambda of=seals: read(ours, of[0], there), cold))
+    ratios = {}
+    for name, pairs in spent.items():
+        base, own = (mib / statistics.median(seconds) for seconds in zip(*pairs, strict=True))
+        print(f"{name}: {own:,.0f} MiB/s, dd {base:,.0f}")
+        ratios[name] = statistics.median(base / own for base, own in pairs)
+    return ratios
+
+
+def pair(
+    number: int, base: Callable[[], object], own: Callable[[], object], before: Callable[[], object] = int
+) -> tuple[float, float]:
+    """Seconds of two things, one after the other, in pairs of odd numbers the second one first."""
+    found = {}
+    for act in (own, base) if number % 2 else (base, own):
+        before()
+        found[act] = seconds(act)
+    return found[base], found[own]
 
 
 def run(command: list[str]) -> None:

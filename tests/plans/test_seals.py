@@ -34,16 +34,18 @@ def test_the_check_value_of_the_crc_catalogue(tmp_path: Path) -> None:
     assert seal_of(tmp_path / "file").crc32 == [0xCBF43926]
 
 
-@pytest.mark.parametrize("place", [0, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 99])
+@pytest.mark.parametrize("place", [0, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 99, 9 * CHUNK_BYTES])
 def test_one_flipped_bit_is_found_in_its_chunk(place: int, tmp_path: Path) -> None:
-    size = CHUNK_BYTES + 100
+    """Also beyond the 64 MiB that one thread reads."""
+    size = max(place, CHUNK_BYTES) + 100
     content = bytearray(size)
     for name in ("first", "second"):
         (tmp_path / name).write_bytes(content)
     seals = {name: seal_of(tmp_path / name) for name in ("first", "second")}
     content[place] ^= 16
     (tmp_path / "second").write_bytes(content)
-    first, last = (0, CHUNK_BYTES) if place < CHUNK_BYTES else (CHUNK_BYTES, size)
+    first = place // CHUNK_BYTES * CHUNK_BYTES
+    last = min(first + CHUNK_BYTES, size)
     wrong = "`second` was altered: bytes {:,} to {:,} are not those that were written"
     assert altered(tmp_path, seals) == wrong.format(first, last)
     old = seals | {"second": Seal(bytes=size, sha256=hashlib.sha256(bytes(size)).hexdigest())}
