@@ -5,7 +5,8 @@
 PPO, GRPO and DPO, dense and with experts, of a small model on two ranks of the CPU with a checkpoint after every
 iteration. The victim is a rank or the launcher, the signal SIGKILL, SIGTERM or SIGSTOP, the moment any, also while a
 checkpoint is written. A rank that dies or stands still is restarted by the run itself; a run that was told to stop, or
-whose launcher was killed, by `--resume`. Afterwards no process and no temporary file may be left.
+whose launcher was killed, by `--resume`. Afterwards no process and no temporary file may be left. `kill_machines.py`
+does the same to runs over two machines.
 """
 
 from __future__ import annotations
@@ -172,7 +173,7 @@ class Bench:
             again = self._run([*command, "--resume"], folder)
             if again.returncode:
                 return f"--resume: {again.stderr[-500:]}"
-        return _differences(learnt(folder / "out"), wanted) or self._left(folder)
+        return differences(learnt(folder / "out"), wanted) or self._left(folder)
 
     def _command(self, name: str, place: str) -> tuple[list[str], Path]:
         job, folder = JOBS[name], self._output / place.replace(" ", "-").replace(",", "")
@@ -231,15 +232,15 @@ class Bench:
             time.sleep(2.0)
             os.kill(victim, signal.SIGCONT)
 
-    def _left(self, folder: Path) -> str:
-        """Processes and files that should not be there any more."""
+    def _left(self, folder: Path, *, orphaned: bool = False) -> str:
+        """Processes and files that should not be there any more. orphaned: nobody was left to remove temporary ones."""
         end = time.monotonic() + 10.0
         while (marked := _marked(str(folder), self._sessions[folder])) and time.monotonic() < end:
             time.sleep(0.1)
         # torch keeps a cache of compiled code, which all runs of a user share.
         place = self._temporary.pop(folder)
-        files = [path for path in place.iterdir() if not path.name.startswith("torchinductor_")]
-        files += (folder / "out").rglob(".*")
+        files = [path for path in place.iterdir() if not path.name.startswith("torchinductor_") and not orphaned]
+        files += folder.rglob(".*")
         found = [*(f"process {pid}" for pid in marked), *(f"`{path}`" for path in files)]
         shutil.rmtree(place)
         return f"left behind: {', '.join(found)}" if found else ""
@@ -272,7 +273,7 @@ def learnt(output: Path) -> Metrics:
     return [{key: value for key, value in line.items() if not key.startswith(apart)} for line in lines]
 
 
-def _differences(found: Metrics, wanted: Metrics) -> str:
+def differences(found: Metrics, wanted: Metrics) -> str:
     if len(found) != len(wanted):
         return f"{len(found)} iterations of {len(wanted)}"
     for number, (ours, theirs) in enumerate(zip(found, wanted, strict=True)):

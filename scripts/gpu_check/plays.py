@@ -53,19 +53,26 @@ class Played:
 
 
 def fixture_plan(
-    algorithm: str, ranks: int = 1, places: Places | None = None, *, dtype: str = "fp32", spec: ModelSpec | None = None
+    algorithm: str,
+    ranks: int = 1,
+    places: Places | None = None,
+    *,
+    dtype: str = "fp32",
+    spec: ModelSpec | None = None,
+    nodes: int = 1,
 ) -> ExecutionPlan:
-    """A plan of the fixture model (or another) for `ranks` ranks of a CPU node; it runs on any device.
+    """A plan of the fixture model (or another) for `ranks` ranks of a CPU node, or of equal `nodes`; it runs on any
+    device.
 
-    places: call -> (mesh, degrees, settings), `*` for the others; default: everything on the whole node, dp.
+    places: call -> (mesh, degrees, settings), `*` for the others; default: everything on the whole cluster, dp.
     """
-    cluster = load_cluster("local-cpu", gpus=ranks, gpus_per_node=ranks)
+    cluster = load_cluster("local-cpu", gpus=ranks, gpus_per_node=ranks // nodes)
     model = spec or load_model(str(FIXTURE))
     graph = algorithm_graph(algorithm, reward_seconds_per_sample=1e-4)
     models = {role: model.with_value_head() if role in ("critic", "reward") else model for role in graph.roles}
     sizes = {"prompt_tokens": 8, "response_tokens": 8, "dtype": dtype, **SIZES[algorithm]}
     workload = Workload(graph=graph, models=models, **sizes)
-    default = ("node 0", f"d{ranks} t1 p1", {})
+    default = (cluster.whole.text(cluster), f"d{ranks} t1 p1", {})
     calls = []
     for call in graph.model_calls:
         mesh, degrees, settings = (places or {}).get(call.name) or (places or {}).get("*", default)
