@@ -1,4 +1,4 @@
-"""What a safetensors file of flat float32 tensors says it holds; read from its header, without torch."""
+"""What a safetensors file says it holds; read from its header, without torch."""
 
 from __future__ import annotations
 
@@ -43,3 +43,20 @@ def tensors_fault(path: Path, wanted: Mapping[str, int]) -> str:
                 continue
         return f"tensor `{name}` of `{path.name}` lies beyond its file"
     return ""
+
+
+def header_bytes(path: Path) -> int:
+    """Length of the header of a safetensors file, which stands after `WORD_BYTES`."""
+    with path.open("rb") as file:
+        return int.from_bytes(file.read(WORD_BYTES), "little")
+
+
+def tensor_places(path: Path) -> dict[str, tuple[int, int]]:
+    """By name, from which byte of a safetensors file up to which a tensor lies. Its header must be sound."""
+    size = header_bytes(path)
+    with path.open("rb") as file:
+        file.seek(WORD_BYTES)
+        header = parse_json(file.read(size).decode("utf-8"))
+    assert isinstance(header, dict), "the file was checked"
+    places = {name: found["data_offsets"] for name, found in header.items() if name != "__metadata__"}
+    return {name: (WORD_BYTES + size + begin, WORD_BYTES + size + end) for name, (begin, end) in places.items()}

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -37,6 +38,16 @@ class Machine:
         clone_newnet = 0x40000000
         where = f"os.open('/run/netns/{self.name}', os.O_RDONLY)"
         return f"import ctypes, os; assert ctypes.CDLL(None).setns({where}, {clone_newnet}) == 0; "
+
+    @staticmethod
+    def hiding(folder: Path) -> str:
+        """Python code by which a process comes to see nothing in a folder."""
+        clone_newns, private, recursive = 0x20000, 0x40000, 0x4000
+        return (
+            f"import ctypes; c = ctypes.CDLL(None); assert c.unshare({clone_newns}) == 0; "
+            f"assert c.mount(b'none', b'/', None, {private | recursive}, None) == 0; "
+            f"assert c.mount(b'none', {os.fsencode(folder)!r}, b'tmpfs', 0, None) == 0; "
+        )
 
     def cut(self) -> None:
         """Take it off the network for good; nobody is told."""

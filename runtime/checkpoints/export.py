@@ -24,12 +24,13 @@ from runtime.weights.hf_files import WeightFiles
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def export_checkpoint(place: Path, folder: Path, role: str = "", dtype: str = "") -> Checkpoint:
+def export_checkpoint(place: Path, folder: Path, role: str = "", dtype: str = "", weights: str = "") -> Checkpoint:
     """Write the weights of a trained role (default: the first one) as a Hugging Face folder, adapters merged and beside
     it (`runtime.weights.export`); the checkpoint used.
 
     place: a checkpoint, a folder of them or the output of a run, whose newest whole one is taken. dtype: bf16, fp16 or
-    fp32; default: that of the plan which wrote it. What `folder` held goes to `NAME.1`. Raises RealplanError.
+    fp32; default: that of the plan which wrote it. weights: where those of the run lie now. What `folder` held goes
+    to `NAME.1`. Raises RealplanError.
     """
     checkpoint = find_whole(place)
     roles = list(checkpoint.plan.workload.graph.trainers)
@@ -41,7 +42,7 @@ def export_checkpoint(place: Path, folder: Path, role: str = "", dtype: str = ""
     spec = checkpoint.plan.workload.models[role]
     wanted = DTYPES[dtype or checkpoint.plan.workload.dtype]
     run = run_of(checkpoint)
-    named = weights_of(run.get("weights", ""), role)
+    named = weights or weights_of(run.get("weights", ""), role)
     source = Path(named) if named and os.path.isdir(named) else None
     base = _base(spec, named, source, int(run.get("seed", 0))) if spec.lora else None
     write_folder(spec, wanted, _parameters(checkpoint, role, wanted, base), folder, source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -76,8 +77,9 @@ def check_rollback(plan: ExecutionPlan, run: RunFile, *, alone: bool) -> None:
         raise RealplanError(f"kl_bound: `{graph.name}` measures no KL of responses to a reference", "kl_bound=null")
 
 
-def check_weights(plan: ExecutionPlan, run: RunFile) -> None:
-    """Every role has weights, and those of a folder have the architecture of the plan."""
+def check_weights(plan: ExecutionPlan, run: RunFile, *, alone: bool = True) -> None:
+    """Every role has weights, and those of a folder have the architecture of the plan. Where this machine is not
+    `alone`, another one may have the folder."""
     for role in plan.workload.graph.roles:
         weights = run.weights_of(role)
         if not weights:
@@ -85,6 +87,11 @@ def check_weights(plan: ExecutionPlan, run: RunFile) -> None:
                 f"no weights for `{role}`: the run file names none", "weights=FOLDER, or weights=random for benchmarks"
             )
         if weights == RANDOM:
+            continue
+        if not alone and not os.path.lexists(weights):
+            print(
+                f"weights `{weights}` of `{role}` are not on this machine: another one must have them", file=sys.stderr
+            )
             continue
         if not os.path.isdir(weights):
             raise RealplanError(f"weights `{weights}` of `{role}`: no such folder", "weights=FOLDER or weights=random")

@@ -86,7 +86,7 @@ def checked(ready: Ready, words: Words) -> Ready:
     check_rollback(plan, run, alone=member is None)
     _describe(plan, words, ready.first)
     check_supported(plan)
-    check_weights(plan, run)
+    check_weights(plan, run, alone=place is None)
     for line in base_words(plan, run) if ready.first else ():
         print(line, file=sys.stderr)
     check_packages()

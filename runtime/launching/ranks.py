@@ -40,7 +40,7 @@ class Ranks(Protocol):
 
 class LocalRanks:
     """Ranks as processes of this one, from the start on; on leaving none is left. It makes a private folder, in which
-    the ranks of one machine meet: `member` is given it."""
+    the ranks of one machine meet: `member` is given it. traces: more folders that go where this process is killed."""
 
     def __init__(
         self,
@@ -49,13 +49,14 @@ class LocalRanks:
         numbers: Sequence[int],
         scratch: Path,
         member: Callable[[int, Path], Member],
+        traces: Sequence[Path] = (),
     ) -> None:
         self.numbers = numbers
         self._private = tempfile.TemporaryDirectory(prefix="realplan-", ignore_cleanup_errors=True)
         self._processes: dict[int, Any] = {}
         private = Path(self._private.name)
         context: Any = multiprocessing.get_context(start_method(plan))
-        traces = (scratch, private, *multiprocessing_folder())
+        traces = (scratch, private, *multiprocessing_folder(), *traces)
         try:
             for rank in numbers:
                 words = (plan, run, member(rank, private), scratch, os.getpid(), traces)

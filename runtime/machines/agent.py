@@ -68,7 +68,7 @@ def _hello(plan: ExecutionPlan, run: RunFile, place: Place) -> Message:
 def _station(plan: ExecutionPlan, run: RunFile, place: Place, host: str, connection: Connection) -> Station:
     own = own_address(host)
     try:
-        return Station(run, own, connection.send)
+        return Station(run, own, connection.send, node=place.node)
     except OSError as error:
         words = f"cannot serve its files at {own or 'an address that leads to node 0'}: {error.strerror or error}"
         _say_no(plan, run, place, connection, words)

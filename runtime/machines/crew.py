@@ -18,6 +18,7 @@ from runtime.launching.keeping import kept_files
 from runtime.launching.ranks import follow
 from runtime.launching.replan import replanned
 from runtime.machines.keeper import Keeper
+from runtime.machines.loading import spread_weights
 from runtime.machines.machines import POLL_S, Machines
 from runtime.machines.mirror import apply
 from runtime.machines.resume import choose_among, give
@@ -93,6 +94,7 @@ class Crew:
             gone = "; ".join(f"node {node} is lost ({why})" for node, why in machines.lost.items())
             raise RunFailed(f"the plan needs {plan.cluster.nodes} machines, {len(nodes)} are there: {gone}")
         ranks = {node: _ranks(plan, place) for place, node in enumerate(nodes)}
+        spread_weights(machines, run, plan, ranks, FETCH_S)
         storages = self.storages() if run.checkpoint.every else {}
         machines.check(nodes)
         keeps = {first: [r for node in nodes if storages[node] == first for r in ranks[node]]

@@ -1,4 +1,5 @@
-"""Files of checkpoints on their way from one machine to another: each serves its own, and fetches what it lacks."""
+"""Files of checkpoints, and pieces of weights, on their way from one machine to another: each serves its own, and
+fetches what it lacks."""
 
 from __future__ import annotations
 
@@ -10,18 +11,20 @@ import secrets
 import socket
 import socketserver
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from plans.seals import CHUNK_BYTES, Seal, altered
 from runtime.processes.network import family_of
 
 PATIENCE_S = 60.0
 """How long either side waits for the next bytes of a file."""
-_MOST_REQUEST = 2**12
+_MOST_REQUEST = 2**16
+_PIECES = 512
+"""Of a file, that are asked for at once."""
 _SERVED = re.compile(
     r"(global_step_\d{1,15}|\.global_step_\d{1,15}\.partial)/"
     r"(rank-\d{5,9}\.safetensors|index\.json|plan\.json|run\.yaml|metrics\.jsonl)"
@@ -29,6 +32,8 @@ _SERVED = re.compile(
 
 
 Source = tuple[str, int, str]
+Piece = tuple[int, int]
+"""Bytes of a file: from, and up to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +46,14 @@ class Wanted:
 
 
 class FileServer:
-    """Serves the files of checkpoints in a folder to whoever knows the secret, read-only and by their names alone, on
-    one address of this machine."""
+    """Serves the files of checkpoints in a folder, and those of `more`, to whoever knows the secret, read-only and by
+    their names alone, on one address of this machine."""
 
     def __init__(self, host: str, folder: Path) -> None:
         self.secret = secrets.token_hex(16)
         self._server = _Server(host, self)
         self.folder = folder
+        self.more: dict[str, Path] = {}
         self.source: Source = (host, int(self._server.server_address[1]), self.secret)
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.2}, daemon=True).start()
 
@@ -77,12 +83,29 @@ class _Request(socketserver.StreamRequestHandler):
         files = self.server.files
         asked = json.loads(self.rfile.readline(_MOST_REQUEST))
         name = str(asked["name"])
-        if not hmac.compare_digest(str(asked["secret"]), files.secret) or not _SERVED.fullmatch(name):
+        if not hmac.compare_digest(str(asked["secret"]), files.secret):
             return
-        descriptor = os.open(files.folder / name, os.O_RDONLY | os.O_NOFOLLOW)
+        if name in files.more:  # a folder of weights may be one of links
+            descriptor = os.open(files.more[name], os.O_RDONLY)
+        elif _SERVED.fullmatch(name):
+            descriptor = os.open(files.folder / name, os.O_RDONLY | os.O_NOFOLLOW)
+        else:
+            return
         with os.fdopen(descriptor, "rb") as file:
-            self.wfile.write(json.dumps({"bytes": os.fstat(descriptor).st_size}).encode() + b"\n")
-            self.connection.sendfile(file)
+            size = os.fstat(descriptor).st_size
+            pieces = [_piece(piece, size) for piece in asked.get("pieces", [[0, size]])]
+            self.wfile.write(json.dumps({"bytes": sum(stop - start for start, stop in pieces)}).encode() + b"\n")
+            for start, stop in pieces:
+                if start < stop:  # none at all means all that is left
+                    self.connection.sendfile(file, start, stop - start)
+
+
+def _piece(words: Any, size: int) -> Piece:
+    """A piece of a file of a size. Raises ValueError for one that is not in it."""
+    start, stop = (int(word) for word in words)
+    if not 0 <= start <= stop <= size:
+        raise ValueError("no piece of the file")
+    return start, stop
 
 
 def fetch(folder: Path, wanted: Wanted, step: str) -> None:
@@ -108,20 +131,51 @@ def fetch(folder: Path, wanted: Wanted, step: str) -> None:
     raise OSError(f"`{step}/{wanted.name}` cannot be fetched ({said})")
 
 
+def fetch_pieces(sources: Sequence[Source], name: str, pieces: Sequence[Piece], target: Path, size: int) -> None:
+    """Have pieces of a served file in the same places of a file of its size, from the first source that gives them; the
+    rest of a new one is holes. Raises OSError."""
+    for first in range(0, len(pieces), _PIECES):
+        said, some = "nobody has it", pieces[first : first + _PIECES]
+        for source in sources:
+            try:
+                descriptor = os.open(target, os.O_WRONLY | os.O_CREAT, 0o600)
+                with os.fdopen(descriptor, "wb") as file, _asked(source, name, some) as (stream, _):
+                    file.truncate(size)
+                    for start, stop in some:
+                        file.seek(start)
+                        _copy(stream, file, stop - start)
+                break
+            except (OSError, ValueError, KeyError) as error:
+                said = f"{source[0]}: {error}"
+        else:
+            raise OSError(f"`{name}` cannot be fetched ({said})")
+
+
 def _receive(source: Source, name: str, target: Path) -> None:
+    with _asked(source, name) as (stream, content), target.open("wb") as file:
+        _copy(stream, file, content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _asked(source: Source, name: str, pieces: Sequence[Piece] | None = None) -> Iterator[tuple[BinaryIO, int]]:
+    """The bytes of a file of another machine, or of pieces of it, and how many they are."""
     host, port, secret = source
     with socket.create_connection((host, port), timeout=PATIENCE_S) as end:
-        end.sendall(json.dumps({"secret": secret, "name": name}).encode() + b"\n")
-        with end.makefile("rb") as stream, target.open("wb") as file:
+        request: dict[str, Any] = {"secret": secret, "name": name} | ({"pieces": pieces} if pieces else {})
+        end.sendall(json.dumps(request).encode() + b"\n")
+        with end.makefile("rb") as stream:
             head = stream.readline(_MOST_REQUEST)
             if not head:
                 raise OSError("it has no such file")
-            left = int(json.loads(head)["bytes"])
-            while left:
-                chunk = stream.read(min(left, CHUNK_BYTES))
-                if not chunk:
-                    raise OSError("the connection ended before the file did")
-                file.write(chunk)
-                left -= len(chunk)
-            file.flush()
-            os.fsync(file.fileno())
+            yield stream, int(json.loads(head)["bytes"])
+
+
+def _copy(stream: BinaryIO, file: BinaryIO, left: int) -> None:
+    while left:
+        chunk = stream.read(min(left, CHUNK_BYTES))
+        if not chunk:
+            raise OSError("the connection ended before the file did")
+        file.write(chunk)
+        left -= len(chunk)

@@ -15,7 +15,8 @@ from runtime.launching.keeping import check_done, own_output, stopped_by_signals
 from runtime.launching.output import exported_role
 from runtime.launching.restarts import with_restarts
 from runtime.machines.agent import decline, serve
-from runtime.machines.crew import Crew, check_folders
+from runtime.machines.crew import FETCH_S, Crew, check_folders
+from runtime.machines.loading import spread_weights
 from runtime.machines.machines import LATE_S, Machines
 from runtime.machines.station import Station
 from runtime.machines.wire import Message, pace_of, work_of
@@ -87,11 +88,11 @@ def _coordinate(plan: ExecutionPlan, run: RunFile, machines: Machines) -> Sequen
             )  # fmt: skip
             check_done(run, lines, asked)
             if run.export:
-                _export(plan, run, crew)
+                _export(plan, run, crew, machines, station)
     return lines
 
 
-def _export(plan: ExecutionPlan, run: RunFile, crew: Crew) -> None:
+def _export(plan: ExecutionPlan, run: RunFile, crew: Crew, machines: Machines, station: Station) -> None:
     """Write the weights of the last checkpoint, whose slices come from wherever they are."""
     from runtime.checkpoints.export import export_checkpoint
 
@@ -99,4 +100,6 @@ def _export(plan: ExecutionPlan, run: RunFile, crew: Crew) -> None:
     found = crew.choose(plan, own).checkpoint
     assert found is not None, "the last iteration leaves a checkpoint"
     role = exported_role(plan)
-    export_checkpoint(found, Path(run.output) / role, role)
+    if plan.workload.models[role].lora:  # the base that adapters are merged into is in no checkpoint
+        spread_weights(machines, run, plan, {0: None}, FETCH_S)
+    export_checkpoint(found, Path(run.output) / role, role, weights=station.weights.placed().weights_of(role))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from runtime.launching.ranks import LocalRanks
 from runtime.launching.replan import devices_left
 from runtime.machines.mirror import Mirror
 from runtime.machines.storage import Storage
+from runtime.machines.weights import WeightFolders
 from runtime.machines.wire import Message
 from runtime.processes.member import Address, Member
 
@@ -30,9 +31,11 @@ class Station:
     """A machine of a run. say: how it speaks to the first one. scratch: where its ranks leave word, on the first
     machine itself; None elsewhere, where they do so in a folder of their own and all of it is told."""
 
-    def __init__(self, run: RunFile, host: str, say: Say, scratch: Path | None = None) -> None:
+    def __init__(self, run: RunFile, host: str, say: Say, scratch: Path | None = None, node: int = 0) -> None:
         self._run, self._say, self._scratch = run, say, scratch
         self.storage = Storage(run, host)
+        self.weights = WeightFolders(run, self.storage.files, node)
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="weights")
         self._own: tempfile.TemporaryDirectory[str] | None = None
         self._ranks: LocalRanks | None = None
         self._mirror: Mirror | None = None
@@ -45,6 +48,7 @@ class Station:
             "probe": storage.probe, "sees": storage.sees, "unprobe": storage.unprobe, "inventory": storage.inventory,
             "fetch_part": storage.fetch_part, "fetch_step": storage.fetch_step, "finish": storage.finish,
             "forget": storage.forget, "digest": storage.digest, "set_aside": storage.set_aside,
+            "weights": self._weights, "fetch_weights": self._fetch_weights,
         }  # fmt: skip
 
     def __enter__(self) -> Station:
@@ -53,6 +57,8 @@ class Station:
     def __exit__(self, *_: object) -> None:
         self._end()
         self.storage.close()
+        self._loader.shutdown(wait=False, cancel_futures=True)
+        self.weights.close()
 
     def handle(self, message: Message) -> None:
         """Do what the first machine asks, and answer; what takes long is answered by a later `poll`."""
@@ -102,6 +108,14 @@ class Station:
         prepare_folder(_plan(plan), self._run.model_copy(update={"resume_from": resume_from}), part)
         return {}
 
+    def _weights(self) -> Future[Message]:
+        """Which folders of weights are on this machine."""
+        return self._loader.submit(self.weights.describe)
+
+    def _fetch_weights(self, plan: str, ranks: Sequence[int] | None, folders: Message) -> Future[Message]:
+        """Have what some ranks of a plan read of folders of weights that are not on this machine."""
+        return self._loader.submit(self.weights.fetch, _plan(plan), ranks, folders)
+
     def _devices(self, plan: str) -> Message:
         """How many devices of a node of the plan this machine can still use."""
         planned = _plan(plan)
@@ -137,7 +151,8 @@ class Station:
         if begins["own"]:
             checkpoint = str(self._run.checkpoint_folder.resolve() / Path(checkpoint).name)
         update = {"resume_from": checkpoint, "skip_batches": int(begins["skip"]), "export": False}
-        self._ranks = LocalRanks(planned, self._run.model_copy(update=update), numbers, scratch, member)
+        run = self.weights.placed().model_copy(update=update)
+        self._ranks = LocalRanks(planned, run, numbers, scratch, member, traces=[self.weights.place])
         return {}
 
     def _end(self) -> Message:

@@ -111,7 +111,7 @@ class WeightFiles:
                 f"`{self.folder}`: tensor `{found}` has shape {part.get_shape()}; the model needs {list(shape)}",
                 "check that the model of the plan is the one of these weights",
             )
-        scale = next((s for s in self._format.scales(found) if s in self.files), None)
+        scale = self.scale_of(found)
         kind = part.get_dtype()
         if scale is None and not self._format.is_plain(kind):
             hint = "a folder with its scales, or one in bf16"
@@ -120,6 +120,10 @@ class WeightFiles:
             return part
         table = self._open(self.files[scale]).get_tensor(scale)
         return Scaled.of(part, table, shape, self._format, found, WeightsError)
+
+    def scale_of(self, name: str) -> str | None:
+        """The tensor with the scales of one that is held under `name`; None where it is not quantised."""
+        return next((scale for scale in self._format.scales(name) if scale in self.files), None)
 
     def _missing(self, name: str) -> WeightsError:
         hint = nearest(name, list(self.files))

@@ -9,12 +9,12 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from machines import Machine, machines
-from plan_cases import tiny_plan
+from plan_cases import TINY, tiny_plan
 from run_cases import PATIENCE_S, arguments, outcome
 from warm import Started, start_warm
 
@@ -59,18 +59,23 @@ def test_a_machine_is_cut_off(tmp_path: Path) -> None:
 
 
 Agents = list[Started]
+NONE: Mapping[int, Path] = {}
 QUICK = "import runtime.launching.replan as r; r.SEARCH_S = 1; "
 
 
-def agent(found: Sequence[Machine], node: int, folder: Path, temporary: Path, **keys: Any) -> Started:
-    """A realrun on a machine: the same command as on the others but for its node, and a folder of its own."""
+def agent(
+    found: Sequence[Machine], node: int, folder: Path, temporary: Path, hidden: Mapping[int, Path] = NONE, **keys: Any
+) -> Started:
+    """A realrun on a machine: the same command as on the others but for its node, and a folder of its own. hidden: by
+    node a folder that is not on its disk."""
     own = folder / found[node].name
     own.mkdir(exist_ok=True)
     plan = tiny_plan(len(found), f"d{len(found)} t1 p1", nodes=len(found), batch_size=12)
     given = {"timeout_s": TIMEOUT_S, "checkpoint": {"every": 1}, "restarts": 2, "on_loss": "replan"} | keys
     place = ["--node-rank", str(node), "--master-addr", found[0].address]
     command = arguments(own, *place, plan=plan, **given)
-    command[2] = found[node].entering + QUICK + command[2]
+    hiding = found[node].hiding(hidden[node]) if node in hidden else ""
+    command[2] = found[node].entering + hiding + QUICK + command[2]
     return start_warm(command, {**os.environ, "TMPDIR": str(temporary)})
 
 
@@ -139,6 +144,12 @@ def _slices(output: Path, step: int) -> set[str]:
     return {path.name for path in folder.glob("rank-*")} if (folder / "index.json").exists() else set()
 
 
+def _learnt(output: Path) -> list[dict[str, float]]:
+    """Metrics of a run without those of time and memory."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(("timing_s/", "perf/", "plan/"))} for line in lines]
+
+
 def test_a_run_goes_on_without_a_machine_that_is_cut_off(tmp_path: Path) -> None:
     """Three machines without a folder in common: two plan again and finish, the third stops and says so."""
     with machines(3) as found, agents(found, tmp_path, iterations=6) as (made, _):
@@ -191,3 +202,21 @@ def test_what_is_left_goes_on_without_the_first_machine(tmp_path: Path) -> None:
     done = outcome(arguments(left, "--resume", plan=tiny_plan(1, "d1 t1 p1", batch_size=12), checkpoint={"every": 1}))
     assert done.returncode == 0 and "going on from" in done.stderr, done.stderr
     assert _output(left)[1] == [0, 1, 2]
+
+
+def test_a_run_with_the_weights_on_one_machine(tmp_path: Path) -> None:
+    """The same metrics, and an exported folder with its tokenizer, whichever machine lacks them."""
+    disk, lines = tmp_path / "disk", []
+    shutil.copytree(TINY, disk / "weights")
+    for lacks in range(2):
+        folder = tmp_path / str(lacks)
+        folder.mkdir()
+        keys = {"iterations": 2, "weights": str(disk / "weights")}
+        with machines(2) as found, agents(found, folder, hidden={lacks: disk}, **keys) as (made, _):
+            said = _ends(made, 0, 0)
+            outputs = [folder / machine.name / "out" for machine in found]
+        assert [("are not on this machine" in words) for words in said] == [node == lacks for node in range(2)], said
+        assert (outputs[0] / "actor" / "tokenizer.json").exists()
+        assert not [path for output in outputs for path in output.rglob(".*")]
+        lines.append(_learnt(outputs[0]))
+    assert len(lines[0]) == 2 and lines[0] == lines[1]

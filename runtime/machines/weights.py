@@ -1,0 +1,148 @@
+"""The weights of a run on one machine: those that are there, and in the place of a folder that is not, what its ranks
+read of it, from a machine that has it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from plans.errors import RealplanError
+from plans.flat_tensors import WORD_BYTES, header_bytes
+from plans.plan import ExecutionPlan
+from plans.runfile import RANDOM, RunFile
+from runtime.machines.files import FileServer, Piece, Source, fetch_pieces
+from runtime.machines.wire import Message
+
+MOST_SMALL_BYTES = 2**26
+"""Of a file beside the weights, such as a tokenizer's, that goes with them."""
+_SAMPLES, _SAMPLE_BYTES = 16, 2**12
+_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+
+
+def weight_folders(run: RunFile) -> list[str]:
+    """The folders of weights that a run file names, each once; their numbers are the same on every machine."""
+    named = [run.weights] if isinstance(run.weights, str) else run.weights.values()
+    return sorted({folder for folder in named if folder not in ("", RANDOM)})
+
+
+class WeightFolders:
+    """The folders of a run's weights on a machine. files: serves those that are there. node: this machine's."""
+
+    def __init__(self, run: RunFile, files: FileServer, node: int) -> None:
+        self._run, self._files = run, files
+        self.place = Path(run.output) / f".weights-{node}"
+        """Where slices lie of folders that are not there: files of the right size with holes."""
+        self._held: dict[Path, set[Piece]] = {}
+
+    def close(self) -> None:
+        """Remove what was fetched."""
+        if self._held:
+            shutil.rmtree(self.place, ignore_errors=True)
+            with suppress(OSError):  # where nothing else is in it, it was made for this
+                self.place.parent.rmdir()
+
+    def describe(self) -> Message:
+        """By number the folders that are there: sizes of their files, and a mark of what they hold. They are served
+        from now on."""
+        found = {}
+        for number, folder in enumerate(weight_folders(self._run)):
+            if os.path.isdir(folder):
+                tensors, small = _files_of(Path(folder))
+                for name in (*tensors, *small):
+                    self._files.more[_served(number, name)] = Path(folder) / name
+                found[str(number)] = {"tensors": tensors, "small": small, "mark": _mark(Path(folder), tensors)}
+        return {"folders": found}
+
+    def fetch(self, plan: ExecutionPlan, ranks: Sequence[int] | None, folders: Mapping[str, Any]) -> Message:
+        """Have what some ranks of a plan read of folders, or all of them (None). folders: by number what `describe`
+        says of them, and the sources. Says how many bytes have come. Raises OSError and RealplanError."""
+        names = weight_folders(self._run)
+        if not self._held:
+            shutil.rmtree(self.place, ignore_errors=True)  # of a process that was killed
+        return {"bytes": sum(self._fetch(plan, ranks, int(n), names[int(n)], of) for n, of in folders.items())}
+
+    def _fetch(self, plan: ExecutionPlan, ranks: Sequence[int] | None, number: int, folder: str, of: Any) -> int:
+        from runtime.weights.needed import needed_pieces  # loads torch
+
+        here, sources = self.place / str(number), [tuple(source) for source in of["sources"]]
+        here.mkdir(parents=True, exist_ok=True)
+        come = 0
+        for name, size in of["small"].items():
+            come += self._have(here / name, size, [(0, size)], sources, number)
+        for name, size in of["tensors"].items():
+            come += self._have(here / name, size, [(0, WORD_BYTES)], sources, number)
+            come += self._have(
+                here / name, size, [(WORD_BYTES, WORD_BYTES + header_bytes(here / name))], sources, number
+            )
+        if ranks is None:
+            pieces = {name: [(0, size)] for name, size in of["tensors"].items()}
+        else:
+            pieces = needed_pieces(plan, self._run, folder, ranks, here)
+        self._check_room(folder, pieces)
+        for name, needed in pieces.items():
+            come += self._have(here / name, of["tensors"][name], needed, sources, number)
+        return come
+
+    def _have(self, path: Path, size: int, pieces: Sequence[Piece], sources: Sequence[Source], number: int) -> int:
+        """Have pieces of a file, those that are not there yet; how many bytes have come."""
+        held = self._held.setdefault(path, set())
+        new = [piece for piece in pieces if piece not in held]
+        if new:
+            fetch_pieces(sources, _served(number, path.name), new, path, size)
+            held.update(new)
+        return sum(stop - start for start, stop in new)
+
+    def _check_room(self, folder: str, pieces: Mapping[str, Sequence[Piece]]) -> None:
+        free = shutil.disk_usage(self.place).free
+        need = sum(stop - start for parts in pieces.values() for start, stop in parts)
+        if free < need:
+            raise RealplanError(
+                f"its ranks read {need / 2**30:.1f} GiB of weights `{folder}`, which is not on this machine; "
+                f"`{self.place.parent}` has room for {free / 2**30:.1f} GiB",
+                "output=FOLDER on a disk with room, or the weights on every machine",
+            )
+
+    def placed(self) -> RunFile:
+        """The run file with the weights as they lie on this machine."""
+        own = [(folder, self.place / str(number)) for number, folder in enumerate(weight_folders(self._run))]
+        at = {folder: str(place) for folder, place in own if self._held and os.path.isdir(place)}
+        weights = self._run.weights
+        placed = at.get(weights, weights) if isinstance(weights, str) else {r: at.get(w, w) for r, w in weights.items()}
+        return self._run.model_copy(update={"weights": placed})
+
+
+def _served(number: int, name: str) -> str:
+    return f"weights/{number}/{name}"
+
+
+def _files_of(folder: Path) -> tuple[dict[str, int], dict[str, int]]:
+    """Sizes of the files with the tensors of a folder, and of the small ones beside them."""
+    from runtime.weights.hf_files import WeightFiles
+
+    tensors = sorted(set(WeightFiles(folder).files.values()))
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir() if os.path.isfile(path)}
+    small = {
+        name: size
+        for name, size in sorted(sizes.items())
+        if not name.startswith(".") and not name.endswith(_OTHER_WEIGHTS) and size <= MOST_SMALL_BYTES
+    }
+    return {name: sizes[name] for name in tensors}, small
+
+
+def _mark(folder: Path, tensors: Mapping[str, int]) -> str:
+    """A digest of the headers of files and of samples of their content: copies have the same one, other weights of the
+    same shape another one."""
+    digest = hashlib.sha256()
+    for name, size in tensors.items():
+        digest.update(f"{name} {size}\n".encode())
+        with (folder / name).open("rb") as file:
+            digest.update(file.read(WORD_BYTES + header_bytes(folder / name)))
+            for sample in range(_SAMPLES):
+                file.seek(max(size - _SAMPLE_BYTES, 0) * sample // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()

@@ -1,0 +1,66 @@
+"""Which tensors of a Hugging Face folder ranks read when a run starts: of a machine that does not have the folder these
+travel, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from plans.flat_tensors import tensor_places
+from plans.layout import Layout, model_units
+from plans.plan import ExecutionPlan
+from plans.program import compile_program
+from plans.runfile import RunFile
+from runtime.weights.hf_files import VALUE_HEADS, WeightFiles
+from runtime.weights.hf_names import SCORE, hf_names
+
+Piece = tuple[int, int]
+"""Bytes of a file: from, and up to."""
+
+
+def needed_pieces(
+    plan: ExecutionPlan, run: RunFile, folder: str, ranks: Sequence[int], here: Path
+) -> dict[str, list[Piece]]:
+    """By file the bytes that some ranks of a machine read of a folder of weights, ascending, in as few runs as can be.
+    here: a folder like it, of whose files the headers need be there. Raises WeightsError.
+
+    Tensors are whole, because all tensor ranks of a replica are on one machine.
+    """
+    files = WeightFiles(here)
+    names = {n for layout, rank in _readers(plan, run, folder, ranks) for n in _tensors(files, layout, rank)}
+    places = {file: tensor_places(here / file) for file in set(files.files.values())}
+    pieces: dict[str, list[Piece]] = {}
+    for name in names:
+        file = files.files[name]
+        pieces.setdefault(file, []).append(places[file][name])
+    return {file: _joined(found) for file, found in pieces.items()}
+
+
+def _readers(plan: ExecutionPlan, run: RunFile, folder: str, ranks: Sequence[int]) -> Iterator[tuple[Layout, int]]:
+    """The copies that ranks fill from a folder, as `runtime.weights.copies` makes them."""
+    for copy in compile_program(plan).copies:
+        if run.weights_of(copy.role) == folder and (copy.home or copy.layout.spec.lora):
+            yield from ((copy.layout, rank) for rank in ranks if rank in copy.layout.ranks)
+
+
+def _tensors(files: WeightFiles, layout: Layout, rank: int) -> Iterator[str]:
+    """The tensors of which `load_weights` takes a part for a rank of a layout, and their scales."""
+    spec, units = layout.spec, {unit.name: unit for unit in model_units(layout.spec)}
+    for parameter in (p for unit in layout.rank_units(rank) for p in units[unit].parameters if not p.adapter):
+        names = hf_names(spec, parameter.name)
+        for name in VALUE_HEADS if names == (SCORE,) else names:
+            found = files.find(name)
+            if found is not None:  # a value head may be missing
+                yield found
+                if scale := files.scale_of(found):
+                    yield scale
+
+
+def _joined(pieces: Iterable[Piece]) -> list[Piece]:
+    found: list[Piece] = []
+    for start, stop in sorted(pieces):
+        if found and start <= found[-1][1]:
+            found[-1] = found[-1][0], max(found[-1][1], stop)
+        else:
+            found.append((start, stop))
+    return found
