@@ -12,7 +12,8 @@ class MemoryHabits:
     """Memory habits of one training and generation engine; whether attention is fused and weights are sharded over dp
     is said by its `Constants`.
 
-    fused_pointwise: SwiGLU and rotary embedding are one kernel each, so their intermediate results are not stored.
+    fused_pointwise: norms and SwiGLU keep their input and output alone, no intermediate results. fused_rotary: so does
+    the rotary embedding, which otherwise keeps queries and keys on both sides.
     wgrad_buffers: Transformer Engine's fused gradient accumulation returns one bf16 dummy per distinct weight shape
     and keeps it (TE >= 2, `get_dummy_wgrad`); without it the largest weight gradient is alive for a moment.
     logit_bytes: bytes per token and vocabulary entry at the peak of the loss, beside the logits themselves: the fp32
@@ -39,6 +40,7 @@ class MemoryHabits:
     """
 
     fused_pointwise: bool = True
+    fused_rotary: bool = True
     wgrad_buffers: bool = False
     logit_bytes: float = 4.0
     forward_logit_bytes: float = 8.0

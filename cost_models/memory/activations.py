@@ -37,12 +37,13 @@ class BlockWidths:
     adapters: float = 0.0
 
 
-def block_widths(spec: ModelSpec, *, fused_pointwise: bool, element: float = 2.0) -> BlockWidths:
+def block_widths(spec: ModelSpec, *, fused_pointwise: bool, fused_rotary: bool, element: float = 2.0) -> BlockWidths:
     """Widths of a block of `spec` in a precision of `element` bytes.
 
     A fused norm stores input and output; RMSNorm in plain PyTorch also the normalised input, and its input in fp32.
-    An unfused SwiGLU also stores silu(gate) and the shifted other half (Megatron's `glu_linear_offset`); an unfused
-    rotary embedding keeps the projection (the values are a view of it) beside the rotated query and key. Experts see
+    An unfused SwiGLU also stores silu(gate) and the shifted other half (Megatron's `glu_linear_offset`); a rotary
+    embedding that is not part of attention keeps the projection (the values are a view of it) beside the rotated query
+    and key. Experts see
     `experts_per_token` copies of each token (balanced routing) and store the permuted input and the output of each; the
     shared expert is one more MLP.
     """
@@ -59,7 +60,7 @@ def block_widths(spec: ModelSpec, *, fused_pointwise: bool, element: float = 2.0
         mlp = mlp * sparse + stored * spec.dense_ffn * (1.0 - sparse)
     return BlockWidths(
         stream=norm * spec.norms_per_layer * spec.hidden,
-        cut=_attention_width(spec, fused_pointwise=fused_pointwise) + mlp,
+        cut=_attention_width(spec, fused_rotary=fused_rotary) + mlp,
         heads=float(spec.heads),
         keys=float(spec.key_value_width),
         hidden=float(spec.hidden),
@@ -69,14 +70,14 @@ def block_widths(spec: ModelSpec, *, fused_pointwise: bool, element: float = 2.0
     )
 
 
-def _attention_width(spec: ModelSpec, *, fused_pointwise: bool) -> int:
+def _attention_width(spec: ModelSpec, *, fused_rotary: bool) -> int:
     """Elements per token that attention stores. Latent attention: both projections down and their norms, query, key,
     the joint key-value that the values are a view of, and the output."""
     if spec.kv_rank:
         ranks = 2 * (spec.q_rank + spec.kv_rank) + spec.rotary_dim
         joint = spec.heads * (spec.head_dim - spec.rotary_dim + 2 * spec.value_width)
         return ranks + 2 * spec.heads * spec.head_dim + joint
-    rotated = 0 if fused_pointwise else (spec.heads + spec.kv_heads) * spec.head_dim
+    rotated = 0 if fused_rotary else (spec.heads + spec.kv_heads) * spec.head_dim
     return spec.qkv_width + rotated + spec.heads * spec.head_dim
 
 
@@ -128,7 +129,7 @@ def backward_block_bytes(widths: BlockWidths, case: TrainingCase) -> Array:
 def forward_block_bytes(spec: ModelSpec, element: float, tp: Array, *, fused_pointwise: bool) -> Array:
     """Bytes per token alive at once in a forward pass without gradients: the residual and a norm's temporaries, or
     residual, norm output and the wider of attention (projection, rotated copies, output) and MLP (all its steps)."""
-    widths = block_widths(spec, fused_pointwise=fused_pointwise, element=element)
+    widths = block_widths(spec, fused_pointwise=fused_pointwise, fused_rotary=False, element=element)
     attention = 2.0 * (spec.heads * spec.head_dim + spec.key_value_width) + spec.heads * spec.value_width
     inner = element * (2.0 * spec.hidden + max(attention, widths.mlp) / tp)
     return np.maximum(inner, element * spec.hidden + widths.norm_bytes)

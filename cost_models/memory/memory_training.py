@@ -198,7 +198,8 @@ def fullest_stage(first: MemoryTerms, last: MemoryTerms) -> MemoryTerms:
 
 def training_terms(spec: ModelSpec, case: TrainingCase, habits: MemoryHabits) -> MemoryTerms:
     """Memory of a training step on its fullest stage."""
-    widths = block_widths(spec, fused_pointwise=habits.fused_pointwise, element=case.element)
+    fused = {"fused_pointwise": habits.fused_pointwise, "fused_rotary": habits.fused_rotary}
+    widths = block_widths(spec, **fused, element=case.element)
     own = {"own_fullest": case.own_fullest, "own_last": case.own_last}
     stages = [stage_parts(spec, case.pp, last=end, **own) for end in (False, True)]
     return fullest_stage(*(stage_terms(stage, widths, case, habits) for stage in stages))

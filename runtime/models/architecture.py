@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from plans.layout import Layout
@@ -15,7 +13,6 @@ from plans.model import Head, ModelSpec, Norm
 from plans.strategy import Recompute
 from runtime.models.lora import LoraColumnLinear, LoraRowLinear, freeze
 from runtime.models.mcore import (
-    MLP,
     AttnMaskType,
     ColumnParallelLinear,
     GPTModel,
@@ -26,34 +23,17 @@ from runtime.models.mcore import (
     MoESubmodules,
     RowParallelLinear,
     SelfAttentionSubmodules,
-    SequentialMLP,
-    SharedExpertMLP,
     TransformerBlockSubmodules,
     TransformerConfig,
     TransformerLayerSubmodules,
     build_module,
     get_bias_dropout_add,
 )
-from runtime.models.modules import (
-    Attention,
-    LayerNorm,
-    NumberedLayer,
-    OffsetNorm,
-    PackedSelfAttention,
-    PostNormMLP,
-    RMSNorm,
-    Rotary,
-    ValueHead,
-    WideNorm,
-)
+from runtime.models.mlp import ACTIVATIONS, Experts, GatedMLP, SharedExpert
+from runtime.models.modules import Attention, NumberedLayer, PackedSelfAttention, Rotary, ValueHead
+from runtime.models.norms import LayerNorm, OffsetNorm, RMSNorm, WideNorm
 from runtime.models.routing import Router
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-}
 _FUSIONS = (
     "bias_activation_fusion",
     "bias_dropout_fusion",
@@ -87,7 +67,7 @@ def transformer_config(layout: Layout, dtype: torch.dtype, sequence_parallel: bo
         layernorm_epsilon=spec.norm_eps,
         normalization="RMSNorm" if spec.norm is Norm.RMS else "LayerNorm",
         gated_linear_unit=spec.gated_mlp,
-        activation_func=_ACTIVATIONS[spec.activation],
+        activation_func=ACTIVATIONS[spec.activation],
         add_bias_linear=spec.linear_bias,
         add_qkv_bias=spec.qkv_bias,
         qk_layernorm=spec.qk_norm and not spec.wide_qk_norm,  # else Megatron sums the gradients of norms over tp
@@ -176,17 +156,17 @@ def _mlp(spec: ModelSpec, groups: Any) -> Any:
         linear_fc1=_linear(spec, "linear_fc1", ColumnParallelLinear, LoraColumnLinear),
         linear_fc2=_linear(spec, "linear_fc2", RowParallelLinear, LoraRowLinear),
     )
-    if not spec.experts and spec.norms_after:
-        own = {"post_norm": _norm(spec), "tp_group": groups.tp}  # the group is given to Megatron's own class alone
-        return ModuleSpec(module=PostNormMLP, params=own, submodules=linear)
     if not spec.experts:
-        return ModuleSpec(module=MLP, submodules=linear)
+        own = {"tp_group": groups.tp}  # Megatron gives it to its own class alone
+        if spec.norms_after:
+            own["post_norm"] = _norm(spec)
+        return ModuleSpec(module=GatedMLP, params=own, submodules=linear)
     return ModuleSpec(
         module=MoELayer,
         submodules=MoESubmodules(
             router=Router,
-            experts=ModuleSpec(module=SequentialMLP, submodules=linear),
-            shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=linear),
+            experts=ModuleSpec(module=Experts, submodules=linear),
+            shared_experts=ModuleSpec(module=SharedExpert, submodules=linear),
         ),
     )
 

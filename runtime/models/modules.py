@@ -1,4 +1,4 @@
-"""Modules that Megatron's layers are assembled from: norms, rotary embedding, attention, value head.
+"""Modules that Megatron's layers are assembled from: rotary embedding, attention, value head.
 
 They enter through Megatron's `ModuleSpec`, in place of Transformer Engine's.
 """
@@ -14,17 +14,14 @@ from torch import Tensor, nn
 from plans.model import ModelSpec
 from runtime.models.context_parallel import CutRuns
 from runtime.models.mcore import (
-    MLP,
     AttnMaskType,
     RotaryEmbedding,
     SelfAttention,
     TransformerLayer,
-    copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     get_transformer_layer_offset,
-    reduce_from_tensor_model_parallel_region,
-    set_tensor_model_parallel_attributes,
 )
+from runtime.models.norms import mark, normed
 from runtime.models.packed_attention import Runs, Sight, packed_attention
 from runtime.models.rope import amplitude, frequencies, local_rope
 
@@ -61,69 +58,6 @@ class NumberedLayer(TransformerLayer):  # type: ignore[misc]
         return super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm, computed in float32. Its weight is marked for Megatron's sequence-parallel reduction."""
-
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        _mark(self.weight, config.sequence_parallel)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dtype is torch.float32:
-            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
-
-
-class OffsetNorm(RMSNorm):
-    """Gemma's: what is normed is multiplied by 1 + weight, in float32."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        normed = F.rms_norm(x.float(), x.shape[-1:], None, self.eps)
-        return (normed * (1.0 + self.weight.float())).to(x.dtype)
-
-
-class WideNorm(nn.Module):
-    """Root-mean-square norm of [tokens, ..., dim] over all heads together (OLMo 2), whose squares are summed over tp. A
-    rank has the heads, and their weights, that stand last of its dimensions."""
-
-    def __init__(self, config: Any, hidden_size: int, heads: int, group: Any, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__()
-        self.eps, self.group, self.width = eps, group, heads * hidden_size
-        own = self.width // group.size()
-        self.weight = nn.Parameter(torch.ones(own, dtype=config.params_dtype))
-        set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.float().reshape(len(x), -1, len(self.weight))
-        squares = wide.square().sum(-1, keepdim=True)
-        if self.group.size() > 1:  # every rank reads the sum, so its gradient is a sum over ranks as well
-            squares = reduce_from_tensor_model_parallel_region(squares, group=self.group)
-            squares = copy_to_tensor_model_parallel_region(squares, group=self.group)
-        normed = wide * torch.rsqrt(squares / self.width + self.eps)
-        return (self.weight * normed.to(x.dtype)).view_as(x)
-
-
-class LayerNorm(nn.Module):
-    """Layer norm with a weight and a bias, both marked for Megatron's sequence-parallel reduction."""
-
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.bias = nn.Parameter(torch.zeros_like(self.weight))
-        for parameter in self.parameters():
-            _mark(parameter, config.sequence_parallel)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
-
-
-def _mark(parameter: nn.Parameter, sequence_parallel: bool) -> None:
-    setattr(parameter, "sequence_parallel", sequence_parallel)  # noqa: B010 - an attribute that torch does not know
-
-
 class Rotary(RotaryEmbedding):  # type: ignore[misc]
     """Rotary embedding with the constants of a `ModelSpec`.
 
@@ -145,10 +79,11 @@ class Rotary(RotaryEmbedding):  # type: ignore[misc]
         return self._table[offset : offset + max_seq_len]
 
     def rotation(self, positions: Tensor, longest: int, dtype: torch.dtype) -> Tensor:
-        """Cosine and sine of half the rotated dimensions at positions [tokens] below `longest`:
-        [2, tokens, 1, 1, rotated / 2]; behind them those of layers with a window, where they have their own."""
+        """Cosine and signed sine, negative in the first half, of the rotated dimensions at positions [tokens] below
+        `longest`: [2, tokens, 1, 1, rotated]; behind them those of layers with a window, where they have their own."""
         angles = self(max(longest, 1))[..., : self.inv_freq.shape[0]][positions]
-        own = (torch.stack([angles.cos(), angles.sin()]) * self.amplitude).to(dtype)
+        cos, sin = angles.cos(), angles.sin()
+        own = torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)]).mul_(self.amplitude).to(dtype)
         return own if self.local is None else torch.cat([own, self.local.rotation(positions, longest, dtype)])
 
 
@@ -246,7 +181,7 @@ class PackedSelfAttention(SelfAttention):  # type: ignore[misc]
             self.post_norm = post_norm(config, config.hidden_size, eps=config.layernorm_epsilon)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        return _normed(self, super().forward(*args, **kwargs))
+        return normed(self, super().forward(*args, **kwargs))
 
     def _adjust_key_value_for_inference(
         self, inference_context: None, query: Tensor, key: Tensor, value: Tensor, rotary_pos_emb: Any, *_: Any
@@ -256,26 +191,6 @@ class PackedSelfAttention(SelfAttention):  # type: ignore[misc]
         return query, key, value, None, self.attn_mask_type, None
 
 
-class PostNormMLP(MLP):  # type: ignore[misc]
-    """Megatron's MLP, and a norm of what it adds to the residual."""
-
-    def __init__(self, config: Any, *args: Any, post_norm: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
-        self.post_norm = post_norm(config, config.hidden_size, eps=config.layernorm_epsilon)
-
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        return _normed(self, super().forward(*args, **kwargs))
-
-
-def _normed(module: Any, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
-    """An output and the bias that is still to be added to it, behind the module's norm where it has one."""
-    norm = getattr(module, "post_norm", None)
-    if norm is None:
-        return output
-    out, bias = output
-    return norm(out if bias is None else out + bias), None
-
-
 class _Rotate(torch.autograd.Function):
     """Rotate pairs (x[i], x[i + rotated / 2]) of the first `rotated` of [..., dim] by angles given as
     `Rotary.rotation`. Keeps no activation; the gradient is the rotation back."""
@@ -283,21 +198,23 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rotation: Tensor) -> Tensor:
         ctx.save_for_backward(rotation)
-        return _rotated(x, *rotation)
+        return _rotated(x, rotation, 1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        cos, sin = ctx.saved_tensors[0]
-        return _rotated(grad, cos, -sin), None
+        return _rotated(grad, ctx.saved_tensors[0], -1), None
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    out, width = torch.empty_like(x), 2 * cos.shape[-1]
-    first, second = x[..., :width].chunk(2, -1)
-    left, right = out[..., :width].chunk(2, -1)
-    out[..., width:] = x[..., width:]
-    torch.mul(first, cos, out=left).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=right).addcmul_(first, sin)
+def _rotated(x: Tensor, rotation: Tensor, sense: int) -> Tensor:
+    cos, sin = rotation
+    width = cos.shape[-1]
+    turned = x[..., :width]
+    # Half a turn brings the other of a pair to the place of each; the sine has the sign that it needs there.
+    swapped = turned.roll(width // 2, -1)
+    if width == x.shape[-1]:
+        return torch.mul(x, cos).addcmul_(swapped, sin, value=sense)
+    out = x.clone(memory_format=torch.contiguous_format)
+    out[..., :width].mul_(cos).addcmul_(swapped, sin, value=sense)
     return out
 
 
@@ -312,7 +229,7 @@ class ValueHead(nn.Module):
         self.tp_group = tp_group
         self.sequence_parallel = config.sequence_parallel
         self.weight = nn.Parameter(torch.zeros(1, config.hidden_size, dtype=config.params_dtype))
-        _mark(self.weight, config.sequence_parallel)
+        mark(self.weight, config.sequence_parallel)
 
     def forward(self, x: Tensor, weight: Any = None, runtime_gather_output: Any = None) -> tuple[Tensor, None]:
         values = F.linear(x, self.weight).float()

@@ -34,6 +34,8 @@ def importing_megatron() -> Iterator[None]:
 def quieten() -> None:
     """Hide warnings about how megatron-core is written, which its users cannot mend."""
     warnings.filterwarnings("ignore", module=r"megatron\.core")
+    # A class of MLP that it does not know gets nothing beside what its `ModuleSpec` says, as it should.
+    logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
     for message in (
         r".*torch\.distributed\.\w+_tensor. is deprecated",
         r"The \.grad attribute of a Tensor that is not",

@@ -64,7 +64,7 @@ def measured(precision: str, recompute: Recompute) -> float:
 
 def predicted(precision: str, recompute: Recompute) -> float:
     case = training_case_of(dp=1, micro_batch=SEQUENCES, seq_len=TOKENS, recompute=recompute.value, precision=precision)
-    widths = block_widths(SPEC, fused_pointwise=False, element=case.element)
+    widths = block_widths(SPEC, fused_pointwise=True, fused_rotary=False, element=case.element)
     return float(kept_block_bytes(widths, case, gathers_keys=True)[0])
 
 

@@ -74,7 +74,7 @@ def block_bytes(recompute: str, *, sequence_parallel: bool, flash: bool = False)
         flash=flash,
         dropout=True,
     )
-    widths = block_widths(GPT_22B, fused_pointwise=True)
+    widths = block_widths(GPT_22B, fused_pointwise=True, fused_rotary=True)
     return float((kept_block_bytes(widths, case, gathers_keys=True) * case.rank_tokens)[0])
 
 
@@ -153,7 +153,7 @@ def test_no_stage_between_is_fuller_than_first_and_last(name: str, vpp: int) -> 
     units = {unit.name: unit for unit in model_units(spec)}
     case = training_case_of(dp=1, pp=pp, vpp=vpp, micro_batches=8, micro_batch=2, seq_len=2048)
     first = stage_parts(spec, case.pp, last=False)
-    widths = block_widths(spec, fused_pointwise=True)
+    widths = block_widths(spec, fused_pointwise=True, fused_rotary=True)
     fullest = training_memory(spec, case).peak_bytes[0]
     for index in (1, 2):
         held = [units[unit] for unit in Layout(spec, tuple(range(pp)), pp=pp).stage_units(index)]

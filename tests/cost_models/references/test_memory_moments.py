@@ -323,14 +323,14 @@ def test_state_is_cut_where_it_is_sharded_alone(zero: int, dense_ranks: int, exp
 def test_what_plain_kernels_store_beside() -> None:
     """RMSNorm in plain PyTorch: its input in fp32 and the normalised input too; the projection beside rotated queries
     and keys; silu(gate) and the other half of the MLP. A fused LayerNorm has input and output alone."""
-    plain = block_widths(DENSE, fused_pointwise=False)
+    plain = block_widths(DENSE, fused_pointwise=False, fused_rotary=False)
     assert plain.stream == (2 + 4 / 2) * 2 * 1536 and plain.norm_bytes == (3 * 4 + 2) * 1536
     assert plain.mlp == 5 * 4096 and plain.cut == 20 * 128 + 16 * 128 + 12 * 128 + 5 * 4096
-    full = block_widths(DENSE, fused_pointwise=False, element=4.0)
+    full = block_widths(DENSE, fused_pointwise=False, fused_rotary=False, element=4.0)
     assert full.stream == 3 * 2 * 1536 and full.norm_bytes == 12 * 1536
-    layer = block_widths(replace(DENSE, norm=Norm.LAYER, gated_mlp=False), fused_pointwise=False)
+    layer = block_widths(replace(DENSE, norm=Norm.LAYER, gated_mlp=False), fused_pointwise=False, fused_rotary=False)
     assert layer.stream == 4 * 1536 and layer.norm_bytes == 6 * 1536 and layer.mlp == 2 * 4096
-    routed = block_widths(replace(EXPERTS, shared_ffn=100), fused_pointwise=True)
+    routed = block_widths(replace(EXPERTS, shared_ffn=100), fused_pointwise=True, fused_rotary=True)
     assert routed.mlp == 4 * (3 * 640 + 2 * 1536) + 3 * 100
     assert routed.cut == 20 * 128 + 12 * 128 + routed.mlp
 
@@ -338,7 +338,7 @@ def test_what_plain_kernels_store_beside() -> None:
 def test_every_other_product_again() -> None:
     """torchtitan's selective mode: the input of a block, and half of what tp cuts."""
     case = training_case_of(dp=1, tp=2, micro_batch=1, seq_len=64, recompute="selective-op")
-    kept = kept_block_bytes(block_widths(DENSE, fused_pointwise=True), case, gathers_keys=True)
+    kept = kept_block_bytes(block_widths(DENSE, fused_pointwise=True, fused_rotary=True), case, gathers_keys=True)
     assert kept == pytest.approx(2 * 1536 + 0.5 * 2 * CUT / 2)
 
 
