@@ -196,6 +196,24 @@ def test_help_loads_nothing_heavy(command: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_launcher_of_a_run_loads_no_torch(tmp_path: Path) -> None:
+    """Its ranks do, in processes of their own; weights and their shapes are checked without it."""
+    plan = ROOT / "tests" / "fixtures" / "before" / "tiny.json"
+    weights = ROOT / "tests" / "fixtures" / "tiny-llama"
+    code = (
+        "import sys\nfrom pathlib import Path\nimport runtime.launching.launch\n"
+        "import runtime.launching.preparation as preparation\n"
+        "preparation.prepare_ranks = lambda *_: None\n"
+        "words = preparation.Words(allow_stale=True)\n"
+        f"settings = [{f'output={tmp_path}'!r}, {f'weights={weights}'!r}]\n"
+        f"preparation.checked(preparation.read(Path({str(plan)!r}), settings, None, words), words)\n"
+        "heavy = {'torch', 'megatron', 'scipy', 'pandas', 'ortools', 'numba'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_plan_of_dense_models_is_shown_without_the_search() -> None:
     plan = ROOT / "tests" / "fixtures" / "before" / "ppo-tail.json"
     code = (

@@ -112,7 +112,7 @@ def _check_tensors(folder: Path, spec: ModelSpec) -> None:
     check_packages()
     from runtime.weights.hf_files import WeightFiles
 
-    WeightFiles(folder).check(spec)
+    WeightFiles(folder, "np").check(spec)
 
 
 def _differences(found: ModelSpec, planned: ModelSpec) -> dict[str, tuple[Any, Any]]:

@@ -19,7 +19,8 @@ from plans.layout import Parameter
 from plans.lora import Lora
 from plans.model import ModelSpec
 from plans.run_output import adapter_of
-from runtime.weights.hf_names import hf_names, split
+from runtime.weights.hf_names import hf_names
+from runtime.weights.hf_parts import split
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _STAGE = "stage-*.safetensors"

@@ -28,7 +28,8 @@ from runtime.models.model import Model, named_shards
 from runtime.models.shards import unshard
 from runtime.weights.adapters import adapter_folder, join_stages, merged, write_stage
 from runtime.weights.hf_files import INDEX, SINGLE, WeightsError
-from runtime.weights.hf_names import hf_names, hf_shape, split
+from runtime.weights.hf_names import hf_names, hf_shape
+from runtime.weights.hf_parts import split
 
 SHARD_BYTES = 5 * 10**9
 _BESIDE_WEIGHTS = (

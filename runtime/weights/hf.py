@@ -13,7 +13,8 @@ from plans.model import Head, ModelSpec
 from runtime.models.model import Model, named_shards
 from runtime.models.shards import shard
 from runtime.weights.hf_files import VALUE_HEADS, WeightFiles, WeightsError
-from runtime.weights.hf_names import SCORE, has_vocabulary, hf_names, hf_shape, join
+from runtime.weights.hf_names import SCORE, has_vocabulary, hf_names, hf_shape
+from runtime.weights.hf_parts import join
 
 INITIAL_STD = 0.02
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
@@ -15,7 +15,7 @@ from plans.layout import model_units
 from plans.model import Head, ModelSpec
 from plans.problems import Problem, shortened
 from runtime.weights.hf_names import SCORE, hf_names, hf_shape
-from runtime.weights.hf_quantised import Format, Scaled, quantisation
+from runtime.weights.hf_quantised import Format, quantisation
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -34,12 +34,13 @@ class WeightsError(RealplanError):
 class WeightFiles:
     """The tensors of a Hugging Face folder, of one file or of those that an index names; files stay open.
 
+    framework: `np` for checks alone, which load no torch then; tensors are read by `pt`.
     Raises WeightsError for files that are missing, broken or git-LFS pointers, for an index that contradicts its
     files, and for a quantisation that is not plain.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, framework: Literal["pt", "np"] = "pt") -> None:
+        self.folder, self._framework = folder, framework
         self._open_files: dict[str, Any] = {}
         if os.path.isfile(folder / INDEX):
             self.files = _index(folder / INDEX)
@@ -63,7 +64,7 @@ class WeightFiles:
                     if start.read(len(_POINTER)) == _POINTER:
                         hint = f"`git lfs pull` in `{self.folder}`"
                         raise WeightsError(f"`{path}` is a git-LFS pointer, not the weights themselves", hint)
-                self._open_files[file] = safe_open(path, "pt")
+                self._open_files[file] = safe_open(path, self._framework)
             except OSError as error:
                 hint = "download the folder again, whole"
                 raise WeightsError(f"cannot read `{path}`: {error.strerror or error}", hint) from None
@@ -102,6 +103,16 @@ class WeightFiles:
     def tensor(self, name: str, shape: tuple[int, ...]) -> Any:
         """A tensor of the checkpoint to take slices of, multiplied by its scales where it is quantised; raises when it
         is missing or has another shape."""
+        from runtime.weights.hf_parts import Scaled
+
+        part, scale, shared = self._found(name, shape)
+        if scale is None:
+            return part
+        return Scaled(part, self._open(self.files[scale]).get_tensor(scale), shape, *shared)
+
+    def _found(self, name: str, shape: tuple[int, ...]) -> tuple[Any, str | None, tuple[int, int]]:
+        """A tensor as it stands in its file, the name of its scales where it has some, and how many of its rows and
+        columns share one; raises when the tensor is missing or has another shape, or scales that do not fit it."""
         found = self.find(name)
         if found is None:
             raise self._missing(name)
@@ -117,9 +128,15 @@ class WeightFiles:
             hint = "a folder with its scales, or one in bf16"
             raise WeightsError(f"`{self.folder}`: tensor `{found}` is {kind} and has no scales", hint)
         if scale is None:
-            return part
-        table = self._open(self.files[scale]).get_tensor(scale)
-        return Scaled.of(part, table, shape, self._format, found, WeightsError)
+            return part, None, (0, 0)
+        scales = self._open(self.files[scale]).get_slice(scale).get_shape()
+        shared = self._format.shared(shape, tuple(scales))
+        if shared is None:
+            raise WeightsError(
+                f"tensor `{found}` of shape {list(shape)} has scales of shape {scales}",
+                f"one scale, one per row, or one per block of {self._format.block[0]} x {self._format.block[1]}",
+            )
+        return part, scale, shared
 
     def scale_of(self, name: str) -> str | None:
         """The tensor with the scales of one that is held under `name`; None where it is not quantised."""
@@ -139,9 +156,9 @@ class WeightFiles:
             for i, name in enumerate(hf_names(spec, parameter.name)):
                 if name == SCORE:
                     for head in filter(self.find, VALUE_HEADS):
-                        self.tensor(head, (1, spec.hidden))
+                        self._found(head, (1, spec.hidden))
                     continue
-                self.tensor(name, hf_shape(spec, parameter, i))
+                self._found(name, hf_shape(spec, parameter, i))
                 wanted.add(self.find(name) or name)
         free = _OTHER_HEADS if not spec.tied_embeddings and spec.head is Head.LM else (*_OTHER_HEADS, "lm_head.")
         for name in self._unread(wanted, free):

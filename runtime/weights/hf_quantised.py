@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any, Never
-
-import torch
-from torch import Tensor
+from typing import Never
 
 from plans.documents import BadText, locate, parse_json, read_text, refuse
 from plans.errors import RealplanError
 from plans.problems import Problem, shortened
-from runtime.weights.hf_names import Sliceable
 
 SCALES = (".weight_scale_inv", ".weight_scale")
 _PLAIN = ("F64", "F32", "F16", "BF16")
@@ -39,6 +36,16 @@ class Format:
     def is_plain(self, dtype: str) -> bool:
         """Whether a safetensors type holds the numbers themselves."""
         return dtype in _PLAIN
+
+    def shared(self, shape: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, int] | None:
+        """Rows and columns of a matrix that share a scale, by the shape of its scales: one for all, one per row or one
+        per block; None for any other number of them, and for what is no matrix."""
+        if len(shape) != 2:
+            return None
+        height, width = shape
+        found = scales if len(scales) > 1 else (prod(scales), 1)
+        choices = ((height, width), (1, width), self.block)
+        return next((c for c in choices if found == (-(-height // c[0]), -(-width // c[1]))), None)
 
 
 def quantisation(folder: Path, error: type[RealplanError]) -> Format:
@@ -70,37 +77,3 @@ def quantisation(folder: Path, error: type[RealplanError]) -> Format:
         rule = f"weight_block_size is {shortened(block)}; it must be two whole numbers"
         fault(rule, '"weight_block_size": [128, 128]', "weight_block_size")
     return Format((block[0], block[1]))
-
-
-@dataclass(frozen=True)
-class Scaled:
-    """A quantised matrix to take slices of, float32: element (i, j) times scale (i // rows, j // columns)."""
-
-    part: Sliceable
-    scale: Tensor
-    shape: tuple[int, int]
-    rows: int
-    columns: int
-
-    @classmethod
-    def of(
-        cls, part: Any, scale: Tensor, shape: tuple[int, ...], form: Format, name: str, error: type[RealplanError]
-    ) -> Scaled:
-        """The matrix with its scales: one, one per row, or one per block; raises `error` for any other number."""
-        table = scale.float()
-        table = table.reshape(-1, 1) if table.dim() < 2 else table
-        height, width = shape if len(shape) == 2 else (shape[0], 1)
-        for rows, columns in ((height, width), (1, width), form.block):
-            if tuple(table.shape) == (-(-height // rows), -(-width // columns)):
-                return cls(part, table, (height, width), rows, columns)
-        raise error(
-            f"tensor `{name}` of shape {list(shape)} has scales of shape {list(scale.shape)}",
-            f"one scale, one per row, or one per block of {form.block[0]} x {form.block[1]}",
-        )
-
-    def __getitem__(self, index: tuple[slice, ...] | slice) -> Tensor:
-        cuts = index if isinstance(index, tuple) else (index,)
-        cuts = (*cuts, *(slice(None) for _ in range(2 - len(cuts))))
-        row, column = (torch.arange(extent)[cut] for extent, cut in zip(self.shape, cuts, strict=True))
-        scale = self.scale[row // self.rows][:, column // self.columns]
-        return self.part[cuts].float() * scale

@@ -38,7 +38,8 @@ from runtime.models.model import Model, named_shards
 from runtime.models.shards import shard
 from runtime.weights.export import export
 from runtime.weights.hf import load_weights
-from runtime.weights.hf_names import hf_names, hf_shape, join
+from runtime.weights.hf_names import hf_names, hf_shape
+from runtime.weights.hf_parts import join
 
 CPU = torch.device("cpu")
 LORA = Lora(4, 6.0)

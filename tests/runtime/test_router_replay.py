@@ -40,7 +40,8 @@ from runtime.reports.metrics import Metrics, iteration_metrics
 from runtime.reports.records import Recorder, RecordReader
 from runtime.routes import Routes, expert_numbers
 from runtime.weights.hf import load_weights
-from runtime.weights.hf_names import hf_names, join
+from runtime.weights.hf_names import hf_names
+from runtime.weights.hf_parts import join
 
 CPU = torch.device("cpu")
 LAYERS, EXPERTS, CHOSEN = 4, 8, 2

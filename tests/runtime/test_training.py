@@ -41,7 +41,8 @@ from runtime.passes.packs import Batch, pack
 from runtime.passes.training import Trainer
 from runtime.sequences import Sequences
 from runtime.weights.hf import load_weights
-from runtime.weights.hf_names import hf_names, hf_shape, join
+from runtime.weights.hf_names import hf_names, hf_shape
+from runtime.weights.hf_parts import join
 
 CPU = torch.device("cpu")
 CASES: tuple[dict[str, Any], ...] = (
