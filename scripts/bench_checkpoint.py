@@ -4,20 +4,23 @@ one that writes none.
     bench_checkpoint.py [--mib 1540] [--folder FOLDER] [--repeats 3] [--demo | --plan plan.json] [key=value ...]
 
 1,540 MiB are the state of SmolLM2-135M: master and two moments of 134.5 million parameters. All figures are ratios of
-what was measured in the same minutes. With --plan the plan runs twice, and the overrides are those of realrun; --demo
-does it with that of scripts/demo.py, four iterations each, three minutes on two idle cores.
+was measured in the same minutes. With --plan the plan runs twice with checkpoints and twice without, overrides being
+those of realrun; --demo does it with that of scripts/demo.py, three iterations each, five minutes on two idle cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import resource
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -50,11 +53,8 @@ def main() -> int:
         rows = [(f"{name} against dd", ratio, 0.7, True) for name, ratio in files(Path(folder), options).items()]
         plan = demo_plan(Path(folder)) if options.demo else options.plan
         if plan:
-            slower, blocked = runs(plan, Path(folder), ["iterations=4"] * options.demo + options.overrides)
-            rows += [
-                ("iteration against none", slower, 1.10, False),
-                ("blocked, of an iteration", blocked, 0.05, False),
-            ]
+            found = runs(plan, Path(folder), ["iterations=3"] * options.demo + options.overrides)
+            rows += [(*row, False) for row in found]
     for what, value, bar, least in rows:
         table.add_row(what, f"{value:.3f}", f"{'>=' if least else '<='} {bar}")
         missed += value < bar if least else value > bar
@@ -137,21 +137,58 @@ def demo_plan(folder: Path) -> Path:
     return plan
 
 
-def runs(plan: Path, folder: Path, overrides: list[str]) -> tuple[float, float]:
-    """Period of a run with a checkpoint after every iteration over one without, and the part of an iteration in which
-    its ranks stand still between two, beyond those of the other run."""
-    found = []
-    for every in (0, 1):
-        output = folder / f"every-{every}"
+@dataclass(frozen=True)
+class Figures:
+    """Of a run: seconds from the end of each iteration to that of the next, those for which ranks stand still between
+    two iterations, and those of the cores for the whole run."""
+
+    periods_s: tuple[float, ...]
+    gap_s: float
+    cpu_s: float
+
+
+def runs(plan: Path, folder: Path, overrides: list[str]) -> list[tuple[str, float, float]]:
+    """Rows of figures with their bars, of runs with a checkpoint after every iteration and of runs with none: none,
+    with, with, none, so that a machine that grows slower or faster does so for both; medians of like iterations."""
+    found: dict[int, list[Figures]] = {0: [], 1: []}
+    for number, every in enumerate((0, 1, 1, 0)):
+        output = folder / f"run-{number}"
         words = [f"output={output}", f"checkpoint.every={every}", "checkpoint.keep=1", "export=false", "report=false"]
         command = [str(Path(sys.executable).with_name("realrun")), str(plan), *words, *overrides]
-        subprocess.run(command, check=True)
-        found.append(load_timeline(output / "timeline.json"))
-    without, with_ = found
-    gaps = [between(timeline) for timeline in found]
-    for name, timeline, gap in zip(("no checkpoints", "checkpoints"), found, gaps, strict=True):
-        print(f"{name}: period {timeline.period_s:.2f} s, ranks stand still for {gap:.3f} s between iterations")
-    return with_.period_s / without.period_s, (gaps[1] - gaps[0]) / without.period_s
+        before = cpu_seconds()
+        run(command)
+        timeline = load_timeline(output / "timeline.json")
+        figures = Figures(periods(timeline), between(timeline), cpu_seconds() - before)
+        found[every].append(figures)
+        print(f"{'checkpoints' if every else 'no checkpoints'}: {figures}", flush=True)
+        shutil.rmtree(output)
+    without, with_ = found[0], found[1]
+    period = statistics.median(second for figures in without for second in figures.periods_s)
+    gaps = [statistics.mean(figures.gap_s for figures in each) for each in (without, with_)]
+    pairs = [
+        both for one, two in zip(without, with_, strict=True) for both in zip(one.periods_s, two.periods_s, strict=True)
+    ]
+    cpu = [sum(figures.cpu_s for figures in each) for each in (without, with_)]
+    print(f"CPU time of the runs: {cpu[1]:.0f} s, without checkpoints {cpu[0]:.0f}")
+    return [
+        ("iteration against none", statistics.median(slow / fast for fast, slow in pairs), 1.10),
+        ("blocked, of an iteration", (gaps[1] - gaps[0]) / period, 0.05),
+    ]
+
+
+def cpu_seconds() -> float:
+    """Of all processes that this one has started and that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def periods(timeline: Timeline) -> tuple[float, ...]:
+    """Seconds from the end of every iteration to that of the next, on the last rank."""
+    ends = {
+        number: max(span.end_s for span in timeline.iteration(number))
+        for number in {s.iteration for s in timeline.spans}
+    }
+    return tuple(ends[number + 1] - end for number, end in sorted(ends.items()) if number + 1 in ends)
 
 
 def between(timeline: Timeline) -> float:

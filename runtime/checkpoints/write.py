@@ -6,18 +6,22 @@ torch.distributed.checkpoint does not serve here: its metadata are pickles, and 
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import struct
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch.distributed as dist
 from torch import Tensor
 
 from plans.checkpoint_files import RankIndex
 from plans.errors import RealplanError
 from plans.seals import CHUNK_BYTES, Seal, Sealer
+from runtime.checkpoints.direct import open_direct, write_block
 from runtime.checkpoints.folder import partial_folder, rank_word
 from runtime.checkpoints.snapshot import NONE, FrozenWeights, Snapshot, Snapshots, rank_file
 from runtime.passes.training import Trainer
@@ -78,33 +82,44 @@ def write_part(folder: Path, snapshot: Snapshot, rank: int) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Seal:
-    """A safetensors file of flat float32 tensors, on the disk when this returns.
+    """A safetensors file of flat float32 tensors, on the disk when this returns. Raises OSError.
 
     The library's own `save_file` copies every tensor and holds the interpreter while it does, and training with it.
     """
     sealer = Sealer()
-    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as beside:
-        pending = beside.submit(sealer.update, memoryview(b""))
-        for chunk in _chunks(tensors):
-            pending.result()  # one chunk is sealed while it is written, none waits
-            pending = beside.submit(sealer.update, chunk)
-            left = chunk
-            while left:
-                left = left[file.write(left) :]
-        pending.result()
+    with open_direct(path) as file, ThreadPoolExecutor(1) as beside:
+        writing = beside.submit(write_block, file, memoryview(b""))
+        for block in _blocks(tensors):
+            writing.result()  # the block before: while it went to the disk, this one was filled
+            writing = beside.submit(write_block, file, block)
+            sealer.update(block)
+        writing.result()
         os.fsync(file.fileno())
     return sealer.seal
 
 
-def _chunks(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
+def _blocks(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
+    """The bytes of the file in blocks as large as its chunks, in two buffers by turns, which begin with a page."""
+    buffers = [np.frombuffer(mmap.mmap(-1, CHUNK_BYTES), np.uint8) for _ in range(2)]
+    turn = filled = 0
+    for part in (_header(tensors), *(tensor.numpy().view(np.uint8) for tensor in tensors.values())):
+        at = 0
+        while at < len(part):
+            count = min(len(part) - at, CHUNK_BYTES - filled)
+            np.copyto(buffers[turn][filled : filled + count], part[at : at + count])  # other threads run meanwhile
+            at, filled = at + count, filled + count
+            if filled == CHUNK_BYTES:
+                yield buffers[turn].data
+                turn, filled = 1 - turn, 0
+    if filled:
+        yield buffers[turn][:filled].data
+
+
+def _header(tensors: Mapping[str, Tensor]) -> npt.NDArray[np.uint8]:
     header, at = {}, 0
     for name, tensor in tensors.items():
         header[name] = {"dtype": "F32", "shape": [tensor.numel()], "data_offsets": [at, at + tensor.nbytes]}
         at += tensor.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    yield memoryview(struct.pack("<Q", len(text)) + text)
-    for tensor in tensors.values():
-        data = tensor.numpy().data.cast("B")
-        for start in range(0, len(data), CHUNK_BYTES):
-            yield data[start : start + CHUNK_BYTES]
+    return np.frombuffer(struct.pack("<Q", len(text)) + text, np.uint8)

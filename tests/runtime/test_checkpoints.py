@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from zlib import crc32
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,6 +23,7 @@ from plans.checkpoint_files import MASTER, Checkpoint, RankIndex, joined
 from plans.huggingface import spec_from_folder
 from plans.layout import Parameter
 from plans.model import ModelSpec
+from runtime.checkpoints.direct import open_direct, write_block
 from runtime.checkpoints.folder import partial_folder, rank_word
 from runtime.checkpoints.read import restore
 from runtime.checkpoints.write import Saver, write_tensors
@@ -163,3 +168,25 @@ def test_files_are_safetensors(tmp_path: Path):
     found = load_file(tmp_path / "x.safetensors")
     assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
     assert seal.bytes == (tmp_path / "x.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("refused", ["nothing", "direct files", "direct writes"])
+def test_blocks_come_to_the_disk_whatever_it_takes(refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Some file systems open no file past the cache, others open it and write only what suits them."""
+    opened = os.open
+
+    def picky(path: Any, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_DIRECT and refused == "direct files":
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return opened(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", picky)
+    block = np.frombuffer(mmap.mmap(-1, 5 * mmap.PAGESIZE), np.uint8)
+    block[:] = np.random.default_rng(1).integers(0, 256, block.size)
+    first = int(refused == "direct writes")  # such memory begins within a page
+    parts = block[first : first + 4 * mmap.PAGESIZE], block[: mmap.PAGESIZE + 7]
+    (tmp_path / "file").write_bytes(bytes(2**20))
+    with open_direct(tmp_path / "file") as file:
+        for part in parts:
+            write_block(file, part.data)
+    assert (tmp_path / "file").read_bytes() == b"".join(part.tobytes() for part in parts)
