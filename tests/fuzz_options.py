@@ -29,7 +29,7 @@ import profiler.command as profile_module
 import runtime.cli
 import runtime.launching.entry as entry_module
 import runtime.launching.launch as launch_module
-from planner.cli.main import main as planner_main
+from planner.cli import main as planner_main
 from planner.space.limits import parse_limits
 from plans.codec import dump_plan
 from plans.errors import Infeasible, RealplanError

@@ -16,7 +16,7 @@ from cost_models.time import operations
 from cost_models.time.data_parallel import accumulation
 from cost_models.time.generation import decode_step
 from cost_models.time.inference import ForwardPass, inference_time
-from cost_models.time.layer import LayerTime, forward_layer
+from cost_models.time.layer import forward_layer, trained_layer
 from cost_models.time.training import TrainingStep, backward_time, training_time
 from plans.cluster import DeviceMesh
 from plans.model import ModelSpec
@@ -45,17 +45,16 @@ def _alone(count: int) -> Candidates:
     return Candidates.of([(mesh, ParallelStrategy())]).take(np.zeros(count, dtype=np.intp))
 
 
-def _layer(machine: Machine, spec: ModelSpec, points: Points) -> LayerTime:
-    length = points["sequence_tokens"]
-    return forward_layer(machine, spec, _alone(len(length)), points["sequences"] * length, length)
-
-
 def _block_forward(machine: Machine, spec: ModelSpec, points: Points) -> Array:
-    return np.maximum(_layer(machine, spec, points).gpu, machine.constants.host_forward_layer_s)
+    length = points["sequence_tokens"]
+    layer = forward_layer(machine, spec, _alone(len(length)), points["sequences"] * length, length)
+    return np.maximum(layer.gpu, machine.constants.host_forward_layer_s)
 
 
 def _block_backward(machine: Machine, spec: ModelSpec, points: Points) -> Array:
-    backward = backward_time(machine, _layer(machine, spec, points))
+    length = points["sequence_tokens"]
+    layer = trained_layer(machine, spec, _alone(len(length)), points["sequences"] * length, length)
+    backward = backward_time(machine, layer)
     return np.maximum(backward, machine.constants.host_backward_layer_s) + accumulation(machine, spec.layer_params)
 
 

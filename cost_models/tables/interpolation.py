@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -73,29 +74,30 @@ class Grid:
         """Log of the value: the corners of each cell, weighted."""
         logs = np.log(self.values)
         total = np.zeros_like(places[0].weight)
-        for corner in itertools.product((0, 1), repeat=len(places)):
-            index = tuple(np.minimum(p.low + c, n - 1) for p, c, n in zip(places, corner, logs.shape, strict=True))
-            weights = [p.weight if c else 1.0 - p.weight for p, c in zip(places, corner, strict=True)]
-            total = total + np.multiply.reduce(weights) * logs[index]
+        sides = [((p.low, 1.0 - p.weight), (p.high, p.weight)) for p in places]
+        for corner in itertools.product(*sides):
+            total += math.prod(weight for _, weight in corner) * logs[tuple(index for index, _ in corner)]
         return total
 
     def _exact(self, axis: Array, x: Array) -> _Place:
         low = np.minimum(np.searchsorted(axis, x), len(axis) - 1)
         hit = axis[low] == x
-        return _Place(low=low, weight=np.zeros_like(x), hit=hit, on_grid=hit, beyond=np.ones_like(x))
+        return _Place(low=low, high=low, weight=np.zeros_like(x), hit=hit, on_grid=hit, beyond=np.ones_like(x))
 
     def _between(self, axis: Array, x: Array) -> _Place:
         assert (x > 0).all(), "a log axis has positive points only"
-        low = np.clip(np.searchsorted(axis, x, side="right") - 1, 0, max(len(axis) - 2, 0))
-        high = np.minimum(low + 1, len(axis) - 1)
-        span = np.log(axis[high] / axis[low])
-        weight = np.divide(np.log(x / axis[low]), span, out=np.zeros_like(x), where=span > 0)
-        weight = np.maximum(weight, 0.0) if self.grows else np.clip(weight, 0.0, 1.0)
+        last = len(axis) - 1
+        low = np.minimum(np.maximum(np.searchsorted(axis, x, side="right") - 1, 0), max(last - 1, 0))
+        high = np.minimum(low + 1, last)
+        below, above = axis[low], axis[high]
+        span = np.log(above / below)
+        weight = np.maximum(np.divide(np.log(x / below), span, out=np.zeros_like(x), where=span > 0), 0.0)
         return _Place(
             low=low,
-            weight=weight,
+            high=high,
+            weight=weight if self.grows else np.minimum(weight, 1.0),
             hit=np.ones_like(x, dtype=np.bool_),
-            on_grid=(x == axis[low]) | (x == axis[high]),
+            on_grid=(x == below) | (x == above),
             beyond=np.maximum(1.0, np.maximum(x / axis[-1], axis[0] / x)),
         )
 
@@ -105,6 +107,7 @@ class _Place:
     """Where points lie on one axis: cell, weight of its upper corner, whether the axis covers them."""
 
     low: NDArray[np.intp]
+    high: NDArray[np.intp]
     weight: Array
     hit: NDArray[np.bool_]
     on_grid: NDArray[np.bool_]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +17,9 @@ from plans.model import ModelSpec
 
 @dataclass(frozen=True, eq=False)
 class LayerTime:
-    """Forward seconds of one layer, arrays [candidates], and the backward ones of its GEMMs; communication is what is
-    not hidden."""
+    """Forward seconds of one layer, arrays [candidates]; communication is what is not hidden."""
 
     linears: Array
-    linears_backward: Array
     attention: Array
     streaming: Array
     tensor_parallel: Array
@@ -34,9 +33,16 @@ class LayerTime:
         compute = self.linears + self.attention + self.streaming
         return compute + self.tensor_parallel + self.context_parallel + self.expert_parallel + self.gaps
 
-    def take(self, indices: NDArray[np.intp]) -> LayerTime:
+    def take(self, indices: NDArray[np.intp]) -> Self:
         """The candidates at `indices`, in that order."""
-        return LayerTime(**{f.name: getattr(self, f.name)[indices] for f in fields(self)})
+        return type(self)(**{f.name: getattr(self, f.name)[indices] for f in fields(self)})
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedLayerTime(LayerTime):
+    """Forward seconds of one layer, and the backward ones of its GEMMs."""
+
+    linears_backward: Array
 
 
 def forward_layer(
@@ -46,25 +52,44 @@ def forward_layer(
 
     Few candidates differ in what a layer sees: each such case is costed once.
     """
+    c, tokens, lengths, inverse = _distinct_cases(candidates, tokens, length)
+    linears = operations.linears(machine, spec, tokens, c.tp, c.ep)
+    return LayerTime(linears=linears, **_other_parts(machine, spec, c, tokens, lengths)).take(inverse)
+
+
+def trained_layer(
+    machine: Machine, spec: ModelSpec, candidates: Candidates, tokens: Array, length: Array | float
+) -> TrainedLayerTime:
+    """`forward_layer` with the backward pass of the GEMMs."""
+    c, tokens, lengths, inverse = _distinct_cases(candidates, tokens, length)
+    forward, backward = operations.linears_both_ways(machine, spec, tokens, c.tp, c.ep)
+    parts = _other_parts(machine, spec, c, tokens, lengths)
+    return TrainedLayerTime(linears=forward, linears_backward=backward, **parts).take(inverse)
+
+
+def _distinct_cases(
+    candidates: Candidates, tokens: Array, length: Array | float
+) -> tuple[Candidates, Array, Array, NDArray[np.intp]]:
+    """What a layer sees, each case once: candidates, tokens and lengths; and which case every candidate is."""
     c, lengths = candidates, np.broadcast_to(np.asarray(length, dtype=np.float64), tokens.shape)
     first, inverse = distinct(tokens, lengths, c.tp, c.cp, c.ep, c.nodes, c.gpus_per_node, c.sequence_parallel)
-    return _layer_time(machine, spec, c.take(first), tokens[first], lengths[first]).take(inverse)
+    return c.take(first), tokens[first], lengths[first], inverse
 
 
-def _layer_time(machine: Machine, spec: ModelSpec, candidates: Candidates, tokens: Array, length: Array) -> LayerTime:
+def _other_parts(
+    machine: Machine, spec: ModelSpec, candidates: Candidates, tokens: Array, length: Array
+) -> dict[str, Array]:
+    """Forward seconds of a layer's parts but its GEMMs."""
     c = candidates
     attention = operations.attention_core(machine, spec, tokens, length, c.tp)
-    linears, linears_backward = operations.linears_both_ways(machine, spec, tokens, c.tp, c.ep)
-    return LayerTime(
-        linears=linears,
-        linears_backward=linears_backward,
-        attention=attention,
-        streaming=operations.streaming(machine, spec, tokens, c.tp, c.sequence_parallel),
-        tensor_parallel=tensor_parallel(machine, spec, c, tokens),
-        context_parallel=context_parallel(machine, spec, c, tokens, attention),
-        expert_parallel=expert_parallel(machine, spec, c, tokens),
-        gaps=np.full_like(tokens, machine.constants.layer_gap_s),
-    )
+    return {
+        "attention": attention,
+        "streaming": operations.streaming(machine, spec, tokens, c.tp, c.sequence_parallel),
+        "tensor_parallel": tensor_parallel(machine, spec, c, tokens),
+        "context_parallel": context_parallel(machine, spec, c, tokens, attention),
+        "expert_parallel": expert_parallel(machine, spec, c, tokens),
+        "gaps": np.full_like(tokens, machine.constants.layer_gap_s),
+    }
 
 
 def tensor_parallel(machine: Machine, spec: ModelSpec, candidates: Candidates, tokens: Array) -> Array:

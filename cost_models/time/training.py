@@ -19,7 +19,7 @@ from cost_models.time.data_parallel import (
     rank_params,
     weight_gather,
 )
-from cost_models.time.layer import LayerTime, context_backward, forward_layer
+from cost_models.time.layer import TrainedLayerTime, context_backward, trained_layer
 from cost_models.time.pipeline import fill_and_drain, stage_send
 from cost_models.time.vocabulary import head_and_loss
 from plans.model import ModelSpec
@@ -100,7 +100,7 @@ def micro_batch_tokens(step: TrainingStep, candidates: Candidates) -> Array:
 def _slot(machine: Machine, step: TrainingStep, candidates: Candidates) -> _Slot:
     c, spec = candidates, step.spec
     tokens = micro_batch_tokens(step, c)
-    layer = forward_layer(machine, spec, c, tokens, step.attended or step.tokens)
+    layer = trained_layer(machine, spec, c, tokens, step.attended or step.tokens)
     recompute = recomputation(machine, layer, c)
     backward = backward_time(machine, layer)
     layers, last_layers = stage_layers(spec, c)
@@ -125,7 +125,7 @@ def _slot(machine: Machine, step: TrainingStep, candidates: Candidates) -> _Slot
     )
 
 
-def backward_time(machine: Machine, layer: LayerTime) -> Array:
+def backward_time(machine: Machine, layer: TrainedLayerTime) -> Array:
     """Backward seconds of a layer: two GEMMs for each, the attention core's ratio, twice the streamed bytes, and the
     same communication as forward."""
     return (
@@ -139,7 +139,7 @@ def backward_time(machine: Machine, layer: LayerTime) -> Array:
     )
 
 
-def recomputation(machine: Machine, layer: LayerTime, candidates: Candidates) -> Array:
+def recomputation(machine: Machine, layer: TrainedLayerTime, candidates: Candidates) -> Array:
     """Seconds of a layer's recomputed forward: the whole layer, or the attention core.
 
     The fused attention core recomputes its scores in its own backward, so that selective recomputation costs only

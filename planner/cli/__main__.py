@@ -1,5 +1,5 @@
 """`python -m planner.cli`."""
 
-from planner.cli.main import main
+from planner.cli import main
 
 main()

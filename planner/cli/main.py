@@ -5,8 +5,6 @@ A command has its options in `planning`, `pictures` or `lists`, and what it does
 
 from __future__ import annotations
 
-import gc
-import os
 import sys
 from typing import NoReturn
 
@@ -28,11 +26,8 @@ for command in (*planning.COMMANDS, *lists.COMMANDS, *pictures.COMMANDS):
     app.command()(command)
 
 
-def main() -> None:
-    """Entry point: errors become one message; exit code 1 for a plan with problems, 2 for wrong use."""
-    # Arrays of a planner are small: threads of BLAS would wait, spinning, for products that never come.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    gc.set_threshold(50_000, 20, 20)  # imports and plans make many objects and little garbage
+def run() -> None:
+    """Run the command: errors become one message; exit code 1 for a plan with problems, 2 for wrong use."""
     with plain_streams():
         try:
             app()
