@@ -8,7 +8,7 @@ model (94 blocks of 128) are never listed one by one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
@@ -217,18 +217,8 @@ def _contents(spec: ModelSpec, forms: Sequence[Form], per_node: int) -> tuple[Co
     stage_of = dict(zip(slicings, np.cumsum([len(rows) for rows in units]).tolist(), strict=False))
     share_of = dict(zip(degrees, np.cumsum([len(rows) for rows in experts]).tolist(), strict=False))
     nodes = max((first_gpu + size - 1) // per_node for *_, size, first_gpu in forms) + 1
-    place = np.arange(nodes * per_node)
-    rows = np.zeros((len(forms), nodes, 1 + 2 * per_node), dtype=np.int64)
-    for row, (slicing, ep, tp, size, first_gpu) in zip(rows, forms, strict=True):
-        inside, at = (place >= first_gpu) & (place < first_gpu + size), place - first_gpu
-        stage = np.where(inside, stage_of[slicing] + at // (size // slicing[0]), 0)
-        share = np.where(inside, share_of[ep] + at % ep, 0)
-        row[:, 1 : 1 + per_node] = stage.reshape(nodes, per_node)
-        row[:, 1 + per_node :] = share.reshape(nodes, per_node)
-        row[:, 0] = np.where(inside.reshape(nodes, per_node).any(axis=1), tp, 0)
-    outside = np.zeros((1, rows.shape[2]), dtype=np.int64)
-    different, number = np.unique(
-        np.concatenate([outside, rows.reshape(-1, rows.shape[2])]), axis=0, return_inverse=True
+    different, content = _different_rows(
+        _node_rows(form, stage_of[form[0]], share_of[form[1]], nodes, per_node) for form in forms
     )
     contents = Contents(
         stage=different[:, 1 : 1 + per_node],
@@ -237,4 +227,31 @@ def _contents(spec: ModelSpec, forms: Sequence[Form], per_node: int) -> tuple[Co
         units=np.concatenate(units),
         experts=np.concatenate(experts),
     )
-    return contents, number.reshape(-1)[1:].reshape(len(forms), nodes)
+    return contents, content
+
+
+def _node_rows(form: Form, first_stage: int, first_share: int, nodes: int, per_node: int) -> IntArray:
+    """What every node holds under a form: tp, then the stage and then the share of each GPU; zeros outside the mesh.
+    Stages and shares are counted from the form's first ones. Shape [nodes, 1 + 2 GPUs]."""
+    (pp, *_), ep, tp, size, first_gpu = form
+    at = np.arange(nodes * per_node) - first_gpu
+    inside = (at >= 0) & (at < size)
+    stage = np.where(inside, first_stage + at // (size // pp), 0).reshape(nodes, per_node)
+    share = np.where(inside, first_share + at % ep, 0).reshape(nodes, per_node)
+    degree = np.where(inside.reshape(nodes, per_node).any(axis=1), tp, 0)
+    return np.concatenate([degree[:, None], stage, share], axis=1)
+
+
+def _different_rows(tables: Iterable[IntArray]) -> tuple[IntArray, IntArray]:
+    """The different rows of tables of one shape [rows, columns], the row of zeros among them as the first, and the
+    number of each, [tables, rows]. Of equal rows in succession one is sorted: stages are many nodes long."""
+    rows, starts = [], []
+    for table in tables:
+        start = np.ones(len(table), dtype=np.bool_)
+        start[1:] = (table[1:] != table[:-1]).any(axis=1)
+        rows.append(table[start])
+        starts.append(start)
+    zeros = np.zeros_like(rows[0][:1])
+    different, number = np.unique(np.concatenate([zeros, *rows]), axis=0, return_inverse=True)
+    place = np.cumsum(np.stack(starts)).reshape(len(starts), -1)
+    return different, number.reshape(-1)[place]

@@ -10,7 +10,7 @@ not have receive all they need.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -235,12 +235,10 @@ def transfer_time(machine: Machine, messages: Sequence[tuple[int, int]], message
 
     The busiest rank counts: what it sends or receives over its link or its share of the network, and its messages.
     """
-    gpus = machine.cluster.gpus_per_node
-    busy: dict[tuple[int, str], float] = defaultdict(float)
-    for (source, target), size in zip(messages, message_bytes, strict=True):
-        across = source // gpus != target // gpus
-        bandwidth = machine.network_bytes_per_s if across else machine.link_send_bytes_per_s
-        seconds = machine.constants.message_s + size / bandwidth
-        busy[source, "sends"] += seconds
-        busy[target, "receives"] += seconds
-    return max(busy.values(), default=0.0)
+    if not messages:
+        return 0.0
+    gpus, (sources, targets) = machine.cluster.gpus_per_node, np.array(messages).T
+    across = sources // gpus != targets // gpus
+    bandwidth = np.where(across, machine.network_bytes_per_s, machine.link_send_bytes_per_s)
+    seconds = machine.constants.message_s + np.array(message_bytes) / bandwidth
+    return max(float(np.bincount(ranks, weights=seconds).max()) for ranks in (sources, targets))

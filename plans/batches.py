@@ -178,7 +178,7 @@ def rank_samples(plan: ExecutionPlan, call: str, lengths: Sequence[int] | None =
     host = plan.workload.graph.host(call)
     layout = plan.layout(host)
     samples = [sum(share, ()) for share in assign(plan.workload, host, layout, lengths)]
-    return {rank: samples[place.dp] for rank, place in layout.places.items()}
+    return {rank: samples[replica] for rank, replica in layout.replica_of.items()}
 
 
 def lengths_from(plan: ExecutionPlan, call: str) -> str:
@@ -235,48 +235,65 @@ def batch_transfers(
     """
     graph = plan.workload.graph
     source, host = lengths_from(plan, producer), graph.host(producer)
-    made = assign(plan.workload, host, plan.layout(host), lengths)
-    held: dict[tuple[int, str], set[int]] = {}
     found: dict[str, tuple[Message, ...]] = {}
-    for consumer, keys in consumers(plan, producer):
+    readers = list(consumers(plan, producer))
+    if not readers:
+        return found
+    layout = plan.layout(host)
+    made = _Made.of(layout, assign(plan.workload, host, layout, lengths), plan.cluster.gpus_per_node)
+    held: dict[tuple[int, str], set[int]] = {}
+    for consumer, keys in readers:
         needed = rank_samples(plan, consumer, lengths)
         if lengths_from(plan, consumer) != source:
             needed = dict.fromkeys(needed, tuple(range(plan.workload.samples)))
-        found[consumer] = _messages(plan, host, made, needed, keys, held)
-        for message in found[consumer]:
+        found[consumer] = _messages(made, needed, keys, held)
+        for message in found[consumer] if consumer != readers[-1][0] else ():
             for key in message.keys:
                 held.setdefault((message.target, key), set()).update(message.rows)
     return found
 
 
+@dataclass(frozen=True)
+class _Made:
+    """Who holds what a call makes: every rank of a dp replica its rows. replica_of: row -> replica. own: rank -> its
+    replica. nodes: replica -> node -> the ranks there."""
+
+    replica_of: Mapping[int, int]
+    own: Mapping[int, int]
+    nodes: Sequence[Mapping[int, Sequence[int]]]
+    per_node: int
+
+    @classmethod
+    def of(cls, layout: Layout, shares: Sequence[tuple[Numbers, ...]], per_node: int) -> _Made:
+        replica_of = {row: d for d, passes in enumerate(shares) for rows in passes for row in rows}
+        nodes: list[dict[int, list[int]]] = [{} for _ in range(layout.dp)]
+        for rank, replica in layout.replica_of.items():
+            nodes[replica].setdefault(rank // per_node, []).append(rank)
+        return cls(replica_of, layout.replica_of, nodes, per_node)
+
+    def senders(self, replica: int, node: int) -> Sequence[int]:
+        """The ranks of a replica on a node, all of them where there are none."""
+        return self.nodes[replica].get(node) or [rank for ranks in self.nodes[replica].values() for rank in ranks]
+
+
 def _messages(
-    plan: ExecutionPlan,
-    host: str,
-    made: Sequence[tuple[Numbers, ...]],
-    needed: Mapping[int, Numbers],
-    keys: tuple[str, ...],
-    held: Mapping[tuple[int, str], set[int]],
+    made: _Made, needed: Mapping[int, Numbers], keys: tuple[str, ...], held: Mapping[tuple[int, str], set[int]]
 ) -> tuple[Message, ...]:
-    """Messages for the rows that ranks need and do not hold. Every rank of a producing replica holds its rows; senders
-    on the target's node come first, then the one that has sent least."""
-    layout, per_node = plan.layout(host), plan.cluster.gpus_per_node
-    replica_of = {row: d for d, passes in enumerate(made) for rows in passes for row in rows}
-    replicas = _replicas(layout, per_node)
-    members = [[rank for ranks in by_node.values() for rank in ranks] for by_node in replicas]
-    sent = dict.fromkeys(layout.ranks, 0)
+    """Messages for the rows that ranks need and do not hold; senders on the target's node come first, then the one that
+    has sent least."""
+    sent = dict.fromkeys(made.own, 0)
     messages: list[Message] = []
     heaps: dict[tuple[int, int], list[tuple[int, int]]] = {}
     split: dict[Numbers, dict[int, Numbers]] = {}  # ranks of one replica need the same rows
-    places = layout.places
-    for target, rows in sorted(needed.items()):
-        own = places[target].dp if target in places else None
+    for target in sorted(needed):
+        rows, own = needed[target], made.own.get(target)
         if rows not in split:
-            split[rows] = _by_replica(rows, replica_of)
+            split[rows] = _by_replica(rows, made.replica_of)
         there = {key: held[target, key] for key in keys if (target, key) in held}
-        for (replica, lacking), part in _missing(split[rows], replica_of, rows, keys, there, own).items():
-            node = target // per_node if target // per_node in replicas[replica] else -1
+        for (replica, lacking), part in _missing(split[rows], made.replica_of, rows, keys, there, own).items():
+            node = target // made.per_node if target // made.per_node in made.nodes[replica] else -1
             if (replica, node) not in heaps:
-                heaps[replica, node] = [(sent[r], r) for r in replicas[replica].get(node, members[replica])]
+                heaps[replica, node] = [(sent[rank], rank) for rank in made.senders(replica, node)]
                 heapify(heaps[replica, node])
             source = _least(heaps[replica, node], sent)
             sent[source] += len(part)
@@ -313,6 +330,8 @@ def _missing(
     `split`: the rows by replica. A rank mostly has all of a replica's rows or none; only where it has some of them are
     they looked at one by one.
     """
+    if not there:
+        return {(replica, keys): part for replica, part in split.items() if replica != own}
     found: dict[tuple[int, tuple[str, ...]], Sequence[int]] = {}
     for replica, part in split.items():
         if replica == own:
@@ -330,11 +349,3 @@ def _missing(
         if lacking and replica_of[row] != own:
             some.setdefault((replica_of[row], lacking), []).append(row)
     return dict(some)
-
-
-def _replicas(layout: Layout, per_node: int) -> list[dict[int, list[int]]]:
-    """For each dp replica its ranks by node."""
-    replicas: list[dict[int, list[int]]] = [{} for _ in range(layout.dp)]
-    for rank, place in layout.places.items():
-        replicas[place.dp].setdefault(rank // per_node, []).append(rank)
-    return replicas

@@ -310,6 +310,12 @@ class Layout:
             found[rank] = Place(dp=rest % self.dp, tp=tp, pp=rest // self.dp, cp=cp)
         return found
 
+    @cached_property
+    def replica_of(self) -> dict[int, int]:
+        """The dp replica of every rank."""
+        run = self.tp * self.cp
+        return {rank: i // run % self.dp for i, rank in enumerate(self.ranks)}
+
     def rank(self, place: Place) -> int:
         """The rank at a place."""
         return self.ranks[((place.pp * self.dp + place.dp) * self.cp + place.cp) * self.tp + place.tp]
