@@ -44,8 +44,9 @@ class Traffic:
 def reallocation_matrix(machine: Machine, sources: Sequence[Layout], targets: Sequence[Layout]) -> Array:
     """Seconds to make a copy of a model's weights in each target layout out of each source layout, [sources, targets].
 
-    What comes over the network is passed on inside the node in a second round, so that the two add up, and a message's
-    overhead for every piece. Nothing moves where every rank already holds its slices.
+    What comes over the network is passed on inside the node in a second round. The two add up here, which they do at
+    most: the runtime passes on units while the next ones come. A message's overhead comes for every piece. Nothing
+    moves where every rank already holds its slices.
     """
     element_bytes, cluster = machine.element_bytes, machine.cluster
     link_s = element_bytes / machine.link_send_bytes_per_s

@@ -9,7 +9,7 @@ start. A slice that several ranks of one node need crosses the network once (rou
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from math import lcm
@@ -20,6 +20,8 @@ from plans.layout import Layout, Unit, fraction, trained_units
 WAVE_BYTES = 64 * 2**20
 """Most that a rank sends in a wave, and receives in one, to and from all its peers together."""
 WAVES_IN_FLIGHT = 2
+RUNS = 8
+"""Into about so many runs units are cut where slices are relayed: the last one is relayed when the network is done."""
 
 
 def buffer_bytes(moved: Any, wave_bytes: int = WAVE_BYTES) -> Any:
@@ -50,6 +52,10 @@ class Move:
     round: int = 0
 
 
+Streams = dict[tuple[int, int, int], tuple[Piece, ...]]
+"""(source, target, round) -> the pieces that go from one to the other."""
+
+
 @dataclass(frozen=True)
 class Reallocation:
     """All that a change of layout moves. `local` are pieces a rank keeps: (rank, piece)."""
@@ -68,21 +74,34 @@ class Reallocation:
         local = tuple((rank, piece) for rank, piece in self.local if piece.unit in units)
         return Reallocation(self.grid, local, tuple(move for move in self.moves if move.piece.unit in units))
 
-    def streams(self, turn: int) -> dict[tuple[int, int], tuple[Piece, ...]]:
-        """(source, target) -> what goes from one to the other in a round, in an order that both know."""
-        found: dict[tuple[int, int], list[Piece]] = defaultdict(list)
+    def steps(self, sizes: Mapping[str, int]) -> list[Streams]:
+        """What goes from rank to rank in each step, in an order that all know. sizes: elements of every unit.
+
+        Where slices are relayed, units cross the network in runs, one in a step, and a run is relayed two steps later:
+        the last of a step is still on its way when the next begins. So nodes relay while the network is busy.
+        """
+        relayed = any(move.round for move in self.moves)
+        moved = {move.piece.unit for move in self.moves}
+        wanted = {unit: elements for unit, elements in sizes.items() if unit in moved}
+        whole = sum(wanted.values())
+        most = max(*wanted.values(), whole // RUNS) if relayed else whole
+        run_of: dict[str, int] = {}
+        run = size = 0
+        for unit, elements in wanted.items():
+            if size and size + elements > most:
+                run, size = run + 1, 0
+            run_of[unit], size = run, size + elements
+        found: list[dict[tuple[int, int, int], list[Piece]]] = [defaultdict(list) for _ in range(run + 1 + 2 * relayed)]
         for move in self.moves:
-            if move.round == turn:
-                found[move.source, move.target].append(move.piece)
-        return {pair: tuple(pieces) for pair, pieces in found.items()}
+            found[run_of[move.piece.unit] + 2 * move.round][move.source, move.target, move.round].append(move.piece)
+        return [{key: tuple(pieces) for key, pieces in step.items()} for step in found]
 
 
-def busiest(pairs: Iterable[tuple[int, int]]) -> dict[tuple[int, int], int]:
-    """(source, target) -> how many streams the source sends or the target receives, whichever are more: into so many
-    parts the two cut what a wave may hold, so that neither holds more."""
-    listed = list(pairs)
-    sends, receives = Counter(source for source, _ in listed), Counter(target for _, target in listed)
-    return {(source, target): max(sends[source], receives[target]) for source, target in listed}
+def busiest(streams: Streams) -> dict[tuple[int, int, int], int]:
+    """Stream -> how many its source sends or its target receives, whichever are more: into so many parts the two cut
+    what a wave may hold, so that neither holds more."""
+    sends, receives = Counter(source for source, *_ in streams), Counter(target for _, target, _ in streams)
+    return {stream: max(sends[stream[0]], receives[stream[1]]) for stream in streams}
 
 
 def _elements(unit: Unit, piece: Piece, grid: int) -> int:

@@ -1,10 +1,10 @@
 """Reallocation executed: the transfers of `plans.reallocation` as messages between ranks.
 
 Both sides compute the same messages from the two layouts, so nothing is negotiated. What travels from one rank to
-another in a round is one stream of slices, cut into chunks; the chunks of all streams advance in waves of which two
-are in flight, which cannot deadlock. The streams of a rank share what a wave may hold, so that buffers are bounded
-however many peers there are. Large slices go from and to their places in the weights without a buffer where they lie
-in one piece; small ones are fused.
+another in a round of a step is one stream of slices, cut into chunks; the chunks of all streams advance in waves of
+which two are in flight. This cannot deadlock: all ranks have the steps, and the waves of a step, in the same order. The
+streams of a rank share what a wave may hold, so that buffers are bounded however many peers there are. Large slices go
+from and to their places in the weights without a buffer where they lie in one piece; small ones are fused.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ DIRECT_BYTES = 2**20
 """Slices from here on are messages of their own."""
 Shards = Mapping[str, Tensor]
 Chunk = list[Tensor]
+Stream = tuple[int, int]
+"""The rank on the other side, and the round."""
+Streams = Mapping[Stream, Iterator[Chunk]]
+_NOTHING: dict[Stream, Chunk] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,19 +88,18 @@ class Reallocator:
             if owner == rank:
                 for old, new in zip(mine.views(piece), theirs.views(piece), strict=True):
                     new.copy_(old)
-        sent = received = 0
-        for turn in (0, 1):
-            origin, streams = theirs if turn else mine, plan.streams(turn)
+        steps = []
+        for streams in plan.steps({unit.name: unit.size for unit in trained_units(target.spec)}):
             parts = busiest(streams)
             out, into = {}, {}
-            for pair, pieces in streams.items():
-                if pair[0] == rank:
-                    out[pair[1]] = self._chunks(origin, pieces, parts[pair])
-                elif pair[1] == rank:
-                    into[pair[0]] = self._chunks(theirs, pieces, parts[pair])
-            moved = _exchange(out, into)
-            sent, received = sent + moved.sent, received + moved.received
-        return Moved(sent, received)
+            for stream, pieces in streams.items():
+                giver, taker, turn = stream
+                if giver == rank:
+                    out[taker, turn] = self._chunks(theirs if turn else mine, pieces, parts[stream])
+                elif taker == rank:
+                    into[giver, turn] = self._chunks(theirs, pieces, parts[stream])
+            steps.append((out, into))
+        return _exchange(steps)
 
     def _chunks(self, side: _Side, pieces: tuple[Piece, ...], parts: int) -> Iterator[Chunk]:
         """The slices of a stream, grouped into chunks of at most one of `parts` equal parts of a wave."""
@@ -167,35 +170,36 @@ def _cut(view: Tensor, limit: int) -> Iterator[Tensor]:
             yield from _cut(part, limit)
 
 
-def _exchange(out: Mapping[int, Iterator[Chunk]], into: Mapping[int, Iterator[Chunk]]) -> Moved:
-    """Send and receive all streams in waves; wave w + 1 is on its way while wave w is unpacked."""
-    nothing: dict[int, Chunk] = {}
+def _exchange(steps: Sequence[tuple[Streams, Streams]]) -> Moved:
+    """Send and receive the streams of all steps in waves; wave w + 1 is on its way while wave w is unpacked.
+
+    A step has a wave on every rank, if an empty one, so that what came in a step is unpacked two steps later."""
     sent = received = 0
-    before: _Wave | None = None
-    for sends, receives in zip_longest(_waves(out), _waves(into), fillvalue=nothing):
-        wave = _Wave(sends, receives)
-        sent, received = sent + wave.sent, received + wave.received
-        if before is not None:
+    before = _Wave({}, {})
+    for out, into in steps:
+        for sends, receives in zip_longest(_waves(out), _waves(into), fillvalue=_NOTHING):
+            wave = _Wave(sends, receives)
+            sent, received = sent + wave.sent, received + wave.received
             before.finish()
-        before = wave
-    if before is not None:
-        before.finish()
+            before = wave
+    before.finish()
     return Moved(sent, received)
 
 
-def _waves(streams: Mapping[int, Iterator[Chunk]]) -> Iterator[dict[int, Chunk]]:
+def _waves(streams: Streams) -> Iterator[dict[Stream, Chunk]]:
+    if not streams:
+        yield _NOTHING
     for chunks in zip_longest(*streams.values()):
-        yield {peer: chunk for peer, chunk in zip(streams, chunks, strict=True) if chunk is not None}
+        yield {stream: chunk for stream, chunk in zip(streams, chunks, strict=True) if chunk is not None}
 
 
 class _Wave:
     """One chunk of every stream, on its way."""
 
-    def __init__(self, sends: Mapping[int, Chunk], receives: Mapping[int, Chunk]) -> None:
-        self._incoming = [
-            (part, _room(part), peer) for peer, chunk in sorted(receives.items()) for part in _fused(chunk)
-        ]
-        self._outgoing = [(_packed(part), peer) for peer, chunk in sorted(sends.items()) for part in _fused(chunk)]
+    def __init__(self, sends: Mapping[Stream, Chunk], receives: Mapping[Stream, Chunk]) -> None:
+        taken, given = sorted(receives), sorted(sends)  # two streams between the same ranks: alike on both
+        self._incoming = [(part, _room(part), peer) for peer, turn in taken for part in _fused(receives[peer, turn])]
+        self._outgoing = [(_packed(part), peer) for peer, turn in given for part in _fused(sends[peer, turn])]
         self.sent = sum(buffer.nbytes for buffer, _ in self._outgoing)
         self.received = sum(buffer.nbytes for _, buffer, _ in self._incoming)
         self._works = _post(self._outgoing, [(buffer, peer) for _, buffer, peer in self._incoming])

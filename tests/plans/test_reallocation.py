@@ -134,3 +134,25 @@ def test_the_network_carries_a_slice_to_a_node_once(case: tuple[Layout, Layout, 
     for node, elements in crossed.items():
         local = set().union(*(held(source, r) for r in range(node * per_node, (node + 1) * per_node)))
         assert len(elements) == len(set(elements)) and not local & set(elements)
+
+
+@settings(max_examples=60, deadline=None)
+@given(pairs())
+def test_steps_relay_what_has_come_two_steps_before(case: tuple[Layout, Layout, int]) -> None:
+    """One step of two may still be on its way when a rank sends."""
+    source, target, per_node = case
+    plan = reallocation(source, target, per_node)
+    sizes = {unit.name: sum(p.size for p in unit.parameters) for unit in model_units(source.spec)}
+    steps = plan.steps(sizes)
+    listed = [(number, stream, piece) for number, step in enumerate(steps) for stream in step for piece in step[stream]]
+    assert sorted((*stream, piece) for _, stream, piece in listed) == sorted(
+        (move.source, move.target, move.round, move.piece) for move in plan.moves
+    )
+    came = {(receiver, piece): number for number, (_, receiver, turn), piece in listed if turn == 0}
+    for number, (sender, _, turn), piece in listed:
+        assert turn == 0 or came[sender, piece] <= number - 2
+    if any(move.round for move in plan.moves):
+        most = max(*sizes.values(), sum(sizes.values()) // 8)
+        for step in steps:
+            crossing = {piece.unit for (_, _, turn), pieces in step.items() for piece in pieces if turn == 0}
+            assert sum(sizes[unit] for unit in crossing) <= most
