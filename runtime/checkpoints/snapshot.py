@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from plans.checkpoint import Entry, written
-from plans.checkpoint_files import MASTER, MOMENTS, RoleState, StoredEntry
+from plans.checkpoint_files import MASTER, MASTER_BYTES, MOMENTS, RoleState, StoredEntry
 from plans.layout import Layout
+from runtime.checkpoints.direct import large_pages
 from runtime.passes.training import Slot, Trainer
 
 
@@ -85,16 +84,10 @@ class Snapshots:
         """Pinned where a GPU copies into it."""
         if self._buffer.numel() < elements:
             cuda = any(trainer.model.device.type == "cuda" for trainer in self._trainers.values())
-            self._buffer = torch.empty(elements, pin_memory=True) if cuda else _in_huge_pages(elements)
-
-
-def _in_huge_pages(elements: int) -> Tensor:
-    """Fresh float32 memory that the kernel hands out in few large pages: training waits while they are cleared."""
-    memory = mmap.mmap(-1, 4 * elements, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.float32)
+            if cuda:
+                self._buffer = torch.empty(elements, pin_memory=True)
+            else:  # training waits while fresh pages are cleared
+                self._buffer = torch.frombuffer(large_pages(MASTER_BYTES * elements), dtype=torch.float32)
 
 
 def _stored(role: str, e: Entry) -> StoredEntry:

@@ -6,7 +6,6 @@ torch.distributed.checkpoint does not serve here: its metadata are pickles, and 
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import struct
 from collections.abc import Iterator, Mapping
@@ -21,7 +20,7 @@ from torch import Tensor
 from plans.checkpoint_files import RankIndex
 from plans.errors import RealplanError
 from plans.seals import CHUNK_BYTES, Seal, Sealer
-from runtime.checkpoints.direct import open_direct, write_block
+from runtime.checkpoints.direct import large_pages, open_direct, write_block
 from runtime.checkpoints.folder import partial_folder, rank_word
 from runtime.checkpoints.snapshot import NONE, FrozenWeights, Snapshot, Snapshots, rank_file
 from runtime.passes.training import Trainer
@@ -100,7 +99,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Seal:
 
 def _blocks(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
     """The bytes of the file in blocks as large as its chunks, in two buffers by turns, which begin with a page."""
-    buffers = [np.frombuffer(mmap.mmap(-1, CHUNK_BYTES), np.uint8) for _ in range(2)]
+    buffers = np.split(np.frombuffer(large_pages(2 * CHUNK_BYTES), np.uint8), 2)
     turn = filled = 0
     for part in (_header(tensors), *(tensor.numpy().view(np.uint8) for tensor in tensors.values())):
         at = 0
