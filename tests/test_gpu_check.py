@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-STAGES = ["right", "ceilings", "training", "decode", "memory", "whole", "profile"]
+STAGES = ["right", "ceilings", "training", "decode", "kernels", "memory", "whole", "profile"]
 
 
 def check(output: Path, *words: str, timeout: float = 900) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:

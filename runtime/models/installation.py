@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import torch
 
@@ -33,5 +34,17 @@ def install(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("highest")  # fp32 plans reproduce one another; TF32 would not
+        _norm_at_once()
         return
     put_on_cpu()
+
+
+def _norm_at_once() -> None:
+    """The norm of all gradients in a few kernels. What Megatron has without Apex waits for the device once for each of
+    them."""
+    clip_grads: Any = importlib.import_module("megatron.core.optimizer.clip_grads")
+
+    def norm(_: int, __: Any, lists: Any, ___: bool) -> tuple[torch.Tensor, None]:
+        return torch.nn.utils.get_total_norm(lists[0])[None], None
+
+    clip_grads.l2_norm_impl = norm

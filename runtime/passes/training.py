@@ -16,7 +16,6 @@ from plans.errors import RealplanError
 from runtime.models.mcore import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
-    clip_grad_by_total_norm_fp32,
     finalize_model_grads,
 )
 from runtime.models.model import Model, moved, named_shards
@@ -137,9 +136,10 @@ class Trainer:
         grad_norm = float(optimizer.get_grad_norm())
         if not math.isfinite(grad_norm):
             raise BadStep(f"the gradient norm is {grad_norm}")
-        for part in parts_of(optimizer):
-            if parameters := part.get_parameters():
-                clip_grad_by_total_norm_fp32(parameters, self.settings.clip_norm, grad_norm)
+        coefficient = self.settings.clip_norm / (grad_norm + 1e-6)  # Megatron's
+        gradients = [p.grad for part in parts_of(optimizer) for p in part.get_parameters() if p.grad is not None]
+        if coefficient < 1 and gradients:
+            torch._foreach_mul_(gradients, coefficient)
         optimizer.step_with_ready_grads()
         self.steps += 1
         return grad_norm

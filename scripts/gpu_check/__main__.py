@@ -1,4 +1,5 @@
-"""What one GPU can show about realplan: right results, ceilings, training, decode, memory, whole iterations, profiles.
+"""What one GPU can show about realplan: right results, ceilings, training, decode, kernels, memory, whole
+iterations, profiles.
 
     scripts/gpu_check.sh [STAGE ...] [--device cuda|cpu] [--tiny] [--backend gloo|nccl] [--minutes 8] [--output FOLDER]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from gpu_check.ceilings import product_flops
@@ -61,11 +61,10 @@ def _rows(setting: Setting, case: str, spec: ModelSpec, packs: Packs, seconds: f
         yield Row(case=f"{case}: outside operators", value=idle)
 
 
-def _measured(setting: Setting, model: Any, packs: Packs) -> tuple[float, float]:
-    """Seconds of an optimizer step over packs, and its share outside kernels."""
+def training_step(setting: Setting, model: Any, packs: Packs) -> Callable[..., object]:
+    """An optimizer step over packs of random tokens, to be called."""
     import torch
 
-    from profiler.timers import Timed, measure
     from runtime.passes.forward import TokenOutput
     from runtime.passes.optimizer import AdamSettings
     from runtime.passes.packs import Batch
@@ -83,9 +82,14 @@ def _measured(setting: Setting, model: Any, packs: Packs) -> tuple[float, float]
         value = output.logprobs.mean()
         return value, {"loss": value}
 
-    def step(_: object = None) -> object:
-        return trainer.step(batch, loss, parts)
+    return lambda *_: trainer.step(batch, loss, parts)
 
+
+def _measured(setting: Setting, model: Any, packs: Packs) -> tuple[float, float]:
+    """Seconds of an optimizer step over packs, and its share outside kernels."""
+    from profiler.timers import Timed, measure
+
+    step = training_step(setting, model, packs)
     seconds = measure(Timed(step), setting.device, setting.pick(2.0, 0.02)).seconds
     return seconds, outside_kernels(step, setting.device)
 
