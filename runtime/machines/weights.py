@@ -124,7 +124,7 @@ def _files_of(folder: Path) -> tuple[dict[str, int], dict[str, int]]:
     """Sizes of the files with the tensors of a folder, and of the small ones beside them."""
     from runtime.weights.hf_files import WeightFiles
 
-    tensors = sorted(set(WeightFiles(folder).files.values()))
+    tensors = sorted(set(WeightFiles(folder, "np").files.values()))
     sizes = {path.name: path.stat().st_size for path in folder.iterdir() if os.path.isfile(path)}
     small = {
         name: size

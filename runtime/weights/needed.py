@@ -26,7 +26,7 @@ def needed_pieces(
 
     Tensors are whole, because all tensor ranks of a replica are on one machine.
     """
-    files = WeightFiles(here)
+    files = WeightFiles(here, "np")
     names = {n for layout, rank in _readers(plan, run, folder, ranks) for n in _tensors(files, layout, rank)}
     places = {file: tensor_places(here / file) for file in set(files.files.values())}
     pieces: dict[str, list[Piece]] = {}

@@ -26,7 +26,8 @@ from runtime.machines.wire import Pace
 from runtime.processes.member import Address
 from runtime.processes.network import free_port
 from runtime.weights.hf_files import WeightFiles
-from runtime.weights.hf_names import hf_names, hf_shape, join
+from runtime.weights.hf_names import hf_names, hf_shape
+from runtime.weights.hf_parts import join
 
 HOST = "127.0.0.1"
 VOCABULARY = ("embedding.word", "output_layer")
