@@ -102,6 +102,12 @@ class Candidates:
         return np.clip(np.floor(self.gpus_per_node / stride), 1.0, size)
 
     @property
+    def joined_replicas(self) -> Array:
+        """Replicas that share experts, and so generate in step (`Layout.joined_replicas`)."""
+        own = (self.tp * self.cp).astype(np.int64)
+        return np.lcm(own, self.ep.astype(np.int64)) / own
+
+    @property
     def tensor_group(self) -> tuple[Array, Array]:
         """Size of the tp groups, and how many of their ranks are on one node."""
         return self.tp, self.ranks_per_node(np.ones_like(self.tp), self.tp)

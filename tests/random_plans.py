@@ -157,17 +157,22 @@ def _call(draw: random.Random, kind: Kind, name: str, meshes: Sequence[DeviceMes
 
 
 def _strategy(draw: random.Random, workload: Workload, name: str, size: int) -> ParallelStrategy | None:
-    """Degrees and settings of a call, of which some do not go together."""
+    """Degrees and settings of a call, of which some do not go together. Half of the generations with experts spread
+    them over replicas, where there are some."""
     graph, spec = workload.graph, workload.spec(name)
     kind = graph.call(name).kind
-    tp = draw.choice(divisors(size))
-    pp = draw.choice(divisors(size // tp))
+    if spread := bool(spec.experts) and kind is CallKind.GENERATE and draw.random() < 0.5:
+        tp, pp = draw.choice(divisors(max(1, size // 2))), 1
+    else:
+        tp = draw.choice(divisors(size))
+        pp = draw.choice(divisors(size // tp))
     cp = draw.choice(divisors(size // tp // pp)) if kind is not CallKind.GENERATE else 1
     settings: dict[str, Any] = {"dp": size // tp // pp // cp, "tp": tp, "pp": pp, "cp": cp}
     if pp > spec.layers:
         return None
     if spec.experts:
-        settings["ep"] = draw.choice([ep for ep in divisors(spec.experts) if (size // pp) % ep == 0])
+        legal = [ep for ep in divisors(spec.experts) if (size // pp) % ep == 0]
+        settings["ep"] = legal[-1] if spread else draw.choice(legal)
     share = workload.samples_per_step(name) // settings["dp"]
     if pp > 1 and draw.random() < 0.3:
         cut = sorted(draw.sample(range(1, spec.layers), pp - 1))

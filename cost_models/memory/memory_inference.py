@@ -87,22 +87,24 @@ def generation_terms(
     workload: Workload, spec: ModelSpec, candidates: Candidates, habits: MemoryHabits, prefill_tokens: float = 0.0
 ) -> MemoryTerms:
     """Memory of generation: KV cache of all slots at the longest, prefill of one group of sequences (or of one pack of
-    prompts) at once, logits of one token per sequence of a group.
+    prompts, a part of it where replicas share experts) at once, logits of one token per sequence of a group.
     """
     element, c = float(workload.element_bytes), candidates
     slots = np.ceil(slots_of(c, workload.samples))
     cache = kv_cache_bytes(spec, c, np.ones_like(slots), cached_tokens(workload, c, slots, habits), element)
     group = np.ceil(slots / c.groups)
     block = forward_block_bytes(spec, element, candidates.tp, fused_pointwise=habits.fused_pointwise)
-    prefill = group * workload.prompt_tokens
+    prefill, joined = group * workload.prompt_tokens, c.joined_replicas
     if prefill_tokens:
-        prefill = np.minimum(prefill, max(prefill_tokens, workload.prompt_tokens))
+        prefill = np.minimum(prefill, np.maximum(prefill_tokens / joined, workload.prompt_tokens))
     activations = block * prefill
     logits = habits.sampling_bytes / candidates.tp * group
     terms = _fullest(spec, candidates, habits, element, activations, logits)
     masks = habits.mask_bytes * group * float(workload.prompt_tokens) ** 2
     laid_out = habits.laid_out * (terms.weights + terms.base) if element == 4 else 0.0
-    return replace(terms, kv_cache=cache, workspace=masks + laid_out)
+    # The tokens of all replicas that share experts, and what the experts say to them.
+    gathered = np.where(joined > 1, 2.0 * element * spec.hidden * joined * np.maximum(prefill, group), 0.0)
+    return replace(terms, kv_cache=cache, workspace=masks + laid_out + gathered)
 
 
 def _fullest(

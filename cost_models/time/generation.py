@@ -48,18 +48,22 @@ def prefill_time(machine: Machine, work: Generation, candidates: Candidates) -> 
     An engine that packs computes the prompts of its first sequences in passes of at most `prefill_tokens`; those of
     later ones join between bursts, one pass each time or less, through an empty pipeline. Others take a pass per group
     in flight, slots after slots, or per micro-batch where those are more.
+
+    Replicas that share experts make their passes together: of parts of the tokens, when any of them has newcomers, and
+    as long as the one with the most.
     """
     c, constants = candidates, machine.constants
     rows, slots = work.samples / c.dp, slots_of(c, work.samples)
     shared = work.group_size if constants.shares_prompts else 1
     prompts = ForwardPass(
-        work.spec, work.samples / shared, work.prompt_tokens, head_tokens=1.0, scored=False, attended=work.attended
-    )
+        work.spec, work.samples / shared, work.prompt_tokens, head_tokens=1.0, scored=False, attended=work.attended,
+        generates=True,
+    )  # fmt: skip
     if not constants.prefill_tokens:
         passes = np.maximum(c.groups * np.ceil(rows / slots - 1e-9), c.micro_batches)
         return Terms(forward_terms(machine, prompts, c, passes)).total_s
-    begun = np.maximum(slots / shared, 1.0)
-    packs = np.maximum(c.groups, np.ceil(begun * work.prompt_tokens / constants.prefill_tokens))
+    begun, joined = np.maximum(slots / shared, 1.0), c.joined_replicas
+    packs = np.maximum(c.groups, np.ceil(begun * work.prompt_tokens * joined / constants.prefill_tokens))
     first = replace(prompts, samples=begun * c.dp)
     seconds = Terms(forward_terms(machine, first, c, np.minimum(packs, begun))).total_s
     later = np.maximum(rows / shared - begun, 0.0)
@@ -67,27 +71,44 @@ def prefill_time(machine: Machine, work: Generation, candidates: Candidates) -> 
         return seconds
     bursts = np.ceil(work.responses.mean * (rows / slots) / np.maximum(constants.burst_steps, 1.0))
     if work.responses.full:  # all of a wave end together: as many passes as a whole wave takes, or a part of one
-        waves, wave = np.maximum(rows / slots - 1.0, 0.0), begun * work.prompt_tokens / constants.prefill_tokens
+        waves, wave = (
+            np.maximum(rows / slots - 1.0, 0.0),
+            begun * work.prompt_tokens / constants.prefill_tokens * joined,
+        )
         bursts = np.floor(waves) * np.ceil(wave) + np.ceil(waves % 1.0 * wave - 1e-9)
-    joins = np.clip(bursts, 1.0, np.maximum(later, 1.0))
-    one = replace(prompts, samples=np.maximum(later / joins, 1e-3) * c.dp)
+    joins = np.clip(bursts, 1.0, np.maximum(later * joined, 1.0))
+    each = later / joins
+    if not work.responses.full:  # newcomers come at random (Poisson), and the most of any replica count
+        each = largest(each, each, joined)
+    one = replace(prompts, samples=np.maximum(each, np.where(joined > 1, 1.0, 1e-3)) * c.dp)
     again = Terms(forward_terms(machine, one, c, np.ones_like(rows))).total_s
     return seconds + np.where(later > 0, joins * again, 0.0)
 
 
 def decode_terms(machine: Machine, work: Generation, candidates: Candidates) -> dict[str, Array]:
     """Terms of all decode steps. Prefill makes the first token, but where newcomers join between bursts: there the last
-    token of a prompt is the first that decoding reads."""
+    token of a prompt is the first that decoding reads. Replicas that share experts compute as many rows as the one with
+    the most; each of their slots has a sequence with the chance `alive`."""
     c, burst = candidates, machine.constants.burst_steps
     slots, sums = slots_of(c, work.samples), dict[str, Array]()
     first = 0.0 if burst else 1.0
     for moment in decode_moments(work.responses, work.samples / c.dp, slots, first=first, burst=max(burst, 1.0)):
-        sequences = moment.slots * c.dp * moment.alive
+        alive, idle = np.minimum(moment.alive, 1.0), np.maximum(1.0 - moment.alive, 0.0)
+        rows = largest(moment.alive, alive * idle / np.maximum(moment.slots, 1.0), c.joined_replicas)
+        sequences = moment.slots * c.dp * np.minimum(rows, np.maximum(moment.alive, 1.0))
         step = decode_step(machine, work.spec, c, sequences, work.prompt_tokens + moment.position)
         count = moment.weight * moment.running(c.dp)
         for name, seconds in step.items():
             sums[name] = sums.get(name, 0.0) + seconds * count
     return sums
+
+
+def largest(mean: Array, variance: Array, count: Array) -> Array:
+    """The expected largest of `count` alike independent numbers: mean + sqrt(2 ln count x variance), a bound that is
+    close for normal ones (Boucheron, Lugosi and Massart 2013, 2.5). Replicas that share experts wait in every layer for
+    the one that has the most."""
+    found: Array = mean + np.sqrt(2.0 * np.log(count) * variance)
+    return found
 
 
 def decode_step(

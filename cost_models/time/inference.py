@@ -24,7 +24,7 @@ class ForwardPass:
     sequence, and `scored` says whether log-probs follow it.
 
     attended: the length that their attention costs as much as, E[n^2] / E[n] (0: that of equal ones). packing: how
-    unequal dp ranks and micro-batches are.
+    unequal dp ranks and micro-batches are. generates: it computes prompts to go on with.
     """
 
     spec: ModelSpec
@@ -34,6 +34,7 @@ class ForwardPass:
     scored: bool = True
     attended: float = 0.0
     packing: Packing = EQUAL
+    generates: bool = False
 
 
 def inference_time(machine: Machine, work: ForwardPass, candidates: Candidates) -> Terms:
@@ -46,7 +47,7 @@ def forward_terms(machine: Machine, work: ForwardPass, candidates: Candidates, p
     c, spec = candidates, work.spec
     sequences = work.samples / (c.dp * passes) * work.packing.width(c)
     tokens = sequences * work.tokens / c.cp
-    layer = forward_layer(machine, spec, c, tokens, work.attended or work.tokens)
+    layer = forward_layer(machine, spec, c, tokens, work.attended or work.tokens, generates=work.generates)
     layers, last_layers = stage_layers(spec, c)
     parts = {
         "linears": layer.linears,

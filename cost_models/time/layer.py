@@ -46,15 +46,23 @@ class TrainedLayerTime(LayerTime):
 
 
 def forward_layer(
-    machine: Machine, spec: ModelSpec, candidates: Candidates, tokens: Array, length: Array | float
+    machine: Machine,
+    spec: ModelSpec,
+    candidates: Candidates,
+    tokens: Array,
+    length: Array | float,
+    *,
+    generates: bool = False,
 ) -> LayerTime:
     """Forward time of a layer on `tokens` tokens of one rank (already divided by cp) in sequences of `length`.
+    `generates`: tokens come to experts as they do in generation (`expert_gather`).
 
     Few candidates differ in what a layer sees: each such case is costed once.
     """
     c, tokens, lengths, inverse = _distinct_cases(candidates, tokens, length)
     linears = operations.linears(machine, spec, tokens, c.tp, c.ep)
-    return LayerTime(linears=linears, **_other_parts(machine, spec, c, tokens, lengths)).take(inverse)
+    parts = _other_parts(machine, spec, c, tokens, lengths, generates=generates)
+    return LayerTime(linears=linears, **parts).take(inverse)
 
 
 def trained_layer(
@@ -63,7 +71,7 @@ def trained_layer(
     """`forward_layer` with the backward pass of the GEMMs."""
     c, tokens, lengths, inverse = _distinct_cases(candidates, tokens, length)
     forward, backward = operations.linears_both_ways(machine, spec, tokens, c.tp, c.ep)
-    parts = _other_parts(machine, spec, c, tokens, lengths)
+    parts = _other_parts(machine, spec, c, tokens, lengths, generates=False)
     return TrainedLayerTime(linears=forward, linears_backward=backward, **parts).take(inverse)
 
 
@@ -77,17 +85,18 @@ def _distinct_cases(
 
 
 def _other_parts(
-    machine: Machine, spec: ModelSpec, candidates: Candidates, tokens: Array, length: Array
+    machine: Machine, spec: ModelSpec, candidates: Candidates, tokens: Array, length: Array, *, generates: bool
 ) -> dict[str, Array]:
     """Forward seconds of a layer's parts but its GEMMs."""
     c = candidates
+    experts = (expert_gather if generates else expert_parallel)(machine, spec, c, tokens)
     attention = operations.attention_core(machine, spec, tokens, length, c.tp)
     return {
         "attention": attention,
         "streaming": operations.streaming(machine, spec, tokens, c.tp, c.sequence_parallel),
         "tensor_parallel": tensor_parallel(machine, spec, c, tokens),
         "context_parallel": context_parallel(machine, spec, c, tokens, attention),
-        "expert_parallel": expert_parallel(machine, spec, c, tokens),
+        "expert_parallel": experts,
         "gaps": np.full_like(tokens, machine.constants.layer_gap_s),
     }
 
@@ -160,11 +169,10 @@ def context_backward(machine: Machine) -> float:
 def expert_gather(machine: Machine, spec: ModelSpec, candidates: Candidates, tokens: Array) -> Array:
     """Seconds of an expert layer in generation, beside the sum over tp that a dense layer has too.
 
-    The tp ranks of a replica have the same tokens: each runs its own experts on all of them. Where a run of ep ranks
-    spans several replicas, their tokens are gathered and the sums scattered back.
+    The tp ranks of a replica have the same tokens: each runs its own experts on all of them. Where replicas share
+    experts, their tokens are gathered and the sums scattered back.
     """
-    c = candidates
-    replicas = np.maximum(c.ep / c.tp, 1.0)
+    c, replicas = candidates, candidates.joined_replicas
     if not spec.experts:
         return np.zeros_like(tokens)
     message = tokens * replicas * float(spec.hidden * machine.element_bytes)

@@ -137,9 +137,6 @@ def strategies(
                 if (dp * cp * tp) % ep:
                     pruned.note("ep must divide dp x cp x tp")
                     continue
-                if kind is CallKind.GENERATE and tp % ep:
-                    pruned.note("ep must divide tp in generation, where replicas finish at different times")
-                    continue
                 base = ParallelStrategy(dp=dp, tp=tp, pp=pp, cp=cp, ep=ep)
                 yield from _settings(workload, call, kind, base, samples // dp, pruned)
 

@@ -52,7 +52,8 @@ class LeanExperts:
             chosen = chosen.masked_fill(~every.any(-1, keepdim=True), -1)
         total, mine = torch.zeros_like(every), slice(self._run, None, self._runs)
         if len(every[mine]):
-            (self._all if x.is_cuda else self._needed)(every[mine], chosen[mine], gates[mine], total[mine])
+            # Prompts alone give `rows`, and their passes may wait for the device.
+            (self._all if x.is_cuda and not rows else self._needed)(every[mine], chosen[mine], gates[mine], total[mine])
         out = self._joined.scatter(total)[: len(x)]
         if self._shared is not None and len(x):
             part = self._mlp(x, self._shared.linear_fc1.weight, self._shared.linear_fc2.weight)

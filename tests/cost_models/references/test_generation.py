@@ -101,6 +101,41 @@ def test_experts_of_other_replicas_need_their_tokens_gathered_and_sums_scattered
     assert nanoseconds(far["decode_tensor_parallel"]) == pytest.approx(FAR * LAYERS * 2 * 15 / 16 * 16 * message)
 
 
+def test_replicas_are_joined_where_a_run_ends_inside_one() -> None:
+    """ep 3 on replicas of tp 2: three replicas are two whole runs, so that 8 rows of each are gathered."""
+    spec, message = replace(EXPERTS, experts=12), 8 * 1536 * 2
+    step = decode_step(network(), spec, layout(dp=12, tp=2, ep=3), 96, 700)
+    sums = LAYERS * 2 * 2 * 1 / 2 * message
+    assert nanoseconds(step["decode_tensor_parallel"]) == pytest.approx(sums + LAYERS * 2 * 2 / 3 * 3 * message)
+
+
+def test_prompts_of_joined_replicas_pass_in_parts_that_are_gathered() -> None:
+    """Each of two replicas has 32 prompts of 512 tokens: in passes of 2,048 tokens together, 16 instead of 8. Their
+    experts get 2 x 16,384 tokens of 1,536 bf16 numbers, and give as many back; no token is sent to an expert alone."""
+    work = replace(WORK, spec=EXPERTS)
+    constants = {"prefill_tokens": 2048.0, "burst_steps": 64.0}
+    for ep, passes, moved in ((1, 8, 0), (2, 16, 2 * LAYERS * 1 / 2 * 2 * 16_384 * 1536 * 2)):
+        terms = generation_time(network(**constants), work, layout(dp=2, ep=ep))
+        assert nanoseconds(terms["prefill"]) == pytest.approx(moved), ep
+        at = machine(TextbookKernels(), micro_batch_s=1.0, **constants)
+        assert generation_time(at, work, layout(dp=2, ep=ep))["prefill"] == pytest.approx(passes), ep
+
+
+def test_joined_replicas_compute_the_rows_of_the_fullest() -> None:
+    """Rows against draws: 8 replicas of 32 slots, where a row takes a second. In the tail the fullest replica has
+    several more than the mean; the last step of a replica alone has one."""
+    at = machine(TextbookKernels(), decode_row_s=1.0, burst_steps=1.0)
+    work = Generation(EXPERTS, 256, 512, Lengths(1024, 256))
+    apart, joined = (float(generation_time(at, work, layout(dp=8, ep=ep))["decode_head"][0]) for ep in (1, 8))
+    shares = np.random.default_rng(0).random((50, 8, 32))
+    drawn = np.vectorize(work.responses.quantile)(shares)
+    alive = (drawn[..., None] > np.arange(0, 1024, 8)).sum(2)
+    runs = alive.any(1)
+    most, mean = (8 * (np.maximum(rows, 1) * runs).mean(0).sum() for rows in (alive.max(1), alive.mean(1)))
+    assert apart == pytest.approx(mean, rel=0.1)
+    assert joined == pytest.approx(most, rel=0.1) and most > 1.1 * mean
+
+
 @pytest.mark.parametrize(("groups", "rounds"), [(1, 4), (2, 4), (4, 4), (8, 8)])
 def test_a_pipeline_decodes_at_the_pace_of_its_groups_or_of_one_trip(groups: int, rounds: int) -> None:
     """max(groups, stages) turns of a stage of 6 layers; hidden states of a group go to the next stage every turn."""
