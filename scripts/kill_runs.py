@@ -39,6 +39,8 @@ from runtime.reports.records import read_status
 ITERATIONS, RESTARTS, TIMEOUT_S = 5, 3, 10
 MOST_S = 900.0
 """For one start of a run, on a busy machine."""
+LEAVE_S = 60.0
+"""For the last processes to end, on a busy machine."""
 MARK = "REALPLAN_KILLED_RUN"
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP)
 VICTIMS = ("rank 0", "rank 1", "launcher")
@@ -234,14 +236,14 @@ class Bench:
 
     def _left(self, folder: Path, *, orphaned: bool = False) -> str:
         """Processes and files that should not be there any more. orphaned: nobody was left to remove temporary ones."""
-        end = time.monotonic() + 10.0
+        end = time.monotonic() + LEAVE_S
         while (marked := _marked(str(folder), self._sessions[folder])) and time.monotonic() < end:
             time.sleep(0.1)
         # torch keeps a cache of compiled code, which all runs of a user share.
         place = self._temporary.pop(folder)
         files = [path for path in place.iterdir() if not path.name.startswith("torchinductor_") and not orphaned]
         files += folder.rglob(".*")
-        found = [*(f"process {pid}" for pid in marked), *(f"`{path}`" for path in files)]
+        found = [*(f"process {pid} ({_command_of(pid)})" for pid in marked), *(f"`{path}`" for path in files)]
         shutil.rmtree(place)
         return f"left behind: {', '.join(found)}" if found else ""
 
@@ -257,6 +259,13 @@ def _marked(folder: str, sessions: Sequence[int]) -> list[int]:
         except OSError:
             continue
     return found
+
+
+def _command_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()[:200]
+    except OSError:
+        return "gone by now"
 
 
 def _lines(output: Path) -> list[str]:
