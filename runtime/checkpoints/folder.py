@@ -27,6 +27,11 @@ def rank_word(rank: int) -> str:
     return f".rank-{rank:05d}.json"
 
 
+def rank_file(rank: int) -> str:
+    """Name of a rank's tensors in a checkpoint."""
+    return f"rank-{rank:05d}.safetensors"
+
+
 def stop_request(scratch: Path) -> Path:
     """The file by which a launcher asks its ranks to stop."""
     return scratch / "stop"

@@ -14,6 +14,7 @@ from torch import Tensor
 from plans.checkpoint import Entry, overlaps, parameters_of, slice_of
 from plans.checkpoint_files import MASTER, Checkpoint, StoredEntry
 from plans.layout import Layout, Parameter
+from runtime.checkpoints.held import Held
 from runtime.models.model import named_shards
 from runtime.passes.training import Slot, Trainer
 from runtime.weights.copies import Copies
@@ -32,6 +33,7 @@ class CheckpointReader:
             if stored.role == role:
                 self._stored.setdefault(stored.parameter, []).append(stored)
         self._files: dict[str, Any] = {}
+        self._held = Held(checkpoint.folder)
         self._open = ExitStack()
 
     def __enter__(self) -> CheckpointReader:
@@ -56,6 +58,7 @@ class CheckpointReader:
         """Copy the rectangles that a stored entry has of the wanted one; the file is read in runs, never whole."""
         for o in overlaps(parameter, stored.entry, wanted):
             stop = o.source + (o.rows - 1) * o.source_stride + o.width
+            self._held.check(stored.file, stored.tensor(kind), o.source, stop)
             run = self._file(stored.file).get_slice(stored.tensor(kind))[o.source : stop]
             source = run.as_strided((o.rows, o.width), (o.source_stride, 1))
             # An offset of `as_strided` counts from the start of the storage, where a parameter's tensor need not begin.

@@ -54,21 +54,25 @@ def choose_start(plan: ExecutionPlan, run: RunFile) -> Start:
     if not run.resume_from:
         return Start()
     checkpoint = _choose(plan, run)
-    if checkpoint is None:
-        return Start(own=True)
+    return Start(own=True) if checkpoint is None else start_from(checkpoint, checkpoint.folder, run)
+
+
+def start_from(checkpoint: Checkpoint, named: Path, run: RunFile) -> Start:
+    """The start after a checkpoint that can be used, which is known as `named`; says what the run file has changed.
+    Raises CheckpointError where the run is over before it."""
     done = checkpoint.index.iteration
     if done > run.iterations:
         raise CheckpointError(
-            f"checkpoint `{checkpoint.folder}` has {done} iterations, the run {run.iterations}",
+            f"checkpoint `{named}` has {done} iterations, the run {run.iterations}",
             f"iterations={done + 10}",
         )
-    _say(f"going on from {checkpoint.folder}: {done} of {run.iterations} iterations are done")
+    _say(f"going on from {named}: {done} of {run.iterations} iterations are done")
     for change in _changes(checkpoint, run):
         _say(f"  other than in the checkpoint: {change}")
     metrics = (checkpoint.folder / METRICS).read_text(encoding="utf-8")
-    own = checkpoint.folder.resolve().parent == run.checkpoint_folder.resolve()
+    own = named.resolve().parent == run.checkpoint_folder.resolve()
     skipped = int(run_of(checkpoint).get("skip_batches", 0))
-    return Start(done, checkpoint.folder.resolve(), metrics, own, skipped)
+    return Start(done, named.resolve(), metrics, own, skipped)
 
 
 def _choose(plan: ExecutionPlan, run: RunFile) -> Checkpoint | None:

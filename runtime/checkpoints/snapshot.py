@@ -13,12 +13,8 @@ from plans.checkpoint import Entry, written
 from plans.checkpoint_files import MASTER, MASTER_BYTES, MOMENTS, RoleState, StoredEntry
 from plans.layout import Layout
 from runtime.checkpoints.direct import large_pages
+from runtime.checkpoints.folder import rank_file
 from runtime.passes.training import Slot, Trainer
-
-
-def rank_file(rank: int) -> str:
-    """Name of a rank's tensors in a checkpoint."""
-    return f"rank-{rank:05d}.safetensors"
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from plans.checkpoint_files import RankIndex
 from plans.errors import RealplanError
 from plans.seals import CHUNK_BYTES, Seal, Sealer
 from runtime.checkpoints.direct import large_pages, open_direct, write_block
-from runtime.checkpoints.folder import partial_folder, rank_word
-from runtime.checkpoints.snapshot import NONE, FrozenWeights, Snapshot, Snapshots, rank_file
+from runtime.checkpoints.folder import partial_folder, rank_file, rank_word
+from runtime.checkpoints.snapshot import NONE, FrozenWeights, Snapshot, Snapshots
 from runtime.passes.training import Trainer
 
 _ALIGNMENT = 8

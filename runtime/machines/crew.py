@@ -21,7 +21,7 @@ from runtime.machines.keeper import Keeper
 from runtime.machines.loading import spread_weights
 from runtime.machines.machines import POLL_S, Machines
 from runtime.machines.mirror import apply
-from runtime.machines.resume import choose_among, give
+from runtime.machines.resume import choose_among, choose_whole, give
 from runtime.machines.wire import Message
 from runtime.processes.network import free_port
 from runtime.reports.endings import RunFailed
@@ -67,7 +67,12 @@ class Crew:
 
     def choose(self, plan: ExecutionPlan, run: RunFile) -> Start:
         """The start that the run file asks for."""
-        return choose_among(plan, run, self._machines, FETCH_S)
+        storages = self.storages() if run.resume_from else {}
+        return choose_among(plan, run, self._machines, _per_storage(storages, self._ranks(plan)), FETCH_S)
+
+    def whole(self, plan: ExecutionPlan) -> Start:
+        """The newest checkpoint of the run, all of which this machine has then."""
+        return choose_whole(plan, self._run, self._machines, FETCH_S)
 
     def forget(self, _: RunFile, after: int) -> None:
         """Remove the checkpoints after so many iterations, on every machine."""
@@ -87,28 +92,25 @@ class Crew:
     def attempt(self, plan: ExecutionPlan, start: Start) -> Sequence[Metrics]:
         """Metrics of one attempt. Raises RunFailed with the cause of its end; no rank is left then."""
         machines, run = self._machines, self._run
-        per_node = plan.cluster.gpus_per_node
-        fit = [node for node in sorted(machines.there) if self._devices.get(node, per_node) >= per_node]
-        nodes = fit[: plan.cluster.nodes]
+        ranks = self._ranks(plan)
+        nodes = list(ranks)
         if len(nodes) < plan.cluster.nodes:
             gone = "; ".join(f"node {node} is lost ({why})" for node, why in machines.lost.items())
             raise RunFailed(f"the plan needs {plan.cluster.nodes} machines, {len(nodes)} are there: {gone}")
-        ranks = {node: _ranks(plan, place) for place, node in enumerate(nodes)}
         spread_weights(machines, run, plan, ranks, FETCH_S)
         storages = self.storages() if run.checkpoint.every else {}
         machines.check(nodes)
-        keeps = {first: [r for node in nodes if storages[node] == first for r in ranks[node]]
-                 for first in sorted(set(storages.values()))}  # fmt: skip
+        keeps = _per_storage(storages, ranks)
         writers = [first for first in keeps if keeps[first]]
         part = 2 / len(writers) if len(writers) > 2 else 1.0
-        give(machines, run, start, [first for first in writers if first], FETCH_S)
+        aside = give(machines, plan, run, start, keeps, FETCH_S)
         keeper = Keeper(machines, keeps, Path(run.output), patience_s(plan, run))
         with kept_files(plan, start.of(run), start, self._scratch, keeper, part) as monitor:
             ready = {"plan": dump_plan(plan), "resume_from": start.of(run).resume_from, "part": part}
             machines.ask("prepare", {first: ready for first in keeps if first}, ASK_S)
             crew = _FarRanks(machines, ranks, self._scratch)
             try:
-                self._start(plan, start, ranks, keeps)
+                self._start(plan, start, ranks, keeps, aside=aside)
 
                 def check() -> None:
                     monitor.check()
@@ -122,15 +124,29 @@ class Crew:
                     machines.ask_all("end", ASK_S)
         return monitor.lines
 
+    def _ranks(self, plan: ExecutionPlan) -> dict[int, range]:
+        """The machines that have the ranks of a plan, as far as there are any."""
+        per_node = plan.cluster.gpus_per_node
+        fit = [node for node in sorted(self._machines.there) if self._devices.get(node, per_node) >= per_node]
+        nodes = fit[: plan.cluster.nodes]
+        return {node: range(place * per_node, (place + 1) * per_node) for place, node in enumerate(nodes)}
+
     def _start(
-        self, plan: ExecutionPlan, start: Start, ranks: Mapping[int, Sequence[int]], keeps: Mapping[int, Sequence[int]]
+        self,
+        plan: ExecutionPlan,
+        start: Start,
+        ranks: Mapping[int, Sequence[int]],
+        keeps: Mapping[int, Sequence[int]],
+        *,
+        aside: bool,
     ) -> None:
         machines = self._machines
         self._attempts += 1
         own = start.checkpoint is not None and start.checkpoint.parent == self._run.checkpoint_folder.resolve()
         words = {
             "plan": dump_plan(plan), "meeting": [machines.host, free_port(machines.host), self._attempts],
-            "begins": {"checkpoint": str(start.checkpoint or ""), "own": own, "skip": start.of(self._run).skip_batches},
+            "begins": {"checkpoint": str(start.checkpoint or ""), "own": own, "aside": aside,
+                       "skip": start.of(self._run).skip_batches},
         }  # fmt: skip
         each = {
             node: {**words, "ranks": list(ranks.get(node, ())), "keeps": list(keeps.get(node, ()))}
@@ -149,9 +165,12 @@ def equal_part(devices: Mapping[int, int], per_node: int) -> tuple[int, int]:
     return machines, size
 
 
-def _ranks(plan: ExecutionPlan, place: int) -> range:
-    per_node = plan.cluster.gpus_per_node
-    return range(place * per_node, (place + 1) * per_node)
+def _per_storage(storages: Mapping[int, int], ranks: Mapping[int, Sequence[int]]) -> dict[int, list[int]]:
+    """The ranks whose machines see the folder of checkpoints of each machine that acts for one."""
+    return {
+        first: [rank for node in ranks if storages.get(node) == first for rank in ranks[node]]
+        for first in sorted(set(storages.values()))
+    }
 
 
 class _FarRanks:

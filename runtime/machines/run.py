@@ -96,8 +96,7 @@ def _export(plan: ExecutionPlan, run: RunFile, crew: Crew, machines: Machines, s
     """Write the weights of the last checkpoint, whose slices come from wherever they are."""
     from runtime.checkpoints.export import export_checkpoint
 
-    own = run.model_copy(update={"resume_from": str(run.checkpoint_folder)})
-    found = crew.choose(plan, own).checkpoint
+    found = crew.whole(plan).checkpoint
     assert found is not None, "the last iteration leaves a checkpoint"
     role = exported_role(plan)
     if plan.workload.models[role].lora:  # the base that adapters are merged into is in no checkpoint

@@ -9,17 +9,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from plans.checks import check_plan
-from plans.codec import BadPlan, read_plan
+from plans.checkpoint_files import step_folder
 from plans.errors import RealplanError
-from plans.plan import ExecutionPlan
 from plans.runfile import RunFile
 from runtime.checkpoints.folder import prepare_folder
+from runtime.checkpoints.held import resumed_folder
 from runtime.launching.entry import prepare_ranks
 from runtime.launching.ranks import LocalRanks
 from runtime.launching.replan import devices_left
 from runtime.machines.mirror import Mirror
-from runtime.machines.storage import Storage
+from runtime.machines.storage import Storage, planned_from
 from runtime.machines.weights import WeightFolders
 from runtime.machines.wire import Message
 from runtime.processes.member import Address, Member
@@ -46,6 +45,7 @@ class Station:
         self._does: Mapping[str, Callable[..., Message | Future[Any]]] = {
             "start": self._start, "end": self._end, "prepare": self._prepare, "devices": self._devices,
             "probe": storage.probe, "sees": storage.sees, "unprobe": storage.unprobe, "inventory": storage.inventory,
+            "take_needed": storage.take_needed,
             "fetch_part": storage.fetch_part, "fetch_step": storage.fetch_step, "finish": storage.finish,
             "forget": storage.forget, "digest": storage.digest, "set_aside": storage.set_aside,
             "weights": self._weights, "fetch_weights": self._fetch_weights,
@@ -105,7 +105,7 @@ class Station:
 
     def _prepare(self, plan: str, resume_from: str, part: float) -> Message:
         """Make room for `part` of the checkpoints of an attempt, which goes on from one or from none."""
-        prepare_folder(_plan(plan), self._run.model_copy(update={"resume_from": resume_from}), part)
+        prepare_folder(planned_from(plan), self._run.model_copy(update={"resume_from": resume_from}), part)
         return {}
 
     def _weights(self) -> Future[Message]:
@@ -114,11 +114,11 @@ class Station:
 
     def _fetch_weights(self, plan: str, ranks: Sequence[int] | None, folders: Message) -> Future[Message]:
         """Have what some ranks of a plan read of folders of weights that are not on this machine."""
-        return self._loader.submit(self.weights.fetch, _plan(plan), ranks, folders)
+        return self._loader.submit(self.weights.fetch, planned_from(plan), ranks, folders)
 
     def _devices(self, plan: str) -> Message:
         """How many devices of a node of the plan this machine can still use."""
-        planned = _plan(plan)
+        planned = planned_from(plan)
         return {"devices": min(devices_left(planned), planned.cluster.gpus_per_node)}
 
     def _start(
@@ -126,15 +126,16 @@ class Station:
     ) -> Message:
         """Start ranks of a plan.
 
-        begins: the checkpoint that they take up (`own`: the one of that name in this machine's folder), and batches of
-        the data that are left out. meeting: host and port where they meet, and the number of the attempt. keeps: the
-        ranks whose parts of checkpoints lie in the folder of this machine."""
+        begins: the checkpoint that they take up (`own`: the one of that name in this machine's folder; `aside`: of
+        which it has only what they read), and batches of the data that are left out. meeting: host and port where they
+        meet, and the number of the attempt. keeps: the ranks whose parts of checkpoints lie in the folder of this
+        machine."""
         self._end()
         self._keeps = [int(rank) for rank in keeps]
         self.storage.begin()
         if not ranks:
             return {}
-        planned, host, port, attempt = _plan(plan), str(meeting[0]), int(meeting[1]), int(meeting[2])
+        planned, host, port, attempt = planned_from(plan), str(meeting[0]), int(meeting[1]), int(meeting[2])
         address = Address(host, port, attempt=attempt, kept=True)
         prepare_ranks(planned, address)
         scratch = self._scratch
@@ -147,12 +148,17 @@ class Station:
         def member(rank: int, _: Path) -> Member:
             return Member(rank, planned.cluster.size, rank - numbers[0], address)
 
-        checkpoint = str(begins["checkpoint"])
+        checkpoint, traces = str(begins["checkpoint"]), [self.weights.place]
         if begins["own"]:
-            checkpoint = str(self._run.checkpoint_folder.resolve() / Path(checkpoint).name)
+            folder = self._run.checkpoint_folder.resolve()
+            iteration = int(Path(checkpoint).name.rpartition("_")[2])
+            checkpoint = str(step_folder(folder, iteration))
+            if begins["aside"]:
+                traces.append(resumed_folder(folder, iteration))
+                checkpoint = str(traces[-1])
         update = {"resume_from": checkpoint, "skip_batches": int(begins["skip"]), "export": False}
         run = self.weights.placed().model_copy(update=update)
-        self._ranks = LocalRanks(planned, run, numbers, scratch, member, traces=[self.weights.place])
+        self._ranks = LocalRanks(planned, run, numbers, scratch, member, traces=traces)
         return {}
 
     def _end(self) -> Message:
@@ -165,10 +171,3 @@ class Station:
         self._own = None
         self._ranks, self._mirror, self._keeps, self._told = None, None, (), set()
         return {}
-
-
-def _plan(text: str) -> ExecutionPlan:
-    plan, problems = read_plan(text)
-    if plan is None or (problems := check_plan(plan)):
-        raise BadPlan("the plan of the first machine", problems)
-    return plan

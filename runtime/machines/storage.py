@@ -11,12 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from plans.checkpoint_files import INDEX, CheckpointError, read_index, step_folder, steps_in
+from plans.checks import check_plan
+from plans.codec import BadPlan, read_plan
 from plans.files import free_name, writing
+from plans.plan import ExecutionPlan
 from plans.runfile import CHECKPOINTS, RunFile
 from plans.seals import Seal, seal_of
 from runtime.checkpoints.complete import put_in_place
 from runtime.checkpoints.folder import partial_folder, rank_word, remove_after
 from runtime.machines.files import FileServer, Wanted, fetch
+from runtime.machines.takeover import drop_resumed, take_needed
 from runtime.machines.wire import Message
 
 SEEN_S, LOOK_S = 30.0, 0.1
@@ -33,11 +37,18 @@ class Storage:
         self.files = FileServer(host, self._folder)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="fetch")
         self._told: set[int] = set()
+        self._took = False
 
     def close(self) -> None:
         """Serve no more, and fetch nothing that has not begun."""
         self.files.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._drop()
+
+    def _drop(self) -> None:
+        """Remove what was taken for this machine's ranks."""
+        if self._took:
+            drop_resumed(self._folder)
 
     def probe(self, name: str) -> Message:
         """Leave a file by which other machines find out whether they see this folder."""
@@ -101,10 +112,16 @@ class Storage:
         _fetch_all(aside, final.name, files)
         aside.rename(final)
 
+    def take_needed(self, iteration: int, plan: str, ranks: Sequence[int], files: Sequence[Any]) -> Future[Message]:
+        """Have what some ranks of a plan read of a checkpoint that stands on several machines."""
+        planned, wanted, self._took = planned_from(plan), _wanted(files), True
+        return self._pool.submit(take_needed, self._folder, iteration, planned, ranks, wanted)
+
     def finish(self, iteration: int, texts: dict[str, str]) -> Message:
         """Give a checkpoint of which every slice lies on two machines its index and its name."""
         partial_folder(self._folder, iteration).mkdir(parents=True, exist_ok=True)
         put_in_place(self._folder, iteration, texts, self._run.checkpoint.keep)
+        self._drop()  # ranks have read it long ago
         return {}
 
     def forget(self, after: int) -> Message:
@@ -127,6 +144,14 @@ class Storage:
             return {"digest": read_index(Path(folder)).digest}
         except CheckpointError:
             return {"digest": ""}
+
+
+def planned_from(text: str) -> ExecutionPlan:
+    """The plan that the first machine has sent. Raises BadPlan."""
+    plan, problems = read_plan(text)
+    if plan is None or (problems := check_plan(plan)):
+        raise BadPlan("the plan of the first machine", problems)
+    return plan
 
 
 def file_system(folder: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,11 +21,14 @@ from tiny_models import build, layout_of, part_shape, save_tiny
 
 from plans.checkpoint import missing
 from plans.checkpoint_files import MASTER, Checkpoint, RankIndex, joined
+from plans.flat_tensors import header_bytes
 from plans.huggingface import spec_from_folder
 from plans.layout import Parameter
 from plans.model import ModelSpec
 from runtime.checkpoints.direct import open_direct, write_block
 from runtime.checkpoints.folder import partial_folder, rank_word
+from runtime.checkpoints.held import write_held
+from runtime.checkpoints.needed import bytes_read
 from runtime.checkpoints.read import restore
 from runtime.checkpoints.write import Saver, write_tensors
 from runtime.groups import GroupCache
@@ -123,13 +127,37 @@ def test_a_checkpoint_moves_between_layouts(name: str, tmp_path: Path):
             trainer = trainer_of(groups, spec, case, dtype, tmp_path / "weights")
             if trainer is None:
                 continue
-            restore(early, {"actor": trainer})
+            restore(holed(early, trainer, tmp_path, as_written=case == source), {"actor": trainer})
             compare(trainer, early)
             train(trainer, 2)
             compare(trainer, late)
             assert (trainer.steps, trainer.adam_steps) == (4, 4)
 
     run_ranks(4, run, timeout=120)
+
+
+def holed(checkpoint: Checkpoint, trainer: Trainer, place: Path, *, as_written: bool) -> Checkpoint:
+    """A checkpoint of which only what a rank should read is there; the rest is no number, and word is left of it."""
+    layout, rank = trainer.model.layout, dist.get_rank()
+    alike = as_written and trainer.sharded
+    found: dict[str, set[tuple[int, int]]] = {}
+    for file, start, stop in bytes_read(checkpoint, "actor", layout, rank, trained=True, as_written=alike):
+        found.setdefault(file, set()).add((start, stop))
+    folder = place / f"holed-{rank}"
+    folder.mkdir(exist_ok=True)
+    for file in {entry.file for entry in checkpoint.index.entries}:
+        content = (checkpoint.folder / file).read_bytes()
+        first = 8 + header_bytes(checkpoint.folder / file)
+        poisoned = bytearray(content[:first] + bytes([255]) * (len(content) - first))
+        for start, stop in found.get(file, ()):
+            poisoned[start:stop] = content[start:stop]
+        (folder / file).write_bytes(poisoned)
+    write_held(folder, found)
+    if alike and layout.tp == layout.pp == 1:
+        slices = sum(held.numel() for _, held in named_shards(trainer.model))
+        own = sum(slot.stop - slot.start for slot in trainer.slots())
+        assert sum(stop - start for runs in found.values() for start, stop in runs) == 4 * slices + 8 * own
+    return replace(checkpoint, folder=folder)
 
 
 def compare(trainer: Trainer, checkpoint: Checkpoint) -> None:

@@ -1,0 +1,121 @@
+"""A checkpoint that lies on several machines, on one of them: what is here is used where it is, of the rest only the
+chunks that the ranks of the machine read come over the network."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import zlib
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from plans.checkpoint_files import open_checkpoint, step_folder
+from plans.flat_tensors import WORD_BYTES, header_bytes
+from plans.plan import ExecutionPlan
+from plans.seals import CHUNK_BYTES
+from runtime.checkpoints.held import resumed_folder, write_held
+from runtime.checkpoints.needed import needed_bytes
+from runtime.machines.files import Piece, Wanted, fetch, fetch_pieces
+from runtime.machines.wire import Message
+
+
+def take_needed(
+    folder: Path, iteration: int, plan: ExecutionPlan, ranks: Sequence[int], files: Sequence[Wanted]
+) -> Message:
+    """Have in `resumed_folder` what some ranks of a plan read of a checkpoint, every byte of it as it was sealed. Says
+    how many bytes have come. Raises OSError, and CheckpointError for one that contradicts itself."""
+    final, place = step_folder(folder, iteration), resumed_folder(folder, iteration)
+    drop_resumed(folder, but=place)
+    place.mkdir(parents=True, exist_ok=True)
+    chunked, come = dict[str, _Chunks](), 0
+    for wanted in files:
+        linked = _link(final / wanted.name, place / wanted.name, wanted.seal.bytes)
+        if wanted.name.endswith(".safetensors") and wanted.seal.crc32 is not None:
+            file = chunked[wanted.name] = _Chunks(place / wanted.name, wanted, final.name)
+            file.have([0])
+            file.have(_chunks([(0, WORD_BYTES + header_bytes(file.path))]))
+        else:
+            fetch(place, wanted, final.name)
+            come += 0 if linked else wanted.seal.bytes
+    runs: dict[str, list[Piece]] = {name: [] for name in chunked}
+    for name, start, stop in needed_bytes(open_checkpoint(place), plan, ranks):
+        if name in runs:
+            runs[name].append((start, stop))
+    for name, file in chunked.items():
+        file.have(_chunks(runs[name]))
+    held = {name: file.runs for name, file in chunked.items()}
+    write_held(place, held | {w.name: [(0, w.seal.bytes)] for w in files if w.name not in held})
+    return {"bytes": come + sum(file.come for file in chunked.values())}
+
+
+def drop_resumed(folder: Path, but: Path | None = None) -> None:
+    """Remove what was taken of checkpoints."""
+    for path in folder.glob(resumed_folder(folder, 0).name.replace("0", "*")):
+        if path != but:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+class _Chunks:
+    """A file of which some chunks are here and as they were sealed, and the bytes that came for it."""
+
+    def __init__(self, path: Path, wanted: Wanted, step: str) -> None:
+        self.path, self._wanted, self._step = path, wanted, step
+        self._right: set[int] = set()
+        self.come = 0
+
+    def have(self, numbers: Iterable[int]) -> None:
+        """Have some chunks, from the first source that has each as it was sealed. Raises OSError."""
+        left, said = self._wrong(numbers), "nobody has it"
+        for source in self._wanted.sources:
+            if not left:
+                break
+            pieces = self._joined(left)
+            try:
+                fetch_pieces([source], f"{self._step}/{self._wanted.name}", pieces, self.path, self._wanted.seal.bytes)
+                self.come += sum(stop - start for start, stop in pieces)
+            except OSError as error:
+                said = str(error)
+            left = self._wrong(left)
+        if left:
+            raise OSError(f"`{self._step}/{self._wanted.name}` cannot be had as it was written ({said})")
+
+    @property
+    def runs(self) -> list[Piece]:
+        """The bytes that are here."""
+        return self._joined(self._right)
+
+    def _wrong(self, numbers: Iterable[int]) -> list[int]:
+        """Those chunks that are not here, or not as they were sealed."""
+        sums = self._wanted.seal.crc32 or []
+        unknown = [number for number in sorted(set(numbers)) if number not in self._right]
+        if not os.path.isfile(self.path) or self.path.stat().st_size != self._wanted.seal.bytes:
+            return unknown
+        with self.path.open("rb") as file:
+            for number in unknown:
+                file.seek(number * CHUNK_BYTES)
+                if zlib.crc32(file.read(CHUNK_BYTES)) == sums[number]:
+                    self._right.add(number)
+        return [number for number in unknown if number not in self._right]
+
+    def _joined(self, numbers: Iterable[int]) -> list[Piece]:
+        found: list[Piece] = []
+        for number in sorted(numbers):
+            start, stop = number * CHUNK_BYTES, min((number + 1) * CHUNK_BYTES, self._wanted.seal.bytes)
+            if found and found[-1][1] == start:
+                start = found.pop()[0]
+            found.append((start, stop))
+        return found
+
+
+def _chunks(runs: Iterable[Piece]) -> set[int]:
+    """The chunks in which bytes lie."""
+    return {number for start, stop in runs for number in range(start // CHUNK_BYTES, -(-stop // CHUNK_BYTES))}
+
+
+def _link(there: Path, here: Path, size: int) -> bool:
+    """Use a file of this machine where it lies, if it has its size; whether it is."""
+    with suppress(OSError):  # there is none, or the file system knows no links
+        if there.stat().st_size == size and not os.path.lexists(here):
+            os.link(there, here)
+    return os.path.isfile(here) and here.stat().st_size == size

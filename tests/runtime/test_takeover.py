@@ -1,0 +1,139 @@
+"""A checkpoint that lies on several machines: each has what its ranks read, as it was sealed, and no more has come."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+from plan_cases import tiny_plan
+
+from plans.checkpoint import written
+from plans.checkpoint_files import (
+    INDEX,
+    MASTER,
+    MOMENTS,
+    CheckpointError,
+    RankIndex,
+    RoleState,
+    StoredEntry,
+    joined,
+    open_checkpoint,
+    sealed_index,
+)
+from plans.codec import dump_plan
+from plans.flat_tensors import header_bytes
+from plans.plan import ExecutionPlan
+from plans.seals import seal_of
+from runtime.checkpoints.folder import rank_file
+from runtime.checkpoints.held import Held, resumed_folder
+from runtime.machines.files import FileServer, Wanted
+from runtime.machines.takeover import drop_resumed, take_needed
+
+HOST, CHUNK = "127.0.0.1", 2**12
+TEXTS = ("plan.json", "run.yaml", "metrics.jsonl")
+
+
+def plan_of(degrees: str) -> ExecutionPlan:
+    return tiny_plan(2, degrees, nodes=2, algorithm="sft", order=("actor_train",))
+
+
+@pytest.fixture
+def machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[list[Path], list[Wanted]]]:
+    """Folders of three machines, and the files of a checkpoint of two pipeline stages, in small chunks: the first two
+    machines have a stage each, the third has both."""
+    for module in ("plans.seals", "runtime.machines.takeover"):
+        monkeypatch.setattr(f"{module}.CHUNK_BYTES", CHUNK)
+    places = [tmp_path / name for name in "abc"]
+    step = places[2] / "global_step_7"
+    step.mkdir(parents=True)
+    plan, parts = plan_of("d1 t1 p2"), []
+    for name, text in zip(TEXTS, (dump_plan(plan), "", "{}\n"), strict=True):
+        (step / name).write_text(text)
+    for rank in range(2):
+        entries = [
+            StoredEntry(role="actor", parameter=e.parameter, part=e.part, parts=e.parts, start=e.start, stop=e.stop,
+                        file=rank_file(rank))
+            for e in written(plan.layout("actor_train"), rank)
+        ]  # fmt: skip
+        write_tensors(step / rank_file(rank), entries, rank)
+        seals = {name: seal_of(step / name) for name in (*TEXTS, rank_file(rank))}
+        state = {"actor": RoleState(steps=4, adam_steps=4)}
+        parts.append(RankIndex(iteration=7, rank=rank, roles=state, entries=entries, files=seals))
+    (step / INDEX).write_text(sealed_index(joined(parts)))
+    for rank, place in enumerate(places[:2]):
+        (place / step.name).mkdir(parents=True)
+        (place / step.name / rank_file(rank)).write_bytes((step / rank_file(rank)).read_bytes())
+    with ExitStack() as stack:
+        sources = [stack.enter_context(closing(FileServer(HOST, place))).source for place in places]
+        yield places, [Wanted(path.name, seal_of(path), sources) for path in sorted(step.iterdir())]
+
+
+def write_tensors(path: Path, entries: list[StoredEntry], seed: int) -> None:
+    """A safetensors file of random numbers."""
+    header, at = {}, 0
+    for stored in entries:
+        for kind in (MASTER, *MOMENTS):
+            end = at + 4 * stored.entry.size
+            header[stored.tensor(kind)] = {"dtype": "F32", "shape": [stored.entry.size], "data_offsets": [at, end]}
+            at = end
+    text = json.dumps(header).encode()
+    numbers = np.random.default_rng(seed).standard_normal(at // 4, dtype=np.float32)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + numbers.tobytes())
+
+
+def small_bytes(files: list[Wanted]) -> int:
+    """What every machine needs: the texts and the headers, in whole chunks."""
+    return sum(wanted.seal.bytes for wanted in files if not wanted.name.startswith("rank"))
+
+
+def headers(places: list[Path], rank: int) -> int:
+    size = 8 + header_bytes(places[2] / "global_step_7" / rank_file(rank))
+    return -(-size // CHUNK) * CHUNK
+
+
+def test_only_what_ranks_read_comes(machines: tuple[list[Path], list[Wanted]]) -> None:
+    places, files = machines
+    sizes = {wanted.name: wanted.seal.bytes for wanted in files}
+    pipeline, replicas = plan_of("d1 t1 p2"), plan_of("d2 t1 p1")
+    # The stage that lies here: of the other one the header alone.
+    come = take_needed(places[0], 7, pipeline, [0], files)["bytes"]
+    assert come == small_bytes(files) + headers(places, 1) < sizes[rank_file(1)] / 10
+    taken = resumed_folder(places[0], 7)
+    assert (taken / rank_file(0)).samefile(places[0] / "global_step_7" / rank_file(0))
+    tensor = open_checkpoint(taken).index.entries[-1].tensor(MASTER)
+    with pytest.raises(CheckpointError, match=r"elements 0 to 9 of `actor/.*` of `rank-00001.safetensors` were not"):
+        Held(taken).check(rank_file(1), tensor, 0, 9)
+    # The other stage: all but that of this one. What has come stays.
+    come = take_needed(places[0], 7, pipeline, [1], files)["bytes"]
+    assert come == sizes[rank_file(1)] - headers(places, 1)
+    Held(taken).check(rank_file(1), tensor, 0, 9)
+    # Replicas hold everything.
+    assert take_needed(places[0], 7, replicas, [0], files)["bytes"] == 0
+    for rank in range(2):
+        assert (taken / rank_file(rank)).read_bytes() == (places[2] / "global_step_7" / rank_file(rank)).read_bytes()
+    drop_resumed(places[0])
+    assert [path.name for path in places[0].iterdir()] == ["global_step_7"]
+
+
+def test_damage_is_mended_from_another_machine_or_refused(machines: tuple[list[Path], list[Wanted]]) -> None:
+    places, files = machines
+    right = (places[2] / "global_step_7" / rank_file(0)).read_bytes()
+    flip(places[0] / "global_step_7" / rank_file(0))
+    come = take_needed(places[0], 7, plan_of("d1 t1 p2"), [0], files)["bytes"]
+    assert (resumed_folder(places[0], 7) / rank_file(0)).read_bytes() == right
+    assert come == small_bytes(files) + headers(places, 1) + 2 * CHUNK, "its own copy was asked for first"
+    flip(places[0] / "global_step_7" / rank_file(0))
+    flip(places[2] / "global_step_7" / rank_file(0))
+    with pytest.raises(OSError, match=r"`global_step_7/rank-00000.safetensors` cannot be had as it was written"):
+        take_needed(places[1], 7, plan_of("d2 t1 p1"), [1], files)
+
+
+def flip(path: Path) -> None:
+    """Change a byte in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
