@@ -42,6 +42,13 @@ class Snapshots:
         self._entries = {role: _entries(trainer) for role, trainer in trainers.items()}
         self._buffer = torch.empty(0)
 
+    def prepare(self) -> None:
+        """Have the kernel clear the memory of snapshots, which takes as long as a copy; not collective, for another
+        thread. Nothing where a GPU copies, which wants memory of its own kind, or where frozen roles are kept."""
+        if not self._frozen and not self._from_gpu:
+            self._grow((1 + len(MOMENTS)) * sum(entry.size for found in self._entries.values() for entry in found))
+            self._buffer.zero_()
+
     @torch.no_grad()
     def take(self, iteration: int) -> Snapshot:
         """Copy the state after `iteration` iterations to the host."""
@@ -76,13 +83,16 @@ class Snapshots:
         slots = {slot.parameter: slot for slot in trainer.slots()}
         return [(_stored(role, entry), slots[entry.parameter]) for entry in self._entries[role]]
 
+    @property
+    def _from_gpu(self) -> bool:
+        return any(trainer.model.device.type == "cuda" for trainer in self._trainers.values())
+
     def _grow(self, elements: int) -> None:
         """Pinned where a GPU copies into it."""
         if self._buffer.numel() < elements:
-            cuda = any(trainer.model.device.type == "cuda" for trainer in self._trainers.values())
-            if cuda:
+            if self._from_gpu:
                 self._buffer = torch.empty(elements, pin_memory=True)
-            else:  # training waits while fresh pages are cleared
+            else:
                 self._buffer = torch.frombuffer(large_pages(MASTER_BYTES * elements), dtype=torch.float32)
 
 

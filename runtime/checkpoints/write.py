@@ -38,7 +38,7 @@ class Saver:
         self._folder = folder
         self._snapshots = Snapshots(trainers, frozen)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._writing: Future[None] | None = None
+        self._writing: Future[None] | None = self._pool.submit(self._snapshots.prepare)
 
     def save(self, iteration: int) -> None:
         """Begin to write the state after `iteration` iterations; waits for the checkpoint before. Raises RealplanError
