@@ -72,7 +72,7 @@ class ParallelStrategy:
     tp: int = _field("tensor parallel degree", letter="t")
     pp: int = _field("pipeline parallel degree", letter="p")
     cp: int = _field("context parallel degree", letter="c", kinds=(_SCORE, _TRAIN), shown="cp {}")
-    ep: int = _field("expert parallel degree, inside dp x cp", letter="e", shown="ep {}")
+    ep: int = _field("expert parallel degree, inside dp x cp x tp", letter="e", shown="ep {}")
     vpp: int = _field("model chunks per pipeline stage (interleaving)", letter="v", kinds=(_TRAIN,), shown="vpp {}")
     layers_per_stage: tuple[int, ...] = _field(
         "layers of each pipeline stage, empty for equal stages with what is left over in the middle",

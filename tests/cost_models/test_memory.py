@@ -270,6 +270,14 @@ class TestCalls:
         assert terms.copy_bytes[0] == terms.weights[0]
         assert terms.resident_bytes[0] == terms.communicators[0]
 
+    def test_replicas_that_share_experts_gather_their_prompts(self) -> None:
+        """8,192 tokens of 4,096 bf16 numbers that came from all eight, and as many sums; an eighth of the experts."""
+        apart, joined = ParallelStrategy(dp=8), ParallelStrategy(dp=8, ep=8)
+        terms = memory_of("actor_generate", ppo_workload("mixtral-8x7b"), apart, joined)
+        assert (terms.workspace[1] - terms.workspace[0]) == 2 * 8192 * 4096 * 2
+        experts = 32 * 8 * 3 * 4096 * 14336 * 2
+        assert terms.weights[0] - terms.weights[1] == pytest.approx(experts * 7 / 8)
+
     def test_logits_beyond_a_bound_are_not_kept(self) -> None:
         """2^29 kept and 2^25 made at a time, of 2 bytes, and two fp32 temporaries of 2^25."""
         sizes = {"batch_size": 2, "minibatches": 1, "prompt_tokens": 1024}

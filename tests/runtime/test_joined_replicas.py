@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,10 @@ from ranks import run_ranks
 from tiny_models import build, layout_of, save_tiny
 
 from plans.huggingface import spec_from_folder
+from runtime.generation.capture import CapturedSteps
+from runtime.generation.flight import Flight
 from runtime.generation.generate import FlightLimits, generate
+from runtime.generation.pipeline import Pipeline
 from runtime.generation.sampling import Sampling
 from runtime.groups import GroupCache, joined_sets
 from runtime.models import installation
@@ -101,6 +105,40 @@ def test_replicas_that_share_experts(
     for row, (response, routes, logprobs) in alone.items():
         assert found[row][0] == response and found[row][1] == routes, row
         torch.testing.assert_close(torch.tensor(found[row][2]), torch.tensor(logprobs), atol=1e-5, rtol=0)
+
+
+def test_joined_replicas_record_and_replay_the_same_steps(tmp_path: Path) -> None:
+    """NCCL wants a collective recorded by all ranks or none. A stand-in that runs the recorded step changes no token,
+    though one replica has no sample for most of the time."""
+    save_tiny("mixtral", tmp_path, num_hidden_layers=1)
+    spec, shares = spec_from_folder(tmp_path), ([0, 4, 6], [1])
+
+    def work() -> tuple[list[str], bool]:
+        installation.install(CPU)
+        model = build(GroupCache(CPU), layout_of(spec, dp=2, ep=2))
+        assert model is not None
+        load_weights(model, tmp_path)
+        rows, log, init = shares[model.place.dp], list[str](), Pipeline.__init__
+
+        def record(step: Callable[[], None]) -> Any:
+            log.append("record")
+            return SimpleNamespace(replay=lambda: (log.append("replay"), step()))
+
+        def made() -> list[list[int]]:
+            found = generate(
+                model, [PROMPTS[row] for row in rows], rows, response_tokens=[MOST[row] for row in rows],
+                sampling=Sampling(), seed=3, iteration=0, limits=FlightLimits(slots=2, burst=2),
+            )  # fmt: skip
+            return [response for _, response in found.sequences.texts()]
+
+        plain = made()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Flight, "shape", property(lambda flight: (flight.count, 0)))
+            patch.setattr(Pipeline, "__init__", lambda self, stage, _: init(self, stage, CapturedSteps(record)))
+            return log, made() == plain
+
+    (log, same), (other, alike) = run_ranks(2, work)
+    assert same and alike and log == other and log.count("record") == 2 and log.count("replay") > 10
 
 
 def test_who_is_joined(tmp_path: Path) -> None:
