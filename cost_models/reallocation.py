@@ -111,25 +111,43 @@ def _node_traffic(sizes: UnitSizes, source: Contents, target: Contents, cells: I
     """Traffic of the nodes of some cells (source content x target contents + target content). All sums are whole
     numbers below 2^53, so that they are exact in any order."""
     held, needed = np.divmod(cells, len(target))
+    order, groups = _by_degrees(source, target, held, needed)
+    held, needed = held[order], needed[order]
     received, peak, messages = (np.zeros(len(cells)) for _ in range(3))
     common = _Common.of(sizes, source, target)
-    even = source.even[held] & target.even[needed]
-    for own, part in product(sorted(set(source.tp.tolist())), sorted(set(target.tp.tolist()))):
-        here = (source.tp[held] == own) & (target.tp[needed] == part)
-        for alike in (True, False):
-            at = np.flatnonzero(here & (even == alike))
-            for gpu, gpus in _gpus(source.stage.shape[1], own, part, alike=alike) if len(at) else ():
-                ours, theirs = held[at], needed[at]
-                holds, needs = (source.stage[ours, gpu], source.share[ours, gpu]), target.stage[theirs, gpu]
-                overlap = _overlap(gpu, own, part)
-                moved, pieces = common.missing(own, part, overlap, *holds, needs, target.share[theirs, gpu])
-                received[at] += gpus * moved
-                peak[at] = np.maximum(peak[at], moved)
-                messages[at] = np.maximum(messages[at], pieces)
-    network, away = (figure[held, needed] for figure in _from_other_nodes(sizes, source, target))
+    for own, part, alike, at in groups:
+        ours, theirs = held[at], needed[at]
+        for gpu, gpus in _gpus(source.stage.shape[1], own, part, alike=alike):
+            holds, needs = (source.stage[ours, gpu], source.share[ours, gpu]), target.stage[theirs, gpu]
+            overlap = _overlap(gpu, own, part)
+            moved, pieces = common.missing(own, part, overlap, *holds, needs, target.share[theirs, gpu])
+            received[at] += gpus * moved
+            peak[at] = np.maximum(peak[at], moved)
+            messages[at] = np.maximum(messages[at], pieces)
+    pair = held * len(target) + needed
+    network, away = (figure.reshape(-1)[pair] for figure in _from_other_nodes(sizes, source, target))
     owners, takers = (np.maximum((contents.stage > 0).sum(axis=1), 1) for contents in (source, target))
     sends = (received - away) / owners[held] + (away - network) / takers[needed]
-    return _NodeTraffic(received, network, np.maximum(peak, sends), messages)
+    back = np.empty_like(order)
+    back[order] = np.arange(len(order))
+    return _NodeTraffic(received[back], network[back], np.maximum(peak, sends)[back], messages[back])
+
+
+def _by_degrees(
+    source: Contents, target: Contents, held: IntArray, needed: IntArray
+) -> tuple[IntArray, list[tuple[int, int, bool, slice]]]:
+    """An order of cells in which those of equal tp degrees that are even on both sides, or are not, stand together; and
+    these groups: the two degrees, whether even, and where they stand."""
+    ours, theirs = (sorted(set(contents.tp.tolist())) for contents in (source, target))
+    kinds = [*product(ours, theirs, (False, True))]
+    row, column = np.searchsorted(ours, source.tp) * len(theirs), np.searchsorted(theirs, target.tp)
+    kind = 2 * (row[held] + column[needed]) + (source.even[held] & target.even[needed])
+    kind = kind.astype(np.uint16)  # numbers this short are sorted by their digits
+    ends = np.cumsum(np.bincount(kind, minlength=len(kinds))).tolist()
+    groups = [
+        (*named, slice(start, end)) for named, start, end in zip(kinds, [0, *ends], ends, strict=False) if end > start
+    ]
+    return np.argsort(kind, kind="stable"), groups
 
 
 def _gpus(per_node: int, own: int, part: int, *, alike: bool) -> list[tuple[int, int]]:
@@ -152,8 +170,7 @@ def _from_other_nodes(sizes: UnitSizes, source: Contents, target: Contents) -> t
     parts = np.where(sizes.sharded > 0, tp, 1)
     once = target.node_units * (sizes.sharded + sizes.replicated * parts)
     each = target.stage_units[target.stage].sum(axis=1) * (sizes.sharded / tp + sizes.replicated)
-    held = source.node_units.T
-    network, away = (needed.sum(axis=1) - (needed @ held).T for needed in (once, each))
+    network, away = (needed.sum(axis=1) - source.node_units @ needed.T for needed in (once, each))
     if sizes.expert.any():
         network += _experts_missing(sizes, source, target, target.node_parts)
         away += _experts_missing(sizes, source, target, target.gpu_parts)
@@ -195,7 +212,8 @@ class _Common:
         has_experts = (sizes.expert > 0).astype(np.float64)
         weights = np.stack([sizes.sharded, sizes.replicated, each, sizes.expert, has_experts])
         sharded, replicated, units, expert, blocks = (
-            (source.stage_units * weight) @ target.stage_units.T for weight in weights
+            (source.stage_units * weight) @ target.stage_units.T if weight.any() else np.zeros((1, 1))
+            for weight in weights
         )
         need, shares = weights @ target.stage_units.T, source.share_experts @ target.share_experts.T
         wanted = target.share_experts.sum(axis=1)
@@ -207,7 +225,8 @@ class _Common:
         """Elements and pieces that GPUs must receive, [GPUs]: each holds its `own`-th of the stage `held`, with the
         share `has`, and needs its `part`-th of the stage `needed`, with the share `wants`. The tp parts have `overlap`
         / (own x part) of each parameter in common; experts are not cut."""
-        elements, pieces = (figure[held, needed] for figure in self._without_experts(own, part, overlap))
+        pair = held * self.need.shape[1] + needed
+        elements, pieces = (figure.reshape(-1)[pair] for figure in self._without_experts(own, part, overlap))
         if self.need[4].any():
             _, _, _, expert, blocks = self.need
             wanted, shared = self.wanted[wants], self.shares[has, wants]

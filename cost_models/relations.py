@@ -84,10 +84,12 @@ def _rows(sources: int, targets: int) -> Iterator[slice]:
 
 def _places(source: Holdings, target: Holdings, base: IntArray, rows: slice) -> IntArray:
     """Places of pairs among all legal (form, form, offset), [rows, targets]."""
-    form, ends = source.form[rows, None], source.form_nodes[source.form[rows], None]
-    from_end = target.first - source.first[rows, None] + target.nodes  # 0 or less: the target ends before the source
-    shared = (from_end > 0) & (from_end < ends + target.nodes)
-    places: IntArray = base[form, target.form] + np.where(shared, from_end, 0)
+    form = source.form[rows]
+    # 0 or less: the target ends before the source
+    from_end = (target.first + target.nodes) - source.first[rows, None]
+    shared = (from_end > 0) & (from_end < source.form_nodes[form, None] + target.nodes)
+    places: IntArray = base[form][:, target.form]
+    places += from_end * shared
     return places
 
 
@@ -120,10 +122,10 @@ class Meeting:
         shared = high > low
         first, low, count = offset[shared], low[shared], (high - low)[shared]
         start = np.cumsum(count) - count
-        step = np.arange(count.sum()) - np.repeat(start - low, count)
-        holds = source[np.repeat(row[shared], count), step]
-        needs = target[np.repeat(column[shared], count), step - np.repeat(first, count)]
-        met = holds * contents + needs
+        step = np.arange(count.sum())
+        ours, theirs = row[shared] * source.shape[1] + low, column[shared] * target.shape[1] + low - first
+        holds = source.reshape(-1)[step + np.repeat(ours - start, count)]
+        met = holds * contents + target.reshape(-1)[step + np.repeat(theirs - start, count)]
         occurs = np.zeros((int(source.max()) + 1) * contents, dtype=np.bool_)
         occurs[:contents] = True  # the contents of nodes that the source has not
         occurs[met] = True

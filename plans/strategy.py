@@ -134,9 +134,9 @@ class ParallelStrategy:
     )
 
     def __post_init__(self) -> None:
-        for name, most in _RANGES:
+        for name, default, most in _RANGES:
             value = getattr(self, name)
-            if value == SETTINGS[name].default:
+            if value == default:
                 continue
             if not isinstance(value, int) or not 1 <= value <= most:
                 raise SpecError(
@@ -175,7 +175,7 @@ LETTERS: Mapping[str, str] = {setting.letter: name for name, setting in SETTINGS
 """Letter -> name of the degrees."""
 KEYS: tuple[str, ...] = tuple(name for name, setting in SETTINGS.items() if not setting.letter)
 """Fields that are keys of their own in a call of a plan file."""
-_RANGES = tuple((name, setting.most) for name, setting in SETTINGS.items() if setting.type is int)
+_RANGES = tuple((name, setting.default, setting.most) for name, setting in SETTINGS.items() if setting.type is int)
 _PART = re.compile(r"([a-z])(\d{1,6})")
 
 

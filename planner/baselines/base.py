@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from cost_models.engines.engine import Engine
-from cost_models.estimate import PlanCost, cost_plan
+from cost_models.estimate import PlanCost
 from planner.space.layouts import Placement, Pruned, Shape
 from planner.space.pricing import Priced, price_call
 from plans.cluster import ClusterSpec, DeviceMesh
@@ -103,14 +103,12 @@ def best(costs: Iterable[PlanCost], most: int = 8) -> PlanCost | None:
     return min(fitting, key=lambda cost: cost.iteration_s) if fitting else (tried[0] if tried else None)
 
 
-def plain(name: str, way: Callable[[Workload, ClusterSpec, Engine], ExecutionPlan | Infeasible]) -> Way:
+def plain(name: str, way: Callable[[Workload, ClusterSpec, Engine], PlanCost | Infeasible]) -> Way:
     """A baseline that runs on the engine of the searched plan."""
 
     def costed(workload: Workload, cluster: ClusterSpec, engine: Engine) -> Contender | Infeasible:
-        plan = way(workload, cluster, engine)
-        if isinstance(plan, Infeasible):
-            return plan
-        return Contender(name=name, cost=cost_plan(plan, engine), engines=engine.name)
+        cost = way(workload, cluster, engine)
+        return cost if isinstance(cost, Infeasible) else Contender(name=name, cost=cost, engines=engine.name)
 
     return costed
 

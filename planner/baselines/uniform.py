@@ -37,8 +37,8 @@ Rows = Mapping[tuple[Degrees, bool], NDArray[np.intp]]  # (slices, offload) -> l
 
 def symmetric(
     workload: Workload, cluster: ClusterSpec, engine: Engine, limits: Limits | None = None
-) -> ExecutionPlan | Infeasible:
-    """The best plan within the limits that has one layout of the whole cluster for every call, and fits."""
+) -> PlanCost | Infeasible:
+    """The cost of the best plan within the limits that has one layout of the whole cluster for every call, and fits."""
     limits = limits or Limits()
     shape = Shape(cluster.gpus_per_node, cluster.nodes)
     calls = [call.name for call in workload.graph.model_calls]
@@ -52,8 +52,9 @@ def symmetric(
             for call, i in picks.items()
         )
         plan = ExecutionPlan(workload=workload, cluster=cluster, calls=tuple(planned))
-        if _within(cost_plan(plan, engine), limits):
-            return plan
+        cost = cost_plan(plan, engine)
+        if _within(cost, limits):
+            return cost
     return Infeasible(f"no plan with one layout for all calls fits {cluster.size} GPUs", "more GPUs")
 
 
@@ -99,25 +100,26 @@ def _settings(
             yield sum(float(priced[call].time_s[i]) for call, i in picks.items()), picks
 
 
-def real_heuristic(workload: Workload, cluster: ClusterSpec, engine: Engine) -> ExecutionPlan | Infeasible:
-    """TP over the node, PP over the nodes, DP over what neither divides; frozen models wait in host memory. As it was
-    measured: all activations recomputed, and as many micro-batches as stages, twice as many in training."""
+def real_heuristic(workload: Workload, cluster: ClusterSpec, engine: Engine) -> PlanCost | Infeasible:
+    """The cost of this plan: TP over the node, PP over the nodes, DP over what neither divides; frozen models wait in
+    host memory. As it was measured: all activations recomputed, and as many micro-batches as stages, twice as many in
+    training."""
     kv_heads = [spec.kv_heads for spec in workload.models.values()]
     layers = [spec.layers for spec in workload.models.values()]
     tp = max(t for t in divisors(cluster.gpus_per_node) if all(k % t == 0 for k in kv_heads))
     pp = max(p for p in divisors(cluster.nodes) if all(n % p == 0 for n in layers))
     base = ParallelStrategy(dp=cluster.size // (tp * pp), tp=tp, pp=pp)
     experts = any(spec.experts for spec in workload.models.values())
-    plan: ExecutionPlan | None = None
+    found: PlanCost | None = None
     for times in MICRO_BATCHES:
         plans = [_heuristic_plan(workload, cluster, base, ep, times) for ep in (divisors(base.dp) if experts else (1,))]
         costs = [cost_plan(plan, engine) for plan in plans if not check_plan(plan)]
         fastest = min(costs, key=lambda cost: (not cost.fits, cost.iteration_s), default=None)
-        if fastest and (plan is None or fastest.fits):
-            plan = fastest.program.plan
+        if fastest and (found is None or fastest.fits):
+            found = fastest
         if fastest and fastest.fits:
             break
-    return plan or Infeasible(f"no legal layout of this kind on {cluster.size} GPUs", "another number of GPUs")
+    return found or Infeasible(f"no legal layout of this kind on {cluster.size} GPUs", "another number of GPUs")
 
 
 def _heuristic_plan(

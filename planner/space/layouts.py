@@ -7,8 +7,8 @@ on where the mesh lies; positions come last. What is left out, and why, is count
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
@@ -137,36 +137,36 @@ def strategies(
                 if (dp * cp * tp) % ep:
                     pruned.note("ep must divide dp x cp x tp")
                     continue
-                base = ParallelStrategy(dp=dp, tp=tp, pp=pp, cp=cp, ep=ep)
-                yield from _settings(workload, call, kind, base, samples // dp, pruned)
+                degrees: dict[str, Any] = {"dp": dp, "tp": tp, "pp": pp, "cp": cp, "ep": ep}
+                yield from _settings(workload, call, kind, degrees, samples // dp, pruned)
 
 
 def _settings(
-    workload: Workload, call: str, kind: CallKind, base: ParallelStrategy, share: int, pruned: Pruned
+    workload: Workload, call: str, kind: CallKind, degrees: Mapping[str, Any], share: int, pruned: Pruned
 ) -> Iterator[ParallelStrategy]:
     if kind is CallKind.GENERATE:
-        for groups in sorted({1, base.pp}):
+        for groups in sorted({1, degrees["pp"]}):
             if share % groups:
                 pruned.note("groups in flight must divide the samples of a dp rank")
                 continue
             found = {-(-share // (part * groups)) * groups for part in SLOT_PARTS}
             for slots in sorted(found, reverse=True):
-                yield replace(base, groups=groups, slots=slots if slots < share else 0)
+                yield ParallelStrategy(**degrees, groups=groups, slots=slots if slots < share else 0)
         return
     pair = pair_size(workload.graph) if kind is CallKind.TRAIN_STEP else 1
     pruned.note("pairs stay in one micro-batch", len([size for size in MICRO_BATCH_SAMPLES if size % pair]))
     cuts = list(_cuts(workload, share, pair))
-    if base.cp > 1:
+    if degrees["cp"] > 1:
         pruned.note("where micro-batches can be smaller, dp does what cp would do", len(cuts[1:]))
         cuts = cuts[:1]
-    pruned.note("with tp, sequence parallelism moves the same bytes and stores less", int(base.tp > 1))
-    base = replace(base, sequence_parallel=base.tp > 1)
+    parallel = degrees["tp"] > 1
+    pruned.note("with tp, sequence parallelism moves the same bytes and stores less", int(parallel))
     if kind is CallKind.INFERENCE:
         frozen = workload.graph.call(call).model not in workload.graph.trainers
         for cut, offload in product(cuts, (False, True) if frozen else (False,)):
-            yield replace(base, offload=offload, **cut)
+            yield ParallelStrategy(**degrees, sequence_parallel=parallel, offload=offload, **cut)
         return
-    yield from _training(workload.spec(call).layers, base, cuts, pruned)
+    yield from _training(workload.spec(call).layers, degrees, cuts, pruned)
 
 
 def _cuts(workload: Workload, share: int, pair: int) -> Iterator[dict[str, Any]]:
@@ -183,13 +183,15 @@ def _cuts(workload: Workload, share: int, pair: int) -> Iterator[dict[str, Any]]
 
 
 def _training(
-    layers: int, base: ParallelStrategy, cuts: list[dict[str, Any]], pruned: Pruned
+    layers: int, degrees: Mapping[str, Any], cuts: list[dict[str, Any]], pruned: Pruned
 ) -> Iterator[ParallelStrategy]:
-    sharding = (True, False) if base.dp * base.cp > 1 else (True,)
+    pp, parallel = degrees["pp"], degrees["tp"] > 1
+    sharding = (True, False) if degrees["dp"] * degrees["cp"] > 1 else (True,)
     for cut, vpp in product(cuts, INTERLEAVINGS):
-        rounds = cut.get("micro_batches", 0) % base.pp == 0  # packs are filled up to full rounds
-        if vpp > 1 and (base.pp == 1 or layers % (base.pp * vpp) or not rounds):
+        rounds = cut.get("micro_batches", 0) % pp == 0  # packs are filled up to full rounds
+        if vpp > 1 and (pp == 1 or layers % (pp * vpp) or not rounds):
             pruned.note("interleaving needs pp, equal chunks and full rounds of micro-batches")
             continue
         for recompute, offload, shard in product(Recompute, (False, True), sharding):
-            yield replace(base, recompute=recompute, vpp=vpp, offload=offload, shard_optimizer=shard, **cut)
+            settings = {"recompute": recompute, "offload": offload, "shard_optimizer": shard, **cut}
+            yield ParallelStrategy(**degrees, vpp=vpp, sequence_parallel=parallel, **settings)

@@ -107,6 +107,7 @@ def _distinct(
         key = (mesh, held_slices(spec, strategy))
         if key not in numbers:
             numbers[key] = len(layouts)
-            layouts.append(Layout.of(spec, mesh, replace(strategy, dp=strategy.dp * strategy.cp, cp=1), cluster))
+            held = replace(strategy, dp=strategy.dp * strategy.cp, cp=1) if strategy.cp > 1 else strategy
+            layouts.append(Layout.of(spec, mesh, held, cluster))
         index.append(numbers[key])
     return layouts, np.array(index, dtype=np.intp)

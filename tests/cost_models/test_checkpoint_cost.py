@@ -19,8 +19,9 @@ from runtime.checkpoints.folder import checkpoint_bytes
 
 def test_llama_7b_by_hand() -> None:
     request = build_request(models={"actor": "llama-7b"}, sizes={"algorithm": "grpo"}, gpus=8)
-    plan = symmetric(request.workload, request.cluster, MEGATRON)
-    assert not isinstance(plan, Infeasible)
+    cost = symmetric(request.workload, request.cluster, MEGATRON)
+    assert not isinstance(cost, Infeasible)
+    plan = cost.program.plan
     found, machine = checkpoint_cost(plan, MEGATRON), MEGATRON.on(plan.cluster, "bf16")
     # 6.74e9 parameters (Touvron et al. 2023) of 12 bytes, an eighth on each GPU, over PCIe.
     assert found.bytes == pytest.approx(6.738e9 * 12, rel=1e-3)

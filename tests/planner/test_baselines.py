@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cost_models.engines.engine import MEGATRON, NamedEngine
-from cost_models.estimate import call_cost, cost_plan
+from cost_models.estimate import PlanCost, call_cost, cost_plan
 from cost_models.validation.predictions import heuristic_strategy
 from planner.baselines import BASELINES, Contender, symmetric, zero3
 from planner.pictures.compare import compare, render_rows
@@ -22,7 +22,6 @@ from plans.cluster import GIB
 from plans.codec import load_plan, save_plan
 from plans.errors import Infeasible
 from plans.graph import CallKind
-from plans.plan import ExecutionPlan
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +95,9 @@ def test_symmetric_obeys_the_limits_or_there_is_none() -> None:
     free = symmetric(request.workload, request.cluster, MEGATRON)
     limits = parse_limits(["actor_train.tp=8"], [], [], "70GiB", calls)
     pinned = symmetric(request.workload, request.cluster, MEGATRON, limits)
-    assert isinstance(pinned, ExecutionPlan) and isinstance(free, ExecutionPlan)
-    assert {planned.strategy.tp for planned in pinned.calls} == {8}
-    assert cost_plan(pinned, MEGATRON).memory.peak_gib <= 70
+    assert isinstance(pinned, PlanCost) and isinstance(free, PlanCost)
+    assert {planned.strategy.tp for planned in pinned.program.plan.calls} == {8}
+    assert cost_plan(pinned.program.plan, MEGATRON).memory.peak_gib <= 70
     apart = parse_limits(["actor_train.tp=8", "ref_infer.tp=1"], [], [], "", calls)
     assert isinstance(symmetric(request.workload, request.cluster, MEGATRON, apart), Infeasible)
 
