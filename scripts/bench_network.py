@@ -1,4 +1,4 @@
-"""Reallocation between machines: bytes over the network and time, against one copy per machine at the link's speed.
+"""Weights between machines: bytes over the network and time, against one copy per machine at the link's speed.
 
     bench_network.py [--mbit 200] [--layers 4] [--hidden 512] [--repeats 3]
 
@@ -6,6 +6,8 @@ Two machines of two ranks each, network namespaces of this one, whose links `tc`
 first machine becomes one on the second or on both. The bytes are those that the kernel has counted at the second
 machine's interface; the fewest are one copy of the model, however many ranks there need it. An Ethernet frame of
 1,514 bytes has 1,448 of content, so that the link itself takes 1.05 of the time that the content alone would.
+
+The last row is the start of a run whose second machine has not the folder of the weights: all its ranks hold a replica.
 """
 
 from __future__ import annotations
@@ -18,20 +20,28 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from gpu_check.plays import fixture_plan
 from rich.console import Console
 from rich.table import Table
 
 from plans.layout import Layout, model_units
 from plans.model import ModelSpec
+from plans.plan import ExecutionPlan
+from plans.runfile import RunFile
 from runtime.groups import GroupCache
+from runtime.machines.files import FileServer
+from runtime.machines.weights import WeightFolders
 from runtime.models.installation import install
 from runtime.models.model import build_model, named_shards
+from runtime.weights.export import write_folder
+from runtime.weights.hf import random_parameter
 from runtime.weights.reallocate import Reallocator
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
@@ -62,7 +72,8 @@ def main() -> int:
     spec = bench_spec(options.layers, options.hidden)
     copy, missed = copy_bytes(spec), 0
     table = Table("from the first machine", "MB over the link", "copies", "s", "of the link's", "bar")
-    for name, (received, seconds) in measured(spec, options.mbit, options.repeats).items():
+    figures = measured(spec, options.mbit, options.repeats) | {"a folder -> dp4 on both": loaded(spec, options.mbit)}
+    for name, (received, seconds) in figures.items():
         ratio = seconds / (copy * 8 / (options.mbit * 1e6))
         missed += ratio > BAR
         table.add_row(
@@ -111,12 +122,57 @@ def measured(spec: ModelSpec, mbit: int = 0, repeats: int = 1) -> dict[str, tupl
     return figures
 
 
-def _rank(rank: int, machine: Machine, folder: str, spec: ModelSpec, repeats: int, result: Any) -> None:
-    torch.set_num_threads(1)
+def loaded(spec: ModelSpec, mbit: int = 0) -> tuple[float, float]:
+    """The same for the weights of a folder that is on the first machine alone."""
+    context = mp.get_context("fork")
+    with tempfile.TemporaryDirectory() as folder, machines(NODES) as found:
+        for machine in found if mbit else ():
+            machine.limit(mbit)
+        weights, (ours, theirs) = Path(folder) / "weights", context.Pipe()
+        parameters = (p for unit in model_units(spec) for p in unit.parameters)
+        write_folder(spec, torch.float32, ((p, random_parameter(spec, p, 0)) for p in parameters), weights)
+        plan = fixture_plan("sft", RANKS, nodes=NODES, spec=spec)
+        run = RunFile(weights=str(weights), output=f"{folder}/out")
+        ends = [context.Process(target=_serve, args=(found[0], run, theirs)),
+                context.Process(target=_load, args=(found[1], plan, run, ours))]  # fmt: skip
+        try:
+            for process in ends:
+                process.start()
+            ends[1].join()
+            assert not ends[1].exitcode, "the weights have not come"
+            figures: tuple[float, float] = theirs.recv()
+        finally:
+            for process in ends:
+                process.kill()
+    return figures
+
+
+def _serve(machine: Machine, run: RunFile, end: Connection) -> None:
+    _enter(machine)
+    files = FileServer(machine.address, Path(run.output))
+    end.send((WeightFolders(run, files, 0).describe()["folders"], files.source))
+    time.sleep(3600)
+
+
+def _load(machine: Machine, plan: ExecutionPlan, run: RunFile, end: Connection) -> None:
+    _enter(machine)
+    folders, source = end.recv()
+    wanted = {number: folder | {"sources": [source]} for number, folder in folders.items()}
+    came, began = _received(), time.perf_counter()
+    WeightFolders(run, FileServer(machine.address, Path(run.output)), 1).fetch(plan, SECOND, wanted)
+    end.send((_received() - came, time.perf_counter() - began))
+
+
+def _enter(machine: Machine) -> None:
     with open(f"/run/netns/{machine.name}", "rb") as namespace:
         assert ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), CLONE_NEWNET) == 0, os.strerror(
             ctypes.get_errno()
         )
+
+
+def _rank(rank: int, machine: Machine, folder: str, spec: ModelSpec, repeats: int, result: Any) -> None:
+    torch.set_num_threads(1)
+    _enter(machine)
     os.environ["GLOO_SOCKET_IFNAME"] = "eth0"
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", RANKS), rank=rank, world_size=RANKS)
     install(torch.device("cpu"))
