@@ -68,7 +68,7 @@ def check_rollback(plan: ExecutionPlan, run: RunFile, *, alone: bool) -> None:
     """A run that may go back can: its ranks are started by this process, and there is a KL where one is bounded."""
     if run.rolls_back and not alone:
         raise RealplanError(
-            "on_nonfinite: rollback and kl_bound need a run that realrun starts itself, on one machine",
+            "on_nonfinite: rollback and kl_bound need a run that realrun starts itself",
             "on_nonfinite=skip or stop, kl_bound=null",
         )
     graph = plan.workload.graph
