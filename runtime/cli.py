@@ -51,25 +51,30 @@ def realrun(
 
     `realrun export CHECKPOINT FOLDER` makes a Hugging Face folder of a checkpoint.
     """
-    for override in overrides or []:
-        if "=" not in override:
-            raise typer.BadParameter(f"`{override}` is not of the form key=value", param_hint="overrides")
     from plans.codec import BadPlan
     from plans.errors import RealplanError
     from runtime.launching.preparation import Words
 
     words = Words(dry_run, allow_stale, allow_long, resume, node_rank, master_addr, master_port)
+    given = _assignments(overrides or [])
     try:
         if ray and not dry_run:
-            _run_on_ray(plan, overrides or [], run, words, ray)
+            _run_on_ray(plan, given, run, words, ray)
         else:
-            _run(plan, overrides or [], run, words, debug=debug)
+            _run(plan, given, run, words, debug=debug)
     except RealplanError as error:
         if debug:
             _say(getattr(error, "details", ""))
             raise
         _say(str(error) if isinstance(error, BadPlan) else f"error: {error}")
         raise typer.Exit(1) from None
+
+
+def _assignments(overrides: list[str]) -> list[str]:
+    for override in overrides:
+        if "=" not in override:
+            raise typer.BadParameter(f"`{override}` is not of the form key=value", param_hint="overrides")
+    return overrides
 
 
 def _run(path: Path, overrides: list[str], run_path: Path | None, words: Words, *, debug: bool) -> None:

@@ -92,7 +92,7 @@ from plans.library import load_cluster
 from runtime.algorithms.groups import rloo
 from runtime.algorithms.table import ADVANTAGES
 from cost_models.tables.kernels import kernel_table
-from planner.cli.main import app
+from planner.cli.app import app
 
 plan = load_plan(Path({str(PLAN)!r}))
 cost = cost_plan(plan, NamedEngine("my-engine"))

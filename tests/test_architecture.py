@@ -172,7 +172,7 @@ def test_planning_imports_no_torch(package: str) -> None:
 
 def test_a_search_loads_no_torch(tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom planner.cli.main import app\n"
+        "import sys\nfrom planner.cli.app import app\n"
         "args = ['search', '--model', 'llama-7b', '--gpus', '8', '--seconds', '1', '-o', "
         f"r'{tmp_path / 'plan.json'}']\n"
         "app(args, standalone_mode=False)\n"
@@ -217,7 +217,7 @@ def test_the_launcher_of_a_run_loads_no_torch(tmp_path: Path) -> None:
 def test_a_plan_of_dense_models_is_shown_without_the_search() -> None:
     plan = ROOT / "tests" / "fixtures" / "before" / "ppo-tail.json"
     code = (
-        "import sys\nfrom planner.cli.main import app\n"
+        "import sys\nfrom planner.cli.app import app\n"
         f"app(['show', {str(plan)!r}], standalone_mode=False)\n"
         "heavy = {'torch', 'pandas', 'scipy', 'ortools', 'numba', 'networkx'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"

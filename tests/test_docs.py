@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import typer.main
 
-from planner.cli.main import app
+from planner.cli.app import app
 from runtime.cli import app as run_app
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -21,7 +21,8 @@ from plans.cluster import ClusterSpec
 from plans.graph import CallKind
 from plans.problems import Path_
 
-LEAST_BACKWARD = 0.5
+LEAST_BACKWARD = 0.25
+"""Of the forward pass. Products make it two; but tiny blocks wait for Python, of which the backward pass has less."""
 CONTRADICTION = 30.0
 """Times that a measured point may be off the model that fits all of them; small ones are off several times."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from planner.cli.main import app
+from planner.cli.app import app
 from planner.doctor.command import doctor_command
 from planner.doctor.facts import gather
 from planner.doctor.findings import MEGATRON_VERSION, findings

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from cost_models.engines.engine import MEGATRON
 from cost_models.estimate import cost_plan
 from cost_models.simulate import Durations, simulate
-from planner.cli.main import app
+from planner.cli.app import app
 from planner.explanation.alternatives import Where, elsewhere
 from planner.explanation.binding import binding_terms, by_resource
 from planner.explanation.critical import CriticalPath, critical_path

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from cost_models.engines.engine import MEGATRON
 from cost_models.estimate import cost_plan
-from planner.cli.main import app
+from planner.cli.app import app
 from planner.measured import ran
 from plans.codec import load_plan, save_plan
 from plans.errors import RealplanError

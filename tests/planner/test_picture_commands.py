@@ -11,7 +11,7 @@ from plan_cases import tiny_plan
 from typer.testing import CliRunner
 
 from cost_models.estimate import cost_plan
-from planner.cli.main import app
+from planner.cli.app import app
 from planner.pictures.compare import deciding_term
 from planner.pictures.headline import ENGINE, headline_rows, render_headline
 from plans.codec import save_plan
