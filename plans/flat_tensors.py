@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from plans.documents import BadText, parse_json
@@ -11,6 +11,8 @@ from plans.problems import shortened
 MOST_HEADER_BYTES = 2**27
 WORD_BYTES = 8
 ELEMENT_BYTES = 4
+ByteRange = tuple[int, int]
+"""Bytes of a file: from, and up to."""
 
 
 def tensors_fault(path: Path, wanted: Mapping[str, int]) -> str:
@@ -51,7 +53,18 @@ def header_bytes(path: Path) -> int:
         return int.from_bytes(file.read(WORD_BYTES), "little")
 
 
-def tensor_places(path: Path) -> dict[str, tuple[int, int]]:
+def joined_ranges(ranges: Iterable[ByteRange]) -> list[ByteRange]:
+    """The same bytes, ascending, in as few ranges as can be."""
+    found: list[ByteRange] = []
+    for start, stop in sorted(ranges):
+        if found and start <= found[-1][1]:
+            found[-1] = found[-1][0], max(found[-1][1], stop)
+        else:
+            found.append((start, stop))
+    return found
+
+
+def tensor_places(path: Path) -> dict[str, ByteRange]:
     """By name, from which byte of a safetensors file up to which a tensor lies. Its header must be sound."""
     size = header_bytes(path)
     with path.open("rb") as file:

@@ -10,11 +10,9 @@ from pathlib import Path
 
 from plans.checkpoint_files import CheckpointError
 from plans.files import write_atomically
-from plans.flat_tensors import ELEMENT_BYTES, tensor_places
+from plans.flat_tensors import ELEMENT_BYTES, ByteRange, tensor_places
 
 HELD = "held.json"
-Run = tuple[int, int]
-"""Bytes of a file: from, and up to."""
 
 
 def resumed_folder(folder: Path, iteration: int) -> Path:
@@ -22,7 +20,7 @@ def resumed_folder(folder: Path, iteration: int) -> Path:
     return folder / f".resumed-{iteration}"
 
 
-def write_held(folder: Path, held: Mapping[str, Iterable[Run]]) -> None:
+def write_held(folder: Path, held: Mapping[str, Iterable[ByteRange]]) -> None:
     """Leave word of the bytes of each file that are there."""
     write_atomically(folder / HELD, json.dumps({name: list(runs) for name, runs in held.items()}))
 
@@ -32,8 +30,8 @@ class Held:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._places: dict[str, dict[str, Run]] = {}
-        self._runs: dict[str, list[Run]] | None = None
+        self._places: dict[str, dict[str, ByteRange]] = {}
+        self._runs: dict[str, list[ByteRange]] | None = None
         if os.path.isfile(folder / HELD):
             text = (folder / HELD).read_text(encoding="utf-8")
             self._runs = {name: [(low, high) for low, high in runs] for name, runs in json.loads(text).items()}

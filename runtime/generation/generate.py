@@ -231,9 +231,8 @@ class _Run:
             flight.forget(slot, live.prompt)
             placed.append((slot, live, place))
         flight.pool.copy([place.copy for _, _, place in placed if place.copy and not place.late])
-        most = max(
-            1, self._limits.prefill // self._joined.count
-        )  # experts see the packs of all joined replicas at once
+        # Experts see the packs of all joined replicas at once.
+        most = max(1, self._limits.prefill // self._joined.count)
         packs = _packs([(slot, live) for slot, live, place in placed if place.prefill], most)
         return list(packs), [place.copy for _, _, place in placed if place.copy and place.late]
 

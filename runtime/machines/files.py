@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from plans.flat_tensors import ByteRange
 from plans.seals import CHUNK_BYTES, Seal, altered
 from runtime.processes.network import family_of
 
@@ -32,8 +33,6 @@ _SERVED = re.compile(
 
 
 Source = tuple[str, int, str]
-Piece = tuple[int, int]
-"""Bytes of a file: from, and up to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +99,7 @@ class _Request(socketserver.StreamRequestHandler):
                     self.connection.sendfile(file, start, stop - start)
 
 
-def _piece(words: Any, size: int) -> Piece:
+def _piece(words: Any, size: int) -> ByteRange:
     """A piece of a file of a size. Raises ValueError for one that is not in it."""
     start, stop = (int(word) for word in words)
     if not 0 <= start <= stop <= size:
@@ -131,7 +130,7 @@ def fetch(folder: Path, wanted: Wanted, step: str) -> None:
     raise OSError(f"`{step}/{wanted.name}` cannot be fetched ({said})")
 
 
-def fetch_pieces(sources: Sequence[Source], name: str, pieces: Sequence[Piece], target: Path, size: int) -> None:
+def fetch_pieces(sources: Sequence[Source], name: str, pieces: Sequence[ByteRange], target: Path, size: int) -> None:
     """Have pieces of a served file in the same places of a file of its size, from the first source that gives them; the
     rest of a new one is holes. Raises OSError."""
     for first in range(0, len(pieces), _PIECES):
@@ -159,7 +158,7 @@ def _receive(source: Source, name: str, target: Path) -> None:
 
 
 @contextmanager
-def _asked(source: Source, name: str, pieces: Sequence[Piece] | None = None) -> Iterator[tuple[BinaryIO, int]]:
+def _asked(source: Source, name: str, pieces: Sequence[ByteRange] | None = None) -> Iterator[tuple[BinaryIO, int]]:
     """The bytes of a file of another machine, or of pieces of it, and how many they are."""
     host, port, secret = source
     with socket.create_connection((host, port), timeout=PATIENCE_S) as end:

@@ -11,12 +11,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from plans.checkpoint_files import open_checkpoint, step_folder
-from plans.flat_tensors import WORD_BYTES, header_bytes
+from plans.flat_tensors import WORD_BYTES, ByteRange, header_bytes, joined_ranges
 from plans.plan import ExecutionPlan
 from plans.seals import CHUNK_BYTES
 from runtime.checkpoints.held import resumed_folder, write_held
 from runtime.checkpoints.needed import needed_bytes
-from runtime.machines.files import Piece, Wanted, fetch, fetch_pieces
+from runtime.machines.files import Wanted, fetch, fetch_pieces
 from runtime.machines.wire import Message
 
 
@@ -38,7 +38,7 @@ def take_needed(
         else:
             fetch(place, wanted, final.name)
             come += 0 if linked else wanted.seal.bytes
-    runs: dict[str, list[Piece]] = {name: [] for name in chunked}
+    runs: dict[str, list[ByteRange]] = {name: [] for name in chunked}
     for name, start, stop in needed_bytes(open_checkpoint(place), plan, ranks):
         if name in runs:
             runs[name].append((start, stop))
@@ -81,7 +81,7 @@ class _Chunks:
             raise OSError(f"`{self._step}/{self._wanted.name}` cannot be had as it was written ({said})")
 
     @property
-    def runs(self) -> list[Piece]:
+    def runs(self) -> list[ByteRange]:
         """The bytes that are here."""
         return self._joined(self._right)
 
@@ -98,17 +98,12 @@ class _Chunks:
                     self._right.add(number)
         return [number for number in unknown if number not in self._right]
 
-    def _joined(self, numbers: Iterable[int]) -> list[Piece]:
-        found: list[Piece] = []
-        for number in sorted(numbers):
-            start, stop = number * CHUNK_BYTES, min((number + 1) * CHUNK_BYTES, self._wanted.seal.bytes)
-            if found and found[-1][1] == start:
-                start = found.pop()[0]
-            found.append((start, stop))
-        return found
+    def _joined(self, numbers: Iterable[int]) -> list[ByteRange]:
+        starts = (number * CHUNK_BYTES for number in numbers)
+        return joined_ranges((start, min(start + CHUNK_BYTES, self._wanted.seal.bytes)) for start in starts)
 
 
-def _chunks(runs: Iterable[Piece]) -> set[int]:
+def _chunks(runs: Iterable[ByteRange]) -> set[int]:
     """The chunks in which bytes lie."""
     return {number for start, stop in runs for number in range(start // CHUNK_BYTES, -(-stop // CHUNK_BYTES))}
 

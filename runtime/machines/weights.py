@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from plans.errors import RealplanError
-from plans.flat_tensors import WORD_BYTES, header_bytes
+from plans.flat_tensors import WORD_BYTES, ByteRange, header_bytes
 from plans.plan import ExecutionPlan
 from plans.runfile import RANDOM, RunFile
-from runtime.machines.files import FileServer, Piece, Source, fetch_pieces
+from runtime.machines.files import FileServer, Source, fetch_pieces
 from runtime.machines.wire import Message
 
 MOST_SMALL_BYTES = 2**26
@@ -37,7 +37,7 @@ class WeightFolders:
         self._run, self._files = run, files
         self.place = Path(run.output) / f".weights-{node}"
         """Where slices lie of folders that are not there: files of the right size with holes."""
-        self._held: dict[Path, set[Piece]] = {}
+        self._held: dict[Path, set[ByteRange]] = {}
 
     def close(self) -> None:
         """Remove what was fetched."""
@@ -88,7 +88,7 @@ class WeightFolders:
             come += self._have(here / name, of["tensors"][name], needed, sources, number)
         return come
 
-    def _have(self, path: Path, size: int, pieces: Sequence[Piece], sources: Sequence[Source], number: int) -> int:
+    def _have(self, path: Path, size: int, pieces: Sequence[ByteRange], sources: Sequence[Source], number: int) -> int:
         """Have pieces of a file, those that are not there yet; how many bytes have come."""
         held = self._held.setdefault(path, set())
         new = [piece for piece in pieces if piece not in held]
@@ -97,7 +97,7 @@ class WeightFolders:
             held.update(new)
         return sum(stop - start for start, stop in new)
 
-    def _check_room(self, folder: str, pieces: Mapping[str, Sequence[Piece]]) -> None:
+    def _check_room(self, folder: str, pieces: Mapping[str, Sequence[ByteRange]]) -> None:
         free = shutil.disk_usage(self.place).free
         need = sum(stop - start for parts in pieces.values() for start, stop in parts)
         if free < need:

@@ -3,10 +3,10 @@ travel, and nothing else."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from plans.flat_tensors import tensor_places
+from plans.flat_tensors import ByteRange, joined_ranges, tensor_places
 from plans.layout import Layout, model_units
 from plans.plan import ExecutionPlan
 from plans.program import compile_program
@@ -14,13 +14,10 @@ from plans.runfile import RunFile
 from runtime.weights.hf_files import VALUE_HEADS, WeightFiles
 from runtime.weights.hf_names import SCORE, hf_names
 
-Piece = tuple[int, int]
-"""Bytes of a file: from, and up to."""
-
 
 def needed_pieces(
     plan: ExecutionPlan, run: RunFile, folder: str, ranks: Sequence[int], here: Path
-) -> dict[str, list[Piece]]:
+) -> dict[str, list[ByteRange]]:
     """By file the bytes that some ranks of a machine read of a folder of weights, ascending, in as few runs as can be.
     here: a folder like it, of whose files the headers need be there. Raises WeightsError.
 
@@ -29,11 +26,11 @@ def needed_pieces(
     files = WeightFiles(here, "np")
     names = {n for layout, rank in _readers(plan, run, folder, ranks) for n in _tensors(files, layout, rank)}
     places = {file: tensor_places(here / file) for file in set(files.files.values())}
-    pieces: dict[str, list[Piece]] = {}
+    pieces: dict[str, list[ByteRange]] = {}
     for name in names:
         file = files.files[name]
         pieces.setdefault(file, []).append(places[file][name])
-    return {file: _joined(found) for file, found in pieces.items()}
+    return {file: joined_ranges(found) for file, found in pieces.items()}
 
 
 def _readers(plan: ExecutionPlan, run: RunFile, folder: str, ranks: Sequence[int]) -> Iterator[tuple[Layout, int]]:
@@ -54,13 +51,3 @@ def _tensors(files: WeightFiles, layout: Layout, rank: int) -> Iterator[str]:
                 yield found
                 if scale := files.scale_of(found):
                     yield scale
-
-
-def _joined(pieces: Iterable[Piece]) -> list[Piece]:
-    found: list[Piece] = []
-    for start, stop in sorted(pieces):
-        if found and start <= found[-1][1]:
-            found[-1] = found[-1][0], max(found[-1][1], stop)
-        else:
-            found.append((start, stop))
-    return found

@@ -1,4 +1,4 @@
-"""Decode and prefill: bytes that a step must read over the copy rate, idle time, and `transformers` beside it."""
+"""Decode and prefill: bytes that a step must read over the copy rate, and `transformers` beside it."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ def generation(
     return lambda: generate(model, prompts, range(rows), response_tokens=steps, **words)
 
 
-def _seconds(setting: Setting, run: Any) -> float:
+def seconds_of(setting: Setting, run: Any) -> float:
+    """Seconds until an operation and its work on the device are done."""
     import torch
 
     began = time.perf_counter()
@@ -77,10 +78,7 @@ def _shape(shape: str, tp: int) -> Case:
             for context in setting.pick(CONTEXTS, (16,)):
                 for rows in setting.pick(BATCHES, (1, 4)):
                     case = f"{shape} tp {tp}, batch {rows}, context {context}"
-                    try:
-                        yield from _point(setting, model, case, rows, context, ceiling)
-                    except Skip as reason:
-                        yield Row(case=case, verdict="skipped", note=str(reason))
+                    yield from _point(setting, model, case, rows, context, ceiling)
 
     return Case(f"{shape} tp {tp}", run, needs_s=5.0 if tp > 1 else 0.0)
 
@@ -101,7 +99,7 @@ def _point(setting: Setting, model: Any, case: str, rows: int, context: int, cei
     step = _step_seconds(setting, model, rows, context)
     note = f"{step * 1e3:.3f} ms a step"
     if first:
-        prefill = _seconds(setting, generation(model, rows, context, 1))
+        prefill = seconds_of(setting, generation(model, rows, context, 1))
         note += f"; prefill {rows * context / prefill:,.0f} tokens/s"
     rate = step_bytes(model.spec, rows, context, element) / step
     goal = LEAST_SHARE if setting.kind == "cuda" and rows in (1, 64) else None
@@ -158,7 +156,7 @@ def _against_transformers(setting: Setting) -> Iterator[Row]:
             made = generate(model, prompts.tolist(), range(rows), response_tokens=steps, **words)
             found[:] = [made.sequences.tokens.view(rows, -1)[:, context:]]
 
-        mine = [_seconds(setting, ours) for _ in range(2)][1]
+        mine = [seconds_of(setting, ours) for _ in range(2)][1]
         wanted, its = _theirs(setting, folder, prompts, steps)
     case = f"transformers.generate, batch {rows}, context {context}"
     yield _same_tokens(case, found[0], wanted, dtype)
@@ -193,7 +191,7 @@ def _theirs(setting: Setting, folder: Any, prompts: Any, steps: int) -> tuple[An
         found = model.generate(prompts, attention_mask=torch.ones_like(prompts), **options)
         made[:] = [found[:, prompts.shape[1] :]]
 
-    seconds = [_seconds(setting, theirs) for _ in range(2)][1]
+    seconds = [seconds_of(setting, theirs) for _ in range(2)][1]
     return made[0], seconds
 
 

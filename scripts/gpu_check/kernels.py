@@ -5,12 +5,11 @@ from __future__ import annotations
 import gzip
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gpu_check.decode import generation
+from gpu_check.decode import generation, seconds_of
 from gpu_check.rows import Case, Row, Skip
 from gpu_check.setting import Setting
 from gpu_check.shapes import layers_of, model_alone
@@ -47,14 +46,10 @@ def _profiled(setting: Setting, case: str, work: Callable[[], Any]) -> Iterator[
     from torch.profiler import ProfilerActivity, profile
 
     work()
-    began = time.perf_counter()
-    work()
-    _wait(setting)
-    seconds = time.perf_counter() - began
+    seconds = seconds_of(setting, work)
     cuda = setting.kind == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as found:
-        work()
-        _wait(setting)
+        seconds_of(setting, work)
     events = found.key_averages()
     count = sum(e.count for e in events if e.key.startswith("aten::"))
     yield Row(case=f"{case}: seconds", value=seconds, unit="s", note=f"{count} operations of torch on the host")
@@ -68,13 +63,6 @@ def _profiled(setting: Setting, case: str, work: Callable[[], Any]) -> Iterator[
             note = f"{one.count} x {one.self_device_time_total / one.count:.1f} us"
             yield Row(case=f"{case}: {one.key[:60]}", value=one.self_device_time_total / total, note=note)
     _keep(found, setting.output / "kernels" / f"{case.replace(' ', '-')}.json.gz")
-
-
-def _wait(setting: Setting) -> None:
-    import torch
-
-    if setting.kind == "cuda":
-        torch.cuda.synchronize()
 
 
 def _keep(found: Any, path: Path) -> None:

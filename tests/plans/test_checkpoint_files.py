@@ -10,12 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from flat_files import flat_header
 from plan_cases import CRITIC_FREE, tiny_plan
 
 from plans.checkpoint import Entry, parameters_of, written
 from plans.checkpoint_files import (
-    MASTER,
-    MOMENTS,
     CheckpointError,
     RankIndex,
     RoleState,
@@ -65,15 +64,9 @@ def make(folder: Path, iteration: int, plan: ExecutionPlan) -> Path:
 
 
 def _zeros(path: Path, entries: list[StoredEntry]) -> None:
-    header, at = {}, 0
-    for stored in entries:
-        for kind in (MASTER, *MOMENTS):
-            end = at + 4 * stored.entry.size
-            header[stored.tensor(kind)] = {"dtype": "F32", "shape": [stored.entry.size], "data_offsets": [at, end]}
-            at = end
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text)
-    os.truncate(path, 8 + len(text) + at)
+    header, size = flat_header(entries)
+    path.write_bytes(header)
+    os.truncate(path, len(header) + size)
 
 
 def reindexed(here: Path, edit: str, into: str) -> None:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 
 import numpy as np
 import pytest
+from flat_files import flat_header
 from plan_cases import tiny_plan
 
 from plans.checkpoint import written
 from plans.checkpoint_files import (
     INDEX,
     MASTER,
-    MOMENTS,
     CheckpointError,
     RankIndex,
     RoleState,
@@ -74,15 +73,9 @@ def machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[
 
 def write_tensors(path: Path, entries: list[StoredEntry], seed: int) -> None:
     """A safetensors file of random numbers."""
-    header, at = {}, 0
-    for stored in entries:
-        for kind in (MASTER, *MOMENTS):
-            end = at + 4 * stored.entry.size
-            header[stored.tensor(kind)] = {"dtype": "F32", "shape": [stored.entry.size], "data_offsets": [at, end]}
-            at = end
-    text = json.dumps(header).encode()
-    numbers = np.random.default_rng(seed).standard_normal(at // 4, dtype=np.float32)
-    path.write_bytes(len(text).to_bytes(8, "little") + text + numbers.tobytes())
+    header, size = flat_header(entries)
+    numbers = np.random.default_rng(seed).standard_normal(size // 4, dtype=np.float32)
+    path.write_bytes(header + numbers.tobytes())
 
 
 def small_bytes(files: list[Wanted]) -> int:
