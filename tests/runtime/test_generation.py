@@ -208,11 +208,10 @@ def test_rows_end_with_the_stop_token(one_process: list[Plain]) -> None:
 def test_every_layout_gives_the_same_tokens(
     world: int, degrees: dict[str, int], limits: dict[str, int], one_process: list[Plain]
 ) -> None:
-    results = _on_model(
-        world, degrees, lambda model: [_plain(_generate(model, s, limits)) for s in (GREEDY, *SAMPLINGS)]
-    )
+    """Of the two settings that do most with the scores of the whole vocabulary."""
+    results = _on_model(world, degrees, lambda model: [_plain(_generate(model, s, limits)) for s in SAMPLINGS[1:]])
     layout = layout_of(spec_from_folder(FOLDER), **degrees)
-    for case, expected in enumerate(one_process):
+    for case, expected in enumerate(one_process[2:]):
         for result in _whole([rank[case] for rank in results], layout):
             _check_same(result, expected)
 
