@@ -85,6 +85,7 @@ def _run(path: Path, overrides: list[str], run_path: Path | None, words: Words, 
         checked(ready, words)
         return
     from runtime.launching.launch import launch
+    from runtime.machines.joined import join
     from runtime.machines.run import run_on_machines, told
     from runtime.processes.lifetime import end_at_once
     from runtime.reports.endings import RunFailed
@@ -96,8 +97,10 @@ def _run(path: Path, overrides: list[str], run_path: Path | None, words: Words, 
     try:
         if ready.place is not None:
             lines = run_on_machines(ready.plan, ready.run, ready.place)
+        elif ready.member is not None:
+            lines = join(ready.plan, ready.run, ready.member)
         else:
-            lines = launch(ready.plan, ready.run, ready.member, ready.start)
+            lines = launch(ready.plan, ready.run, ready.start)
     except RunFailed as error:
         if ready.member is None:
             raise

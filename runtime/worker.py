@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 import time
@@ -24,8 +23,7 @@ from runtime.groups import GroupCache, meet
 from runtime.job import prepare_job
 from runtime.models.installation import install
 from runtime.processes.failures import Failure, write_failure
-from runtime.processes.member import Address, Member, device_index
-from runtime.processes.shared import check_shared
+from runtime.processes.member import Member, device_index
 from runtime.processes.stores import open_store
 from runtime.reports.records import Recorder
 
@@ -33,13 +31,12 @@ from runtime.reports.records import Recorder
 GRACE_S = 1.0
 FOREVER = timedelta(days=365)
 ORIGIN = "realplan/origin"
-START = "realplan/start"
 
 
-def guarded(plan: ExecutionPlan, run: RunFile, member: Member, scratch: Path) -> Failure | None:
+def guarded(plan: ExecutionPlan, run: RunFile, member: Member, scratch: Path, store: Any = None) -> Failure | None:
     """Run this rank; its error, which is also in `scratch`, or None."""
     try:
-        work(plan, run, member, scratch)
+        work(plan, run, member, scratch, store)
     except (Exception, SystemExit) as error:
         failure = write_failure(scratch, member.rank, error)
         if failure.secondary:
@@ -48,22 +45,17 @@ def guarded(plan: ExecutionPlan, run: RunFile, member: Member, scratch: Path) ->
     return None
 
 
-def work(plan: ExecutionPlan, run: RunFile, member: Member, scratch: Path) -> None:
-    """The life of a rank, until it has said that it is done."""
+def work(plan: ExecutionPlan, run: RunFile, member: Member, scratch: Path, store: Any = None) -> None:
+    """The life of a rank, until it has said that it is done. store: of the ranks, where it is open already."""
     rank = member.rank
     if member.world != plan.cluster.size:
         raise RealplanError(f"the plan needs {plan.cluster.size} ranks, {member.world} were started")
     device, timeout = _device(plan, member), timedelta(seconds=patience_s(plan, run))
     install(device)
-    store = _joined(member, device, timeout)
-    if isinstance(member.meeting, Address) and not member.meeting.kept:
-        folders = [scratch, *([run.checkpoint_folder] if run.checkpoint.every else [])]
-        check_shared(store, rank, member.world, folders)
+    store = _joined(member, device, timeout, store)
     if rank == 0:
         store.set(ORIGIN, str(time.time()))
     recorder = Recorder(scratch, rank, float(store.get(ORIGIN)))
-    if not member.ours:
-        run = _agreed_start(store, run, rank)
     job = prepare_job(plan, run)
     if rank == 0 and job.note:
         print(f"data: {job.note}", file=sys.stderr, flush=True)
@@ -90,9 +82,9 @@ def work(plan: ExecutionPlan, run: RunFile, member: Member, scratch: Path) -> No
     _part(store, member)
 
 
-def _joined(member: Member, device: torch.device, timeout: timedelta) -> Any:
+def _joined(member: Member, device: torch.device, timeout: timedelta, store: Any) -> Any:
     """The store of the ranks, which have all met."""
-    store = open_store(member, timeout)
+    store = open_store(member, timeout) if store is None else store
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     joined = {"store": store, "rank": member.rank, "world_size": member.world, "timeout": timeout}
     meet(lambda: dist.init_process_group(backend, **joined), range(member.world), timeout)
@@ -107,15 +99,6 @@ def _part(store: Any, member: Member) -> None:
     if member.rank == 0:  # it may hold the store, which the others still need
         store.wait([f"realplan/done/{other}" for other in range(member.world)], FOREVER)
     dist.destroy_process_group()
-
-
-def _agreed_start(store: Any, run: RunFile, rank: int) -> RunFile:
-    """The run file with the checkpoint that every rank takes up, empty for none, and the place in the data: rank 0's
-    process has chosen both."""
-    if rank == 0:
-        store.set(START, json.dumps({"resume_from": run.resume_from, "skip_batches": run.skip_batches}))
-    found = json.loads(store.get(START).decode())
-    return run.model_copy(update={key: found[key] for key in ("resume_from", "skip_batches")})
 
 
 def _device(plan: ExecutionPlan, member: Member) -> torch.device:

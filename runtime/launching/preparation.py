@@ -86,7 +86,7 @@ def checked(ready: Ready, words: Words) -> Ready:
     check_rollback(plan, run, alone=member is None)
     _describe(plan, words, ready.first)
     check_supported(plan)
-    check_weights(plan, run, alone=place is None)
+    check_weights(plan, run, alone=place is None and (member is None or member.alone))
     for line in base_words(plan, run) if ready.first else ():
         print(line, file=sys.stderr)
     check_packages()
@@ -95,7 +95,7 @@ def checked(ready: Ready, words: Words) -> Ready:
     if ready.first:
         check_output(plan, run)
     # On several machines the checkpoint is chosen when all are there.
-    start = choose_start(plan, run) if ready.first and place is None else ready.start
+    start = choose_start(plan, run) if member is None and place is None else ready.start
     if words.dry_run:
         check_job(plan, run)
     elif member is None:

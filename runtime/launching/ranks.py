@@ -13,9 +13,9 @@ from typing import Any, Protocol
 
 from plans.plan import ExecutionPlan
 from plans.runfile import RunFile
-from runtime.launching.entry import launched_worker, multiprocessing_folder, start_method
+from runtime.launching.entry import launched_worker, multiprocessing_folder, prepare_ranks, start_method
 from runtime.processes.failures import find_cause, knows_cause
-from runtime.processes.member import Member
+from runtime.processes.member import Address, Member
 from runtime.reports.records import read_status
 
 POLL_S = 0.5
@@ -31,11 +31,23 @@ class Ranks(Protocol):
         """All of them."""
 
     @property
-    def codes(self) -> Mapping[int, int]:
-        """Exit codes of those that ended by themselves, negative for a signal."""
+    def codes(self) -> Mapping[int, int | None]:
+        """Exit codes of those that ended by themselves, negative for a signal; None where nobody was told."""
 
     def wait(self, timeout_s: float) -> None:
         """Wait until another one has ended, or for so long."""
+
+
+class HeldRanks(Ranks, Protocol):
+    """Ranks of this machine, that whoever has them can end."""
+
+    def end(self) -> None:
+        """See that none is left, as far as that is in this process's hands."""
+
+
+Starter = Callable[[ExecutionPlan, RunFile, Sequence[int], Path, Address, Sequence[Path]], HeldRanks]
+"""Has ranks of this machine begin: their plan, run file and numbers, where they leave word, where they meet, and more
+folders that go where this process is killed."""
 
 
 class LocalRanks:
@@ -73,7 +85,7 @@ class LocalRanks:
         self.end()
 
     @property
-    def codes(self) -> Mapping[int, int]:
+    def codes(self) -> Mapping[int, int | None]:
         """Exit codes of those that ended."""
         return {rank: p.exitcode for rank, p in self._processes.items() if p.exitcode is not None}
 
@@ -91,10 +103,22 @@ class LocalRanks:
         self._private.cleanup()
 
 
+def start_ranks(
+    plan: ExecutionPlan, run: RunFile, numbers: Sequence[int], scratch: Path, address: Address, traces: Sequence[Path]
+) -> LocalRanks:
+    """The ranks of one of several machines as processes of this one, which meet those of the others at an address."""
+    prepare_ranks(plan, address)
+
+    def member(rank: int, _: Path) -> Member:
+        return Member(rank, plan.cluster.size, rank - numbers[0], address)
+
+    return LocalRanks(plan, run, numbers, scratch, member, traces)
+
+
 def follow(ranks: Ranks, scratch: Path, check: Callable[[], None], output: Path) -> None:
     """Wait until all ranks are done. Raises RunFailed with the cause when one of them is not, and what `check` raises,
     which is asked now and then. scratch: where the ranks leave word."""
-    deadline, before, codes = float("inf"), set[int](), dict[int, int]()
+    deadline, before, codes = float("inf"), set[int](), dict[int, int | None]()
     while len(codes) < len(ranks.numbers) and monotonic() < deadline:
         ranks.wait(POLL_S)
         check()

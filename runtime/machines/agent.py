@@ -14,6 +14,7 @@ from time import monotonic, sleep
 from plans.errors import RealplanError
 from plans.plan import ExecutionPlan
 from plans.runfile import RunFile, patience_s
+from runtime.launching.ranks import Starter, start_ranks
 from runtime.machines.station import Station
 from runtime.machines.wire import GONE, MOST_BYTES, Connection, Message, pace_of, work_of
 from runtime.processes.network import own_address, resolve
@@ -24,14 +25,14 @@ POLL_S = 0.2
 RETRY_S = 0.2
 
 
-def serve(plan: ExecutionPlan, run: RunFile, place: Place) -> None:
+def serve(plan: ExecutionPlan, run: RunFile, place: Place, starter: Starter = start_ranks) -> None:
     """Be a machine of a run until it has ended well. Raises RunFailed where it has not, where the first machine went
-    away or is not heard any more, and where a second signal asks; no rank is left then."""
+    away or is not heard any more, and where a second signal asks; no rank that `starter` can end is left then."""
     host = resolve(place.first)[1]
     connection = _connect(plan, run, place, host)
     heard: queue.SimpleQueue[Message] = queue.SimpleQueue()
     try:
-        with _asking(connection, run), _station(plan, run, place, host, connection) as station:
+        with _asking(connection, run), _station(plan, run, place, host, connection, starter) as station:
             connection.send(_hello(plan, run, place) | {"source": station.storage.files.source})
             connection.beat()
             threading.Thread(target=_listen, args=(connection, heard), daemon=True).start()
@@ -65,10 +66,12 @@ def _hello(plan: ExecutionPlan, run: RunFile, place: Place) -> Message:
     return {"kind": "hello", "node": place.node, "name": socket.gethostname(), "work": work_of(plan, run)}
 
 
-def _station(plan: ExecutionPlan, run: RunFile, place: Place, host: str, connection: Connection) -> Station:
+def _station(
+    plan: ExecutionPlan, run: RunFile, place: Place, host: str, connection: Connection, starter: Starter
+) -> Station:
     own = own_address(host)
     try:
-        return Station(run, own, connection.send, node=place.node)
+        return Station(run, own, connection.send, node=place.node, starter=starter)
     except OSError as error:
         words = f"cannot serve its files at {own or 'an address that leads to node 0'}: {error.strerror or error}"
         _say_no(plan, run, place, connection, words)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from time import monotonic
+from time import monotonic, time
 
 from plans.codec import dump_plan
 from plans.errors import RealplanError
@@ -19,10 +19,11 @@ from runtime.launching.ranks import follow
 from runtime.launching.replan import replanned
 from runtime.machines.keeper import Keeper
 from runtime.machines.loading import spread_weights
-from runtime.machines.machines import POLL_S, Machines
+from runtime.machines.machines import POLL_S, MachineLost, Machines
 from runtime.machines.mirror import apply
 from runtime.machines.resume import choose_among, choose_whole, give
 from runtime.machines.wire import Message
+from runtime.processes.failures import places
 from runtime.processes.network import free_port
 from runtime.reports.endings import RunFailed
 from runtime.reports.metrics import Metrics
@@ -34,10 +35,13 @@ FETCH_S = 24 * 3600.0
 
 
 class Crew:
-    """Runs attempts on machines: node i of a plan is the i-th machine there. scratch: where ranks leave word."""
+    """Runs attempts on machines: node i of a plan is the i-th machine there. scratch: where ranks leave word. joined:
+    the ranks that another launcher has started on each machine, which then are the ones to run."""
 
-    def __init__(self, machines: Machines, run: RunFile, scratch: Path) -> None:
-        self._machines, self._run, self._scratch = machines, run, scratch
+    def __init__(
+        self, machines: Machines, run: RunFile, scratch: Path, joined: Mapping[int, Sequence[int]] | None = None
+    ) -> None:
+        self._machines, self._run, self._scratch, self._joined = machines, run, scratch, joined
         self._attempts = 0
         self._devices: dict[int, int] = {}  # of each machine, once something has failed
         self._per_node = 0
@@ -94,9 +98,10 @@ class Crew:
         machines, run = self._machines, self._run
         ranks = self._ranks(plan)
         nodes = list(ranks)
-        if len(nodes) < plan.cluster.nodes:
+        needed = plan.cluster.nodes if self._joined is None else len(self._joined)
+        if len(nodes) < needed:
             gone = "; ".join(f"node {node} is lost ({why})" for node, why in machines.lost.items())
-            raise RunFailed(f"the plan needs {plan.cluster.nodes} machines, {len(nodes)} are there: {gone}")
+            raise RunFailed(f"the plan needs {needed} machines, {len(nodes)} are there: {gone}")
         spread_weights(machines, run, plan, ranks, FETCH_S)
         storages = self.storages() if run.checkpoint.every else {}
         machines.check(nodes)
@@ -114,7 +119,7 @@ class Crew:
 
                 def check() -> None:
                     monitor.check()
-                    machines.check(nodes)
+                    crew.check(nodes)
                     keeper.poll()
 
                 follow(crew, self._scratch, check, Path(run.output))
@@ -124,8 +129,10 @@ class Crew:
                     machines.ask_all("end", ASK_S)
         return monitor.lines
 
-    def _ranks(self, plan: ExecutionPlan) -> dict[int, range]:
+    def _ranks(self, plan: ExecutionPlan) -> Mapping[int, Sequence[int]]:
         """The machines that have the ranks of a plan, as far as there are any."""
+        if self._joined is not None:
+            return {node: ranks for node, ranks in self._joined.items() if node in self._machines.there}
         per_node = plan.cluster.gpus_per_node
         fit = [node for node in sorted(self._machines.there) if self._devices.get(node, per_node) >= per_node]
         nodes = fit[: plan.cluster.nodes]
@@ -146,7 +153,7 @@ class Crew:
         words = {
             "plan": dump_plan(plan), "meeting": [machines.host, free_port(machines.host), self._attempts],
             "begins": {"checkpoint": str(start.checkpoint or ""), "own": own, "aside": aside,
-                       "skip": start.of(self._run).skip_batches},
+                       "skip": start.of(self._run).skip_batches, "export": exports_itself(self._run)},
         }  # fmt: skip
         each = {
             node: {**words, "ranks": list(ranks.get(node, ())), "keeps": list(keeps.get(node, ()))}
@@ -178,7 +185,8 @@ class _FarRanks:
 
     def __init__(self, machines: Machines, ranks: Mapping[int, Sequence[int]], scratch: Path) -> None:
         self.numbers = [rank for numbers in ranks.values() for rank in numbers]
-        self.codes: dict[int, int] = {}
+        self._of = ranks
+        self.codes: dict[int, int | None] = {}
         self._machines, self._scratch = machines, scratch
         machines.handlers |= {"said": self._said, "ended": self._ended}
 
@@ -186,6 +194,14 @@ class _FarRanks:
         """Listen no more."""
         for kind in ("said", "ended"):
             del self._machines.handlers[kind]
+
+    def check(self, nodes: Sequence[int]) -> None:
+        """Raise MachineLost, with where its ranks were, for one of some machines that is."""
+        try:
+            self._machines.check(nodes)
+        except MachineLost as error:
+            lost = [rank for node in nodes if node not in self._machines.there for rank in self._of[node]]
+            raise MachineLost("\n".join([error.message, *places(self._scratch, time(), lost)])) from None
 
     def wait(self, timeout_s: float) -> None:
         """Wait for news of the machines until a rank ends, or for so long."""
@@ -197,14 +213,19 @@ class _FarRanks:
         apply(self._scratch, message)
 
     def _ended(self, _: int, message: Message) -> None:
-        self.codes |= {int(rank): int(code) for rank, code in message["codes"]}
+        self.codes |= {int(rank): None if code is None else int(code) for rank, code in message["codes"]}
 
 
-def check_folders(run: RunFile, storages: int, nodes: int) -> None:
+def exports_itself(run: RunFile) -> bool:
+    """Whether the ranks of a run write its weights at the end, since no checkpoint has them. They see one folder."""
+    return run.export and not run.checkpoint.every
+
+
+def check_folders(run: RunFile, storages: int) -> None:
     """Raise RealplanError for what machines without a folder in common cannot write."""
-    if run.export and nodes > 1 and not run.checkpoint.every:
+    if exports_itself(run) and storages > 1:
         raise RealplanError(
-            "a run over several machines exports the weights of its last checkpoint, and checkpoint.every is 0",
+            "machines without a folder in common export the weights of the last checkpoint, and checkpoint.every is 0",
             "checkpoint.every=10, or export=false",
         )
     if run.evaluation.keep_best and storages > 1:

@@ -17,9 +17,10 @@ from runtime.machines.station import Station
 from runtime.machines.wire import GONE, MOST_BYTES, Connection, Message, Pace, difference
 from runtime.processes.member import Address
 from runtime.processes.network import listener, resolve
-from runtime.reports.endings import RunFailed
+from runtime.reports.endings import RunFailed, Stopped
 
 POLL_S = 0.1
+STOP = "stop"
 LEAVE_S, LATE_S = 5.0, 10.0
 """How long the others get to go when a run is over, and those of one that never began to come and be told."""
 MOST_STRANGERS = 64
@@ -67,6 +68,15 @@ class Machines:
                 "--master-addr is an address of the machine of node 0, --master-port a port that is free there",
             ) from None
         threading.Thread(target=self._accept, daemon=True).start()
+
+    @property
+    def port(self) -> int:
+        """Where this machine hears the others."""
+        return int(self._listener.getsockname()[1])
+
+    def stop(self, words: str) -> None:
+        """Have the thread that these belong to raise Stopped when it next takes in what machines have said."""
+        self.say({"kind": STOP, "words": words})
 
     def say(self, message: Message) -> None:
         """How the station of this machine speaks."""
@@ -163,6 +173,8 @@ class Machines:
                 raise MachineLost(f"node {node} is lost: {self.lost.get(node, 'it never came')}")
 
     def _take(self, node: int, connection: Connection | None, message: Message) -> None:
+        if message["kind"] == STOP and connection is None:
+            raise Stopped(str(message["words"]))
         if message["kind"] == "hello":
             assert connection is not None
             self._welcome(node, connection, message)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -11,11 +11,12 @@ from plans.errors import RealplanError
 from plans.plan import ExecutionPlan
 from plans.runfile import RunFile, patience_s
 from runtime.checkpoints.folder import stop_request
+from runtime.checkpoints.resume import Start
 from runtime.launching.keeping import check_done, own_output, stopped_by_signals
 from runtime.launching.output import exported_role
 from runtime.launching.restarts import with_restarts
 from runtime.machines.agent import decline, serve
-from runtime.machines.crew import FETCH_S, Crew, check_folders
+from runtime.machines.crew import FETCH_S, Crew, check_folders, exports_itself
 from runtime.machines.loading import spread_weights
 from runtime.machines.machines import LATE_S, Machines
 from runtime.machines.station import Station
@@ -31,10 +32,16 @@ def run_on_machines(plan: ExecutionPlan, run: RunFile, place: Place) -> Sequence
     if place.node:
         serve(plan, run, place)
         return ()
-    machines = _machines(plan, run, place)
+    with leading(_machines(plan, run, place)) as machines:
+        return _coordinate(plan, run, machines)
+
+
+@contextmanager
+def leading(machines: Machines) -> Iterator[Machines]:
+    """Be the first machine; the others are told how that ends."""
     words, done, late_s = "", False, 0.0
     try:
-        lines = _coordinate(plan, run, machines)
+        yield machines
         done = True
     except BaseException as error:
         words = str(error) if isinstance(error, RealplanError) else type(error).__name__
@@ -42,7 +49,6 @@ def run_on_machines(plan: ExecutionPlan, run: RunFile, place: Place) -> Sequence
         raise
     finally:
         machines.close(words, done=done, late_s=late_s)
-    return lines
 
 
 @contextmanager
@@ -78,17 +84,35 @@ def _coordinate(plan: ExecutionPlan, run: RunFile, machines: Machines) -> Sequen
         machines.settle(station)
         machines.gather(patience_s(plan, run))
         crew = Crew(machines, run, scratch)
-        check_folders(run, len(set(crew.storages().values())), plan.cluster.nodes)
-        start = crew.choose(plan, run)
-        with own_output(plan, run, start):
-            crew.begin(start)
-            lines = with_restarts(
+
+        def attempts(start: Start) -> Sequence[Metrics]:
+            return with_restarts(
                 plan, run, start, crew.attempt, asked, crew.devices_left,
                 choose=crew.choose, forget=crew.forget, search=crew.replanned,
             )  # fmt: skip
-            check_done(run, lines, asked)
-            if run.export:
-                _export(plan, run, crew, machines, station)
+
+        return conduct(plan, run, machines, station, crew, attempts, asked)
+
+
+def conduct(
+    plan: ExecutionPlan,
+    run: RunFile,
+    machines: Machines,
+    station: Station,
+    crew: Crew,
+    attempts: Callable[[Start], Sequence[Metrics]],
+    asked: Sequence[str] = (),
+) -> Sequence[Metrics]:
+    """The course of a run whose machines are all there: where it begins, its attempts, and what it leaves. asked: who
+    has asked it to stop."""
+    check_folders(run, len(set(crew.storages().values())))
+    start = crew.choose(plan, run)
+    with own_output(plan, run, start):
+        crew.begin(start)
+        lines = attempts(start)
+        check_done(run, lines, asked)
+        if run.export and not exports_itself(run):
+            _export(plan, run, crew, machines, station)
     return lines
 
 

@@ -14,29 +14,32 @@ from plans.errors import RealplanError
 from plans.runfile import RunFile
 from runtime.checkpoints.folder import prepare_folder
 from runtime.checkpoints.held import resumed_folder
-from runtime.launching.entry import prepare_ranks
-from runtime.launching.ranks import LocalRanks
+from runtime.launching.ranks import HeldRanks, Starter, start_ranks
 from runtime.launching.replan import devices_left
 from runtime.machines.mirror import Mirror
 from runtime.machines.storage import Storage, planned_from
 from runtime.machines.weights import WeightFolders
 from runtime.machines.wire import Message
-from runtime.processes.member import Address, Member
+from runtime.processes.member import Address
 
 Say = Callable[[Message], None]
 
 
 class Station:
     """A machine of a run. say: how it speaks to the first one. scratch: where its ranks leave word, on the first
-    machine itself; None elsewhere, where they do so in a folder of their own and all of it is told."""
+    machine itself; None elsewhere, where they do so in a folder of their own and all of it is told. starter: has its
+    ranks begin."""
 
-    def __init__(self, run: RunFile, host: str, say: Say, scratch: Path | None = None, node: int = 0) -> None:
-        self._run, self._say, self._scratch = run, say, scratch
+    def __init__(
+        self, run: RunFile, host: str, say: Say, scratch: Path | None = None, node: int = 0,
+        starter: Starter = start_ranks,
+    ) -> None:  # fmt: skip
+        self._run, self._say, self._scratch, self._starter = run, say, scratch, starter
         self.storage = Storage(run, host)
         self.weights = WeightFolders(run, self.storage.files, node)
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="weights")
         self._own: tempfile.TemporaryDirectory[str] | None = None
-        self._ranks: LocalRanks | None = None
+        self._ranks: HeldRanks | None = None
         self._mirror: Mirror | None = None
         self._keeps: Sequence[int] = ()
         self._told: set[int] = set()
@@ -127,9 +130,9 @@ class Station:
         """Start ranks of a plan.
 
         begins: the checkpoint that they take up (`own`: the one of that name in this machine's folder; `aside`: of
-        which it has only what they read), and batches of the data that are left out. meeting: host and port where they
-        meet, and the number of the attempt. keeps: the ranks whose parts of checkpoints lie in the folder of this
-        machine."""
+        which it has only what they read), batches of the data that are left out, and whether they export. meeting: host
+        and port where they meet, and the number of the attempt. keeps: the ranks whose parts of checkpoints lie in the
+        folder of this machine."""
         self._end()
         self._keeps = [int(rank) for rank in keeps]
         self.storage.begin()
@@ -137,17 +140,11 @@ class Station:
             return {}
         planned, host, port, attempt = planned_from(plan), str(meeting[0]), int(meeting[1]), int(meeting[2])
         address = Address(host, port, attempt=attempt, kept=True)
-        prepare_ranks(planned, address)
         scratch = self._scratch
         if scratch is None:
             self._own = tempfile.TemporaryDirectory(prefix="realplan-", ignore_cleanup_errors=True)
             scratch = Path(self._own.name)
             self._mirror = Mirror(scratch)
-        numbers = [int(rank) for rank in ranks]
-
-        def member(rank: int, _: Path) -> Member:
-            return Member(rank, planned.cluster.size, rank - numbers[0], address)
-
         checkpoint, traces = str(begins["checkpoint"]), [self.weights.place]
         if begins["own"]:
             folder = self._run.checkpoint_folder.resolve()
@@ -156,9 +153,9 @@ class Station:
             if begins["aside"]:
                 traces.append(resumed_folder(folder, iteration))
                 checkpoint = str(traces[-1])
-        update = {"resume_from": checkpoint, "skip_batches": int(begins["skip"]), "export": False}
+        update = {"resume_from": checkpoint, "skip_batches": int(begins["skip"]), "export": bool(begins["export"])}
         run = self.weights.placed().model_copy(update=update)
-        self._ranks = LocalRanks(planned, run, numbers, scratch, member, traces=traces)
+        self._ranks = self._starter(planned, run, [int(rank) for rank in ranks], scratch, address, traces)
         return {}
 
     def _end(self) -> Message:

@@ -82,9 +82,13 @@ def write_failure(folder: Path, rank: int, error: BaseException) -> Failure:
     return failure
 
 
+def error_path(folder: Path, rank: int) -> Path:
+    """Where a rank leaves its error."""
+    return folder / f"error-{rank}.json"
+
+
 def _keep(folder: Path, rank: int, failure: Failure) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"error-{rank}.json"
+    path = error_path(folder, rank)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(asdict(failure)), encoding="utf-8")
     partial.rename(path)
@@ -97,8 +101,9 @@ def knows_cause(folder: Path, ended: Sequence[int]) -> bool:
     return any(rank not in failures or not failures[rank].secondary for rank in ended)
 
 
-def find_cause(folder: Path, exit_codes: Mapping[int, int], output: Path | None = None) -> RunFailed:
-    """The cause of a failed run. `exit_codes`: of the ranks that ended by themselves, negative for a signal.
+def find_cause(folder: Path, exit_codes: Mapping[int, int | None], output: Path | None = None) -> RunFailed:
+    """The cause of a failed run. `exit_codes`: of the ranks that ended by themselves, negative for a signal, None where
+    nobody was told.
 
     A rank that ended without a word and without being done, whatever its code, or the earliest error that is not about
     a lost peer. The stacks of a rank that a signal ended go to a file in `output`.
@@ -115,9 +120,10 @@ def find_cause(folder: Path, exit_codes: Mapping[int, int], output: Path | None 
     return RunFailed(first.message + where, first.hint, first.details, first.nonfinite)
 
 
-def places(folder: Path, now_s: float) -> list[str]:
-    """Where every rank is, and for how long: a line for each, of the ranks that have started."""
+def places(folder: Path, now_s: float, some: Sequence[int] | None = None) -> list[str]:
+    """Where every rank is, or some are, and for how long: a line for each, of the ranks that have started."""
     ranks = sorted(int(path.name.removeprefix("status-")) for path in folder.glob("status-*"))
+    ranks = ranks if some is None else [rank for rank in ranks if rank in some]
     found = {rank: read_status(folder, rank) for rank in ranks}
     return [status.line(rank, now_s) for rank, status in found.items() if status is not None and status.step]
 
@@ -129,11 +135,12 @@ def _failures(folder: Path) -> dict[int, Failure]:
     }
 
 
-def _vanished(folder: Path, rank: int, code: int, output: Path | None) -> RunFailed:
+def _vanished(folder: Path, rank: int, code: int | None, output: Path | None) -> RunFailed:
     status = read_status(folder, rank)
     where = status.place if status is not None else "while it started"
-    if code >= 0:
-        return RunFailed(f"rank {rank} ended (exit code {code}) {where}, before it was done")
+    if code is None or code >= 0:
+        said = "" if code is None else f" (exit code {code})"
+        return RunFailed(f"rank {rank} ended{said} {where}, before it was done")
     number = -code
     name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
     said = f"rank {rank} was killed by {name} {where}"

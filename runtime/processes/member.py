@@ -45,6 +45,11 @@ class Member:
         """Whether realrun has started this rank: it then hears the keyboard for it, and says where the run begins."""
         return isinstance(self.meeting, Path) or self.meeting.kept
 
+    @property
+    def alone(self) -> bool:
+        """Whether every rank is known to run on this machine."""
+        return isinstance(self.meeting, Path) or self.meeting.alone is True
+
 
 def outside_member(environment: Mapping[str, str]) -> Member | None:
     """The rank that another launcher has made of this process, told by its variables; None without them."""

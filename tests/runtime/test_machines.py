@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -19,43 +20,78 @@ from run_cases import PATIENCE_S, arguments, outcome
 from warm import Started, start_warm
 
 from plans.codec import load_plan
-from runtime.reports.records import read_status
 
 RANKS = 3
 TIMEOUT_S = 20
 PLAN = tiny_plan(RANKS, "d3 t1 p1", batch_size=12)
 
 
-def joined(machine: Machine, rank: int, first: Machine, command: list[str]) -> Started:
-    """A rank that is started by hand on its machine."""
-    environment = {
-        **os.environ, "RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
-        "MASTER_ADDR": first.address, "MASTER_PORT": "29500",
-    }  # fmt: skip
-    return start_warm([*command[:2], machine.entering + command[2], *command[3:]], environment)
+@contextlib.contextmanager
+def joined(found: Sequence[Machine], folder: Path, *, again: int = 0, **keys: Any) -> Iterator[list[Started]]:
+    """Ranks that are started by hand, the first of them on the first machine and so on, those that are left on the last
+    one; each machine has a folder of its own. again: how often the launcher has started them before. Afterwards nothing
+    is in their folder for temporary files."""
+    temporary, ranks = Path(tempfile.mkdtemp(prefix="rp")), list[Started]()
+    try:
+        for rank in range(RANKS):
+            machine = found[min(rank, len(found) - 1)]
+            own = folder / machine.name
+            own.mkdir(exist_ok=True)
+            given = {"timeout_s": TIMEOUT_S, "checkpoint": {"every": 1}} | keys
+            command = arguments(own, plan=PLAN, **given)
+            environment = {
+                **os.environ, "RANK": str(rank), "WORLD_SIZE": str(RANKS), "MASTER_ADDR": found[0].address,
+                "MASTER_PORT": "29500", "SLURM_RESTART_COUNT": str(again), "TMPDIR": str(temporary),
+            }  # fmt: skip
+            ranks.append(start_warm([*command[:2], machine.entering + command[2], *command[3:]], environment))
+        yield ranks
+        assert not list(temporary.iterdir())
+    finally:
+        for rank in ranks:
+            rank.kill()
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def test_a_machine_is_cut_off(tmp_path: Path) -> None:
-    """No packet comes any more and no connection is closed: each side says within `timeout_s` whom it waited for, all
-    end, and nothing is exported."""
-    command = arguments(tmp_path, plan=PLAN, iterations=1000, timeout_s=TIMEOUT_S, checkpoint={"every": 1})
-    with machines(RANKS) as found:
-        ranks = [joined(machine, rank, found[0], command) for rank, machine in enumerate(found)]
-        try:
-            scratch = tmp_path / "out" / ".ranks-0"
-            _until(lambda: (said := read_status(scratch, RANKS - 1)) is not None and said.iteration >= 2, ranks)
-            found[-1].cut()
-            cut_s = time.monotonic()
-            said = _ends(ranks, 1, 1, 1)
-            seconds = time.monotonic() - cut_s
-        finally:
-            for rank in ranks:
-                rank.kill()
-    assert seconds < 3 * TIMEOUT_S  # the iteration under way, timeout_s, and the end of the processes
-    for words in said:
-        assert f"longer than timeout_s = {TIMEOUT_S} s" in words or "went away" in words, words
-    assert not (tmp_path / "out" / "actor").exists()
-    assert (tmp_path / "out" / "checkpoints" / "latest_checkpointed_iteration.txt").exists()
+def test_ranks_of_another_launcher_are_cut_off(tmp_path: Path) -> None:
+    """No packet comes any more and no connection is closed: each side says within `timeout_s` whom it lost, all end,
+    and nothing is exported."""
+    with machines(RANKS) as found, joined(found, tmp_path, iterations=1000) as ranks:
+        outputs = [tmp_path / machine.name / "out" for machine in found]
+        _until(lambda: bool(_slices(outputs[2], 2)), ranks)
+        found[-1].cut()
+        cut_s = time.monotonic()
+        said = _ends(ranks, 1, 1, 1)
+        seconds = time.monotonic() - cut_s
+    assert seconds < 2 * TIMEOUT_S  # half of timeout_s, and the end of the processes
+    assert re.search(r"node 2 is lost: .*nothing was heard for 10 s\nrank 2: in iteration \d+, step `", said[0]), said[
+        0
+    ]
+    assert "node 2 is lost" in said[1] and "node 2 stops: node 0" in said[2], said
+    assert not any((output / "actor").exists() for output in outputs)
+    assert (outputs[0] / "checkpoints" / "latest_checkpointed_iteration.txt").exists()
+
+
+def test_ranks_of_another_launcher_share_no_folder(tmp_path: Path) -> None:
+    """A rank is killed: the first machine says which one and where it was. Started again, all go on from a checkpoint
+    whose slices lie on both machines, as if nothing had been."""
+    with machines(2) as found:
+        outputs = [tmp_path / machine.name / "out" for machine in found]
+        with joined(found, tmp_path, iterations=1000) as ranks:
+            _until(lambda: bool(_slices(outputs[1], 2)), ranks)
+            ranks[2].kill()
+            said = _ends(ranks, 1, 1, -signal.SIGKILL)
+        assert re.search(r"error: rank 2 ended in iteration \d+, step `\w+`, before it was done", said[0]), said[0]
+        done = max(len(_output(output.parent)[1]) for output in outputs[:1])
+        with joined(found, tmp_path, again=1, iterations=done + 1) as ranks:
+            said = _ends(ranks, 0, 0, 0)
+    assert "going on from" in said[0] and _output(outputs[0].parent)[1] == list(range(done + 1)), said[0]
+    assert [len(_slices(output, done + 1)) for output in outputs] == [RANKS, RANKS]
+    assert [(output / "actor").exists() for output in outputs] == [True, False]
+    assert not [path for output in outputs for path in output.rglob(".*")]
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    assert outcome(arguments(alone, plan=PLAN, iterations=done + 1, export=False)).returncode == 0
+    assert _learnt(outputs[0]) == _learnt(alone / "out")
 
 
 Agents = list[Started]

@@ -3,35 +3,17 @@
 from __future__ import annotations
 
 import socket
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from torch.distributed import HashStore
 
 from plans.errors import RealplanError
 from runtime.processes.member import Address, Member, began_again, device_index, outside_member
 from runtime.processes.network import interface_of, resolve
-from runtime.processes.shared import check_shared
 from runtime.processes.stores import open_store
 
 STATIC = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
-
-
-def test_folders_of_their_own_are_named(tmp_path: Path) -> None:
-    """Three ranks, of which the last has another folder of that name."""
-    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
-    theirs.mkdir()
-    for folders, blind in (((ours, ours, ours), ""), ((ours, ours, theirs), "rank 2")):
-        store = HashStore()
-        store.set_timeout(timedelta(seconds=60))
-        with ThreadPoolExecutor(3) as pool:
-            made = [pool.submit(check_shared, store, rank, 3, [folder], 1.0) for rank, folder in enumerate(folders)]
-            said = [str(each.exception() or "") for each in made]
-        assert [words.partition(" on ")[0] for words in said] == [blind, "", blind]
-        assert not blind or f"does not see what rank 0 writes to `{theirs}`" in said[0]
-        assert not list(ours.iterdir())
 
 
 def test_no_other_launcher() -> None:
