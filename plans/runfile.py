@@ -25,6 +25,7 @@ from plans.shapes import shape_problems
 from plans.yaml_text import MOST_YAML_BYTES, Yaml, parse_yaml
 
 RANDOM = "random"
+MOVIE_REVIEWS = "movie-reviews"
 LEAST_PATIENCE_S = 300.0
 CHECKPOINTS = "checkpoints"
 

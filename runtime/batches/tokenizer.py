@@ -18,6 +18,8 @@ from plans.documents import BadText, locate, parse_json, read_text, refuse
 from plans.errors import RealplanError
 from plans.problems import Problem, shortened
 
+FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json")
+"""Of a folder, that `Tokenizer.of_folder` reads."""
 MOST_TOKENIZER_BYTES = 2**28
 LARGEST_ID = 2**31
 UNUSUAL = "a \ue000 qzxqzx0"

@@ -18,7 +18,7 @@ from runtime.launching.keeping import kept_files
 from runtime.launching.ranks import follow
 from runtime.launching.replan import replanned
 from runtime.machines.keeper import Keeper
-from runtime.machines.loading import spread_weights
+from runtime.machines.loading import spread_inputs, spread_weights
 from runtime.machines.machines import POLL_S, MachineLost, Machines
 from runtime.machines.mirror import apply
 from runtime.machines.resume import choose_among, choose_whole, give
@@ -103,6 +103,7 @@ class Crew:
             gone = "; ".join(f"node {node} is lost ({why})" for node, why in machines.lost.items())
             raise RunFailed(f"the plan needs {needed} machines, {len(nodes)} are there: {gone}")
         spread_weights(machines, run, plan, ranks, FETCH_S)
+        spread_inputs(machines, run, [node for node in ranks if ranks[node]], FETCH_S)
         storages = self.storages() if run.checkpoint.every else {}
         machines.check(nodes)
         keeps = _per_storage(storages, ranks)

@@ -42,7 +42,7 @@ POLL_S = 0.1
 END_S = 5.0
 """How long a rank gets to end by itself when its run has failed, or whoever keeps the files of its machine is gone."""
 
-_TOLD = ("resume_from", "skip_batches", "export", "weights")
+_TOLD = ("resume_from", "skip_batches", "export", "weights", "tokenizer", "data", "evaluation")
 """Keys of the run file that the ranks of a machine are told. No others: the store is open to whoever reaches it, and a
 reward names what a rank runs."""
 

@@ -125,4 +125,4 @@ def _export(plan: ExecutionPlan, run: RunFile, crew: Crew, machines: Machines, s
     role = exported_role(plan)
     if plan.workload.models[role].lora:  # the base that adapters are merged into is in no checkpoint
         spread_weights(machines, run, plan, {0: None}, FETCH_S)
-    export_checkpoint(found, Path(run.output) / role, role, weights=station.weights.placed().weights_of(role))
+    export_checkpoint(found, Path(run.output) / role, role, weights=station.placed().weights_of(role))

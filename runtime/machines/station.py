@@ -16,7 +16,9 @@ from runtime.checkpoints.folder import prepare_folder
 from runtime.checkpoints.held import resumed_folder
 from runtime.launching.ranks import HeldRanks, Starter, start_ranks
 from runtime.launching.replan import devices_left
+from runtime.machines.inputs import Inputs
 from runtime.machines.mirror import Mirror
+from runtime.machines.named import renamed
 from runtime.machines.storage import Storage, planned_from
 from runtime.machines.weights import WeightFolders
 from runtime.machines.wire import Message
@@ -37,6 +39,7 @@ class Station:
         self._run, self._say, self._scratch, self._starter = run, say, scratch, starter
         self.storage = Storage(run, host)
         self.weights = WeightFolders(run, self.storage.files, node)
+        self.inputs = Inputs(run, self.storage.files, node)
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="weights")
         self._own: tempfile.TemporaryDirectory[str] | None = None
         self._ranks: HeldRanks | None = None
@@ -52,6 +55,7 @@ class Station:
             "fetch_part": storage.fetch_part, "fetch_step": storage.fetch_step, "finish": storage.finish,
             "forget": storage.forget, "digest": storage.digest, "set_aside": storage.set_aside,
             "weights": self._weights, "fetch_weights": self._fetch_weights,
+            "inputs": self._inputs, "fetch_inputs": self._fetch_inputs,
         }  # fmt: skip
 
     def __enter__(self) -> Station:
@@ -62,6 +66,11 @@ class Station:
         self.storage.close()
         self._loader.shutdown(wait=False, cancel_futures=True)
         self.weights.close()
+        self.inputs.close()
+
+    def placed(self) -> RunFile:
+        """The run file with weights, data and tokenizer as they lie on this machine."""
+        return renamed(self._run, self.weights.placed, self.inputs.placed)
 
     def handle(self, message: Message) -> None:
         """Do what the first machine asks, and answer; what takes long is answered by a later `poll`."""
@@ -119,6 +128,14 @@ class Station:
         """Have what some ranks of a plan read of folders of weights that are not on this machine."""
         return self._loader.submit(self.weights.fetch, planned_from(plan), ranks, folders)
 
+    def _inputs(self) -> Future[Message]:
+        """Which data are on this machine, and whether the tokenizer is."""
+        return self._loader.submit(self.inputs.describe)
+
+    def _fetch_inputs(self, inputs: Message) -> Future[Message]:
+        """Have data and tokenizer that are not on this machine."""
+        return self._loader.submit(self.inputs.fetch, inputs)
+
     def _devices(self, plan: str) -> Message:
         """How many devices of a node of the plan this machine can still use."""
         planned = planned_from(plan)
@@ -145,7 +162,7 @@ class Station:
             self._own = tempfile.TemporaryDirectory(prefix="realplan-", ignore_cleanup_errors=True)
             scratch = Path(self._own.name)
             self._mirror = Mirror(scratch)
-        checkpoint, traces = str(begins["checkpoint"]), [self.weights.place]
+        checkpoint, traces = str(begins["checkpoint"]), [self.weights.place, self.inputs.place]
         if begins["own"]:
             folder = self._run.checkpoint_folder.resolve()
             iteration = int(Path(checkpoint).name.rpartition("_")[2])
@@ -154,7 +171,7 @@ class Station:
                 traces.append(resumed_folder(folder, iteration))
                 checkpoint = str(traces[-1])
         update = {"resume_from": checkpoint, "skip_batches": int(begins["skip"]), "export": bool(begins["export"])}
-        run = self.weights.placed().model_copy(update=update)
+        run = self.placed().model_copy(update=update)
         self._ranks = self._starter(planned, run, [int(rank) for rank in ranks], scratch, address, traces)
         return {}
 

@@ -14,20 +14,16 @@ from typing import Any
 from plans.errors import RealplanError
 from plans.flat_tensors import WORD_BYTES, ByteRange, header_bytes
 from plans.plan import ExecutionPlan
-from plans.runfile import RANDOM, RunFile
+from plans.runfile import RunFile
+from runtime.batches.tokenizer import FILES
 from runtime.machines.files import FileServer, Source, fetch_pieces
+from runtime.machines.named import weight_folders
 from runtime.machines.wire import Message
 
 MOST_SMALL_BYTES = 2**26
 """Of a file beside the weights, such as a tokenizer's, that goes with them."""
 _SAMPLES, _SAMPLE_BYTES = 16, 2**12
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-
-
-def weight_folders(run: RunFile) -> list[str]:
-    """The folders of weights that a run file names, each once; their numbers are the same on every machine."""
-    named = [run.weights] if isinstance(run.weights, str) else run.weights.values()
-    return sorted({folder for folder in named if folder not in ("", RANDOM)})
 
 
 class WeightFolders:
@@ -55,7 +51,7 @@ class WeightFolders:
                 tensors, small = _files_of(Path(folder))
                 for name in (*tensors, *small):
                     self._files.more[_served(number, name)] = Path(folder) / name
-                found[str(number)] = {"tensors": tensors, "small": small, "mark": _mark(Path(folder), tensors)}
+                found[str(number)] = {"tensors": tensors, "small": small, "mark": _mark(Path(folder), tensors, small)}
         return {"folders": found}
 
     def fetch(self, plan: ExecutionPlan, ranks: Sequence[int] | None, folders: Mapping[str, Any]) -> Message:
@@ -107,13 +103,11 @@ class WeightFolders:
                 "output=FOLDER on a disk with room, or the weights on every machine",
             )
 
-    def placed(self) -> RunFile:
-        """The run file with the weights as they lie on this machine."""
+    @property
+    def placed(self) -> dict[str, str]:
+        """Where a folder that is not there lies instead."""
         own = [(folder, self.place / str(number)) for number, folder in enumerate(weight_folders(self._run))]
-        at = {folder: str(place) for folder, place in own if self._held and os.path.isdir(place)}
-        weights = self._run.weights
-        placed = at.get(weights, weights) if isinstance(weights, str) else {r: at.get(w, w) for r, w in weights.items()}
-        return self._run.model_copy(update={"weights": placed})
+        return {folder: str(place) for folder, place in own if self._held and os.path.isdir(place)}
 
 
 def _served(number: int, name: str) -> str:
@@ -134,10 +128,12 @@ def _files_of(folder: Path) -> tuple[dict[str, int], dict[str, int]]:
     return {name: sizes[name] for name in tensors}, small
 
 
-def _mark(folder: Path, tensors: Mapping[str, int]) -> str:
-    """A digest of the headers of files and of samples of their content: copies have the same one, other weights of the
-    same shape another one."""
+def _mark(folder: Path, tensors: Mapping[str, int], small: Mapping[str, int]) -> str:
+    """A digest of the headers of files and of samples of their content, and of the tokenizer: copies have the same one,
+    other weights of the same shape another one."""
     digest = hashlib.sha256()
+    for name in (name for name in FILES if name in small):
+        digest.update(f"{name} {small[name]}\n".encode() + (folder / name).read_bytes())
     for name, size in tensors.items():
         digest.update(f"{name} {size}\n".encode())
         with (folder / name).open("rb") as file:

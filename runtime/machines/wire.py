@@ -6,7 +6,7 @@ import hashlib
 import json
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +14,13 @@ from typing import Any
 from plans.codec import dump_plan
 from plans.plan import ExecutionPlan
 from plans.runfile import RunFile
+from runtime.machines.named import input_paths, renamed, weight_folders
 
 Message = dict[str, Any]
 BEAT, GONE = "beat", "it went away"
 MOST_BYTES, MOST_STRANGER_BYTES = 2**30, 2**20
 _CHUNK = 2**16
-_OWN = ("output", "checkpoint", "resume_from")
+_OWN = ("output", "checkpoint", "resume_from", "workload")
 
 
 class Silent(OSError):
@@ -111,10 +112,17 @@ class Connection:
 
 def work_of(plan: ExecutionPlan, run: RunFile) -> dict[str, str]:
     """Digests of what all machines of a run must have alike, key by key; also what a stranger does not know. Folders
-    that are written to may be each machine's own."""
+    that are written to may be each machine's own, and so where weights, data and tokenizer lie: what they hold is
+    compared when they are spread."""
     values = {"the plan": dump_plan(plan)}
+    weights, inputs = (_numbers(paths) for paths in (weight_folders(run), input_paths(run)))
+    run = renamed(run, weights, inputs)
     values |= {key: json.dumps(value) for key, value in run.model_dump(mode="json").items() if key not in _OWN}
     return {key: hashlib.sha256(value.encode()).hexdigest() for key, value in values.items()}
+
+
+def _numbers(paths: Sequence[str]) -> dict[str, str]:
+    return {path: f"#{number}" for number, path in enumerate(paths)}
 
 
 def difference(ours: Mapping[str, str], theirs: object) -> str:

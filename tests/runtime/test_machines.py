@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from machines import Machine, machines
-from plan_cases import TINY, tiny_plan
+from plan_cases import FIXTURES, TINY, tiny_plan
 from run_cases import PATIENCE_S, arguments, outcome
 from warm import Started, start_warm
 
@@ -29,15 +29,18 @@ PLAN = tiny_plan(RANKS, "d3 t1 p1", batch_size=12)
 @contextlib.contextmanager
 def joined(found: Sequence[Machine], folder: Path, *, again: int = 0, **keys: Any) -> Iterator[list[Started]]:
     """Ranks that are started by hand, the first of them on the first machine and so on, those that are left on the last
-    one; each machine has a folder of its own. again: how often the launcher has started them before. Afterwards nothing
-    is in their folder for temporary files."""
+    one; each machine has a folder of its own, the first one alone the data in it. again: how often the launcher has
+    started them before. Afterwards nothing is in their folder for temporary files."""
     temporary, ranks = Path(tempfile.mkdtemp(prefix="rp")), list[Started]()
     try:
         for rank in range(RANKS):
             machine = found[min(rank, len(found) - 1)]
             own = folder / machine.name
             own.mkdir(exist_ok=True)
-            given = {"timeout_s": TIMEOUT_S, "checkpoint": {"every": 1}} | keys
+            data = own / "prompts.jsonl"
+            if rank == 0:
+                shutil.copy(FIXTURES / data.name, data)
+            given = {"timeout_s": TIMEOUT_S, "checkpoint": {"every": 1}, "data": {"source": str(data)}} | keys
             command = arguments(own, plan=PLAN, **given)
             environment = {
                 **os.environ, "RANK": str(rank), "WORLD_SIZE": str(RANKS), "MASTER_ADDR": found[0].address,
@@ -240,14 +243,20 @@ def test_what_is_left_goes_on_without_the_first_machine(tmp_path: Path) -> None:
     assert _output(left)[1] == [0, 1, 2]
 
 
-def test_a_run_with_the_weights_on_one_machine(tmp_path: Path) -> None:
+def test_a_run_with_weights_data_and_tokenizer_on_one_machine(tmp_path: Path) -> None:
     """The same metrics, and an exported folder with its tokenizer, whichever machine lacks them."""
     disk, lines = tmp_path / "disk", []
-    shutil.copytree(TINY, disk / "weights")
+    for name in ("weights", "tokenizer"):
+        shutil.copytree(TINY, disk / name)
+    (disk / "data").mkdir()
+    shutil.copy(FIXTURES / "prompts.jsonl", disk / "data")
     for lacks in range(2):
         folder = tmp_path / str(lacks)
         folder.mkdir()
-        keys = {"iterations": 2, "weights": str(disk / "weights")}
+        keys = {
+            "iterations": 2, "weights": str(disk / "weights"), "tokenizer": str(disk / "tokenizer"),
+            "data": {"source": str(disk / "data")},
+        }  # fmt: skip
         with machines(2) as found, agents(found, folder, hidden={lacks: disk}, **keys) as (made, _):
             said = _ends(made, 0, 0)
             outputs = [folder / machine.name / "out" for machine in found]

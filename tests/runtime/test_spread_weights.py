@@ -20,8 +20,9 @@ from plans.layout import Layout, model_units
 from runtime.machines.files import FileServer
 from runtime.machines.loading import holders, spread_weights
 from runtime.machines.machines import Machines
+from runtime.machines.named import weight_folders
 from runtime.machines.station import Station
-from runtime.machines.weights import WeightFolders, weight_folders
+from runtime.machines.weights import WeightFolders
 from runtime.machines.wire import Pace
 from runtime.processes.member import Address
 from runtime.processes.network import free_port
@@ -62,7 +63,7 @@ def test_a_machine_fetches_what_its_rank_reads(kind: str, degrees: str, tmp_path
         for rank in range(2):
             ours = WeightFolders(run, server, rank)
             come = ours.fetch(plan, [rank], {"0": here | {"sources": [server.source]}})["bytes"]
-            place = Path(ours.placed().weights_of("actor"))
+            place = Path(ours.placed[str(there)])
             assert place == tmp_path / "out" / f".weights-{rank}" / "0"
             poison_holes(place, ours)
             wanted = read(there, layout, rank)
@@ -119,7 +120,7 @@ def alone(tmp_path: Path) -> Iterator[Machines]:
 
 def test_weights_that_no_machine_has(alone: Machines, tmp_path: Path) -> None:
     plan, run = tiny_plan(2, "d2 t1 p1", nodes=2), tiny_run(tmp_path / "first", weights=str(tmp_path / "w"))
-    with pytest.raises(RealplanError, match=r"weights `.*w`: no machine has such a folder; there are node 0"):
+    with pytest.raises(RealplanError, match=r"weights `.*w`: no machine has it; there are node 0"):
         spread_weights(alone, run, plan, {0: [0]}, 60.0)
     tiny_model("llama").save_pretrained(tmp_path / "w")
     spread_weights(alone, run, plan, {0: [0]}, 60.0)
@@ -139,11 +140,11 @@ def test_other_weights_of_the_same_shape_are_refused(alone: Machines, tmp_path: 
             run = tiny_run(tmp_path / "out", weights=str(folder))
             found[node] = WeightFolders(run, server, node).describe()["folders"]
     assert found[0] == found[1] and found[0]["0"]["tensors"] == found[2]["0"]["tensors"]
-    assert holders(alone, {node: found[node] for node in (0, 1)} | {3: {}}, "0", "w") == [0, 1]
-    with pytest.raises(RealplanError, match=r"weights `w` of node 2 are not those of node 0"):
-        holders(alone, found, "0", "w")
+    assert holders(alone, {node: found[node] for node in (0, 1)} | {3: {}}, "0", "weights `w`") == [0, 1]
+    with pytest.raises(RealplanError, match=r"weights `w`: node 2 has other files than node 0"):
+        holders(alone, found, "0", "weights `w`")
 
 
 def test_folders_have_the_same_numbers_everywhere(tmp_path: Path) -> None:
     run = tiny_run(tmp_path, weights={"actor": "b", "critic": "a", "ref": "b", "reward": "random"})
-    assert weight_folders(run) == ["a", "b"] and weight_folders(tiny_run(tmp_path, weights="random")) == []
+    assert weight_folders(run) == ["b", "a"] and weight_folders(tiny_run(tmp_path, weights="random")) == []
