@@ -108,6 +108,11 @@ def _drawn(prompts: Lengths, responses: Lengths, group: int, samples: int, passe
     return tuple(tuple(islice(rows, samples)) for _ in range(passes))
 
 
+@lru_cache(maxsize=64)
+def _work(spec: ModelSpec, tokens: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sample_work(spec, t) for t in tokens)
+
+
 @lru_cache(maxsize=4096)
 def _dealt(
     spec: ModelSpec, drawn: Passes, samples: int, strategy: ParallelStrategy, multiple: int
@@ -117,7 +122,7 @@ def _dealt(
     busiest = work_sum = fullest = counts = 0.0
     for tokens in drawn:
         ranks, scale = min(strategy.dp, len(tokens)), samples / len(tokens)
-        work = [sample_work(spec, t) for t in tokens]
+        work = _work(spec, tokens)
         shares = evenly(work, ranks)
         sums = [sum(work[i] for i in share) for share in shares]
         busiest, work_sum = busiest + max(sums), work_sum + sum(sums) / ranks

@@ -7,7 +7,7 @@ found = best_plan(request.workload, request.cluster)
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,8 +16,9 @@ import numpy as np
 from cost_models.engines.engine import MEGATRON, Engine
 from cost_models.estimate import PlanCost, cost_plan
 from planner.search import portfolio, schedule
+from planner.search.narrowing import Part
 from planner.search.portfolio import Method, Progress
-from planner.search.problem import Decision, IntArray
+from planner.search.problem import Decision, SearchProblem
 from planner.search.tidy import tidy
 from planner.space.limits import Limits
 from planner.space.pricing import Space, build_space
@@ -26,8 +27,6 @@ from plans.codec import save_plan
 from plans.errors import Infeasible
 from plans.plan import ExecutionPlan
 from plans.workload import Workload
-
-Part = tuple[IntArray, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +93,7 @@ def best_plan(
     start: ExecutionPlan | None = None,
 ) -> Found | Infeasible:
     """The best plan that is found within the limits, never slower than `start` where that is in the space."""
-    space = build_space(workload, cluster, engine, limits or Limits())
+    space = build_space(workload, cluster, engine, limits or Limits(), whole=False)
     if isinstance(space, Infeasible):
         return space
     return best_in(space, effort, progress, start=space.decision_of(start) if start else None)
@@ -108,14 +107,12 @@ def best_in(
     start: Decision | None = None,
     among: Part | None = None,
 ) -> Found | Infeasible:
-    """The best plan of a priced space, `among` some options of every call (None: all).
-
-    Where `start` has an option that is not among them, the fastest that is takes its place.
+    """The best plan of a priced space, `among` some options of every call (None: all), never slower than `start` or
+    the plan that the space knows. Where one has an option that is not among them, the fastest that is takes its place.
     """
     effort, began = effort or Effort(), time.perf_counter()
     part = everything(space) if among is None else among
     problem = space.problem if among is None else space.problem.restrict(part)
-    first = replace(start, choice=_nearest(space, part, start)) if start else None
     found = portfolio.search(
         problem,
         effort.method,
@@ -123,7 +120,7 @@ def best_in(
         seed=effort.seed,
         workers=effort.workers,
         evaluations=effort.evaluations,
-        start=first if first and schedule.is_legal(problem, first) else None,
+        start=_first(problem, [replace(d, choice=_nearest(space, part, d)) for d in (start, space.known) if d]),
         progress=progress,
     )
     if isinstance(found, Infeasible):
@@ -140,6 +137,16 @@ def best_in(
         seconds=time.perf_counter() - began,
         dropped=found.dropped,
     )
+
+
+def _first(problem: SearchProblem, starts: Sequence[Decision]) -> Decision | None:
+    """The best of some decisions, if one is legal."""
+
+    def badness(start: Decision) -> tuple[float, float]:
+        cost = schedule.cost(problem, start)
+        return cost.overflow_bytes, cost.objective_s
+
+    return min((start for start in starts if schedule.is_legal(problem, start)), key=badness, default=None)
 
 
 def everything(space: Space) -> Part:

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from cost_models.estimate import PlanCost
-from planner.best import Effort, Found, Part, best_in, everything
+from planner.best import Effort, Found, best_in, everything
+from planner.search.narrowing import Part
 from planner.space.pricing import Space
 from plans.cluster import ClusterSpec
 from plans.graph import CallKind

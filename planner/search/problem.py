@@ -115,6 +115,11 @@ class Moves:
         rows, columns = np.shape(seconds)
         return cls(seconds, np.arange(rows), np.arange(columns))
 
+    @classmethod
+    def free(cls, sources: int, targets: int) -> Moves:
+        """No time between any of so many options."""
+        return cls(np.zeros((1, 1)), np.zeros(sources, np.int64), np.zeros(targets, np.int64))
+
     @property
     def shape(self) -> tuple[int, int]:
         """Options of the trainer, options of the consumer."""

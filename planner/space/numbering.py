@@ -31,22 +31,49 @@ def problem_of(
 
     Both are by call, in graph order; same_mesh: groups of calls that must share a mesh. capacity_bytes: of one GPU.
     """
+    free = free_problem(workload, machine.cluster, capacity_bytes, layouts, options, same_mesh)
+    return moving(free, workload, machine, layouts)
+
+
+def free_problem(
+    workload: Workload,
+    cluster: ClusterSpec,
+    capacity_bytes: float,
+    layouts: Mapping[str, Sequence[Placement]],
+    options: Mapping[str, Options],
+    same_mesh: Sequence[Sequence[str]] = (),
+) -> SearchProblem:
+    """What `problem_of` gives, but reallocations take no time."""
     names, slices = tuple(layouts), dict[object, int]()
     numbered = []
     for name in names:
-        spec = workload.models[workload.graph.call(name).model]
+        spec = workload.spec(name)
         ids = [slices.setdefault(held_slices(spec, strategy), len(slices)) for _, strategy in layouts[name]]
         numbered.append(replace(options[name], layout=np.array(ids)))
     return SearchProblem(
-        gpus=machine.cluster.size,
+        gpus=cluster.size,
         capacity_bytes=capacity_bytes,
         names=names,
         options=tuple(numbered),
         edges=_dependencies(names, workload.graph.model_edges),
         turns=_dependencies(names, workload.graph.version_ends),
-        moves=_moves(workload, machine, layouts),
+        moves={(u, v): Moves.free(len(numbered[u]), len(numbered[v])) for u, v in _readers(workload, names)},
         same_mesh=tuple(tuple(names.index(call) for call in group) for group in _joined(same_mesh)),
     )
+
+
+def moving(
+    problem: SearchProblem, workload: Workload, machine: Machine, layouts: Mapping[str, Sequence[Placement]]
+) -> SearchProblem:
+    """A problem with the reallocation times of its layouts, from every option of a trainer to every option of its
+    model's other calls."""
+    moves = {}
+    for u, v in problem.moves:
+        trainer, name = problem.names[u], problem.names[v]
+        source, row = _distinct(workload.spec(trainer), layouts[trainer], machine.cluster)
+        target, column = _distinct(workload.spec(name), layouts[name], machine.cluster)
+        moves[u, v] = Moves(reallocation_matrix(machine, source, target), row, column)
+    return replace(problem, moves=moves)
 
 
 def options_of(entries: Sequence[Placement], cluster: ClusterSpec, price: NDArray[np.float64]) -> Options:
@@ -78,22 +105,14 @@ def _dependencies(names: tuple[str, ...], edges: Sequence[Edge]) -> tuple[Depend
     return tuple(Dependency(at[e.source], at[e.target], e.distance) for e in edges)
 
 
-def _moves(
-    workload: Workload,
-    machine: Machine,
-    layouts: Mapping[str, Sequence[Placement]],
-) -> dict[tuple[int, int], Moves]:
-    """Reallocation seconds from every option of a trainer to every option of its model's other calls."""
-    moves, names = {}, tuple(layouts)
-    for role, trainer in workload.graph.trainers.items():
-        for v, name in enumerate(names):
-            if name == trainer or workload.graph.call(name).model != role:
-                continue
-            source, row = _distinct(workload.models[role], layouts[trainer], machine.cluster)
-            target, column = _distinct(workload.models[role], layouts[name], machine.cluster)
-            seconds = reallocation_matrix(machine, source, target)
-            moves[names.index(trainer), v] = Moves(seconds, row, column)
-    return moves
+def _readers(workload: Workload, names: tuple[str, ...]) -> list[tuple[int, int]]:
+    """Every trainer with each of its model's other calls."""
+    return [
+        (names.index(trainer), v)
+        for role, trainer in workload.graph.trainers.items()
+        for v, name in enumerate(names)
+        if name != trainer and workload.graph.call(name).model == role
+    ]
 
 
 def _distinct(

@@ -13,13 +13,15 @@ from cost_models.engines.engine import Engine
 from cost_models.engines.machine import Machine
 from cost_models.memory.memory import call_memory
 from cost_models.time.calls import call_time
+from planner.search.narrowing import Part, narrowed
 from planner.search.problem import Decision, Options, SearchProblem
 from planner.space.layouts import Layouts, Placement, Pruned, Shape, strategies
 from planner.space.limits import Limits
-from planner.space.numbering import options_of, problem_of
+from planner.space.numbering import free_problem, moving, options_of
 from planner.space.pins import allowed, positions_for, shapes_for, why_none, with_pinned
 from plans.cluster import GIB, ClusterSpec
 from plans.errors import Infeasible
+from plans.graph import Call
 from plans.layout import held_slices
 from plans.model import ModelSpec
 from plans.plan import ExecutionPlan, PlannedCall
@@ -29,7 +31,8 @@ from plans.workload import Workload
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """A priced search space. options: call -> (mesh, strategy) by option index of `problem`."""
+    """A priced search space. options: call -> (mesh, strategy) by option index of `problem`. known: a plan that is as
+    good as every plan with an option that was left out for being slower; None where none was."""
 
     workload: Workload
     cluster: ClusterSpec
@@ -37,6 +40,7 @@ class Space:
     options: Mapping[str, tuple[Placement, ...]]
     problem: SearchProblem
     pruned: Mapping[str, int]
+    known: Decision | None = None
 
     def plan(self, decision: Decision) -> ExecutionPlan:
         """The plan of a decision, calls in the decision's order."""
@@ -87,39 +91,75 @@ class Priced:
         )
 
 
-def build_space(workload: Workload, cluster: ClusterSpec, engine: Engine, limits: Limits) -> Space | Infeasible:
-    """Enumerate, price, prune and place every call's layouts."""
+def build_space(
+    workload: Workload, cluster: ClusterSpec, engine: Engine, limits: Limits, *, whole: bool = True
+) -> Space | Infeasible:
+    """Enumerate, price, prune and place every call's layouts.
+
+    whole: else a large space has only the options that a best plan can have, and is priced sooner.
+    """
     machine = engine.on(cluster, workload.dtype)
     pruned = Pruned()
     capacity = usable_bytes(machine, limits)
     options: dict[str, tuple[Placement, ...]] = {}
     columns: dict[str, Options] = {}
     for call in workload.graph.model_calls:
-        found = layouts_of(workload, call.name, engine, pruned, shapes_for(call.name, cluster, limits))
-        if not found:
-            return Infeasible(f"no legal layout of `{call.name}` on {cluster.size} GPUs", "another number of GPUs")
-        found = with_pinned(call.name, found, workload, cluster, limits)
-        kept_rules = allowed(call.name, found, cluster, limits, pruned)
-        if not kept_rules:
-            return why_none(call.name, found, workload, cluster, limits)
-        priced = price_layouts(workload, call.name, cluster, engine, kept_rules)
-        fits = np.flatnonzero(priced.resident + priced.transient <= capacity)
-        pruned.note("does not fit in memory even alone", len(priced.time_s) - len(fits))
-        if not len(fits):
-            return _too_large(call.name, priced, capacity, cluster, limits)
-        priced = priced.take(fits)
-        kept = _undominated(priced, workload.models[call.model], frozen=call.model not in workload.graph.trainers)
-        pruned.note("another layout of the same shape is faster and smaller", len(priced.time_s) - len(kept))
-        options[call.name], columns[call.name] = _place(call.name, priced.take(kept), cluster, limits, pruned)
-    problem = problem_of(workload, machine, capacity, options, columns, limits.same_mesh)
+        found = _call_options(workload, call, cluster, engine, limits, capacity, pruned)
+        if isinstance(found, Infeasible):
+            return found
+        options[call.name], columns[call.name] = found
+    free = free_problem(workload, cluster, capacity, options, columns, limits.same_mesh)
+
+    def with_moves(part: Part) -> SearchProblem:
+        return moving(free.restrict(part), workload, machine, _some(options, part))
+
+    every = tuple(np.arange(len(entries)) for entries in options.values())
+    left = None if whole else narrowed(free, with_moves)
+    part = left.keep if left else every
+    pruned.note("every plan with it takes longer than a known one", sum(map(len, every)) - sum(map(len, part)))
     return Space(
         workload=workload,
         cluster=cluster,
         engine=engine,
-        options=options,
-        problem=problem,
+        options=_some(options, part),
+        problem=with_moves(part),
         pruned=dict(pruned.counts),
+        known=left.known if left else None,
     )
+
+
+def _some(options: Mapping[str, tuple[Placement, ...]], part: Part) -> dict[str, tuple[Placement, ...]]:
+    """The layouts of every call at some indices."""
+    both = zip(options.items(), part, strict=True)
+    return {name: tuple(entries[i] for i in kept.tolist()) for (name, entries), kept in both}
+
+
+def _call_options(
+    workload: Workload,
+    call: Call,
+    cluster: ClusterSpec,
+    engine: Engine,
+    limits: Limits,
+    capacity: float,
+    pruned: Pruned,
+) -> tuple[tuple[Placement, ...], Options] | Infeasible:
+    """Layouts of one call that fit and that no other of their shape beats, placed, with their figures."""
+    found = layouts_of(workload, call.name, engine, pruned, shapes_for(call.name, cluster, limits))
+    if not found:
+        return Infeasible(f"no legal layout of `{call.name}` on {cluster.size} GPUs", "another number of GPUs")
+    found = with_pinned(call.name, found, workload, cluster, limits)
+    kept_rules = allowed(call.name, found, cluster, limits, pruned)
+    if not kept_rules:
+        return why_none(call.name, found, workload, cluster, limits)
+    priced = price_layouts(workload, call.name, cluster, engine, kept_rules)
+    fits = np.flatnonzero(priced.resident + priced.transient <= capacity)
+    pruned.note("does not fit in memory even alone", len(priced.time_s) - len(fits))
+    if not len(fits):
+        return _too_large(call.name, priced, capacity, cluster, limits)
+    priced = priced.take(fits)
+    kept = _undominated(priced, workload.models[call.model], frozen=call.model not in workload.graph.trainers)
+    pruned.note("another layout of the same shape is faster and smaller", len(priced.time_s) - len(kept))
+    return _place(call.name, priced.take(kept), cluster, limits, pruned)
 
 
 def usable_bytes(machine: Machine, limits: Limits) -> float:
@@ -151,7 +191,8 @@ def layouts_of(workload: Workload, call: str, engine: Engine, pruned: Pruned, on
 def price_layouts(workload: Workload, call: str, cluster: ClusterSpec, engine: Engine, found: Layouts) -> Priced:
     """Time and memory of layouts of a call. A function that the call hosts adds its time."""
     runs = engine.running(workload.graph.call(call).kind)
-    candidates = Candidates.of([(shape.at(0), strategy) for shape, strategy in found])
+    mesh = {shape: shape.at(0) for shape in {shape for shape, _ in found}}
+    candidates = Candidates.of([(mesh[shape], strategy) for shape, strategy in found])
     if not found:
         empty = np.zeros(0)
         return Priced(shapes=(), strategies=(), time_s=empty, resident=empty, transient=empty, copy=empty)

@@ -47,7 +47,7 @@ def search_command(
     check_effort(effort.seconds, effort.seed)
     check_target(output)
     began = time.perf_counter()
-    space = build_space(request.workload, request.cluster, engine, limits)
+    space = build_space(request.workload, request.cluster, engine, limits, whole=False)
     if isinstance(space, Infeasible):
         return _infeasible(with_nearest(space, request.workload, request.cluster, engine, limits), as_json)
     if verbose:
