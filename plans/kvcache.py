@@ -13,6 +13,8 @@ PREFILL_TOKENS = 8192
 """Most prompt tokens that are computed in one pass, unless a single prompt has more."""
 BURST_STEPS = 8
 """Decoding steps between two looks at which sequences have ended."""
+BURST_ALONE = 2
+"""The same on a CPU whose stage is the whole model: a look there waits for nothing."""
 
 
 def slots_per_replica(samples: int, slots: int = 0, waves: int = 1) -> int:

@@ -193,3 +193,13 @@ def prefill_attention(stage: LeanStage, pool: Pool, places: Tensor, lengths: Seq
         return packed_attention(query, qkv[:, :, share], qkv[:, :, share + 1], runs, runs, sight).flatten(1)
 
     return attend
+
+
+def joined_attention(count: int, first: Attend, rest: Attend) -> Attend:
+    """The first `count` tokens by `first`, which may look at keys and values that `rest` stores for the others."""
+
+    def attend(layer: int, qkv: Tensor) -> Tensor:
+        behind = rest(layer, qkv[count:])
+        return torch.cat([first(layer, qkv[:count]), behind])
+
+    return attend

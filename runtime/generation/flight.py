@@ -12,13 +12,15 @@ from torch import Tensor
 from runtime.generation.attention import (
     Pool,
     gathered_attention,
+    joined_attention,
     paged_attention,
+    prefill_attention,
     row_attention,
     row_places,
     table_places,
 )
 from runtime.generation.blocks import Blocks, PagedBlocks, Prompt, flat_places
-from runtime.generation.lean import Attend, LayerNote, LeanStage
+from runtime.generation.lean import Attend, LeanStage
 from runtime.generation.sampling import Chooser, mark_seen, step_seeds
 
 
@@ -43,6 +45,31 @@ class Live:
     def position(self) -> int:
         """Position of the newest token, whose keys the next step computes."""
         return len(self.prompt) - 1 + len(self.tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """Prompts end to end, without their last tokens, which are the first to decode: what a pass computes keys and
+    values of. lengths: tokens of each. tokens, positions, and places in the flattened pool: int64 [n]."""
+
+    lengths: tuple[int, ...]
+    tokens: Tensor
+    positions: Tensor
+    places: Tensor
+
+    @classmethod
+    def of(cls, newcomers: Sequence[tuple[int, Live]], blocks: Blocks, device: torch.device) -> Prompts:
+        """Those of samples, each with its slot."""
+        prompts = [(blocks.tables[slot], live.prompt[:-1]) for slot, live in newcomers]
+        tokens = [token for _, prompt in prompts for token in prompt]
+        positions = [position for _, prompt in prompts for position in range(len(prompt))]
+        places = [at for table, prompt in prompts for at in flat_places(table, len(prompt), blocks.block_tokens)]
+        rows = torch.tensor([tokens, positions, places], device=device)
+        return cls(tuple(len(prompt) for _, prompt in prompts), *rows)
+
+    def attention(self, stage: LeanStage, pool: Pool) -> Attend:
+        """Attention inside the prompts, whose keys and values are stored in `pool`."""
+        return prefill_attention(stage, pool, self.places, self.lengths)
 
 
 class Flight:
@@ -125,12 +152,23 @@ class Flight:
         """Set the random numbers of a step of the burst."""
         self._seeds[:, : self.count].copy_(self._burst_seeds[step])
 
-    def step(self) -> None:
-        """One token of every slot through the stage: reads static buffers, fills `outbox` or `values`."""
+    def step(self, prompts: Prompts | None = None) -> None:
+        """One token of every slot through the stage: reads static buffers, fills `outbox` or `values`.
+
+        prompts: those of samples that are new in their slots, computed in the same products, which a few rows of
+        decoding would not fill. Their samples take their first step at once: in every layer keys are stored before
+        they are looked at. Only where one stage is all there is.
+        """
         n, stage = self.count, self._stage
         last = torch.minimum(self.positions[:n], self._bounds[:n])
         hidden = stage.embed(self.tokens[:n]) if stage.model.first_stage else self.inbox[:n]
-        hidden = stage.layers(hidden, self.rotation.index_select(0, last), self._attend(last), self._note(last))
+        attend, at, noted = self._attend(last), last, self._noted(last)
+        if prompts is not None:
+            hidden, at = torch.cat([hidden, stage.embed(prompts.tokens)]), torch.cat([last, prompts.positions])
+            attend = joined_attention(n, attend, prompts.attention(stage, self.pool))
+            noted = None if noted is None else torch.cat([noted, prompts.places])
+        note = None if noted is None else partial(self.pool.note, noted)
+        hidden = stage.layers(hidden, self.rotation.index_select(0, at), attend, note, keep=n)[:n]
         if self._chooser is None:
             self.outbox[:n].copy_(hidden)
             return
@@ -147,16 +185,16 @@ class Flight:
         kernel = paged_attention if self.tokens.is_cuda and plain else gathered_attention
         return kernel(self._stage, self.pool, self._tables[: self.count], last)
 
-    def _note(self, last: Tensor) -> LayerNote | None:
-        """Where the step keeps the experts of its tokens. A sample that has its tokens before the burst ends goes on to
-        compute at the last position, whose experts are those of the token that came first."""
+    def _noted(self, last: Tensor) -> Tensor | None:
+        """Places where the step keeps the experts of its tokens. A sample that has its tokens before the burst ends
+        goes on to compute at the last position, whose experts are those of the token that came first."""
         if self.pool.routes is None:
             return None
         if isinstance(self.blocks, PagedBlocks):
             places = table_places(self._tables[: self.count], last, self.pool.block_tokens)
         else:
             places = row_places(self.pool, last)
-        return partial(self.pool.note, places.masked_fill(self.positions[: self.count] > last, self.pool.nowhere))
+        return places.masked_fill(self.positions[: self.count] > last, self.pool.nowhere)
 
     def routes_of(self, slot: int) -> Tensor | None:
         """The routes of the sample in a slot, where they are kept: [tokens - 1, layers of the stage, k]."""

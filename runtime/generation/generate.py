@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from plans.errors import RealplanError
-from plans.kvcache import BLOCK_TOKENS, BURST_STEPS, PREFILL_TOKENS, cache_blocks
+from plans.kvcache import BLOCK_TOKENS, BURST_ALONE, BURST_STEPS, PREFILL_TOKENS, cache_blocks
 from runtime.generation.attention import Pool, paged_kernel
-from runtime.generation.blocks import Admission, BlockCopy, Blocks, PagedBlocks, RowBlocks, flat_places
+from runtime.generation.blocks import Admission, BlockCopy, Blocks, PagedBlocks, RowBlocks
 from runtime.generation.capture import CapturedSteps, cuda_recorder
-from runtime.generation.flight import Flight, Live
+from runtime.generation.flight import Flight, Live, Prompts
 from runtime.generation.joined import Joined
 from runtime.generation.lean import LeanStage
 from runtime.generation.pipeline import Pipeline
@@ -52,19 +52,19 @@ class Generated:
 class FlightLimits:
     """Sizes of a generation. slots: samples in flight on the replica, 0 for all; groups: parts of the slots that go
     through a pipeline in turn; burst: steps between two looks at what has ended; prefill: most prompt tokens of one
-    pass; block: tokens of a KV block, 0 for what suits the device; capture: record steps as CUDA graphs where there is
-    CUDA; allow_long: samples may outgrow the model's context."""
+    pass; block: tokens of a KV block (burst and block: 0 for what suits the device); capture: record steps as CUDA
+    graphs where there is CUDA; allow_long: samples may outgrow the model's context."""
 
     slots: int = 0
     groups: int = 1
-    burst: int = BURST_STEPS
+    burst: int = 0
     prefill: int = PREFILL_TOKENS
     block: int = 0
     capture: bool = True
     allow_long: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("slots", 0), ("groups", 1), ("burst", 1), ("prefill", 1), ("block", 0)):
+        for name, least in (("slots", 0), ("groups", 1), ("burst", 0), ("prefill", 1), ("block", 0)):
             if getattr(self, name) < least:
                 raise RealplanError(f"generation: {name} is {getattr(self, name)}; it must be {least} or more")
 
@@ -158,6 +158,10 @@ class _Run:
             count = blocks.spare + 1 if isinstance(blocks, PagedBlocks) else len(blocks.tables)
             pool = Pool(stage, count, blocks.block_tokens, routes=keep_routes)
             self._flights.append(Flight(stage, blocks, pool, rotation, chooser))
+        # On a CPU a look at what has ended costs next to nothing, and prompts can join the steps of others. In a
+        # pipeline a burst begins and ends with idle stages, and joined replicas have to agree before each.
+        self._alone = self._device.type == "cpu" and model.layout.pp == 1 and joined.count == 1
+        self._burst = limits.burst or (BURST_ALONE if self._alone else BURST_STEPS)
         captures = limits.capture and self._device.type == "cuda"
         self._pipeline = Pipeline(stage, CapturedSteps(cuda_recorder() if captures else None))
 
@@ -178,20 +182,25 @@ class _Run:
         while True:
             admitted = [self._admit(flight) for flight in self._flights]
             left, counts, widths = self._agree([packs for packs, _ in admitted])
+            waiting: list[Prompts | None] = []
             for flight, (packs, late), most in zip(self._flights, admitted, widths, strict=True):
+                # Prompts that others of the same round copy have to be there before these decode.
+                last = packs.pop() if self._alone and packs and not late else None
                 self._prefill(flight, packs, most)
                 flight.pool.copy(late)
                 self._close_up(flight)
+                waiting.append(None if last is None else Prompts.of(last, flight.blocks, self._device))
             if not left:
                 assert not self._queue, "the KV cache holds no sample"
                 return computed
-            busy, steps = [], min(self._limits.burst, left)
-            for flight, count in zip(self._flights, counts, strict=True):
+            busy, joining, steps = [], [], min(self._burst, left)
+            for flight, count, prompts in zip(self._flights, counts, waiting, strict=True):
                 if count:
                     flight.begin(self._keys, steps, min(len(flight.lives), self._bucket(count)))
                     computed += steps * flight.count
                     busy.append(flight)
-            self._pipeline.burst(busy, steps)
+                    joining.append(prompts)
+            self._pipeline.burst(busy, steps, joining)
             for flight in busy:
                 _retire(flight, stops, ended)
 
@@ -243,9 +252,7 @@ class _Run:
             if pack is None:
                 self._stage.lend(width)
                 continue
-            tables = [(flight.blocks.tables[slot], len(live.prompt) - 1) for slot, live in pack]
-            places = [at for table, count in tables for at in flat_places(table, count, flight.blocks.block_tokens)]
-            self._pipeline.prefill(flight, [live.prompt for _, live in pack], places, width)
+            self._pipeline.prefill(flight, Prompts.of(pack, flight.blocks, self._device), width)
 
     @staticmethod
     def _close_up(flight: Flight) -> None:

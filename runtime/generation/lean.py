@@ -165,11 +165,18 @@ class LeanStage:
         return torch.as_tensor(table[:, :, None].to(self.model.config.params_dtype))
 
     def layers(
-        self, hidden: Tensor, rotation: Tensor, attend: Attend, note: LayerNote | None = None, rows: int = 0
+        self,
+        hidden: Tensor,
+        rotation: Tensor,
+        attend: Attend,
+        note: LayerNote | None = None,
+        rows: int = 0,
+        keep: int | None = None,
     ) -> Tensor:
         """Hidden states [n, hidden] behind the blocks; `rotation` [n, 2 or 4, 1, 1, rotated]: the tokens' positions.
         `note` gets the experts that the tokens visit. `rows`: the most tokens that a replica has, where replicas share
-        experts and have different numbers of them."""
+        experts and have different numbers of them. `keep`: of how many tokens, the first ones, more is wanted of the
+        last block than keys and values (None: of all); experts see all tokens all the same."""
         shape = (len(hidden), self.kv_heads, self.share + 2, self.dim)
         for index, block in enumerate(self.blocks):
             normed = hidden if block.input_norm is None else block.input_norm(hidden)
@@ -184,6 +191,10 @@ class LeanStage:
             swapped = turned.roll(self.rotated // 2, -1)
             turned.mul_(cos).addcmul_(swapped, sin)
             attended, adapter = attend(index, qkv), block.out_adapter
+            if keep is not None and index == len(self.blocks) - 1 and not self.model.spec.experts:
+                if not keep:
+                    return hidden[:0]
+                hidden, attended = hidden[:keep], attended[:keep]
             hidden = self._join(hidden, attended, block.out, block.out_bias, adapter, block.attention_norm)
             normed = hidden if block.mlp_norm is None else block.mlp_norm(hidden)
             hidden = block.mlp(hidden, normed, None if note is None else partial(note, index), rows)

@@ -14,9 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from runtime.generation.attention import prefill_attention
 from runtime.generation.capture import CapturedSteps
-from runtime.generation.flight import Flight
+from runtime.generation.flight import Flight, Prompts
 from runtime.generation.lean import LeanStage
 
 
@@ -29,9 +28,9 @@ class Pipeline:
         self._ranks: list[int] = dist.get_process_group_ranks(self._group)
         self._sent: dict[int, tuple[Any, Tensor]] = {}
 
-    def burst(self, flights: Sequence[Flight], steps: int) -> None:
+    def burst(self, flights: Sequence[Flight], steps: int, prompts: Sequence[Prompts | None] | None = None) -> None:
         """`steps` tokens for every slot of flights that have begun a burst. Nothing here waits for the device, but
-        collectives on the CPU."""
+        collectives on the CPU. prompts: for each flight those to compute in its first step (`Flight.step`)."""
         # By the flight itself: one that has run dry is not among them, and the next one would get its number.
         runs = [self._captured.of((id(flight), *flight.shape), flight.step) for flight in flights]
         coming: list[Any] = [None] * len(flights)
@@ -39,7 +38,8 @@ class Pipeline:
             for index, (flight, run) in enumerate(zip(flights, runs, strict=True)):
                 if step:
                     self._land(flight, coming[index], step - 1)
-                coming[index] = self._visit(index, flight, step, run)
+                new = prompts[index] if prompts and not step else None
+                coming[index] = self._visit(index, flight, step, run if new is None else partial(flight.step, new))
         for flight, work in zip(flights, coming, strict=True):
             self._land(flight, work, steps - 1)
         self.settle()
@@ -64,23 +64,20 @@ class Pipeline:
             work.wait()
         flight.land(step)
 
-    def prefill(self, flight: Flight, prompts: Sequence[Sequence[int]], places: Sequence[int], rows: int) -> None:
-        """Compute keys and values of prompts, their last tokens left out, in one pass; they go to flat `places`.
-        `rows`: the most tokens of such a pass, this one or those of other replicas at the same time."""
+    def prefill(self, flight: Flight, prompts: Prompts, rows: int) -> None:
+        """Compute keys and values of prompts in one pass. `rows`: the most tokens of such a pass, this one or those of
+        other replicas at the same time."""
         model, stage = self._stage.model, self._stage
-        lengths = [len(prompt) - 1 for prompt in prompts]
-        tokens = torch.tensor([token for prompt in prompts for token in prompt[:-1]], device=model.device)
-        positions = torch.cat([torch.arange(length) for length in lengths]).to(model.device)
         if model.first_stage:
-            hidden = stage.embed(tokens)
+            hidden = stage.embed(prompts.tokens)
         else:
-            shape = (len(tokens), model.spec.hidden)
+            shape = (len(prompts.tokens), model.spec.hidden)
             hidden = torch.empty(shape, dtype=model.config.params_dtype, device=model.device)
             dist.recv(hidden, src=self._ranks[model.place.pp - 1], group=self._group)
-        at = torch.tensor(places, device=model.device)
-        attend = prefill_attention(stage, flight.pool, at, lengths)
-        note = None if flight.pool.routes is None else partial(flight.pool.note, at)
-        hidden = stage.layers(hidden, flight.rotation.index_select(0, positions), attend, note, rows)
+        note = None if flight.pool.routes is None else partial(flight.pool.note, prompts.places)
+        rotation = flight.rotation.index_select(0, prompts.positions)
+        keep = 0 if model.last_stage else None
+        hidden = stage.layers(hidden, rotation, prompts.attention(stage, flight.pool), note, rows, keep)
         if not model.last_stage:
             self._wait(-1)
             self._send(-1, hidden)

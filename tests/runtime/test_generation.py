@@ -276,6 +276,31 @@ def test_a_prompt_is_computed_once_for_its_samples() -> None:
     assert _on_model(1, {}, work)[0] == [31, 8, 31, 8]
 
 
+def test_prompts_of_newcomers_join_the_steps_of_others() -> None:
+    """Of two slots one is free after two steps. The last block gives a row for each slot alone."""
+    prompts, rows = [[2, 3, 4, 5, 6], [7, 8, 9], [10, 11, 12, 13]], list[tuple[int, int]]()
+
+    def work(model: Model) -> Any:
+        from runtime.generation.lean import LeanStage
+
+        layers = LeanStage.layers
+
+        def watched(self: Any, hidden: Any, *args: Any, **words: Any) -> Any:
+            found = layers(self, hidden, *args, **words)
+            rows.append((len(hidden), len(found)))
+            return found
+
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(LeanStage, "layers", watched)
+            generate(
+                model, prompts, range(3), response_tokens=[2, 4, 2], sampling=GREEDY, seed=0, iteration=0,
+                limits=FlightLimits(slots=2),
+            )  # fmt: skip
+        return rows
+
+    assert _on_model(1, {}, work)[0] == [(2 + 4 + 2, 2), (2, 2), (2 + 3, 2), (2, 2)]
+
+
 def test_responses_of_given_lengths_and_by_their_text() -> None:
     """A response ends where a function says, at the first such token, whatever the burst."""
     wanted = [1 + i % RESPONSE for i in range(SAMPLES)]

@@ -196,11 +196,12 @@ def _model(folder: Path, **degrees: int) -> Any:
 
 
 def _operations(model: Any) -> tuple[list[str], int]:
-    """Operations of a burst of one step, and how many of them choose the tokens."""
+    """Operations of a burst of one step, which no prompt joins, and how many of them choose the tokens."""
     burst, call = Pipeline.burst, Chooser.__call__
     seen, choice = Dispatches(), Dispatches()
 
-    def watched(self: Pipeline, flights: Any, steps: int) -> None:
+    def watched(self: Pipeline, flights: Any, steps: int, prompts: Any) -> None:
+        assert not any(prompts)
         with seen:
             burst(self, flights, steps)
 
@@ -212,7 +213,7 @@ def _operations(model: Any) -> tuple[list[str], int]:
         patch.setattr(Pipeline, "burst", watched)
         patch.setattr(Chooser, "__call__", chosen)
         sampling = Sampling(temperature=0.9)
-        generate(model, [[1, 2], [3]], range(2), response_tokens=1, sampling=sampling, seed=0, iteration=0)
+        generate(model, [[1], [3]], range(2), response_tokens=1, sampling=sampling, seed=0, iteration=0)
     return seen.names, len(choice.names)
 
 
