@@ -22,6 +22,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--first-plan", type=int, default=0, help="the number of the first of them")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers share one process that starts commands; it imports while they collect."""
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        from warm import share_warm
+
+        share_warm()
+
+
 # Files that take minutes. A worker takes a file at a time: with these first, none is left alone with one at the end.
 LONG = tuple(
     f"test_{name}.py"

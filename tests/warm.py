@@ -2,7 +2,8 @@
 
 A fresh interpreter spends fourteen CPU seconds on imports until a run's ranks stand: in its launcher, and in its fork
 server. Here one process imports once and forks each command, whose fork server is a fork too. The processes are
-otherwise those of a command that is started afresh: the same parents, signals, files and ends.
+otherwise those of a command that is started afresh: the same parents, signals, files and ends. All workers of a test
+run share that process.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,6 +32,22 @@ IMPORTS = ("runtime.worker", "torch._dynamo", "runtime.launching.launch", "runti
 Outcome = subprocess.CompletedProcess[str]
 
 
+def stand_for(code: str) -> NoReturn:
+    """Be `python -c CODE ...` with the words, files, folder and environment of this process, which a launcher has
+    started: a warm command does it, and this process ends as that one does."""
+    status, theirs = os.pipe()
+    request = {"code": code, "words": sys.argv[1:], "environment": dict(os.environ), "cwd": os.getcwd()}
+    _ask(request, [1, 2, theirs])
+    os.close(theirs)
+    with open(status) as lines:
+        pid = int(lines.readline())
+        signal.signal(signal.SIGTERM, lambda number, _: os.kill(pid, number))
+        number = int(lines.readline())
+    if number < 0:
+        os.kill(os.getpid(), -number)
+    sys.exit(number)
+
+
 class Started:
     """A command under way, with what `subprocess.Popen` offers of it. It leads a session of its own."""
 
@@ -38,7 +56,7 @@ class Started:
         self._status, status = os.pipe()
         request = {"code": command[2], "words": command[3:], "environment": dict(environment), "cwd": str(cwd)}
         try:
-            _server().ask(request, [*(file.fileno() for file in self._words), status])
+            _ask(request, [*(file.fileno() for file in self._words), status])
         finally:
             os.close(status)
         self.pid = int(self._line())
@@ -111,42 +129,62 @@ class _Server:
     """The process that imports and forks; it ends with this one."""
 
     def __init__(self) -> None:
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # What glibc and torch read when a process starts is that of a rank.
         from runtime.launching.entry import rank_defaults
 
+        place = str(Path(tempfile.mkdtemp(prefix="warm-")) / "socket")
         environment = rank_defaults(cpu=True) | os.environ | {"OMP_NUM_THREADS": "1"}
-        paths = os.pathsep.join((str(ROOT), str(Path(__file__).parent)))
-        code = f"import sys; sys.path[:0] = {paths.split(os.pathsep)!r}; import warm; warm.serve({theirs.fileno()})"
-        with theirs:
+        paths = [str(ROOT), str(Path(__file__).parent)]
+        alive, self._alive = os.pipe()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as requests:
+            requests.bind(place)
+            requests.listen(64)
+            code = f"import sys; sys.path[:0] = {paths!r}; import warm; warm.serve({requests.fileno()}, {alive})"
             self._process = subprocess.Popen(
-                [sys.executable, "-c", code], stdin=subprocess.DEVNULL, env=environment, pass_fds=[theirs.fileno()]
+                [sys.executable, "-c", code],
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                pass_fds=[requests.fileno(), alive],
             )
-
-    def ask(self, request: object, files: Sequence[int]) -> None:
-        """Have a command started that has these as stdout, stderr, and where its pid and exit code are written."""
-        socket.send_fds(self._socket, [json.dumps(request).encode()], list(files))
+        os.close(alive)
+        os.environ[PLACE] = place
 
 
-_servers: dict[int, _Server] = {}
+PLACE = "REALPLAN_TESTS_WARM"
+"""Environment variable: the socket of the process that forks. Whatever a process starts shares its own."""
+_servers: list[_Server] = []
 
 
-def _server() -> _Server:
-    """That of this process: a fork of it must not use its parent's."""
-    return _servers.setdefault(os.getpid(), _servers.get(os.getpid()) or _Server())
+def share_warm() -> None:
+    """Start the process that imports and forks, for this process and those that it starts."""
+    if PLACE not in os.environ:
+        _servers.append(_Server())
 
 
-def serve(place: int) -> NoReturn:
-    """Fork commands until whoever asks for them has ended."""
+def _ask(request: object, files: Sequence[int]) -> None:
+    """Have a command started that has these as stdout, stderr, and where its pid and exit code are written."""
+    share_warm()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
+        server.connect(os.environ[PLACE])
+        socket.send_fds(server, [json.dumps(request).encode()], list(files))
+
+
+def serve(listening: int, alive: int) -> NoReturn:
+    """Fork commands until whoever has started this has ended and closed `alive`."""
     for name in IMPORTS:
         __import__(name)
-    requests = socket.socket(fileno=place)
+    requests = socket.socket(fileno=listening)
+    folder = Path(requests.getsockname()).parent
     while True:
-        data, files, _, _ = socket.recv_fds(requests, 2**20, 3)
-        if not data:
+        ready, _, _ = select.select([requests, alive], [], [])
+        if alive in ready:
+            shutil.rmtree(folder, ignore_errors=True)
             os._exit(0)
+        with requests.accept()[0] as one:
+            data, files, _, _ = socket.recv_fds(one, 2**20, 3)
         if not os.fork():
             requests.close()
+            os.close(alive)
             _watch(json.loads(data), *files)
         for file in files:
             os.close(file)
@@ -176,6 +214,9 @@ def _become(request: Mapping[str, object], out: int, said: int) -> NoReturn:
     for file, number in ((out, 1), (said, 2)):
         os.dup2(file, number)
         os.close(file)
+    # What these were opened on tells a stream whether it can seek.
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
     os.environ.clear()
     os.environ.update(request["environment"])  # type: ignore[call-overload]
     os.chdir(str(request["cwd"]))

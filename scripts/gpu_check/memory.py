@@ -68,12 +68,12 @@ def _case(one: Plan) -> Case:
         small = {key: SMALL.get(key, value) for key, value in one.sizes.items()}
         sizes = setting.pick(one.sizes, {**small, "batch_size": 16 * one.ranks // small.get("group_size", 1)})
         plan = device_plan(setting, one.algorithm, sizes, one.calls, ranks=one.ranks)
-        predicted = cost_plan(plan).memory.peak_bytes
+        predicted, iterations = cost_plan(plan).memory.peak_bytes, setting.pick(ITERATIONS, 1)
         folder = setting.output / "memory" / one.name.replace(" ", "-").replace(",", "")
         if one.ranks == 1:
-            taken = [take_alone(setting, plan, ITERATIONS, folder)]
+            taken = [take_alone(setting, plan, iterations, folder)]
         else:
-            taken = run_world(world_of(setting, one.ranks), take, plan, ITERATIONS, folder)
+            taken = run_world(world_of(setting, one.ranks), take, plan, iterations, folder)
         peak = max(rank.peak_bytes for rank in taken)
         allocated = max(rank.allocated_bytes for rank in taken)
         note = f"predicted {predicted / GIB:.2f} GiB, held {peak / GIB:.2f}, in use at once {allocated / GIB:.2f}"

@@ -64,7 +64,7 @@ def _iteration(algorithm: str) -> Case:
             plan = device_plan(setting, algorithm, sizes, calls | trained)
             predicted, _ = predicted_seconds(plan, _table(setting))
         folder = setting.output / "whole" / algorithm
-        last = take_alone(setting, plan, setting.pick(ITERATIONS, 2), folder).metrics[-1]
+        last = take_alone(setting, plan, setting.pick(ITERATIONS, 1), folder).metrics[-1]
         measured = {call.name: last[f"plan/{call.name}/measured_s"] for call in plan.workload.graph.model_calls}
         measured["iteration"] = last["timing_s/step"]
         for name, seconds in measured.items():

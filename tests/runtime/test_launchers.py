@@ -29,8 +29,17 @@ SCRIPTS = Path(sys.executable).parent
 Metrics = list[dict[str, Any]]
 
 
+REALRUN = [str(SCRIPTS / "realrun")]
+WARM = [sys.executable, str(Path(__file__).parents[1] / "warm_realrun.py")]
+"""The same where another test has shown that the command itself starts, without ten seconds of imports."""
+
+
 def trained(
-    folder: Path, launcher: Sequence[str], environment: Mapping[str, str] | None = None, iterations: int = 1
+    folder: Path,
+    launcher: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+    iterations: int = 1,
+    realrun: Sequence[str] = REALRUN,
 ) -> Metrics:
     """Metrics of a run, as far as they do not depend on time."""
     keys: dict[str, Any] = {"iterations": iterations, "export": False, "checkpoint": {"every": 1}}
@@ -38,7 +47,7 @@ def trained(
     threads = {"OMP_NUM_THREADS": "1"}  # rounding depends on their number, and each launcher has its own
     env = {**(environment or os.environ), **threads}
     if launcher:
-        command = [*launcher, str(SCRIPTS / "realrun"), plan, run, file]
+        command = [*launcher, *realrun, plan, run, file]
         done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=PATIENCE_S)
     else:
         done = run_warm([*code, plan, run, file], PATIENCE_S, env)
@@ -62,13 +71,14 @@ def test_torchrun(tmp_path: Path, alone: Metrics) -> None:
 
 def test_srun(tmp_path: Path, alone: Metrics) -> None:
     with slurm() as environment:
-        for nodes, more in (("1", {}), ("2", _address())):
+        for nodes, more, realrun in (("1", {}, REALRUN), ("2", _address(), WARM)):
             (tmp_path / nodes).mkdir()
-            found = trained(tmp_path / nodes, ["srun", "-N", nodes, "-n", "2"], {**environment, **more})
+            launcher = ["srun", "-N", nodes, "-n", "2"]
+            found = trained(tmp_path / nodes, launcher, {**environment, **more}, realrun=realrun)
             assert found == alone, f"{nodes} nodes"
         # A job that slurm has started again: what was done is not done again, and the rest is.
         again = {**environment, **_address(), "SLURM_RESTART_COUNT": "1"}
-        found = trained(tmp_path / "2", ["srun", "-N", "2", "-n", "2"], again, iterations=2)
+        found = trained(tmp_path / "2", ["srun", "-N", "2", "-n", "2"], again, iterations=2, realrun=WARM)
         assert found[:1] == alone and [line["iteration"] for line in found] == [0, 1]
         steps = sorted(path.name for path in (tmp_path / "2" / "out" / "checkpoints").glob("global_step_*"))
         assert steps == ["global_step_1", "global_step_2"]
@@ -83,7 +93,7 @@ def test_a_killed_rank_of_a_slurm_job_is_started_again(tmp_path: Path) -> None:
     command = arguments(tmp_path / "alone", plan=tiny_plan(4, "d4 t1 p1"), **keys)
     assert outcome(command).returncode == 0
     *_, plan, run, file = arguments(tmp_path, plan=tiny_plan(4, "d4 t1 p1", nodes=2), **keys)
-    step = ["srun", "-N", "2", "--ntasks-per-node", "1", str(SCRIPTS / "realrun"), plan, run, file]
+    step = ["srun", "-N", "2", "--ntasks-per-node", "1", *WARM, plan, run, file]
     with slurm() as environment:
         env = {**environment, **_address(), "OMP_NUM_THREADS": "1"}
         job = subprocess.Popen(step, env=env, cwd=tmp_path, text=True, stdout=subprocess.DEVNULL, stderr=-1)
