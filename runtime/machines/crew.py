@@ -102,7 +102,7 @@ class Crew:
         if len(nodes) < needed:
             gone = "; ".join(f"node {node} is lost ({why})" for node, why in machines.lost.items())
             raise RunFailed(f"the plan needs {needed} machines, {len(nodes)} are there: {gone}")
-        spread_weights(machines, run, plan, ranks, FETCH_S)
+        spread_weights(machines, run, plan, ranks, FETCH_S, resumed=start.checkpoint is not None)
         spread_inputs(machines, run, [node for node in ranks if ranks[node]], FETCH_S)
         storages = self.storages() if run.checkpoint.every else {}
         machines.check(nodes)

@@ -20,9 +20,12 @@ def spread_weights(
     plan: ExecutionPlan,
     ranks: Mapping[int, Sequence[int] | None],
     patience_s: float,
+    *,
+    resumed: bool = False,
 ) -> None:
     """Have machines hold what their ranks read of the weights (None: all of them) where they do not have the folder.
-    Raises RealplanError for a folder that no machine has or that differs between machines, and RunFailed."""
+    resumed: the run goes on from a checkpoint. Raises RealplanError for a folder that no machine has or that differs
+    between machines, and RunFailed."""
     names = weight_folders(run)
     if not names:
         return
@@ -32,7 +35,7 @@ def spread_weights(
     for node, folders in _wants(machines, found, [f"weights `{name}`" for name in names], readers).items():
         numbers = ranks[node]
         said = None if numbers is None else list(numbers)
-        each[node] = {"plan": dump_plan(plan), "ranks": said, "folders": folders}
+        each[node] = {"plan": dump_plan(plan), "ranks": said, "folders": folders, "resumed": resumed}
     machines.ask("fetch_weights", each, patience_s)
 
 

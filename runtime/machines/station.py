@@ -6,6 +6,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,9 +125,11 @@ class Station:
         """Which folders of weights are on this machine."""
         return self._loader.submit(self.weights.describe)
 
-    def _fetch_weights(self, plan: str, ranks: Sequence[int] | None, folders: Message) -> Future[Message]:
+    def _fetch_weights(
+        self, plan: str, ranks: Sequence[int] | None, folders: Message, resumed: bool
+    ) -> Future[Message]:
         """Have what some ranks of a plan read of folders of weights that are not on this machine."""
-        return self._loader.submit(self.weights.fetch, planned_from(plan), ranks, folders)
+        return self._loader.submit(partial(self.weights.fetch, planned_from(plan), ranks, folders, resumed=resumed))
 
     def _inputs(self) -> Future[Message]:
         """Which data are on this machine, and whether the tokenizer is."""

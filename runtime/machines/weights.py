@@ -6,8 +6,9 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from runtime.batches.tokenizer import FILES
 from runtime.machines.files import FileServer, Source, fetch_pieces
 from runtime.machines.named import weight_folders
 from runtime.machines.wire import Message
+from runtime.weights.needed import needed_pieces
+
+Pieces = dict[str, list[ByteRange]]
 
 MOST_SMALL_BYTES = 2**26
 """Of a file beside the weights, such as a tokenizer's, that goes with them."""
@@ -54,16 +58,22 @@ class WeightFolders:
                 found[str(number)] = {"tensors": tensors, "small": small, "mark": _mark(Path(folder), tensors, small)}
         return {"folders": found}
 
-    def fetch(self, plan: ExecutionPlan, ranks: Sequence[int] | None, folders: Mapping[str, Any]) -> Message:
+    def fetch(
+        self, plan: ExecutionPlan, ranks: Sequence[int] | None, folders: Mapping[str, Any], *, resumed: bool = False
+    ) -> Message:
         """Have what some ranks of a plan read of folders, or all of them (None). folders: by number what `describe`
-        says of them, and the sources. Says how many bytes have come. Raises OSError and RealplanError."""
+        says of them, and the sources. resumed: the run goes on from a checkpoint. Says how many bytes have come. Raises
+        OSError and RealplanError."""
         names = weight_folders(self._run)
         if not self._held:
             shutil.rmtree(self.place, ignore_errors=True)  # of a process that was killed
-        return {"bytes": sum(self._fetch(plan, ranks, int(n), names[int(n)], of) for n, of in folders.items())}
+        come = 0
+        for number, of in folders.items():
+            wanted = None if ranks is None else partial(needed_pieces, plan, self._run, ranks=ranks, resumed=resumed)
+            come += self._fetch(int(number), names[int(number)], of, wanted)
+        return {"bytes": come}
 
-    def _fetch(self, plan: ExecutionPlan, ranks: Sequence[int] | None, number: int, folder: str, of: Any) -> int:
-        from runtime.weights.needed import needed_pieces  # loads torch
+    def _fetch(self, number: int, folder: str, of: Any, wanted: Callable[..., Pieces] | None) -> int:
 
         here, sources = self.place / str(number), [tuple(source) for source in of["sources"]]
         here.mkdir(parents=True, exist_ok=True)
@@ -75,10 +85,9 @@ class WeightFolders:
             come += self._have(
                 here / name, size, [(WORD_BYTES, WORD_BYTES + header_bytes(here / name))], sources, number
             )
-        if ranks is None:
-            pieces = {name: [(0, size)] for name, size in of["tensors"].items()}
-        else:
-            pieces = needed_pieces(plan, self._run, folder, ranks, here)
+        pieces = {name: [(0, size)] for name, size in of["tensors"].items()}
+        if wanted is not None:
+            pieces = wanted(folder=folder, here=here)
         self._check_room(folder, pieces)
         for name, needed in pieces.items():
             come += self._have(here / name, of["tensors"][name], needed, sources, number)

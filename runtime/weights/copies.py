@@ -34,11 +34,13 @@ from runtime.models.model import (
 )
 from runtime.passes.training import Trainer
 from runtime.weights.hf import load_weights, random_weights
+from runtime.weights.needed import filled
 from runtime.weights.reallocate import Moved, Reallocator
 
 
 class Copies:
-    """Owns the models, trainers and weights of this rank. Making it is collective over all ranks."""
+    """Owns the models, trainers and weights of this rank. Making it is collective over all ranks. Where the run goes on
+    from a checkpoint, what is trained has no weights before it is read from there."""
 
     def __init__(self, job: Job, program: Program, groups: GroupCache, device: torch.device) -> None:
         self._job = job
@@ -64,7 +66,7 @@ class Copies:
     def _make(self, copy: Copy) -> None:
         base = self._build(copy.calls[0])
         self._base[copy.name] = base
-        if copy.home or base.spec.lora:
+        if filled(self._job.plan, copy, resumed=bool(self._job.run.resume_from)):
             self._fill(base, copy.role)
         owner = self._program.base_owner.get(copy.name, copy.name)
         if owner != copy.name and self._same_weights(owner, copy):

@@ -9,35 +9,39 @@ from pathlib import Path
 from plans.flat_tensors import ByteRange, joined_ranges, tensor_places
 from plans.layout import Layout, model_units
 from plans.plan import ExecutionPlan
-from plans.program import compile_program
+from plans.program import Copy, compile_program
 from plans.runfile import RunFile
 from runtime.weights.hf_files import VALUE_HEADS, WeightFiles
 from runtime.weights.hf_names import SCORE, hf_names
 
 
+def filled(plan: ExecutionPlan, copy: Copy, *, resumed: bool) -> bool:
+    """Whether a copy begins with the weights of a folder: a home, where no checkpoint has them (`resumed`: the run goes
+    on from one, which has what is trained), and with adapters every copy, whose base is in no checkpoint."""
+    trained = copy.role in plan.workload.graph.trainers
+    return copy.layout.spec.lora is not None or (copy.home and not (resumed and trained))
+
+
 def needed_pieces(
-    plan: ExecutionPlan, run: RunFile, folder: str, ranks: Sequence[int], here: Path
+    plan: ExecutionPlan, run: RunFile, folder: str, ranks: Sequence[int], here: Path, *, resumed: bool = False
 ) -> dict[str, list[ByteRange]]:
     """By file the bytes that some ranks of a machine read of a folder of weights, ascending, in as few runs as can be.
-    here: a folder like it, of whose files the headers need be there. Raises WeightsError.
+    here: a folder like it, of whose files the headers need be there. resumed: the run goes on from a checkpoint. Raises
+    WeightsError.
 
     Tensors are whole, because all tensor ranks of a replica are on one machine.
     """
     files = WeightFiles(here, "np")
-    names = {n for layout, rank in _readers(plan, run, folder, ranks) for n in _tensors(files, layout, rank)}
+    copies = [c for c in compile_program(plan).copies if filled(plan, c, resumed=resumed)]
+    layouts = [copy.layout for copy in copies if run.weights_of(copy.role) == folder]
+    readers = [(layout, rank) for layout in layouts for rank in ranks if rank in layout.ranks]
+    names = {name for layout, rank in readers for name in _tensors(files, layout, rank)}
     places = {file: tensor_places(here / file) for file in set(files.files.values())}
     pieces: dict[str, list[ByteRange]] = {}
     for name in names:
         file = files.files[name]
         pieces.setdefault(file, []).append(places[file][name])
     return {file: joined_ranges(found) for file, found in pieces.items()}
-
-
-def _readers(plan: ExecutionPlan, run: RunFile, folder: str, ranks: Sequence[int]) -> Iterator[tuple[Layout, int]]:
-    """The copies that ranks fill from a folder, as `runtime.weights.copies` makes them."""
-    for copy in compile_program(plan).copies:
-        if run.weights_of(copy.role) == folder and (copy.home or copy.layout.spec.lora):
-            yield from ((copy.layout, rank) for rank in ranks if rank in copy.layout.ranks)
 
 
 def _tensors(files: WeightFiles, layout: Layout, rank: int) -> Iterator[str]:

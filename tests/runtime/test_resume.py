@@ -117,9 +117,17 @@ def two_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_goes_on_under_other_plans(two_steps: Path, tmp_path: Path):
+    """What it has trained comes from the checkpoint alone: the folders that it began with are not read again."""
     alone = leg(tiny_plan(1, "d1 t1 p1"), tiny_run(tmp_path / "alone", iterations=4))
     keys: dict[str, Any] = {"checkpoint": {"every": 5}}
-    four = tiny_run(tmp_path / "four", iterations=3, resume_from=str(two_steps), **keys)
+    trained = tmp_path / "trained"
+    shutil.copytree(TINY, trained)
+    hollow = {
+        name: torch.full_like(tensor, torch.nan) for name, tensor in load_file(TINY / "model.safetensors").items()
+    }
+    save_file(hollow, trained / "model.safetensors", {"format": "pt"})
+    weights = {"actor": str(trained), "critic": str(trained), "ref": str(TINY)}
+    four = tiny_run(tmp_path / "four", iterations=3, resume_from=str(two_steps), weights=weights, **keys)
     assert len(leg(tiny_plan(4, "d1 t2 p2"), four)) == 3
     one = tiny_run(tmp_path / "one", iterations=4, resume_from=str(tmp_path / "four"), **keys)
     found = leg(tiny_plan(1, "d1 t1 p1"), one)
