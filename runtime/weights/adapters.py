@@ -66,20 +66,20 @@ def write_stage(folder: Path, stage: int, adapters: dict[str, Tensor]) -> None:
     save_file(adapters, folder / _STAGE.replace("*", f"{stage:05d}"), metadata={"format": "pt"})
 
 
-def join_stages(spec: ModelSpec, folder: Path, source: Path | None) -> None:
-    """Make one file of those of all stages, as `peft` wants it, and the configuration beside it."""
+def join_stages(spec: ModelSpec, folder: Path, base: str) -> None:
+    """Make one file of those of all stages, as `peft` wants it, and a configuration that names the base."""
     assert spec.lora is not None
     files = sorted(folder.glob(_STAGE))
     tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     for file in files:
         file.unlink()
-    config = _config(spec, spec.lora, source)
+    config = _config(spec, spec.lora, base)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
-def _config(spec: ModelSpec, lora: Lora, source: Path | None) -> dict[str, Any]:
-    """`peft`'s LoraConfig; `source` is the folder of the base."""
+def _config(spec: ModelSpec, lora: Lora, base: str) -> dict[str, Any]:
+    """`peft`'s LoraConfig; `base` is the folder of the base."""
     blocks = {"linear_qkv": "self_attention", "linear_proj": "self_attention", "linear_fc1": "mlp", "linear_fc2": "mlp"}
     names = (f"decoder.layers.0.{blocks[target]}.{target}.weight" for target in lora.targets)
     modules = [name.split(".")[-2] for fused in names for name in hf_names(spec, fused)]
@@ -87,7 +87,7 @@ def _config(spec: ModelSpec, lora: Lora, source: Path | None) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(source or ""),
+        "base_model_name_or_path": base,
         "r": lora.rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "target_modules": modules,

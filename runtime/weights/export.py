@@ -64,7 +64,7 @@ def export(model: Model, folder: Path, source: Path | None = None, shard_bytes: 
     dist.barrier(model.groups.mp)
     if root:
         with _writing(folder):
-            _complete(model.spec, dtype, folder, files, source)
+            _complete(model.spec, dtype, folder, files, source, str(source or ""))
     dist.barrier(model.groups.mp)
 
 
@@ -99,12 +99,13 @@ def _write_stage(
 
 
 def _complete(
-    spec: ModelSpec, dtype: torch.dtype, folder: Path, files: dict[str, list[Parameter]], source: Path | None
+    spec: ModelSpec, dtype: torch.dtype, folder: Path, files: dict[str, list[Parameter]], source: Path | None, base: str
 ) -> None:
-    """Write what goes with the weights, and give the folders their names."""
+    """Write what goes with the weights, and give the folders their names. base: the name of the weights beside which
+    adapters were trained."""
     partial = partial_of(folder)
     if spec.lora:
-        join_stages(spec, partial_of(adapter_folder(folder)), source)
+        join_stages(spec, partial_of(adapter_folder(folder)), base)
     _write_index(spec, dtype, partial, files)
     _write_config(spec, dtype, partial, source)
     for made in _folders(spec, folder):
@@ -131,14 +132,17 @@ def write_folder(
     folder: Path,
     source: Path | None = None,
     shard_bytes: int = SHARD_BYTES,
+    *,
+    base: str = "",
 ) -> None:
-    """The same folder from whole parameters in host memory, in the order of `model_units`. Not collective."""
+    """The same folder from whole parameters in host memory, in the order of `model_units`. Not collective. base: the
+    name of the weights beside which adapters were trained, of which `source` may be a copy."""
     try:
         with _writing(folder):
             _make_empty(spec, folder)
             files = weight_files(Layout(spec, (0,)), dtype.itemsize, shard_bytes)
             _write_stage(spec, parameters, folder, files)
-            _complete(spec, dtype, folder, files, source)
+            _complete(spec, dtype, folder, files, source, base or str(source or ""))
     finally:
         for made in _folders(spec, folder):
             shutil.rmtree(partial_of(made), ignore_errors=True)

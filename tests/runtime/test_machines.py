@@ -20,6 +20,7 @@ from run_cases import PATIENCE_S, arguments, outcome
 from warm import Started, start_warm
 
 from plans.codec import load_plan
+from plans.lora import Lora
 
 RANKS = 3
 TIMEOUT_S = 20
@@ -76,7 +77,7 @@ def test_ranks_of_another_launcher_are_cut_off(tmp_path: Path) -> None:
 
 def test_ranks_of_another_launcher_share_no_folder(tmp_path: Path) -> None:
     """A rank is killed: the first machine says which one and where it was. Started again, all go on from a checkpoint
-    whose slices lie on both machines, as if nothing had been."""
+    whose slices lie on both machines, one of them damaged on one, as if nothing had been."""
     with machines(2) as found:
         outputs = [tmp_path / machine.name / "out" for machine in found]
         with joined(found, tmp_path, iterations=1000) as ranks:
@@ -84,7 +85,11 @@ def test_ranks_of_another_launcher_share_no_folder(tmp_path: Path) -> None:
             ranks[2].kill()
             said = _ends(ranks, 1, 1, -signal.SIGKILL)
         assert re.search(r"error: rank 2 ended in iteration \d+, step `\w+`, before it was done", said[0]), said[0]
-        done = max(len(_output(output.parent)[1]) for output in outputs[:1])
+        done = len(_output(outputs[0].parent)[1])
+        for path in (outputs[1] / "checkpoints").glob("global_step_*/rank-00002.safetensors"):
+            content = bytearray(path.read_bytes())
+            content[-1] ^= 1
+            path.write_bytes(content)
         with joined(found, tmp_path, again=1, iterations=done + 1) as ranks:
             said = _ends(ranks, 0, 0, 0)
     assert "going on from" in said[0] and _output(outputs[0].parent)[1] == list(range(done + 1)), said[0]
@@ -103,13 +108,14 @@ QUICK = "import runtime.launching.replan as r; r.SEARCH_S = 1; "
 
 
 def agent(
-    found: Sequence[Machine], node: int, folder: Path, temporary: Path, hidden: Mapping[int, Path] = NONE, **keys: Any
-) -> Started:
+    found: Sequence[Machine], node: int, folder: Path, temporary: Path, hidden: Mapping[int, Path] = NONE,
+    lora: Lora | None = None, **keys: Any,
+) -> Started:  # fmt: skip
     """A realrun on a machine: the same command as on the others but for its node, and a folder of its own. hidden: by
     node a folder that is not on its disk."""
     own = folder / found[node].name
     own.mkdir(exist_ok=True)
-    plan = tiny_plan(len(found), f"d{len(found)} t1 p1", nodes=len(found), batch_size=12)
+    plan = tiny_plan(len(found), f"d{len(found)} t1 p1", nodes=len(found), batch_size=12, lora=lora)
     given = {"timeout_s": TIMEOUT_S, "checkpoint": {"every": 1}, "restarts": 2, "on_loss": "replan"} | keys
     place = ["--node-rank", str(node), "--master-addr", found[0].address]
     command = arguments(own, *place, plan=plan, **given)
@@ -244,24 +250,27 @@ def test_what_is_left_goes_on_without_the_first_machine(tmp_path: Path) -> None:
 
 
 def test_a_run_with_weights_data_and_tokenizer_on_one_machine(tmp_path: Path) -> None:
-    """The same metrics, and an exported folder with its tokenizer, whichever machine lacks them."""
+    """The same metrics, and the same exported folders (adapters are merged into weights that the first machine may not
+    have), whichever machine lacks them. What the first run has left goes aside on both machines."""
     disk, lines = tmp_path / "disk", []
     for name in ("weights", "tokenizer"):
         shutil.copytree(TINY, disk / name)
     (disk / "data").mkdir()
     shutil.copy(FIXTURES / "prompts.jsonl", disk / "data")
+    keys = {
+        "iterations": 2, "weights": str(disk / "weights"), "tokenizer": str(disk / "tokenizer"),
+        "data": {"source": str(disk / "data")}, "lora": Lora(4),
+    }  # fmt: skip
     for lacks in range(2):
-        folder = tmp_path / str(lacks)
-        folder.mkdir()
-        keys = {
-            "iterations": 2, "weights": str(disk / "weights"), "tokenizer": str(disk / "tokenizer"),
-            "data": {"source": str(disk / "data")},
-        }  # fmt: skip
-        with machines(2) as found, agents(found, folder, hidden={lacks: disk}, **keys) as (made, _):
+        with machines(2) as found, agents(found, tmp_path, hidden={lacks: disk}, **keys) as (made, _):
             said = _ends(made, 0, 0)
-            outputs = [folder / machine.name / "out" for machine in found]
+            outputs = [tmp_path / machine.name / "out" for machine in found]
         assert [("are not on this machine" in words) for words in said] == [node == lacks for node in range(2)], said
-        assert (outputs[0] / "actor" / "tokenizer.json").exists()
         assert not [path for output in outputs for path in output.rglob(".*")]
         lines.append(_learnt(outputs[0]))
     assert len(lines[0]) == 2 and lines[0] == lines[1]
+    earlier = [output.with_name("out.1") for output in outputs]
+    assert [len(_slices(output, 2)) for output in (*outputs, *earlier)] == [2] * 4
+    for name, file in (("actor", "tokenizer.json"), ("actor-adapter", "adapter_model.safetensors")):
+        held = [{f.name: f.read_bytes() for f in (out / name).iterdir()} for out in (outputs[0], earlier[0])]
+        assert held[0] == held[1] and file in held[0]
