@@ -35,17 +35,19 @@ LONG = tuple(
     f"test_{name}.py"
     for name in (
         "random_plans",
-        "training",
-        "invariance",
-        "machines",
-        "wheel",
-        "kills",
         "gpu_check",
+        "invariance",
+        "training",
         "launchers",
-        "baselines",
-        "restarts",
+        "machines",
+        "kills",
+        "wheel",
+        "resume",
         "generation",
         "models",
+        "restarts",
+        "baselines",
+        "cli",
         "errors",
     )
 )
