@@ -21,7 +21,7 @@ from runtime.machines.keeper import Keeper
 from runtime.machines.loading import spread_inputs, spread_weights
 from runtime.machines.machines import POLL_S, MachineLost, Machines
 from runtime.machines.mirror import apply
-from runtime.machines.resume import choose_among, choose_whole, give
+from runtime.machines.resume import choose_among, choose_whole, copy_again, give
 from runtime.machines.wire import Message
 from runtime.processes.failures import places
 from runtime.processes.network import free_port
@@ -109,6 +109,7 @@ class Crew:
         keeps = _per_storage(storages, ranks)
         writers = [first for first in keeps if keeps[first]]
         part = 2 / len(writers) if len(writers) > 2 else 1.0
+        copy_again(machines, run, start, storages, FETCH_S)
         aside = give(machines, plan, run, start, keeps, FETCH_S)
         keeper = Keeper(machines, keeps, Path(run.output), patience_s(plan, run))
         with kept_files(plan, start.of(run), start, self._scratch, keeper, part) as monitor:

@@ -100,6 +100,44 @@ def take(machines: Machines, spread: Spread, nodes: Sequence[int], patience_s: f
     machines.ask("fetch_step", {n: {"iteration": spread.iteration, "files": files} for n in nodes}, patience_s)
 
 
+def copy_again(machines: Machines, run: RunFile, start: Start, storages: Mapping[int, int], patience_s: float) -> None:
+    """Have every file of the run's own checkpoint that it goes on from on two storages: a machine that is lost has left
+    some on one alone, for as long as no new checkpoint is whole. storages: for every machine the first one that sees
+    the same folder. What cannot be copied stays where it is: the run can go on."""
+    firsts = sorted(set(storages.values()))
+    if len(firsts) < 2 or start.checkpoint is None or start.checkpoint.parent != run.checkpoint_folder.resolve():
+        return
+    inventories = machines.ask_all("inventory", patience_s)
+    for spread in (each for each in spread_checkpoints(inventories) if each.iteration == start.iteration):
+        wants = lone_files(spread, storages)
+        files = _files(machines, spread)
+        each = {
+            node: {"iteration": spread.iteration, "files": [file for file in files if file["name"] in names]}
+            for node, names in wants.items()
+        }
+        if each:
+            what = f"checkpoint {spread.iteration}: what lay on one machine alone"
+            try:
+                machines.ask("fetch_step", each, patience_s)
+                print(f"{what} is copied to a second one", file=sys.stderr)
+            except RunFailed as error:
+                print(f"{what} stays there: {error.message}", file=sys.stderr)
+        return
+
+
+def lone_files(spread: Spread, storages: Mapping[int, int]) -> dict[int, set[str]]:
+    """For a storage what it lacks of the files that one storage alone has: the next one gets them, with those that
+    every storage has of a checkpoint, such as its index."""
+    firsts, wants = sorted(set(storages.values())), dict[int, set[str]]()
+    common = {name for name in spread.files if not name.endswith(".safetensors")}
+    for name in spread.files.keys() - common:
+        held = {storages[node] for node in spread.holders[name] if node in storages}
+        if len(held) == 1:
+            after = firsts[(firsts.index(held.pop()) + 1) % len(firsts)]
+            wants.setdefault(after, set(common)).add(name)
+    return wants
+
+
 def _files(machines: Machines, spread: Spread) -> list[Message]:
     there = machines.there
     return [

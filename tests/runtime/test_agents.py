@@ -22,7 +22,7 @@ from runtime.machines.crew import equal_part
 from runtime.machines.files import FileServer, Wanted, fetch
 from runtime.machines.machines import Machines
 from runtime.machines.mirror import Mirror, apply
-from runtime.machines.resume import spread_checkpoints
+from runtime.machines.resume import Spread, lone_files, spread_checkpoints
 from runtime.machines.run import told
 from runtime.machines.station import Station
 from runtime.machines.storage import Storage, file_system
@@ -203,6 +203,15 @@ def test_the_newest_checkpoint_that_machines_hold_together() -> None:
     found = list(spread_checkpoints(inventories))
     assert [(spread.iteration, spread.digest) for spread in found] == [(2, "c"), (2, "b"), (1, "z")]
     assert found[1].holders == {"rank-0": [0, 2], "rank-1": [2], INDEX: [0, 2]}
+
+
+def test_what_lies_on_one_machine_alone_is_copied_to_another() -> None:
+    """Four machines, of which the last two see one folder; the machine that had the second copies is lost."""
+    names = [f"rank-{rank}.safetensors" for rank in range(4)]
+    holders = {names[0]: [0], names[1]: [0, 1], names[2]: [2, 3], names[3]: [1, 3], INDEX: [0, 1, 2, 3]}
+    spread = Spread(2, "a", {name: {} for name in holders}, holders)
+    assert lone_files(spread, {0: 0, 1: 1, 2: 2, 3: 2}) == {1: {INDEX, names[0]}, 0: {INDEX, names[2]}}
+    assert lone_files(spread, {0: 0, 1: 1}) == {1: {INDEX, names[0]}, 0: {INDEX, names[3]}}, "others are no part of it"
 
 
 def test_folders_in_common_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -208,6 +208,7 @@ def test_a_run_goes_on_without_a_machine_that_is_cut_off(tmp_path: Path) -> None
     assert seconds < TIMEOUT_S, said
     assert "node 2 is lost" in said[1], said[1]
     assert "2 of 3 devices are left" in said[0] and "going on with a plan for 2 devices" in said[0], said[0]
+    assert "what lay on one machine alone is copied to a second one" in said[0], said[0]
     assert "node 2 stops: node 0" in said[2] and "nothing was heard" in said[2], said[2]
     output, iterations = _output(tmp_path / found[0].name)
     assert iterations == list(range(6)) and load_plan(output / "plan.json").cluster.nodes == 2
