@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from plans.algorithms import ALGORITHMS, algorithm_graph
-from plans.checks import context_problems
+from plans.checks import sample_problems
 from plans.cluster import MOST_GPUS, ClusterSpec
 from plans.codec import lora_of
 from plans.errors import SpecError
@@ -80,7 +80,7 @@ def build_request(
     graph = replace(own_graph, staleness=staleness) if own_graph else _graph(wanted, function, staleness)
     specs = {role: role_spec(role, load_model(names.get(role, actor))) for role in graph.roles}
     workload = _workload(graph, with_lora(graph, specs, lora or lora_of(wanted.lora)), wanted)
-    for problem in context_problems(workload):
+    for problem in sample_problems(workload):
         raise SpecError(problem.message, problem.hint)
     return Request(workload=workload, cluster=load_cluster(cluster, gpus=gpus, gpus_per_node=gpus_per_node), run=run)
 

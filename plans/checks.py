@@ -32,21 +32,44 @@ def check_plan(plan: ExecutionPlan) -> list[Problem]:
     return [*problems, *_order(plan)]
 
 
-def context_problems(workload: Workload) -> list[Problem]:
-    """Models whose context is shorter than the longest sample, where the workload does not insist (`allow_long`).
+def sample_problems(workload: Workload) -> list[Problem]:
+    """What no engine can do with the samples of a workload: responses without a token, models whose vocabulary or,
+    where the workload does not insist (`allow_long`), whose context they outgrow.
 
-    A rule apart from `check_plan`: it is about the workload, and no choice of layouts mends it.
+    Rules apart from `check_plan`: they are about the workload, and no choice of layouts mends it.
     """
+    return [*_responses(workload), *_contexts(workload), *_vocabularies(workload)]
+
+
+def _responses(workload: Workload) -> Iterator[Problem]:
+    if not workload.response_tokens:
+        message = "response_tokens is 0: there is nothing to learn from"
+        yield Problem("response", message, "response_tokens 1 or more", ("workload", "response_tokens"))
+
+
+def _contexts(workload: Workload) -> Iterator[Problem]:
     path = ("workload", "response_tokens")
     sizes = f"{workload.prompt_tokens} + {workload.response_tokens}"
-    problems = []
     for role, spec in workload.models.items():
         if spec.max_context < workload.tokens and not workload.allow_long:
             rest = spec.max_context - workload.prompt_tokens
             less = f"response_tokens {rest} or less" if rest > 0 else f"at most {spec.max_context} tokens in all"
             message = f"samples of {sizes} tokens, and `{role}` ({spec.name}) has a context of {spec.max_context}"
-            problems.append(Problem("context", message, f"{less}, or --allow-long to insist", path))
-    return problems
+            yield Problem("context", message, f"{less}, or --allow-long to insist", path)
+
+
+def _vocabularies(workload: Workload) -> Iterator[Problem]:
+    """Every model reads the tokens of the one that generates them, or without one of the one that trains."""
+    graph = workload.graph
+    writers = [call.model for call in graph.model_calls if call.kind is CallKind.GENERATE]
+    writer = next(iter([*writers, *graph.trainers, *graph.roles]), "")
+    vocab = workload.models[writer].vocab if writer else 0
+    for role in graph.roles:
+        spec = workload.models[role]
+        if spec.vocab < vocab:
+            message = f"`{role}` ({spec.name}) knows {spec.vocab} tokens, fewer than the {vocab} of `{writer}`"
+            hint = f"a model for `{role}` with the tokenizer of `{writer}` and {vocab} tokens or more"
+            yield Problem("vocabulary", message, hint, ("workload", "models", role))
 
 
 def divisors(number: int) -> list[int]:

@@ -56,10 +56,7 @@ def workload_problems(workload: Workload) -> list[Problem]:
     if workload.dtype not in RUN_DTYPES:
         message = f"dtype {workload.dtype} needs loss scaling, which this runtime does not have"
         problems.append(Problem("dtype", message, f"dtype {' or '.join(RUN_DTYPES)}", ("workload", "dtype")))
-    if not workload.response_tokens:
-        message = "response_tokens is 0: there is nothing to learn from"
-        problems.append(Problem("response", message, "response_tokens 1 or more", ("workload", "response_tokens")))
-    return [*problems, *_scalings(workload), *_vocabularies(workload)]
+    return [*problems, *_scalings(workload)]
 
 
 _OUTPUTS: Mapping[CallKind, tuple[tuple[str, ...], ...]] = {
@@ -97,20 +94,6 @@ def _own_graph(graph: DataflowGraph) -> Iterator[Problem]:
     if not any(call.kind is CallKind.GENERATE for call in graph.calls):
         message = f"the graph `{graph.name}` generates nothing; graphs of one's own train on generated responses"
         yield Problem("algorithm", message, "a call of kind generate, or an algorithm with given responses", path)
-
-
-def _vocabularies(workload: Workload) -> Iterator[Problem]:
-    """Every model reads the tokens of the one that generates them, or without one of the one that trains."""
-    graph = workload.graph
-    writers = [call.model for call in graph.model_calls if call.kind is CallKind.GENERATE]
-    writer = [*writers, *graph.trainers, *graph.roles][0]
-    vocab = workload.models[writer].vocab
-    for role in graph.roles:
-        spec = workload.models[role]
-        if spec.vocab < vocab:
-            message = f"`{role}` ({spec.name}) knows {spec.vocab} tokens, fewer than the {vocab} of `{writer}`"
-            hint = f"a model for `{role}` with the tokenizer of `{writer}` and {vocab} tokens or more"
-            yield Problem("vocabulary", message, hint, ("workload", "models", role))
 
 
 def _scalings(workload: Workload) -> Iterator[Problem]:

@@ -61,7 +61,7 @@ class Workload:
     mean_response_tokens (0: not given), or the percentiles prompt_lengths, response_lengths; with neither all reach the
     maximum. `prompts` and `responses` are the distributions that follow. models: role -> architecture, the actor's with
     its adapters (`with_lora`).
-    allow_long: samples may be longer than a model's context (`plans.checks.context_problems`).
+    allow_long: samples may be longer than a model's context (`plans.checks.sample_problems`).
     """
 
     graph: DataflowGraph

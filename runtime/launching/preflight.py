@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from plans.algorithms import is_offline
-from plans.checks import context_problems
+from plans.checks import sample_problems
 from plans.codec import BadPlan, is_stale, plan_text
 from plans.documents import locate
 from plans.errors import RealplanError
@@ -27,11 +27,11 @@ PACKAGES = {
 }
 
 
-def check_context(plan: ExecutionPlan, path: Path, allow_long: bool) -> ExecutionPlan:
-    """The plan, which may now insist on samples beyond a context; raises BadPlan where it does not and has some."""
+def check_samples(plan: ExecutionPlan, path: Path, allow_long: bool) -> ExecutionPlan:
+    """The plan, which may now insist on samples beyond a context; raises BadPlan where its models cannot take them."""
     if allow_long:
-        return replace(plan, workload=replace(plan.workload, allow_long=True))
-    problems = context_problems(plan.workload)
+        plan = replace(plan, workload=replace(plan.workload, allow_long=True))
+    problems = sample_problems(plan.workload)
     if problems:
         raise BadPlan(str(path), locate(plan_text(path), problems))
     return plan
@@ -104,15 +104,15 @@ def check_weights(plan: ExecutionPlan, run: RunFile, *, alone: bool = True) -> N
                 f"weights `{weights}` do not fit `{role}`: {name} is {theirs} there and {ours} in the plan",
                 f"the plan's model is `{planned.name}`; name its weights, or plan for the other model",
             )
-        _check_tensors(Path(weights), planned)
+        _check_tensors(Path(weights), planned, trained=role in plan.workload.graph.trainers)
 
 
-def _check_tensors(folder: Path, spec: ModelSpec) -> None:
-    """The files of a folder hold the tensors of the model, and no others."""
+def _check_tensors(folder: Path, spec: ModelSpec, *, trained: bool) -> None:
+    """The files of a folder hold the tensors of the model, and no others; a head too where nothing trains one."""
     check_packages()
     from runtime.weights.hf_files import WeightFiles
 
-    WeightFiles(folder, "np").check(spec)
+    WeightFiles(folder, "np").check(spec, trained=trained)
 
 
 def _differences(found: ModelSpec, planned: ModelSpec) -> dict[str, tuple[Any, Any]]:

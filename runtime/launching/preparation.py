@@ -17,12 +17,12 @@ from runtime.launching.describe import base_words, batch_words, program_words
 from runtime.launching.entry import prepare_ranks
 from runtime.launching.output import check_output
 from runtime.launching.preflight import (
-    check_context,
     check_devices,
     check_estimate,
     check_job,
     check_packages,
     check_rollback,
+    check_samples,
     check_weights,
     read_run,
 )
@@ -71,7 +71,7 @@ def read(path: Path, overrides: list[str], run_path: Path | None, words: Words) 
     plan = legal_plan(path)
     if not words.allow_stale:
         check_estimate(plan, path)
-    plan = check_context(plan, path, words.allow_long)
+    plan = check_samples(plan, path, words.allow_long)
     run = read_run(plan, path, run_path, overrides)
     check_run(plan, run)
     if words.resume or began_again(os.environ):

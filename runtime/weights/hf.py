@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from plans.layout import Parameter
-from plans.model import Head, ModelSpec
+from plans.model import ModelSpec
 from runtime.models.model import Model, named_shards
 from runtime.models.shards import shard
-from runtime.weights.hf_files import VALUE_HEADS, WeightFiles, WeightsError
+from runtime.weights.hf_files import VALUE_HEADS, WeightFiles
 from runtime.weights.hf_names import SCORE, has_vocabulary, hf_names, hf_shape
 from runtime.weights.hf_parts import join
 
@@ -30,10 +30,7 @@ def load_weights(model: Model, folder: Path, *, trained: bool = True, seed: int 
     """
     checkpoint = WeightFiles(folder)
     spec, place = model.spec, model.place
-    checkpoint.check(spec)
-    if spec.head is Head.VALUE and not trained and not any(checkpoint.find(name) for name in VALUE_HEADS):
-        message = f"`{folder}` has no value head ({', '.join(VALUE_HEADS)}): as a model that is not trained it scores 0"
-        raise WeightsError(message, "a folder of a reward model, such as reward-modelling writes")
+    checkpoint.check(spec, trained=trained)
     for parameter, target in named_shards(model):
         if parameter.adapter:
             target.copy_(shard(parameter, random_parameter(spec, parameter, seed), model.layout.tp, place.tp))

@@ -148,9 +148,9 @@ class WeightFiles:
             hint = '"tie_word_embeddings": true in its config.json, if its head is its embedding; else another folder'
         return WeightsError(f"`{self.folder}` has no tensor `{name}`", hint)
 
-    def check(self, spec: ModelSpec) -> None:
+    def check(self, spec: ModelSpec, *, trained: bool = True) -> None:
         """Raise WeightsError unless the folder has every tensor of the model, in its shape, and none that nobody would
-        read. A value head may be missing; heads of other roles are left alone."""
+        read. The value head of a model that is `trained` may be missing; heads of other roles are left alone."""
         wanted: set[str] = set()
         for parameter in (p for unit in model_units(spec.base) for p in unit.parameters):
             for i, name in enumerate(hf_names(spec, parameter.name)):
@@ -160,6 +160,12 @@ class WeightFiles:
                     continue
                 self._found(name, hf_shape(spec, parameter, i))
                 wanted.add(self.find(name) or name)
+        if spec.head is Head.VALUE and not trained and not any(map(self.find, VALUE_HEADS)):
+            heads = ", ".join(VALUE_HEADS)
+            raise WeightsError(
+                f"`{self.folder}` has no value head ({heads}): as a model that is not trained it scores 0",
+                "a folder of a reward model, such as reward-modelling writes",
+            )
         free = _OTHER_HEADS if not spec.tied_embeddings and spec.head is Head.LM else (*_OTHER_HEADS, "lm_head.")
         for name in self._unread(wanted, free):
             announced = "set attention_bias or mlp_bias" if name.endswith(".bias") else "the right config.json"

@@ -16,7 +16,7 @@ from planner.explanation.whatif import what_if
 from planner.remedies.memory import memory_hint
 from plans.checks import check_plan
 from plans.codec import BadPlan, load_plan
-from runtime.launching.preflight import check_context
+from runtime.launching.preflight import check_samples
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -117,14 +117,30 @@ def test_samples_beyond_a_context_need_insistence(realplan: Run, found: Path, tm
     assert "samples of 4096 + 1024 tokens" in err and "`actor` (llama2-7b)" in err
     assert "hint: at most 4096 tokens in all, or --allow-long to insist" in err
     with pytest.raises(BadPlan, match="context of 4096"):
-        check_context(load_plan(long), long, allow_long=False)
-    assert check_context(load_plan(long), long, allow_long=True).workload.allow_long
+        check_samples(load_plan(long), long, allow_long=False)
+    assert check_samples(load_plan(long), long, allow_long=True).workload.allow_long
     ask = ("search", "--model", "llama-7b", "--prompt-tokens", "1024", "--response-tokens", "8192")
     code, _, err = realplan(*ask)
     assert code == 2 and "1024 + 8192" in err and "response_tokens 3072 or less" in err
     short = ("--method", "mcmc", "--seconds", "0.1", "--batch-size", "8", "-o", str(long))
     assert realplan(*ask, "--allow-long", *short)[0] == 0 and load_plan(long).workload.allow_long
     assert realplan("check", str(long))[0] == 0, "the plan remembers"
+
+
+def test_samples_that_no_model_can_take_are_no_plan(realplan: Run, found: Path, tmp_path: Path) -> None:
+    """Llama-2 knows 32,000 tokens, Llama-3 128,256. Search writes nothing; check names the line."""
+    plan = tmp_path / "none.json"
+    for words, message in (
+        (("--response-tokens", "0"), "response_tokens is 0: there is nothing to learn from\nhint: response_tokens 1"),
+        (("--model", "llama3-8b", "--ref", "llama-7b"), "`ref` (llama2-7b) knows 32000 tokens, fewer than the 128256"),
+    ):
+        code, _, err = realplan("search", "--model", "llama-7b", *words, "-o", str(plan))
+        assert code == 2 and message in err and not plan.exists()
+    plan.write_text(found.read_text().replace('"response_tokens": 1024', '"response_tokens": 0'))
+    code, _, err = realplan("check", str(plan))
+    assert code == 1 and err.startswith(f"{plan}:") and "learn from [response]" in err
+    with pytest.raises(BadPlan, match="response_tokens is 0"):
+        check_samples(load_plan(plan), plan, allow_long=True)
 
 
 def test_out_of_memory_names_the_call_the_place_and_the_terms(realplan: Run, found: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from plan_cases import all_meshes
 
-from plans.checks import check_plan, closest_divisor, context_problems
+from plans.checks import check_plan, closest_divisor, sample_problems
 from plans.cluster import ClusterSpec, DeviceMesh, check_mesh, parse_mesh
 from plans.errors import SpecError
 from plans.layout import Layout
@@ -129,10 +129,24 @@ def test_the_closest_divisor() -> None:
 )
 def test_samples_fit_in_the_context(plan: ExecutionPlan, prompt: int, response: int, hint: str) -> None:
     workload = replace(plan.workload, prompt_tokens=prompt, response_tokens=response)
-    problems = context_problems(workload)
+    problems = sample_problems(workload)
     assert {problem.hint for problem in problems} == ({f"{hint}, or --allow-long to insist"} if hint else set())
     assert len(problems) == (4 if hint else 0)
-    assert context_problems(replace(workload, allow_long=True)) == []
+    assert sample_problems(replace(workload, allow_long=True)) == []
+
+
+def test_samples_have_responses_of_tokens_that_every_model_knows(plan: ExecutionPlan) -> None:
+    (none,) = sample_problems(replace(plan.workload, response_tokens=0))
+    assert none.message == "response_tokens is 0: there is nothing to learn from"
+    assert (none.hint, none.path) == ("response_tokens 1 or more", ("workload", "response_tokens"))
+    models = plan.workload.models
+    reward = replace(models["reward"], vocab=31_999)
+    (small,) = sample_problems(replace(plan.workload, models={**models, "reward": reward}))
+    assert small.message == f"`reward` ({reward.name}) knows 31999 tokens, fewer than the 32000 of `actor`"
+    assert small.hint == "a model for `reward` with the tokenizer of `actor` and 32000 tokens or more"
+    assert small.path == ("workload", "models", "reward")
+    larger = {role: replace(spec, vocab=32_001) if role != "actor" else spec for role, spec in models.items()}
+    assert sample_problems(replace(plan.workload, models=larger)) == []
 
 
 def nodes_of(per_node: int, nodes: int = 16) -> ClusterSpec:

@@ -64,15 +64,13 @@ def test_pairs_stay_together() -> None:
     ({"position": Position.ALIBI}, "position encoding `alibi`", "rotary"),
     ({"activation": "relu2"}, "activation `relu2`", "silu"),
     ({"norms_per_layer": 3}, "3 norms per layer", "2 or 4"),
-    ({"vocab": 9999}, "`ref` (tiny-llama) knows", "the tokenizer of `actor`"),
-    ({"response_tokens": 0}, "response_tokens is 0", "1 or more"),
     ({"head": Head.VALUE}, "a value head tied to its embedding", "tied_embeddings"),
 ])  # fmt: skip
 def test_what_cannot_run_is_refused(change: dict[str, Any], rule: str, hint: str) -> None:
     plan = tiny_plan(1, "d1 t1 p1", algorithm="grpo", order=CRITIC_FREE, batch_size=2, group_size=4)
     workload = plan.workload
     check_supported(plan)
-    if change.keys() & {"group_size", "dtype", "response_tokens"}:
+    if change.keys() & {"group_size", "dtype"}:
         workload = replace(workload, **change)
     else:
         workload = replace(workload, models={**workload.models, "actor": replace(workload.models["actor"], **change)})
@@ -158,6 +156,10 @@ def test_dry_run_refuses_what_a_run_would_refuse(tmp_path: Path) -> None:
     assert "needs a parameter `answer`, which nothing provides" in said and not (tmp_path / "out").exists()
     said = fails(arguments(tmp_path, "--dry-run", weights=""))
     assert "no weights for `actor`" in said
+    order = ("actor_generate", "reward_infer", "ref_infer", "actor_infer", "actor_train")
+    judged = tiny_plan(1, "d1 t1 p1", algorithm="grpo", order=order, reward_model=True, group_size=2)
+    said = fails(arguments(tmp_path, "--dry-run", plan=judged, reward=""))
+    assert f"`{TINY}` has no value head" in said and "hint: a folder of a reward model" in said
     (tmp_path / "out").write_text("in the way")
     assert "it is no folder" in fails(arguments(tmp_path, "--dry-run"))
 

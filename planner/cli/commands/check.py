@@ -11,7 +11,7 @@ from cost_models.engines.engine import Engine
 from cost_models.estimate import PlanCost, cost_plan
 from planner.cli.output import say
 from planner.remedies.memory import memory_problems
-from plans.checks import check_plan, context_problems
+from plans.checks import check_plan, sample_problems
 from plans.codec import is_stale, plan_text, read_plan, save_plan
 from plans.documents import locate
 from plans.files import check_target
@@ -33,7 +33,7 @@ def check_command(
         plan = replace(plan, workload=replace(plan.workload, allow_long=True))
     cost = None
     if plan is not None:
-        problems = locate(text, [*context_problems(plan.workload), *check_plan(plan)])
+        problems = locate(text, [*sample_problems(plan.workload), *check_plan(plan)])
         if not problems:
             cost = cost_plan(plan, engine)
             problems = locate(text, memory_problems(cost))
