@@ -60,7 +60,7 @@ def join(plan: ExecutionPlan, run: RunFile, member: Member) -> Sequence[Metrics]
     from runtime.processes.stores import open_store
 
     store = open_store(member, timedelta(seconds=patience_s(plan, run)))
-    say_here(store, rank)
+    say_here(store, rank, [Path(run.output), run.checkpoint_folder])
     if rank == 0:
         machines, party = _first(plan, run, address, *gather(store, member.world))
         publish(store, party)

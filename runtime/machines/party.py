@@ -38,9 +38,10 @@ class Party:
         return next(node for node, ranks in enumerate(self.ranks) if rank in ranks)
 
 
-def say_here(store: Any, rank: int) -> None:
-    """Tell rank 0 what it asks of every process."""
-    places = [socket.gethostname(), _boot()]
+def say_here(store: Any, rank: int, folders: Sequence[Path]) -> None:
+    """Tell rank 0 what it asks of every process. folders: where a rank writes; one that writes elsewhere counts as on
+    another machine, so that somebody keeps its files."""
+    places = [socket.gethostname(), _boot(), *(os.path.realpath(folder) for folder in folders)]
     for space in _SPACES:
         with suppress(OSError):  # not Linux
             places.append(os.readlink(f"/proc/self/ns/{space}"))
