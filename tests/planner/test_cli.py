@@ -52,7 +52,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
         request,
         engine=MEGATRON,
         limits=Limits(),
-        effort=Effort(method=Method.MCMC, seconds=20.0),
+        effort=Effort(method=Method.MCMC, seconds=4.0),
         output=path,
         as_json=True,
         verbose=False,
@@ -64,7 +64,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_search_prints_what_a_program_needs(realplan: Run, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     code, out, _ = realplan(
-        "search", "--model", "llama-7b", "--gpus", "8", "--method", "mcmc", "--seconds", "20", "-o", str(path), "--json"
+        "search", "--model", "llama-7b", "--gpus", "8", "--method", "mcmc", "--seconds", "4", "-o", str(path), "--json"
     )
     assert code == 0
     answer = json.loads(out)
@@ -308,7 +308,7 @@ def test_wrong_use_is_one_clear_error(
 def test_pins_and_bounds_are_kept(realplan: Run, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     rules = ["--pin", "actor_train.tp=4", "--forbid", "*.pp>1", "--max-memory", "60GiB"]
-    search = ["search", "--model", "llama-7b", "--gpus", "16", "--method", "mcmc", "--seconds", "20"]
+    search = ["search", "--model", "llama-7b", "--gpus", "16", "--method", "mcmc", "--seconds", "4"]
     code, out, err = realplan(*search, *rules, "-o", str(path), "--json", "-v")
     assert code == 0, err
     plan = load_plan(path)

@@ -115,7 +115,7 @@ def test_forward_and_backward_visit_the_given_experts(kind: str, tmp_path: Path)
     def errors() -> dict[str, list[float]]:
         installation.install(CPU)
         groups, found = GroupCache(CPU), {}
-        for case in CASES if kind == "mixtral" else CASES[1:3]:
+        for case in CASES if kind == "mixtral" else CASES[2:3]:  # routers differ, what is cut does not
             degrees, settings, sharded = split_case(case)
             model = build(groups, layout_of(spec, **degrees), **settings)
             if model is not None:
