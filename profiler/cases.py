@@ -48,7 +48,7 @@ CPU = Cases(
     budget_s=0.15,
 )
 MODULES = ("embedding_forward", "embedding_backward", "head_forward", "head_backward")
-BLOCKS = ("block_forward", "block_backward", "block_recompute", "block_prefill")
+BLOCKS = ("block_forward", "block_backward", "block_recompute", "block_inference", "block_prefill")
 CALLS = ("inference_call", "train_call")
 
 

@@ -39,6 +39,8 @@ STARTS: Mapping[str, float] = {
     "host_forward_layer_s": 2e-4,
     "host_backward_layer_s": 4e-4,
     "host_decode_layer_s": 2e-4,
+    "inference_host_ratio": 1.0,
+    "prefill_host_ratio": 1.0,
     "layer_gap_s": 2e-5,
     "decode_layer_s": 2e-5,
     "decode_step_s": 5e-4,
@@ -52,6 +54,8 @@ STARTS: Mapping[str, float] = {
 """Constants that a profile determines, and where the search for those begins that the engine sets to zero."""
 HOST = ("host_forward_layer_s", "host_backward_layer_s", "host_decode_layer_s")
 """Launching is apart from computing only where there are two devices: on a CPU these stay as they are."""
+HOST_RATIOS: Mapping[str, str] = {"inference_host_ratio": "block_inference", "prefill_host_ratio": "block_prefill"}
+"""Parts of the forward launch time, and the operations that tell them; older tables have no `block_inference`."""
 _LINKS = ("all_reduce_node", "all_gather_node", "reduce_scatter_node", "send_recv_node")
 
 
@@ -88,7 +92,12 @@ def _least_squares(residuals: Callable[[Array], Array], start: Array, **settings
 def _fit_operations(
     table: CostTable, constants: Constants, cluster: ClusterSpec, spec: ModelSpec, entries: Mapping[str, TableEntry]
 ) -> Constants:
-    names = [name for name in STARTS if getattr(constants, name) > 0 or name not in HOST]
+    told = [name for name, of in HOST_RATIOS.items() if of in entries and constants.host_forward_layer_s > 0]
+    names = [
+        name
+        for name in STARTS
+        if (name in told if name in HOST_RATIOS else getattr(constants, name) > 0 or name not in HOST)
+    ]
     start = np.log([getattr(constants, name) or STARTS[name] for name in names])
 
     weights = {name: _weights(entry.values) for name, entry in entries.items()}

@@ -15,7 +15,7 @@ from cost_models.tables.tables import TableEntry
 from cost_models.time import operations
 from cost_models.time.data_parallel import accumulation
 from cost_models.time.generation import decode_step
-from cost_models.time.inference import ForwardPass, inference_time
+from cost_models.time.inference import ForwardPass, forward_host_s, inference_time
 from cost_models.time.layer import forward_layer, trained_layer
 from cost_models.time.training import TrainingStep, backward_time, training_time
 from plans.cluster import DeviceMesh
@@ -46,9 +46,20 @@ def _alone(count: int) -> Candidates:
 
 
 def _block_forward(machine: Machine, spec: ModelSpec, points: Points) -> Array:
+    return np.maximum(_forward_gpu(machine, spec, points), machine.constants.host_forward_layer_s)
+
+
+def _block_inference(machine: Machine, spec: ModelSpec, points: Points) -> Array:
+    return np.maximum(_forward_gpu(machine, spec, points), forward_host_s(machine, generates=False))
+
+
+def _block_prefill(machine: Machine, spec: ModelSpec, points: Points) -> Array:
+    return np.maximum(_forward_gpu(machine, spec, points), forward_host_s(machine, generates=True))
+
+
+def _forward_gpu(machine: Machine, spec: ModelSpec, points: Points) -> Array:
     length = points["sequence_tokens"]
-    layer = forward_layer(machine, spec, _alone(len(length)), points["sequences"] * length, length)
-    return np.maximum(layer.gpu, machine.constants.host_forward_layer_s)
+    return forward_layer(machine, spec, _alone(len(length)), points["sequences"] * length, length).gpu
 
 
 def _block_backward(machine: Machine, spec: ModelSpec, points: Points) -> Array:
@@ -110,7 +121,8 @@ TABLE_PREDICTORS: Mapping[str, TablePredictor] = {
     "block_forward": _block_forward,
     "block_backward": _block_backward,
     "block_recompute": _block_forward,
-    "block_prefill": _block_forward,
+    "block_inference": _block_inference,
+    "block_prefill": _block_prefill,
     "block_decode": _block_decode,
     "head_forward": _head_forward,
     "head_backward": _head_backward,

@@ -50,6 +50,8 @@ class Constants:
     Host
       host_forward_layer_s, host_backward_layer_s, host_decode_layer_s: time in which the CPU launches one layer;
         a layer takes the longer of this and its GPU time. Zero with CUDA graphs.
+      inference_host_ratio, prefill_host_ratio: launch time of a forward layer that keeps no gradients, and of one in
+        the prefill of a generation, over host_forward_layer_s.
       layer_gap_s: idle time between the kernels of a layer that no launch-ahead hides, per forward; recomputation has
         it again and backward twice. decode_layer_s: the same per layer and decode step.
       decode_step_s: sampling and bookkeeping per decode step. decode_row_s: the same per sequence.
@@ -102,6 +104,8 @@ class Constants:
     host_forward_layer_s: float = 4e-4
     host_backward_layer_s: float = 6e-4
     host_decode_layer_s: float = 5e-4
+    inference_host_ratio: float = 1.0
+    prefill_host_ratio: float = 1.0
     layer_gap_s: float = 2e-5
     decode_layer_s: float = 0.0
     decode_step_s: float = 1e-3

@@ -11,7 +11,8 @@ FORMAT = "realplan-costs/1"
 CALL_VOCAB = 128
 """Vocabulary of the model on which `inference_call` and `train_call` are timed."""
 STEP_PROMPT, STEP_TOKENS = 16, 8
-"""Tokens of the prompt, and then of the response, over which `generate_step` is the mean."""
+"""Tokens of the prompt of which `generate_step` is measured, and of the responses over which it is the mean (on CUDA
+of later ones, whose steps replay)."""
 
 
 class TableError(RealplanError):
@@ -39,6 +40,7 @@ def _operations() -> dict[str, Operation]:
         "block_forward": block,
         "block_backward": block,
         "block_recompute": block,
+        "block_inference": block,
         "block_prefill": block,
         "block_decode": ("tp", "sequences", "cached_tokens"),
         "head_forward": tokens,

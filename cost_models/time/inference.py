@@ -58,7 +58,7 @@ def forward_terms(machine: Machine, work: ForwardPass, candidates: Candidates, p
         "expert_parallel": layer.expert_parallel,
         "gaps": layer.gaps,
         "weight_gather": forward_weight_gather(machine, spec, c, layer),
-        "host": np.maximum(machine.constants.host_forward_layer_s - layer.gpu, 0.0),
+        "host": np.maximum(forward_host_s(machine, generates=work.generates) - layer.gpu, 0.0),
     }
     one_layer = layer.gpu + parts["weight_gather"] + parts["host"]
     head_tokens = sequences * work.head_tokens / c.cp
@@ -71,6 +71,13 @@ def forward_terms(machine: Machine, work: ForwardPass, candidates: Candidates, p
     terms["pipeline_p2p"] = forward_sends(machine, spec, c, tokens, passes)
     terms["overhead"] = passes * machine.constants.micro_batch_s
     return terms
+
+
+def forward_host_s(machine: Machine, *, generates: bool) -> float:
+    """Seconds in which the CPU launches a layer without gradients; `generates`: in the prefill of a generation."""
+    constants = machine.constants
+    ratio = constants.prefill_host_ratio if generates else constants.inference_host_ratio
+    return constants.host_forward_layer_s * ratio
 
 
 def forward_sends(machine: Machine, spec: ModelSpec, candidates: Candidates, tokens: Array, passes: Array) -> Array:

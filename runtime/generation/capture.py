@@ -17,9 +17,9 @@ class Graph(Protocol):
 class CapturedSteps:
     """Runs steps, and records those whose shape comes again.
 
-    `record` turns a step into a graph without running it; None runs every step as it is, as on the CPU. The first burst
-    of a shape runs uncaptured: it loads kernels and opens communicators, which a recording must not, and a shape that
-    is met once is not worth one.
+    `record` turns a step into a graph without running it; None runs every step as it is, as on the CPU. The first step
+    of a shape runs uncaptured: it loads kernels and opens communicators, which a recording must not. Recording takes
+    the host as long as a step does, so that it pays from the third step on.
     """
 
     def __init__(self, record: Callable[[Callable[[], None]], Graph] | None) -> None:
@@ -31,12 +31,18 @@ class CapturedSteps:
         """What to call for each step of one burst. A shape always means the same work on the same buffers."""
         if self._record is None:
             return step
-        if shape not in self._met:
-            self._met.add(shape)
-            return step
-        if shape not in self._graphs:
-            self._graphs[shape] = self._record(step)
-        return self._graphs[shape].replay
+        record = self._record
+
+        def run() -> None:
+            if shape not in self._met:
+                self._met.add(shape)
+                step()
+                return
+            if shape not in self._graphs:
+                self._graphs[shape] = record(step)
+            self._graphs[shape].replay()
+
+        return run
 
 
 def cuda_recorder() -> Callable[[Callable[[], None]], Graph]:

@@ -77,11 +77,20 @@ class Flight:
     step computes `count` rows; a slot without a sample computes on what it finds.
 
     Static buffers, of which a step reads and writes the first rows: tokens, positions, bounds (the last position with
-    room), seeds, tables; hidden states from and for the neighbouring stages; values, the tokens chosen with their
-    log-probabilities, float32 [slots, 2].
+    room), tables; hidden states from and for the neighbouring stages; values, the tokens chosen with their
+    log-probabilities, float32 [slots, 2]. Those of a whole burst, of which `_turn` counts the steps, so that recorded
+    steps differ: seeds [burst, 2, slots], and the values that have landed [burst, slots, 2].
     """
 
-    def __init__(self, stage: LeanStage, blocks: Blocks, pool: Pool, rotation: Tensor, chooser: Chooser | None) -> None:
+    def __init__(
+        self,
+        stage: LeanStage,
+        blocks: Blocks,
+        pool: Pool,
+        rotation: Tensor,
+        chooser: Chooser | None,
+        burst: int,
+    ) -> None:
         slots, model = len(blocks.tables), stage.model
         self.lives: list[Live | None] = [None] * slots
         self.blocks, self.pool, self._stage, self._chooser, self.rotation = blocks, pool, stage, chooser, rotation
@@ -90,7 +99,8 @@ class Flight:
             return torch.zeros(shape, dtype=dtype, device=model.device)
 
         self.tokens, self.positions, self._bounds = buffer(slots), buffer(slots), buffer(slots)
-        self._seeds = buffer(2, slots, dtype=torch.int32)
+        self._turn, self._seeds = buffer(1), buffer(burst, 2, slots, dtype=torch.int32)
+        self._landed = buffer(burst, slots, 2, dtype=torch.float32)
         self._tables = buffer(slots, 1)
         self.values = buffer(slots, 2, dtype=torch.float32)
         self.inbox, self.outbox = (
@@ -102,9 +112,7 @@ class Flight:
         penalised = chooser is not None and chooser.sampling.penalised
         width = model.spec.padded_vocab // model.layout.tp
         self._seen = buffer(slots, width, dtype=torch.uint8) if penalised else None
-        self.found = buffer(0)
-        self._burst_seeds = self._seeds[None]
-        self.count = self._columns = 0
+        self.count = self._columns = self._steps = 0
 
     def begin(self, keys: Tensor, steps: int, rows: int) -> None:
         """Bring the state of the slots to the device for a burst of steps that compute `rows`, of which the last may be
@@ -123,8 +131,10 @@ class Flight:
             target[: self.count].copy_(values)
         first = torch.tensor([len(live.tokens) for live in lives] + [0] * idle, device=state.device)
         ahead = torch.arange(steps, device=state.device)[:, None] + first
-        self._burst_seeds = step_seeds(keys[state[3]].expand(steps, -1), ahead).transpose(0, 1).contiguous()
-        self.found = torch.zeros(steps, self.count, 2, device=state.device)
+        seeds = step_seeds(keys[state[3]].expand(steps, -1), ahead).transpose(0, 1)
+        self._seeds[:steps, :, : self.count].copy_(seeds)
+        self._turn.zero_()
+        self._steps = steps
         self._columns = self._longest(positions, bounds, steps)
         if isinstance(self.blocks, PagedBlocks):
             self._bring_tables(self.blocks)
@@ -148,10 +158,6 @@ class Flight:
         """What tells the steps of one burst from those of another: rows, and tokens that attention may see."""
         return self.count, self._columns
 
-    def seed(self, step: int) -> None:
-        """Set the random numbers of a step of the burst."""
-        self._seeds[:, : self.count].copy_(self._burst_seeds[step])
-
     def step(self, prompts: Prompts | None = None) -> None:
         """One token of every slot through the stage: reads static buffers, fills `outbox` or `values`.
 
@@ -173,7 +179,8 @@ class Flight:
             self.outbox[:n].copy_(hidden)
             return
         seen = None if self._seen is None else self._seen[:n]
-        tokens, logprobs = self._chooser(stage.logits(hidden), self._seeds[:, :n], seen)
+        seeds = self._seeds.index_select(0, self._turn)[0, :, :n]
+        tokens, logprobs = self._chooser(stage.logits(hidden), seeds, seen)
         if seen is not None:
             mark_seen(seen, tokens, self._chooser.first)
         torch.stack([tokens, logprobs], 1, out=self.values[:n])
@@ -204,12 +211,22 @@ class Flight:
         read = flat_places(self.blocks.tables[slot], live.position, self.pool.block_tokens)
         return self.pool.routes_at(torch.tensor(read, dtype=torch.int64, device=self.tokens.device))
 
-    def land(self, step: int) -> None:
+    def land(self) -> None:
         """Take what a step has chosen: it is the input of the next one."""
-        values = self.values[: self.count]
-        self.found[step].copy_(values)
-        self.tokens[: self.count].copy_(values[:, 0])
+        self._landed.index_copy_(0, self._turn, self.values[None])
+        self.tokens[: self.count].copy_(self.values[: self.count, 0])
         self.positions[: self.count].add_(1)
+        self._turn.add_(1)
+
+    def step_and_land(self, prompts: Prompts | None = None) -> None:
+        """A step of a pipeline of one stage, which knows at once what it has chosen."""
+        self.step(prompts)
+        self.land()
+
+    @property
+    def found(self) -> Tensor:
+        """The tokens of the burst's steps with their log-probabilities, float32 [steps, rows, 2]."""
+        return self._landed[: self._steps, : self.count]
 
     def move(self, source: int, target: int) -> None:
         """Move a sample to a free slot."""

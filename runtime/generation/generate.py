@@ -152,16 +152,16 @@ class _Run:
             part = model.spec.padded_vocab // model.layout.tp
             chooser = Chooser(sampling, model.spec.vocab, part, model.groups.tp, model.device)
         each = -(-slots // limits.groups)
+        # On a CPU a look at what has ended costs next to nothing, and prompts can join the steps of others. In a
+        # pipeline a burst begins and ends with idle stages, and joined replicas have to agree before each.
+        self._alone = self._device.type == "cpu" and model.layout.pp == 1 and joined.count == 1
+        self._burst = limits.burst or (BURST_ALONE if self._alone else BURST_STEPS)
         self._flights = []
         for first in range(0, slots, each):
             blocks = self._blocks(stage, lives, min(each, slots - first), longest)
             count = blocks.spare + 1 if isinstance(blocks, PagedBlocks) else len(blocks.tables)
             pool = Pool(stage, count, blocks.block_tokens, routes=keep_routes)
-            self._flights.append(Flight(stage, blocks, pool, rotation, chooser))
-        # On a CPU a look at what has ended costs next to nothing, and prompts can join the steps of others. In a
-        # pipeline a burst begins and ends with idle stages, and joined replicas have to agree before each.
-        self._alone = self._device.type == "cpu" and model.layout.pp == 1 and joined.count == 1
-        self._burst = limits.burst or (BURST_ALONE if self._alone else BURST_STEPS)
+            self._flights.append(Flight(stage, blocks, pool, rotation, chooser, self._burst))
         captures = limits.capture and self._device.type == "cuda"
         self._pipeline = Pipeline(stage, CapturedSteps(cuda_recorder() if captures else None))
 

@@ -32,37 +32,46 @@ class Pipeline:
         """`steps` tokens for every slot of flights that have begun a burst. Nothing here waits for the device, but
         collectives on the CPU. prompts: for each flight those to compute in its first step (`Flight.step`)."""
         # By the flight itself: one that has run dry is not among them, and the next one would get its number.
-        runs = [self._captured.of((id(flight), *flight.shape), flight.step) for flight in flights]
+        alone = len(self._ranks) == 1
+        runs = [
+            self._captured.of((id(flight), *flight.shape), flight.step_and_land if alone else flight.step)
+            for flight in flights
+        ]
+        if alone:
+            for step in range(steps):
+                for index, run in enumerate(runs):
+                    new = prompts[index] if prompts and not step else None
+                    if new is None:
+                        run()
+                    else:
+                        flights[index].step_and_land(new)
+            return
+        assert not any(prompts or ()), "prompts join steps where one stage is all there is"
         coming: list[Any] = [None] * len(flights)
         for step in range(steps):
             for index, (flight, run) in enumerate(zip(flights, runs, strict=True)):
                 if step:
-                    self._land(flight, coming[index], step - 1)
-                new = prompts[index] if prompts and not step else None
-                coming[index] = self._visit(index, flight, step, run if new is None else partial(flight.step, new))
+                    self._land(flight, coming[index])
+                coming[index] = self._visit(index, flight, run)
         for flight, work in zip(flights, coming, strict=True):
-            self._land(flight, work, steps - 1)
+            self._land(flight, work)
         self.settle()
 
-    def _visit(self, index: int, flight: Flight, step: int, run: Any) -> Any:
+    def _visit(self, index: int, flight: Flight, run: Any) -> Any:
         """One step of a flight on this stage; the broadcast of its tokens, which may still be on its way."""
         model, count = self._stage.model, flight.count
-        flight.seed(step)
         if not model.first_stage:
             dist.recv(flight.inbox[:count], src=self._ranks[model.place.pp - 1], group=self._group)
         self._wait(index)
         run()
         if not model.last_stage:
             self._send(index, flight.outbox[:count])
-        if len(self._ranks) == 1:
-            return None
         return dist.broadcast(flight.values[:count], src=self._ranks[-1], group=self._group, async_op=True)
 
     @staticmethod
-    def _land(flight: Flight, work: Any, step: int) -> None:
-        if work is not None:
-            work.wait()
-        flight.land(step)
+    def _land(flight: Flight, work: Any) -> None:
+        work.wait()
+        flight.land()
 
     def prefill(self, flight: Flight, prompts: Prompts, rows: int) -> None:
         """Compute keys and values of prompts in one pass. `rows`: the most tokens of such a pass, this one or those of

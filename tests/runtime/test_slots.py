@@ -130,7 +130,7 @@ def test_newcomers_wait_for_free_blocks() -> None:
 
 
 def test_a_shape_that_comes_again_is_captured_and_replayed() -> None:
-    """With a stand-in for the graph: the first burst of a shape runs as it is, the second records, others replay."""
+    """With a stand-in for the graph: the first step of a shape runs as it is, the second records, others replay."""
     log: list[str] = []
 
     class Recorded:
@@ -147,8 +147,9 @@ def test_a_shape_that_comes_again_is_captured_and_replayed() -> None:
         run = captured.of(shape, lambda shape=shape: log.append(shape))  # type: ignore[misc]
         run()
         run()
-    once, twice = ["a", "a", "b", "b"], ["replay", "a", "replay", "a"]
-    assert log == [*once, "record", *twice, *twice, "record", "replay", "b", "replay", "b"]
+    replayed = {shape: ["replay", shape] for shape in "ab"}
+    first = {shape: [shape, "record", *replayed[shape]] for shape in "ab"}
+    assert log == [*first["a"], *first["b"], *2 * replayed["a"], *2 * replayed["a"], *2 * replayed["b"]]
     alone = CapturedSteps(None)
     assert all(alone.of("a", log.clear) == log.clear for _ in range(3))
 
