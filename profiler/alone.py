@@ -1,4 +1,4 @@
-"""A world of one rank in this process, which the runtime's models ask for."""
+"""A world of one rank in this process, which the runtime's models ask for, and such models."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+from plans.layout import Layout
+from plans.model import ModelSpec
 from runtime.groups import GroupCache
 from runtime.models.installation import install
+from runtime.models.model import Model, build_model
 
 
 @contextmanager
@@ -24,3 +27,16 @@ def alone(device: torch.device) -> Iterator[GroupCache]:
     finally:
         groups.close()
         dist.destroy_process_group()
+
+
+def single_rank_model(spec: ModelSpec, groups: GroupCache, device: torch.device, dtype: torch.dtype) -> Model:
+    """A model on this rank alone, weights normal. The process group must hold one rank."""
+    layout = Layout(spec, (0,))
+    model = build_model(layout, groups.collection(layout), dtype=dtype, device=device)
+    with torch.no_grad():
+        for parameter in model.chunks[0].parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 0.02)
+            else:
+                parameter.fill_(1.0)
+    return model

@@ -6,7 +6,7 @@ this process alone, so that the code that is timed is the code that will run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from math import inf
@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plans.layout import Layout
 from plans.model import ModelSpec
+from profiler.alone import single_rank_model
+from profiler.decoding import DecodingShard
 from profiler.timers import Timed
-from runtime.generation.attention import Pool, prefill_attention, row_attention
+from runtime.generation.attention import Pool, prefill_attention
 from runtime.generation.generate import generate
 from runtime.generation.lean import Attend, LeanStage
 from runtime.generation.sampling import Sampling
 from runtime.groups import GroupCache
-from runtime.models.model import Model, build_model
 from runtime.passes.forward import TokenOutput, token_logprobs
 from runtime.passes.logprobs import token_logprobs_of
 from runtime.passes.optimizer import AdamSettings
@@ -34,19 +34,6 @@ from runtime.sequences import Sequences
 Point = Mapping[str, int]
 
 
-def single_rank_model(spec: ModelSpec, groups: GroupCache, device: torch.device, dtype: torch.dtype) -> Model:
-    """A model on this rank alone, weights normal. The process group must hold one rank."""
-    layout = Layout(spec, (0,))
-    model = build_model(layout, groups.collection(layout), dtype=dtype, device=device)
-    with torch.no_grad():
-        for parameter in model.chunks[0].parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0.0, 0.02)
-            else:
-                parameter.fill_(1.0)
-    return model
-
-
 class Shard:
     """Holds the model of a shard with its gradient buffers and optimizer, and gives its operations."""
 
@@ -54,8 +41,7 @@ class Shard:
         self.model = single_rank_model(spec, groups, device, dtype)
         self.trainer = Trainer(self.model, AdamSettings())
         self._chunk = self.model.chunks[0]
-        self._device = device
-        self._dtype = dtype
+        self._groups, self._device, self._dtype = groups, device, dtype
 
     @property
     def parameters(self) -> int:
@@ -70,9 +56,9 @@ class Shard:
     def _tokens(self, sequences: int, tokens: int) -> Tensor:
         return torch.randint(self.model.spec.vocab, (sequences, tokens), device=self._device)
 
-    def _hidden(self, tokens: int, sequences: int, *, grad: bool = True) -> Tensor:
+    def _hidden(self, tokens: int, sequences: int) -> Tensor:
         shape = (tokens, sequences, self.model.spec.hidden)
-        return torch.randn(shape, device=self._device, dtype=self._dtype, requires_grad=grad)
+        return torch.randn(shape, device=self._device, dtype=self._dtype, requires_grad=True)
 
     def _embed(self, ids: Tensor) -> Tensor:
         self._chunk.train()
@@ -86,38 +72,42 @@ class Shard:
         ids = self._tokens(1, tokens)
         return _backward(lambda: self._embed(ids))
 
-    def _block(self, hidden: Tensor) -> Tensor:
+    def _block(self, sequences: int, sequence_tokens: int) -> Callable[[], Tensor]:
+        """The forward pass of a block on random hidden states. Rotations are made once for all layers of a model."""
         self._chunk.train()
-        rotation = self._rotation(hidden.shape[0])
-        out = self._chunk.decoder.layers[0](hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotation)
-        return torch.as_tensor(out[0])
+        hidden, rotation = self._hidden(sequence_tokens, sequences), self._rotation(sequence_tokens)
+        layer = self._chunk.decoder.layers[0]
+
+        def forward() -> Tensor:
+            return torch.as_tensor(layer(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotation)[0])
+
+        return forward
 
     def _rotation(self, tokens: int) -> Tensor:
         positions = torch.arange(tokens, device=self._device)
         return torch.as_tensor(self._chunk.rotary_pos_emb.rotation(positions, tokens, self._dtype))
 
     def _block_forward(self, sequences: int, sequence_tokens: int) -> Timed:
-        hidden = self._hidden(sequence_tokens, sequences)
-        return Timed(lambda _: self._block(hidden))
+        forward = self._block(sequences, sequence_tokens)
+        return Timed(lambda _: forward())
+
+    def _block_inference(self, sequences: int, sequence_tokens: int) -> Timed:
+        """A block of log-probabilities and values, of which nothing is kept."""
+        forward = self._block(sequences, sequence_tokens)
+        return Timed(lambda _: torch.no_grad()(forward)())
 
     def _block_backward(self, sequences: int, sequence_tokens: int) -> Timed:
-        hidden = self._hidden(sequence_tokens, sequences)
-        return _backward(lambda: self._block(hidden))
+        return _backward(self._block(sequences, sequence_tokens))
 
     def _block_recompute(self, sequences: int, sequence_tokens: int) -> Timed:
         """Backward of a block that is recomputed first; the profile subtracts `block_backward`."""
-        hidden = self._hidden(sequence_tokens, sequences)
+        self._chunk.train()
+        hidden, rotation = self._hidden(sequence_tokens, sequences), self._rotation(sequence_tokens)
 
         def forward() -> Tensor:
-            self._chunk.train()
             with _full_recompute(self.model.config):
-                return torch.as_tensor(
-                    self._chunk.decoder(
-                        hidden_states=hidden,
-                        attention_mask=None,
-                        rotary_pos_emb=self._rotation(sequence_tokens),
-                    )
-                )
+                out = self._chunk.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotation)
+                return torch.as_tensor(out)
 
         return _backward(forward)
 
@@ -129,21 +119,19 @@ class Shard:
     def _block_prefill(self, sequences: int, sequence_tokens: int) -> Timed:
         """Prompts end to end through a block of generation, their keys and values stored."""
         stage, device = self._stage, self._device
-        hidden = self._hidden(sequence_tokens, sequences, grad=False).flatten(0, 1)
+        hidden = self._hidden(sequence_tokens, sequences).detach().flatten(0, 1)
         pool = Pool(stage, sequences, sequence_tokens)
         attend = prefill_attention(stage, pool, torch.arange(len(hidden), device=device), [sequence_tokens] * sequences)
         rotation = stage.rotation(sequence_tokens).repeat(sequences, 1, 1, 1, 1)
         return Timed(lambda _: _lean(stage, hidden, rotation, attend))
 
+    @cached_property
+    def _decoding(self) -> DecodingShard:
+        return DecodingShard(self.model.spec, self._groups, self._device, self._dtype)
+
     def _block_decode(self, sequences: int, cached_tokens: int) -> Timed:
         """A token of each slot through a block of generation, on `cached_tokens` before it."""
-        stage, device = self._stage, self._device
-        hidden = self._hidden(1, sequences, grad=False).flatten(0, 1)
-        pool = Pool(stage, sequences, cached_tokens + 1)
-        last = torch.full((sequences,), cached_tokens, device=device)
-        attend = row_attention(stage, pool, sequences, cached_tokens + 1, last)
-        rotation = stage.rotation(cached_tokens + 1)[last]
-        return Timed(lambda _: _lean(stage, hidden, rotation, attend))
+        return self._decoding.block(sequences, cached_tokens)
 
     def _logprobs(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         self._chunk.train()

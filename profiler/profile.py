@@ -16,13 +16,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cost_models.tables.shards import call_spec, shard_spec
-from cost_models.tables.table_schema import CALL_VOCAB, STEP_PROMPT, STEP_TOKENS, TableError
+from cost_models.tables.table_schema import CALL_VOCAB, STEP_PROMPT, TableError
 from cost_models.tables.tables import CostTable
 from plans.errors import RealplanError
 from plans.model import ModelSpec
 from profiler.alone import alone
 from profiler.cases import CALLS, CPU, GPU, Axes, Cases, grids
 from profiler.collectives import CPU_BYTES, GPU_BYTES, device_count, measure_collectives
+from profiler.decoding import step_spans
 from profiler.devices import clocks_mhz, device_name, hardware_kind, versions
 from profiler.layers import Shard
 from profiler.results import Coordinates, Results
@@ -168,8 +169,8 @@ def _point(
     try:
         timing = _timing(request, shard, name, point, sizes, results)
         results.add(name, point, timing)
-        # `generate_step` is a difference of two generations, which has no peak of its own.
-        if name != "generate_step" and (device.type == "cuda" or name.endswith("_forward")):
+        # A difference of two generations has no peak of its own, and a recorded graph allocates nothing.
+        if name not in ("generate_step", "block_decode") and (device.type == "cuda" or name.endswith("_forward")):
             peak = peak_bytes(shard.operation(name, sizes), device)
             results.add(f"{name}_peak", point, Timing(max(peak, 1.0), 0.0))
     except torch.OutOfMemoryError:
@@ -182,11 +183,11 @@ def _timing(
 ) -> Timing:
     device, budget = request.device, request.sizes.budget_s
     if name == "generate_step":
+        spans = step_spans(device)
         long, short = (
-            measure(shard.generation(sizes["sequences"], STEP_PROMPT, tokens), device, budget)
-            for tokens in (1 + STEP_TOKENS, 1)
+            measure(shard.generation(sizes["sequences"], STEP_PROMPT, tokens), device, budget) for tokens in spans
         )
-        return Timing(max(long.seconds - short.seconds, 1e-9) / STEP_TOKENS, long.spread)
+        return Timing(max(long.seconds - short.seconds, 1e-9) / (spans[0] - spans[1]), long.spread)
     timing = measure(shard.operation(name, sizes), device, budget)
     if name == "block_recompute":
         backward = results.points["block_backward"][point].seconds

@@ -21,10 +21,11 @@ def _nothing() -> None:
 
 @dataclass(frozen=True)
 class Timed:
-    """An operation to time: `run(prepare())`, of which only `run` counts."""
+    """An operation to time: `run(prepare())`, of which only `run` counts, which does it `times` times."""
 
     run: Callable[[Any], object]
     prepare: Callable[[], Any] = _nothing
+    times: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ def measure(timed: Timed, device: torch.device, budget_s: float) -> Timing:
     began = time.perf_counter()
     while len(samples) < MAX_REPEATS and (len(samples) < MIN_REPEATS or time.perf_counter() - began < budget_s):
         samples.append(clock(timed, device))
-    return summary(samples)
+    return summary([sample / timed.times for sample in samples])
 
 
 def _cpu_seconds(timed: Timed, _: torch.device) -> float:

@@ -78,7 +78,19 @@ FLOORS = {
         "checkpoint_files",
     ),
     "profiler": (
-        *("alone", "cases", "devices", "timers", "layers", "results", "collectives", "profile", "command", "speeds"),
+        *(
+            "alone",
+            "cases",
+            "devices",
+            "timers",
+            "decoding",
+            "layers",
+            "results",
+            "collectives",
+            "profile",
+            "command",
+            "speeds",
+        ),
     ),
     "runtime": (
         *("sequences", "routes", "reports", "processes", "algorithms", "batches", "models", "groups", "passes"),

@@ -43,8 +43,7 @@ def model_alone(setting: Setting, spec: ModelSpec) -> Iterator[Any]:
 
     import torch
 
-    from profiler.alone import alone
-    from profiler.layers import single_rank_model
+    from profiler.alone import alone, single_rank_model
 
     with alone(setting.device) as groups:
         yield single_rank_model(spec, groups, setting.device, precision(setting))
