@@ -23,6 +23,7 @@ from typing import Any
 from gpu_check.report import Report
 from gpu_check.setting import Setting
 from gpu_check.stages import BY_NAME, STAGES, Stage, run_stage
+from runtime.launching.entry import rank_defaults
 
 START_S = 180.0
 """In which a process must have imported everything, on a slow disk too."""
@@ -33,6 +34,8 @@ def main() -> int:
     """Run the stages; 0 when none failed, 1 otherwise. Goals that were missed are figures, not failures."""
     options = _options()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the table is written all the same
+    for name, value in rank_defaults(cpu=options.device == "cpu").items():  # as in the ranks of a run
+        os.environ.setdefault(name, value)
     output: Path = options.output.resolve()
     shutil.rmtree(output / "stages", ignore_errors=True)
     (output / "stages").mkdir(parents=True)
