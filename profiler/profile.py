@@ -33,6 +33,10 @@ from runtime.models.model import TORCH_DTYPES
 
 Advance = Callable[[str], None]
 ATTEMPTS = 5
+CPU_PEAKS = ("embedding_forward", "block_forward", "head_forward")
+PEAKS = (*CPU_PEAKS, "block_inference", "block_prefill", "inference_call", "train_call")
+"""Operations whose peak memory grows with their sizes: a backward pass frees what it reads, a difference of two
+generations has no peak of its own, and a recorded graph allocates nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,8 +173,7 @@ def _point(
     try:
         timing = _timing(request, shard, name, point, sizes, results)
         results.add(name, point, timing)
-        # A difference of two generations has no peak of its own, and a recorded graph allocates nothing.
-        if name not in ("generate_step", "block_decode") and (device.type == "cuda" or name.endswith("_forward")):
+        if name in (PEAKS if device.type == "cuda" else CPU_PEAKS):
             peak = peak_bytes(shard.operation(name, sizes), device)
             results.add(f"{name}_peak", point, Timing(max(peak, 1.0), 0.0))
     except torch.OutOfMemoryError:

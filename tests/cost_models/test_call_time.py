@@ -223,7 +223,7 @@ def test_decode_quadrature_equals_the_sum_over_every_step(mean: int, groups: int
 
 
 def test_decoding_streams_weights_and_long_tails_save_less_than_their_mean() -> None:
-    at = machine(8, host_decode_layer_s=0.0, decode_step_s=0.0)
+    at = machine(8, host_decode_layer_s=0.0, decode_layer_s=0.0, decode_step_s=0.0)
     one = layout(1, tp=1)
     token = Terms(decode_step(at, LLAMA, one, 1, 1)).total_s[0]
     weights = 2 * (LLAMA.params - LLAMA.embedding_params)
