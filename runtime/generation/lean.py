@@ -188,7 +188,10 @@ class LeanStage:
                 queries.copy_(block.query_norm(queries))
                 keys.copy_(block.key_norm(keys))
             turned = turned[..., : self.rotated]
-            swapped = turned.roll(self.rotated // 2, -1)
+            if self.rotated == self.dim:  # values along, because a roll copies what is not contiguous first
+                swapped = qkv.roll(self.rotated // 2, -1)[:, :, : self.share + 1]
+            else:
+                swapped = turned.roll(self.rotated // 2, -1)
             turned.mul_(cos).addcmul_(swapped, sin)
             attended, adapter = attend(index, qkv), block.out_adapter
             if keep is not None and index == len(self.blocks) - 1 and not self.model.spec.experts:
