@@ -53,6 +53,10 @@ def main(
         die_with(parent, end)
     except ProcessLookupError:
         return
+    # slurm sends a signal to all processes of a job: the rank then writes a checkpoint, and needs scores until it has.
+    # What the function starts has the signals as usual: handlers, unlike SIG_IGN, are not inherited.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
     resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with open(requests, encoding="utf-8") as read, open(replies, "w", encoding="utf-8") as write:

@@ -189,6 +189,14 @@ def test_a_reward_ends_with_its_rank(rewards) -> None:  # type: ignore[no-untype
     assert not Path(f"/proc/{worker}").exists()
 
 
+def test_signals_to_all_processes_of_a_job_leave_scores(rewards) -> None:  # type: ignore[no-untyped-def]
+    reward = rewards("import os\ndef f(responses): return [os.getpid()] * len(responses)")
+    worker = int(reward(PROMPTS, RESPONSES)[0])
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(worker, number)
+        assert reward(PROMPTS, RESPONSES)[0] == worker
+
+
 @pytest.mark.parametrize("alive", [True, False])
 def test_a_process_whose_rank_was_killed_ends_without_a_word(alive: bool) -> None:
     """Its answer meets a pipe that nobody reads, before or after it could see that the rank is gone."""
