@@ -103,8 +103,10 @@ def test_shards_divide_and_refuse() -> None:
 def test_only_the_operation_is_timed() -> None:
     slow = torch.randn(400, 400)
     timing = measure(Timed(lambda x: x + 1.0, lambda: slow @ slow), CPU, 0.02)
-    heavy = measure(Timed(lambda _: slow @ slow), CPU, 0.02)
+    heavy = measure(Timed(lambda _: [slow @ slow for _ in range(10)]), CPU, 0.02)
+    each = measure(Timed(lambda _: [slow @ slow for _ in range(10)], times=10), CPU, 0.02)
     assert 0 < timing.seconds < heavy.seconds
+    assert heavy.seconds / 30 < each.seconds < heavy.seconds / 3
 
 
 def test_peak_of_the_cpu_is_what_backward_keeps() -> None:
