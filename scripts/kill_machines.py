@@ -223,7 +223,9 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("runs/kills"))
     options = parser.parse_args()
-    options.output.mkdir(parents=True, exist_ok=True)
+    if options.output.exists():
+        parser.error(f"{options.output} is there already; give another --output")
+    options.output.mkdir(parents=True)
     bench, faults = MachineBench(options.output.resolve()), 0
     table = Table("kill", "job", "what happened", "result", "s")
     for number in range(options.first, options.first + options.kills):

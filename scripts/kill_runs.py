@@ -298,6 +298,8 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("runs/kills"))
     options = parser.parse_args()
+    if options.output.exists():
+        parser.error(f"{options.output} is there already; give another --output")
     options.output.mkdir(parents=True)
     bench, faults = Bench(options.output.resolve()), 0
     table = Table("kill", "job", "what happened", "result")
