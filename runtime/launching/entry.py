@@ -9,13 +9,13 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Sequence
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
 from plans.errors import RealplanError
 from plans.plan import ExecutionPlan
 from plans.runfile import RunFile
-from runtime.processes.lifetime import die_with
+from runtime.processes.lifetime import deaf_children, die_with, hear
 from runtime.processes.member import Address, Member
 from runtime.processes.network import interface_of, resolve
 from runtime.reports.records import crash_path
@@ -45,8 +45,12 @@ def prepare_ranks(plan: ExecutionPlan, meeting: Address | None = None) -> None:
     if forks:
         preload = ["runtime.worker", "torch._dynamo"]  # torch.optim imports the second
         multiprocessing.get_context("forkserver").set_forkserver_preload(preload)
+        # Ranks end with their fork server, and those that were asked to stop have a checkpoint to write. The tracker
+        # comes first, since its start lets all signals through again.
+        resource_tracker.ensure_running()
         try:
-            forkserver.ensure_running()
+            with deaf_children(signal.SIGTERM):
+                forkserver.ensure_running()
         except OSError as error:  # its socket lies in the folder for temporary files, and an address has 107 characters
             raise RealplanError(
                 f"the fork server cannot listen in `{tempfile.gettempdir()}`: {error}", "set TMPDIR to a shorter folder"
@@ -90,10 +94,11 @@ def launched_worker(
 ) -> None:
     """Run one rank; an error, which is in `scratch` by then, ends the process at once and without a traceback. traces:
     folders that a launcher which is killed cannot take away itself."""
-    # The keyboard interrupts launcher and ranks alike. With checkpoints the launcher asks the ranks to stop; without,
-    # they end at once and show no traceback.
-    signal.signal(signal.SIGINT, signal.SIG_IGN if run.checkpoint.every else signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Keyboards and batch systems interrupt launcher and ranks alike. With checkpoints the launcher asks the ranks to
+    # stop; without, they end at once and show no traceback.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN if run.checkpoint.every else signal.SIG_DFL)
+    hear(signal.SIGTERM)
     die_with(launcher, lambda: _die_with(traces))
     faulthandler.enable(crash_path(scratch, member.rank).open("w", encoding="utf-8"))
     from runtime.worker import guarded

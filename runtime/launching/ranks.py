@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import wait
@@ -15,6 +16,7 @@ from plans.plan import ExecutionPlan
 from plans.runfile import RunFile
 from runtime.launching.entry import launched_worker, multiprocessing_folder, prepare_ranks, start_method
 from runtime.processes.failures import find_cause, knows_cause
+from runtime.processes.lifetime import deaf_children
 from runtime.processes.member import Address, Member
 from runtime.reports.records import read_status
 
@@ -73,7 +75,8 @@ class LocalRanks:
             for rank in numbers:
                 words = (plan, run, member(rank, private), scratch, os.getpid(), traces)
                 self._processes[rank] = context.Process(target=launched_worker, args=words, name=f"rank {rank}")
-                self._processes[rank].start()
+                with deaf_children(signal.SIGTERM):
+                    self._processes[rank].start()
         except BaseException:
             self.end()
             raise

@@ -7,7 +7,7 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from threading import Thread
 from typing import NoReturn
 
@@ -29,6 +29,22 @@ def die_with(pid: int, end: Callable[[], None] = _end) -> None:
 
     with contextlib.suppress(AttributeError, PermissionError):
         Thread(target=watch, args=(os.pidfd_open(pid),), daemon=True).start()
+
+
+@contextlib.contextmanager
+def deaf_children(number: signal.Signals) -> Iterator[None]:
+    """Processes that this thread starts meanwhile do not hear a signal until they say so (`hear`); this one hears it
+    afterwards. A batch system sends its signals to every process of a job."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (number,))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def hear(number: signal.Signals) -> None:
+    """Let this process hear a signal that its parent kept from it."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (number,))
 
 
 def end_at_once(code: int) -> NoReturn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -247,10 +248,11 @@ def state(checkpoint: Checkpoint, role: str) -> dict[str, torch.Tensor]:
 
 
 def test_a_request_to_stop_loses_nothing(tmp_path: Path):
+    """Also one that goes to all processes of the run, as a batch system's does."""
     keys: dict[str, Any] = {"iterations": 30, "checkpoint": {"every": 2}, "export": False}
     command = arguments(tmp_path, **keys)
     with running(command, tmp_path / "out" / ".ranks", iteration=3) as (process, _):
-        process.send_signal(signal.SIGTERM)
+        os.killpg(os.getpgid(process.pid), signal.SIGTERM)
         _, said = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1 and "Traceback" not in said
     assert "stopped by SIGTERM" in said and "--resume" in said
