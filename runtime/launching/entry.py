@@ -43,7 +43,7 @@ def prepare_ranks(plan: ExecutionPlan, meeting: Address | None = None) -> None:
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     if forks:
-        preload = ["runtime.worker", "torch._dynamo"]  # torch.optim imports the second
+        preload = ["runtime.launching.fork_server", "runtime.worker", "torch._dynamo"]  # torch.optim imports the last
         multiprocessing.get_context("forkserver").set_forkserver_preload(preload)
         # Ranks end with their fork server, and those that were asked to stop have a checkpoint to write. The tracker
         # comes first, since its start lets all signals through again.

@@ -66,7 +66,8 @@ class LocalRanks:
         traces: Sequence[Path] = (),
     ) -> None:
         self.numbers = numbers
-        self._private = tempfile.TemporaryDirectory(prefix="realplan-", ignore_cleanup_errors=True)
+        inside = next(iter(multiprocessing_folder()), None)  # which the fork server takes away
+        self._private = tempfile.TemporaryDirectory(prefix="realplan-", dir=inside, ignore_cleanup_errors=True)
         self._processes: dict[int, Any] = {}
         private = Path(self._private.name)
         context: Any = multiprocessing.get_context(start_method(plan))
