@@ -10,11 +10,11 @@ import torch
 
 from cost_models.tables.shards import call_spec
 from cost_models.tables.table_schema import CALL_VOCAB, STEP_TOKENS
-from plans.kvcache import BLOCK_TOKENS, BURST_STEPS
+from plans.kvcache import BURST_STEPS
 from plans.model import ModelSpec
 from profiler.alone import single_rank_model
 from profiler.timers import Timed
-from runtime.generation.attention import Pool, paged_attention, paged_kernel, row_attention
+from runtime.generation.attention import Pool, paged_attention, row_attention, suited_block
 from runtime.generation.capture import cuda_recorder
 from runtime.generation.lean import Attend, LeanStage
 from runtime.groups import GroupCache
@@ -61,11 +61,12 @@ class DecodingShard:
     def _attend(self, sequences: int, cached_tokens: int, last: torch.Tensor) -> Attend:
         """Attention on a cache of whole rows, or on blocks where generation has them."""
         stage, size = self._stage, cached_tokens + 1
-        if self._device.type == "cpu" or self._dtype == torch.float32 or not paged_kernel():
+        block = suited_block(self._device, self._dtype)
+        if not block:
             return row_attention(stage, Pool(stage, sequences, size), sequences, size, last)
-        width = ceil(size / BLOCK_TOKENS)
+        width = ceil(size / block)
         tables = torch.arange(sequences * width, device=self._device).view(sequences, width)
-        return paged_attention(stage, Pool(stage, sequences * width, BLOCK_TOKENS), tables, last)
+        return paged_attention(stage, Pool(stage, sequences * width, block), tables, last)
 
 
 def step_spans(device: torch.device) -> tuple[int, int]:

@@ -93,8 +93,8 @@ class Shard:
 
     def _block_inference(self, sequences: int, sequence_tokens: int) -> Timed:
         """A block of log-probabilities and values, of which nothing is kept."""
-        forward = self._block(sequences, sequence_tokens)
-        return Timed(lambda _: torch.no_grad()(forward)())
+        forward = torch.no_grad()(self._block(sequences, sequence_tokens))
+        return Timed(lambda _: forward())
 
     def _block_backward(self, sequences: int, sequence_tokens: int) -> Timed:
         return _backward(self._block(sequences, sequence_tokens))

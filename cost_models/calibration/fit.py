@@ -92,12 +92,9 @@ def _least_squares(residuals: Callable[[Array], Array], start: Array, **settings
 def _fit_operations(
     table: CostTable, constants: Constants, cluster: ClusterSpec, spec: ModelSpec, entries: Mapping[str, TableEntry]
 ) -> Constants:
-    told = [name for name, of in HOST_RATIOS.items() if of in entries and constants.host_forward_layer_s > 0]
-    names = [
-        name
-        for name in STARTS
-        if (name in told if name in HOST_RATIOS else getattr(constants, name) > 0 or name not in HOST)
-    ]
+    fixed = {name for name in HOST if not getattr(constants, name)}
+    fixed |= {name for name, of in HOST_RATIOS.items() if of not in entries or "host_forward_layer_s" in fixed}
+    names = [name for name in STARTS if name not in fixed]
     start = np.log([getattr(constants, name) or STARTS[name] for name in names])
 
     weights = {name: _weights(entry.values) for name, entry in entries.items()}

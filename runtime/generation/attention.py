@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from plans.errors import RealplanError
+from plans.kvcache import BLOCK_TOKENS
 from runtime.generation.blocks import BlockCopy
 from runtime.generation.lean import Attend, LeanStage
 from runtime.models.packed_attention import Runs, attention, packed_attention
@@ -23,6 +24,12 @@ def paged_kernel() -> bool:
     from torch.nn.attention.varlen import varlen_attn
 
     return {"block_table", "seqused_k", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
+
+
+def suited_block(device: torch.device, dtype: torch.dtype) -> int:
+    """Tokens of a KV block where attention reads blocks in place (half precision on CUDA), 0 for a slot's whole row."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    return BLOCK_TOKENS if device.type == "cuda" and half and paged_kernel() else 0
 
 
 class Pool:

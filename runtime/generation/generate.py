@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from plans.errors import RealplanError
-from plans.kvcache import BLOCK_TOKENS, BURST_ALONE, BURST_STEPS, PREFILL_TOKENS, cache_blocks
-from runtime.generation.attention import Pool, paged_kernel
+from plans.kvcache import BURST_ALONE, BURST_STEPS, PREFILL_TOKENS, cache_blocks
+from runtime.generation.attention import Pool, suited_block
 from runtime.generation.blocks import Admission, BlockCopy, Blocks, PagedBlocks, RowBlocks
 from runtime.generation.capture import CapturedSteps, cuda_recorder
 from runtime.generation.flight import Flight, Live, Prompts
@@ -166,10 +166,7 @@ class _Run:
         self._pipeline = Pipeline(stage, CapturedSteps(cuda_recorder() if captures else None))
 
     def _blocks(self, stage: LeanStage, lives: Sequence[Live], slots: int, longest: int) -> Blocks:
-        half = stage.model.config.params_dtype in (torch.bfloat16, torch.float16)
-        size = self._limits.block
-        if not size and self._device.type == "cuda" and half and paged_kernel():
-            size = BLOCK_TOKENS
+        size = self._limits.block or suited_block(self._device, stage.model.config.params_dtype)
         if not size:
             return RowBlocks(slots, longest)
         prompt = max((len(live.prompt) for live in lives), default=1)
