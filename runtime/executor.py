@@ -33,7 +33,7 @@ from runtime.processes.failures import MEMORY_HINT, lost_peer, memory_words, tim
 from runtime.reports.records import Records
 from runtime.reports.stats import Stat
 from runtime.weights.copies import Copies
-from runtime.weights.export import export
+from runtime.weights.export import WRITER, export
 
 
 class StepError(RealplanError):
@@ -147,12 +147,22 @@ class Executor:
             raise self._explain(error, f"update {REFERENCE}", tuple(ranks), iteration) from error
 
     def export(self, role: str, folder: Path) -> None:
-        """Write a trained role as a Hugging Face folder. Collective over the ranks of its home."""
-        home = self.program.homes[role]
+        """Write a trained role as a Hugging Face folder. Collective over the ranks of its home and rank 0, which sees
+        the folder."""
+        home, iteration = self.program.homes[role], self.state.iterations
+        if self._rank not in (WRITER, *home.layout.ranks):
+            return
+        step, model = f"export {role}", None
+        self._recorder.say(step, iteration)
         if self._rank in home.layout.ranks:
-            weights, model = self._job.run.weights_of(role), self.copies.model(home.calls[0])
+            model = self.copies.model(home.calls[0])
             check_finite(model, f"rank {self._rank}: the weights of `{role}`, which were to be exported")
-            export(model, folder, None if weights == RANDOM else Path(weights))
+        weights = self._job.run.weights_of(role)
+        try:
+            source = None if weights == RANDOM else Path(weights)
+            export(home.layout, model, folder, source, dtype=self._job.dtype)
+        except Exception as error:
+            raise self._explain(error, step, tuple(sorted({WRITER, *home.layout.ranks})), iteration) from error
 
     def _step(self, step: Step, iteration: int) -> None:
         calls = step.kind in (StepKind.CALL, StepKind.FUNCTION)

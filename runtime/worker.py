@@ -75,7 +75,6 @@ def work(plan: ExecutionPlan, run: RunFile, member: Member, scratch: Path, store
         if job.reward is not None:
             job.reward.close()
     if run.export and done == run.iterations:
-        recorder.say("export", run.iterations)
         role = next(iter(executor.program.homes))
         executor.export(role, Path(run.output) / role)
     recorder.say("export", run.iterations, done=True)

@@ -40,8 +40,8 @@ from runtime.machines.files import FileServer
 from runtime.machines.weights import WeightFolders
 from runtime.models.installation import install
 from runtime.models.model import build_model, named_shards
-from runtime.weights.export import write_folder
 from runtime.weights.hf import random_parameter
+from runtime.weights.hf_folder import write_folder
 from runtime.weights.reallocate import Reallocator
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))

@@ -17,16 +17,16 @@ from plans.model import ModelSpec
 from plans.runfile import RANDOM, weights_of
 from runtime.checkpoints.read import CheckpointReader
 from runtime.checkpoints.resume import run_of
-from runtime.weights.export import write_folder
 from runtime.weights.hf import random_parameter, whole_parameter
 from runtime.weights.hf_files import WeightFiles
+from runtime.weights.hf_folder import write_folder
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def export_checkpoint(place: Path, folder: Path, role: str = "", dtype: str = "", weights: str = "") -> Checkpoint:
     """Write the weights of a trained role (default: the first one) as a Hugging Face folder, adapters merged and beside
-    it (`runtime.weights.export`); the checkpoint used.
+    it (`runtime.weights.hf_folder`); the checkpoint used.
 
     place: a checkpoint, a folder of them or the output of a run, whose newest whole one is taken. dtype: bf16, fp16 or
     fp32; default: that of the plan which wrote it. weights: where those of the run lie now. What `folder` held goes

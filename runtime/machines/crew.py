@@ -10,7 +10,6 @@ from pathlib import Path
 from time import monotonic, time
 
 from plans.codec import dump_plan
-from plans.errors import RealplanError
 from plans.plan import ExecutionPlan
 from plans.runfile import RunFile, patience_s
 from runtime.checkpoints.resume import Start
@@ -219,19 +218,5 @@ class _FarRanks:
 
 
 def exports_itself(run: RunFile) -> bool:
-    """Whether the ranks of a run write its weights at the end, since no checkpoint has them. They see one folder."""
+    """Whether the ranks of a run write its weights at the end, since no checkpoint has them."""
     return run.export and not run.checkpoint.every
-
-
-def check_folders(run: RunFile, storages: int) -> None:
-    """Raise RealplanError for what machines without a folder in common cannot write."""
-    if exports_itself(run) and storages > 1:
-        raise RealplanError(
-            "machines without a folder in common export the weights of the last checkpoint, and checkpoint.every is 0",
-            "checkpoint.every=10, or export=false",
-        )
-    if run.evaluation.keep_best and storages > 1:
-        raise RealplanError(
-            f"evaluation.keep_best needs a folder that all machines see; there are {storages} in the place of one",
-            "evaluation.keep_best=false, or output=FOLDER on a file system that all machines share",
-        )

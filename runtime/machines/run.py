@@ -16,7 +16,7 @@ from runtime.launching.keeping import check_done, own_output, stopped_by_signals
 from runtime.launching.output import exported_role
 from runtime.launching.restarts import with_restarts
 from runtime.machines.agent import decline, serve
-from runtime.machines.crew import FETCH_S, Crew, check_folders, exports_itself
+from runtime.machines.crew import FETCH_S, Crew, exports_itself
 from runtime.machines.loading import spread_weights
 from runtime.machines.machines import LATE_S, Machines
 from runtime.machines.station import Station
@@ -105,7 +105,6 @@ def conduct(
 ) -> Sequence[Metrics]:
     """The course of a run whose machines are all there: where it begins, its attempts, and what it leaves. asked: who
     has asked it to stop."""
-    check_folders(run, len(set(crew.storages().values())))
     start = crew.choose(plan, run)
     with own_output(plan, run, start):
         crew.begin(start)

@@ -1,192 +1,137 @@
-"""Weights out: an ordinary Hugging Face folder, gathered tensor by tensor and put in place in one move."""
+"""Weights out: the ranks of a model and rank 0 write a Hugging Face folder, gathered tensor by tensor.
+
+Rank 0's machine keeps the output of a run, so the folder is made there. The first rank of a pipeline stage writes the
+weights of its stage into it where it sees it, all stages at once; where it does not, on a machine without a folder in
+common, it sends them to rank 0.
+"""
 
 from __future__ import annotations
 
-import json
 import os
-import re
-import shutil
-import stat
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from math import prod
+import secrets
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from plans.documents import parse_json, read_text
-from plans.files import free_name, writing
-from plans.huggingface import config_from_spec
-from plans.layout import EMBEDDING, Layout, Parameter, expert_of, model_units
-from plans.model import Head, ModelSpec
+from plans.layout import Layout, Parameter, expert_of, model_units
 from runtime.models.model import Model, named_shards
 from runtime.models.shards import unshard
-from runtime.weights.adapters import adapter_folder, join_stages, merged, write_stage
-from runtime.weights.hf_files import INDEX, SINGLE, WeightsError
-from runtime.weights.hf_names import hf_names, hf_shape
-from runtime.weights.hf_parts import split
+from runtime.weights.hf_folder import (
+    SHARD_BYTES,
+    complete,
+    fill_stage,
+    is_copy,
+    make_empty,
+    partial_of,
+    weight_files,
+    writing_weights,
+)
 
-SHARD_BYTES = 5 * 10**9
-_BESIDE_WEIGHTS = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "generation_config.json",
-    "chat_template*",
-)  # fmt: skip
+WRITER = 0
+Files = dict[str, list[Parameter]]
 
 
 @torch.no_grad()
-def export(model: Model, folder: Path, source: Path | None = None, shard_bytes: int = SHARD_BYTES) -> None:
+def export(
+    layout: Layout,
+    model: Model | None,
+    folder: Path,
+    source: Path | None = None,
+    *,
+    dtype: torch.dtype,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
     """Write a model as a Hugging Face folder that takes the place of `folder` in one move; what was there goes to
     `NAME.1`. Adapters are merged into the weights, and written to `NAME-adapter` beside it as well.
 
-    Tokenizer files, and what `config.json` holds beyond the architecture, come from the folder `source`. Collective
-    over the ranks of the first replica (dp = 0) and of the first run of experts; others return at once. The ranks must
-    see one file system.
+    model: the part of this rank, None on rank 0 where the layout does not have it. dtype: of its parameters. Tokenizer
+    files, and what `config.json` holds beyond the architecture, come from the folder `source` of rank 0. Collective
+    over the ranks of the layout and rank 0; the folder is there once rank 0 returns.
     """
-    if model.place.dp or model.place.cp:
-        if _in_first_run(model):
+    files = weight_files(layout, dtype.itemsize, shard_bytes)
+    if dist.get_rank() == WRITER:
+        _collect(layout, model, folder, source, files, dtype)
+    elif model is not None:
+        _hand_over(model, folder, files)
+
+
+def _collect(
+    layout: Layout, model: Model | None, folder: Path, source: Path | None, files: Files, dtype: torch.dtype
+) -> None:
+    """On rank 0: have every stage in the folder, and put it in its place."""
+    roots = {place.pp: rank for rank, place in layout.places.items() if place.tp == place.dp == place.cp == 0}
+    others = [rank for rank in roots.values() if rank != WRITER]
+    with writing_weights(folder):
+        make_empty(layout.spec, folder)
+        mark = torch.tensor(secrets.randbits(62))
+        _probe(folder, mark).touch()
+    for rank in others:
+        dist.send(mark, rank)
+    writes = {rank: bool(_answer(rank)) for rank in others}
+    _probe(folder, mark).unlink()
+    for stage, rank in sorted(roots.items()):
+        if writes.get(rank):
+            _answer(rank)  # its files are whole
+            continue
+        parameters = _received(layout, stage, rank, dtype)
+        if rank == WRITER:
+            assert model is not None, "rank 0 has a part of a layout that it is in"
+            parameters = _whole_parameters(model)
+        with writing_weights(folder):
+            fill_stage(layout.spec, parameters, folder, files, stage)
+    with writing_weights(folder):
+        complete(layout.spec, dtype, folder, files, source, str(source or ""))
+
+
+def _hand_over(model: Model, folder: Path, files: Files) -> None:
+    """On other ranks: write a stage where rank 0's folder is in sight, else send it; or what of it this rank has."""
+    place = model.place
+    if place.tp or place.dp or place.cp:
+        if not (place.dp or place.cp) or _in_first_run(model):
             for _ in _whole_parameters(model):
                 pass
         return
-    root = model.place.tp == 0 and model.first_stage
-    if root:
-        with _writing(folder):
-            _make_empty(model.spec, folder)
-    dist.barrier(model.groups.mp)
-    dtype = model.config.params_dtype
-    files = weight_files(model.layout, dtype.itemsize, shard_bytes)
-    with _writing(folder):
-        _write_stage(model.spec, _whole_parameters(model), folder, files, model.place.pp)
-    dist.barrier(model.groups.mp)
-    if root:
-        with _writing(folder):
-            _complete(model.spec, dtype, folder, files, source, str(source or ""))
-    dist.barrier(model.groups.mp)
+    mark = torch.tensor(0)
+    dist.recv(mark, WRITER)
+    sees = os.path.exists(_probe(folder, mark))
+    dist.send(torch.tensor(int(sees)), WRITER)
+    if sees:
+        with writing_weights(folder):
+            fill_stage(model.spec, _whole_parameters(model), folder, files, place.pp)
+        dist.send(torch.tensor(1), WRITER)
+        return
+    for _, whole in _whole_parameters(model):
+        dist.send(whole.contiguous(), WRITER)
 
 
-def partial_of(folder: Path) -> Path:
-    """Where a folder stands before it is whole."""
-    return folder.with_name(f".{folder.name}.partial")
+def _probe(folder: Path, mark: Tensor) -> Path:
+    """A file that no other folder of this name has."""
+    return partial_of(folder) / f".probe-{mark.item()}"
 
 
-def _folders(spec: ModelSpec, folder: Path) -> list[Path]:
-    """What an export makes: the adapter, where there is one, and the model."""
-    return [adapter_folder(folder), folder] if spec.lora else [folder]
+def _answer(rank: int) -> int:
+    said = torch.tensor(0)
+    dist.recv(said, rank)
+    return int(said.item())
 
 
-def _make_empty(spec: ModelSpec, folder: Path) -> None:
-    for made in map(partial_of, _folders(spec, folder)):
-        shutil.rmtree(made, ignore_errors=True)
-        made.mkdir(parents=True)
+def _received(layout: Layout, stage: int, rank: int, dtype: torch.dtype) -> Iterator[tuple[Parameter, Tensor]]:
+    """Whole parameters of a stage, from its first rank."""
+    for _, parameter in _stage_parameters(layout, stage):
+        whole = torch.empty(parameter.shape, dtype=dtype)
+        dist.recv(whole, rank)
+        yield parameter, whole
 
 
-def _write_stage(
-    spec: ModelSpec,
-    parameters: Iterable[tuple[Parameter, Tensor]],
-    folder: Path,
-    files: dict[str, list[Parameter]],
-    stage: int = 0,
-) -> None:
-    """Write a stage's weights, and its adapters, which are merged into them."""
-    adapters: dict[str, Tensor] = {}
-    _write_weights(spec, merged(spec, parameters, adapters), partial_of(folder), files)
-    if adapters:
-        write_stage(partial_of(adapter_folder(folder)), stage, adapters)
-
-
-def _complete(
-    spec: ModelSpec, dtype: torch.dtype, folder: Path, files: dict[str, list[Parameter]], source: Path | None, base: str
-) -> None:
-    """Write what goes with the weights, and give the folders their names. base: the name of the weights beside which
-    adapters were trained."""
-    partial = partial_of(folder)
-    if spec.lora:
-        join_stages(spec, partial_of(adapter_folder(folder)), base)
-    _write_index(spec, dtype, partial, files)
-    _write_config(spec, dtype, partial, source)
-    for made in _folders(spec, folder):
-        _replace(made, partial_of(made))
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """OutputError with the folder where the system refuses, also through safetensors, which has its own error."""
-    with writing(folder):
-        try:
-            yield
-        except SafetensorError as error:
-            found = re.search(r"\(os error (\d+)\)", str(error))
-            if found is None:
-                raise
-            raise OSError(int(found[1]), os.strerror(int(found[1]))) from None
-
-
-def write_folder(
-    spec: ModelSpec,
-    dtype: torch.dtype,
-    parameters: Iterable[tuple[Parameter, Tensor]],
-    folder: Path,
-    source: Path | None = None,
-    shard_bytes: int = SHARD_BYTES,
-    *,
-    base: str = "",
-) -> None:
-    """The same folder from whole parameters in host memory, in the order of `model_units`. Not collective. base: the
-    name of the weights beside which adapters were trained, of which `source` may be a copy."""
-    try:
-        with _writing(folder):
-            _make_empty(spec, folder)
-            files = weight_files(Layout(spec, (0,)), dtype.itemsize, shard_bytes)
-            _write_stage(spec, parameters, folder, files)
-            _complete(spec, dtype, folder, files, source, base or str(source or ""))
-    finally:
-        for made in _folders(spec, folder):
-            shutil.rmtree(partial_of(made), ignore_errors=True)
-
-
-def weight_files(layout: Layout, element_bytes: int, shard_bytes: int = SHARD_BYTES) -> dict[str, list[Parameter]]:
-    """File name -> the parameters it holds: runs of each stage of at most `shard_bytes`. Needs no communication."""
-    units = {unit.name: unit for unit in model_units(layout.spec.base)}
-    runs: list[list[Parameter]] = []
-    for stage in range(layout.pp):
-        size = 0
-        runs.append([])
-        for name in layout.stage_units(stage):
-            for parameter in () if _is_copy(name, stage) else units[name].parameters:
-                nbytes = parameter.size * element_bytes
-                if runs[-1] and size + nbytes > shard_bytes:
-                    runs.append([])
-                    size = 0
-                runs[-1].append(parameter)
-                size += nbytes
-    if len(runs) == 1:
-        return {SINGLE: runs[0]}
-    return {f"model-{i + 1:05d}-of-{len(runs):05d}.safetensors": run for i, run in enumerate(runs)}
-
-
-def _is_copy(unit: str, stage: int) -> bool:
-    return unit == EMBEDDING and stage > 0
-
-
-def _write_weights(
-    spec: ModelSpec, parameters: Iterable[tuple[Parameter, Tensor]], folder: Path, files: dict[str, list[Parameter]]
-) -> None:
-    file_of = {parameter.name: file for file, run in files.items() for parameter in run}
-    pending: dict[str, Tensor] = {}
-    open_file = ""
-    for parameter, whole in parameters:
-        file = file_of[parameter.name]
-        if pending and file != open_file:
-            save_file(pending, folder / open_file, metadata={"format": "pt"})
-            pending = {}
-        open_file = file
-        pending |= {name: part.contiguous() for name, part in split(spec, parameter, whole).items()}
-    if pending:
-        save_file(pending, folder / open_file, metadata={"format": "pt"})
+def _stage_parameters(layout: Layout, stage: int) -> Iterator[tuple[int | None, Parameter]]:
+    """The parameters that a stage writes, each with the number of its expert."""
+    units = {unit.name: unit for unit in model_units(layout.spec)}
+    for name in layout.stage_units(stage):
+        if not is_copy(name, stage):
+            yield from ((expert_of(name), parameter) for parameter in units[name].parameters)
 
 
 def _in_first_run(model: Model) -> bool:
@@ -199,9 +144,7 @@ def _whole_parameters(model: Model) -> Iterator[tuple[Parameter, Tensor]]:
     """Whole parameters of this stage in host memory, on its first rank; the others only send."""
     layout, writes = model.layout, model.place.dp == model.place.cp == model.place.tp == 0
     held = {parameter.name: shard.data for parameter, shard in named_shards(model)}
-    units = {unit.name: unit for unit in model_units(model.spec)}
-    stage = [name for name in layout.stage_units(model.place.pp) if not _is_copy(name, model.place.pp)]
-    for number, parameter in [(expert_of(name), p) for name in stage for p in units[name].parameters]:
+    for number, parameter in _stage_parameters(layout, model.place.pp):
         if number is not None:
             whole = _expert(model, parameter, held.get(parameter.name), number)
         elif model.place.dp or model.place.cp:
@@ -237,50 +180,3 @@ def _gather(model: Model, part: Tensor) -> Sequence[Tensor]:
     parts = [torch.empty_like(part) for _ in range(model.layout.tp)] if model.place.tp == 0 else None
     dist.gather(part.contiguous(), parts, dst=dist.get_global_rank(group, 0), group=group)
     return parts or []
-
-
-def _write_index(spec: ModelSpec, dtype: torch.dtype, folder: Path, files: dict[str, list[Parameter]]) -> None:
-    if SINGLE in files:
-        return
-    places: dict[str, str] = {}
-    elements = 0
-    for file, run in files.items():
-        for parameter in run:
-            for i, name in enumerate(hf_names(spec, parameter.name)):
-                places[name] = file
-                elements += prod(hf_shape(spec, parameter, i))
-    index = {"metadata": {"total_size": elements * dtype.itemsize}, "weight_map": places}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
-
-
-def _write_config(spec: ModelSpec, dtype: torch.dtype, folder: Path, source: Path | None) -> None:
-    config = config_from_spec(spec)
-    if source is not None:
-        if os.path.isfile(source / "config.json"):
-            config = parse_json(read_text(source / "config.json", WeightsError, "config"))
-        for pattern in _BESIDE_WEIGHTS:
-            for path in source.glob(pattern):
-                shutil.copy2(path, folder)
-    text = json.dumps(_adapt(config, spec, dtype), indent=2) + "\n"
-    (folder / "config.json").write_text(text, "utf-8")
-
-
-def _adapt(config: dict[str, Any], spec: ModelSpec, dtype: torch.dtype) -> dict[str, Any]:
-    """The config with the precision and the head of the exported model."""
-    config.pop("torch_dtype", None)
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    if spec.head is Head.VALUE:
-        body = config["architectures"][0].split("For")[0]
-        config["architectures"] = [f"{body}ForSequenceClassification"]
-        config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "tie_word_embeddings": False}
-    return config
-
-
-def _replace(folder: Path, partial: Path) -> None:
-    """Put `partial` in the place of `folder`; a reader finds the old folder or the new one, never a mixture."""
-    mode = stat.S_IMODE(partial.stat().st_mode) & 0o666  # what the umask leaves
-    for path in partial.iterdir():
-        path.chmod(mode)  # safetensors writes files that no other user can read
-    if os.path.lexists(folder):
-        folder.rename(free_name(folder))
-    partial.rename(folder)

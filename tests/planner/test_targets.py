@@ -28,7 +28,7 @@ from runtime.processes.failures import find_cause, write_failure
 from runtime.reports.metrics import MetricsLog
 from runtime.reports.records import Record, Recorder
 from runtime.reports.stats import Stat
-from runtime.weights.export import write_folder
+from runtime.weights.hf_folder import write_folder
 
 PLAN = tiny_plan(1, "d1 t1 p1")
 PAGE = 4096

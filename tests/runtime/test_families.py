@@ -74,7 +74,7 @@ def test_generation_export_and_values_equal_transformers(kind: str, tmp_path: Pa
                 model, PROMPTS, [0, 1, 2], response_tokens=STEPS, sampling=Sampling(temperature=0), seed=0, iteration=0,
                 limits=FlightLimits(slots=2),
             )  # fmt: skip
-            export(model, tmp_path / f"out{number}", tmp_path / "source")
+            export(model.layout, model, tmp_path / f"out{number}", tmp_path / "source", dtype=torch.float32)
             found.append((made.sequences, made.logprobs, token_values(valued, batch)))
         return found
 

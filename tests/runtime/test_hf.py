@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from tiny_models import build, layout_of, mixed_sequences, save_tiny, tiny_model
@@ -20,14 +21,16 @@ from transformers import (
 )
 
 from plans.huggingface import spec_from_config, spec_from_folder
+from plans.layout import Layout
 from plans.model import ModelSpec
 from runtime.groups import GroupCache
 from runtime.models import installation
 from runtime.models.model import named_shards
 from runtime.passes.forward import sample_scores
-from runtime.weights.export import export, weight_files
+from runtime.weights.export import export
 from runtime.weights.hf import load_weights, random_weights
 from runtime.weights.hf_files import INDEX, WeightFiles, WeightsError
+from runtime.weights.hf_folder import weight_files
 
 CPU = torch.device("cpu")
 
@@ -43,16 +46,24 @@ def test_round_trip_is_bit_identical(kind: str, tmp_path: Path):
     (source / "tokenizer.json").write_text("{}")
     spec = spec_from_folder(source)
     ep = 2 if spec.experts else 1
-    layouts = ({"tp": 2, "pp": 2, "ep": ep}, {"dp": 2, "tp": 2, "ep": ep * ep}, {"pp": 2, "vpp": 2}, {})
+    layouts = [
+        *(layout_of(spec, **degrees) for degrees in ({"tp": 2, "pp": 2, "ep": ep}, {"dp": 2, "tp": 2, "ep": ep * ep})),
+        Layout(spec, (2, 3), pp=2, vpp=2),
+        layout_of(spec),
+    ]
 
     def write() -> None:
+        """Ranks 0 and 1 see one folder, the others have folders of their own."""
         installation.install(CPU)
-        groups = GroupCache(CPU)
-        for i, degrees in enumerate(layouts):
-            model = build(groups, layout_of(spec, **degrees))
+        groups, seen = GroupCache(CPU), (tmp_path, tmp_path, *(tmp_path / f"rank{rank}" for rank in (2, 3)))
+        for i, layout in enumerate(layouts):
+            model = build(groups, layout)
             if model is not None:
                 load_weights(model, source)
-                export(model, tmp_path / f"out{i}", source, shard_bytes=10**9 if not degrees else 10**5)
+            if model is not None or dist.get_rank() == 0:
+                size = 10**5 if len(layout.ranks) > 1 else 10**9
+                out = seen[dist.get_rank()] / f"out{i}"
+                export(layout, model, out, source, dtype=torch.float32, shard_bytes=size)
 
     run_ranks(4, write)
     original = tensors(source)
@@ -63,7 +74,7 @@ def test_round_trip_is_bit_identical(kind: str, tmp_path: Path):
         assert all(torch.equal(written[name], original[name]) for name in original)
         assert (folder / "tokenizer.json").is_file()
     assert (tmp_path / "out3" / "model.safetensors").is_file()
-    assert not list(tmp_path.glob(".*"))
+    assert not list(tmp_path.rglob(".*")) and not list(tmp_path.glob("rank*"))
     tokens = torch.arange(1, 20)[None]
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out0")
     with torch.no_grad():
@@ -79,7 +90,9 @@ def test_a_second_export_moves_the_first_aside(tmp_path: Path):
         assert model is not None
         for seed in (1, 2):
             random_weights(model, seed)
-            export(model, tmp_path / "out", shard_bytes=10**9 if seed == 2 else 10**4)
+            export(
+                model.layout, model, tmp_path / "out", shard_bytes=10**9 if seed == 2 else 10**4, dtype=torch.float32
+            )
 
     run_ranks(1, write)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
@@ -108,7 +121,8 @@ def test_value_head_from_a_language_model_starts_from_zero_and_returns(tmp_path:
             for parameter, tensor in named_shards(model):
                 if parameter.name == "output_layer.weight":
                     tensor.copy_(torch.linspace(-1, 1, spec.hidden)[None])
-        export(model, tmp_path / "critic", tmp_path / "lm")
+        export(model.layout, model, tmp_path / "critic", tmp_path / "lm", dtype=torch.float32)
+        dist.barrier()
         load_weights(model, tmp_path / "critic", trained=False)
         return zero, sample_scores(model, batch)
 
@@ -191,7 +205,7 @@ def test_index_is_like_hugging_faces(tmp_path: Path):
         model = build(GroupCache(CPU), layout_of(spec, pp=2))
         assert model is not None
         load_weights(model, tmp_path / "source")
-        export(model, tmp_path / "out")
+        export(model.layout, model, tmp_path / "out", dtype=torch.float32)
 
     run_ranks(2, write)
     ours = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())

@@ -169,7 +169,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         fill(model, folder / "base", adapters)
         settings: dict[str, Any] = {"response_tokens": [6] * 3, "sampling": Sampling(temperature=0), "seed": 0}
         made = generate(model, PROMPTS, range(3), iteration=0, stop_ids=(), **settings)
-        export(model, folder / "out", folder / "base")
+        export(model.layout, model, folder / "out", folder / "base", dtype=torch.float32)
         return [response for _, response in made.sequences.texts()]
 
     return Exported(folder, reference, run_ranks(prod(degrees.values()), run)[0])
