@@ -42,13 +42,10 @@ def export_checkpoint(place: Path, folder: Path, role: str = "", dtype: str = ""
     spec = checkpoint.plan.workload.models[role]
     wanted = DTYPES[dtype or checkpoint.plan.workload.dtype]
     run = run_of(checkpoint)
-    begun = weights_of(run.get("weights", ""), role)
-    named = weights or begun
+    named = weights or weights_of(run.get("weights", ""), role)
     source = Path(named) if named and os.path.isdir(named) else None
     base = _base(spec, named, source, int(run.get("seed", 0))) if spec.lora else None
-    write_folder(
-        spec, wanted, _parameters(checkpoint, role, wanted, base), folder, source, base="" if source is None else begun
-    )
+    write_folder(spec, wanted, _parameters(checkpoint, role, wanted, base), folder, source)
     return checkpoint
 
 

@@ -20,6 +20,7 @@ from runtime.batches.tokenizer import FILES
 from runtime.machines.files import FileServer, Source, fetch_pieces
 from runtime.machines.named import weight_folders
 from runtime.machines.wire import Message
+from runtime.weights.hf_files import note_origin
 from runtime.weights.needed import needed_pieces
 
 Pieces = dict[str, list[ByteRange]]
@@ -74,9 +75,9 @@ class WeightFolders:
         return {"bytes": come}
 
     def _fetch(self, number: int, folder: str, of: Any, wanted: Callable[..., Pieces] | None) -> int:
-
         here, sources = self.place / str(number), [tuple(source) for source in of["sources"]]
         here.mkdir(parents=True, exist_ok=True)
+        note_origin(here, folder)
         come = 0
         for name, size in of["small"].items():
             come += self._have(here / name, size, [(0, size)], sources, number)

@@ -83,7 +83,7 @@ def _collect(
         with writing_weights(folder):
             fill_stage(layout.spec, parameters, folder, files, stage)
     with writing_weights(folder):
-        complete(layout.spec, dtype, folder, files, source, str(source or ""))
+        complete(layout.spec, dtype, folder, files, source)
 
 
 def _hand_over(model: Model, folder: Path, files: Files) -> None:

@@ -21,6 +21,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 VALUE_HEADS = (SCORE, "v_head.weight", "v_head.summary.weight")
 MOST_INDEX_BYTES = 64 * 2**20
+_ORIGIN = ".origin"
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _OTHER_HEADS = ("score.", "v_head.", "value_head.")
 _BUFFERS = (".rotary_emb.inv_freq", ".input_scale", ".k_scale", ".v_scale", ".activation_scale")
@@ -29,6 +30,17 @@ _BUFFERS = (".rotary_emb.inv_freq", ".input_scale", ".k_scale", ".v_scale", ".ac
 
 class WeightsError(RealplanError):
     """A checkpoint that cannot be read or does not fit the model."""
+
+
+def note_origin(folder: Path, named: str) -> None:
+    """Note in a folder for whose weights, which are not on this machine, it stands."""
+    (folder / _ORIGIN).write_text(named, encoding="utf-8")
+
+
+def origin_of(folder: Path) -> str:
+    """The name of weights: that of the folder they are in, or for which it stands."""
+    note = folder / _ORIGIN
+    return note.read_text(encoding="utf-8") if os.path.isfile(note) else str(folder)
 
 
 class WeightFiles:

@@ -24,7 +24,7 @@ from plans.huggingface import config_from_spec
 from plans.layout import EMBEDDING, Layout, Parameter, model_units
 from plans.model import Head, ModelSpec
 from runtime.weights.adapters import adapter_folder, join_stages, merged, write_stage
-from runtime.weights.hf_files import INDEX, SINGLE, WeightsError
+from runtime.weights.hf_files import INDEX, SINGLE, WeightsError, origin_of
 from runtime.weights.hf_names import hf_names, hf_shape
 from runtime.weights.hf_parts import split
 
@@ -42,17 +42,15 @@ def write_folder(
     folder: Path,
     source: Path | None = None,
     shard_bytes: int = SHARD_BYTES,
-    *,
-    base: str = "",
 ) -> None:
-    """The same folder from whole parameters in host memory, in the order of `model_units`. Not collective. base: the
-    name of the weights beside which adapters were trained, of which `source` may be a copy."""
+    """Write a Hugging Face folder (`runtime.weights.export`) from whole parameters in host memory, in the order of
+    `model_units`. Not collective."""
     try:
         with writing_weights(folder):
             make_empty(spec, folder)
             files = weight_files(Layout(spec, (0,)), dtype.itemsize, shard_bytes)
             fill_stage(spec, parameters, folder, files)
-            complete(spec, dtype, folder, files, source, base or str(source or ""))
+            complete(spec, dtype, folder, files, source)
     finally:
         for made in _folders(spec, folder):
             shutil.rmtree(partial_of(made), ignore_errors=True)
@@ -89,13 +87,13 @@ def fill_stage(
 
 
 def complete(
-    spec: ModelSpec, dtype: torch.dtype, folder: Path, files: dict[str, list[Parameter]], source: Path | None, base: str
+    spec: ModelSpec, dtype: torch.dtype, folder: Path, files: dict[str, list[Parameter]], source: Path | None
 ) -> None:
-    """Write what goes with the weights, and give the folders their names. base: the name of the weights beside which
-    adapters were trained."""
+    """Write what goes with the weights, and give the folders their names. source: the weights that training began
+    with, beside which adapters were trained."""
     partial = partial_of(folder)
     if spec.lora:
-        join_stages(spec, partial_of(adapter_folder(folder)), base)
+        join_stages(spec, partial_of(adapter_folder(folder)), "" if source is None else origin_of(source))
     _write_index(spec, dtype, partial, files)
     _write_config(spec, dtype, partial, source)
     for made in _folders(spec, folder):

@@ -109,13 +109,13 @@ QUICK = "import runtime.launching.replan as r; r.SEARCH_S = 1; "
 
 def agent(
     found: Sequence[Machine], node: int, folder: Path, temporary: Path, hidden: Mapping[int, Path] = NONE,
-    lora: Lora | None = None, **keys: Any,
+    lora: Lora | None = None, places: str = "", **keys: Any,
 ) -> Started:  # fmt: skip
     """A realrun on a machine: the same command as on the others but for its node, and a folder of its own. hidden: by
-    node a folder that is not on its disk."""
+    node a folder that is not on its disk. places: of the plan's calls; default: a replica on each machine."""
     own = folder / found[node].name
     own.mkdir(exist_ok=True)
-    plan = tiny_plan(len(found), f"d{len(found)} t1 p1", nodes=len(found), batch_size=12, lora=lora)
+    plan = tiny_plan(len(found), places or f"d{len(found)} t1 p1", nodes=len(found), batch_size=12, lora=lora)
     given = {"timeout_s": TIMEOUT_S, "checkpoint": {"every": 1}, "restarts": 2, "on_loss": "replan"} | keys
     place = ["--node-rank", str(node), "--master-addr", found[0].address]
     command = arguments(own, *place, plan=plan, **given)
@@ -252,7 +252,8 @@ def test_what_is_left_goes_on_without_the_first_machine(tmp_path: Path) -> None:
 
 def test_a_run_with_weights_data_and_tokenizer_on_one_machine(tmp_path: Path) -> None:
     """The same metrics, and the same exported folders (adapters are merged into weights that the first machine may not
-    have), whichever machine lacks them. What the first run has left goes aside on both machines."""
+    have), whichever machine lacks them. The best weights, of which each machine has a stage, are on the first machine.
+    What the first run has left goes aside on both machines."""
     disk, lines = tmp_path / "disk", []
     for name in ("weights", "tokenizer"):
         shutil.copytree(TINY, disk / name)
@@ -260,7 +261,8 @@ def test_a_run_with_weights_data_and_tokenizer_on_one_machine(tmp_path: Path) ->
     shutil.copy(FIXTURES / "prompts.jsonl", disk / "data")
     keys = {
         "iterations": 2, "weights": str(disk / "weights"), "tokenizer": str(disk / "tokenizer"),
-        "data": {"source": str(disk / "data")}, "lora": Lora(4),
+        "data": {"source": str(disk / "data")}, "lora": Lora(4), "places": "d1 t1 p2",
+        "evaluation": {"every": 2, "held_out": 2, "keep_best": True},
     }  # fmt: skip
     for lacks in range(2):
         with machines(2) as found, agents(found, tmp_path, hidden={lacks: disk}, **keys) as (made, _):
@@ -272,6 +274,10 @@ def test_a_run_with_weights_data_and_tokenizer_on_one_machine(tmp_path: Path) ->
     assert len(lines[0]) == 2 and lines[0] == lines[1]
     earlier = [output.with_name("out.1") for output in outputs]
     assert [len(_slices(output, 2)) for output in (*outputs, *earlier)] == [2] * 4
-    for name, file in (("actor", "tokenizer.json"), ("actor-adapter", "adapter_model.safetensors")):
+    assert [(output / "best").exists() for output in outputs] == [True, False]
+    for name, file in (
+        ("actor", "tokenizer.json"), ("actor-adapter", "adapter_model.safetensors"),
+        ("best", "model.safetensors.index.json"), ("best-adapter", "adapter_model.safetensors"),
+    ):  # fmt: skip
         held = [{f.name: f.read_bytes() for f in (out / name).iterdir()} for out in (outputs[0], earlier[0])]
         assert held[0] == held[1] and file in held[0]
