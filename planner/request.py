@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -23,6 +24,8 @@ from plans.runfile import RunFile, RunWorkload, load_run
 from plans.workload import Workload, role_spec, with_lora
 
 PYTHON_REWARD_SECONDS = 1e-3
+PARTS = ("prompt", "response")
+"""Parts of a sample that have lengths."""
 MOST_SECONDS = 1e6
 MOST_SEED = 2**63 - 1
 
@@ -61,17 +64,17 @@ def build_request(
     own_graph: DataflowGraph | None = None,
     staleness: int = 0,
     lengths: Path | None = None,
+    prompt_lengths: Path | None = None,
 ) -> Request:
     """Flags over the run file's workload over the defaults. `models` are role -> name, empty where not given; `sizes`
     are the other keys of `RunWorkload`, None where not given. lora: adapters of the actor, in the place of the run
-    file's. `lengths`: a file that lengths are taken from."""
+    file's. lengths, prompt_lengths: files that lengths are taken from, all there are and those of prompts."""
     check_range("--gpus", gpus, 1, MOST_GPUS, 8)
     check_range("--gpus-per-node", gpus_per_node, 1, MOST_GPUS, 8)
     check_range("--async", staleness, 0, MOST_STALENESS, 1)
     file = load_run(run) if run else RunFile()
-    wanted = file.workload.model_copy(update={key: value for key, value in sizes.items() if value is not None})
-    if lengths:
-        wanted = _measured(wanted, lengths)
+    given = {key: value for key, value in sizes.items() if value is not None}
+    wanted = _with_lengths(file.workload.model_copy(update=given), given, lengths, prompt_lengths)
     names = {**wanted.models, **{role: name for role, name in models.items() if name}}
     actor = names.get("actor") or (file.weights_of("actor") if run else "")
     if not actor:
@@ -125,9 +128,28 @@ def _group_size(graph: DataflowGraph, wanted: RunWorkload) -> int:
     return wanted.group_size if given else record.group_size
 
 
-def _measured(wanted: RunWorkload, path: Path) -> RunWorkload:
-    """The workload with the lengths of a file, in the place of what it said of them."""
-    found = lengths_file(path, prompt_tokens=wanted.prompt_tokens, response_tokens=wanted.response_tokens)
-    parts = [part for part in ("prompt", "response") if {f"{part}_lengths", f"mean_{part}_tokens"} & set(found)]
-    blank: dict[str, object] = {f"mean_{part}_tokens": 0 for part in parts} | {f"{part}_lengths": {} for part in parts}
-    return wanted.model_copy(update={**blank, **found})
+def _with_lengths(
+    wanted: RunWorkload, given: Mapping[str, int | str | bool], lengths: Path | None, prompt_lengths: Path | None
+) -> RunWorkload:
+    """The workload with the lengths of options, in the place of what the run file says of the same part of a sample.
+    `--lengths` may hold prompts too: there what is said of prompts alone counts."""
+    for option, path, mean in (("--lengths", lengths, "response"), ("--prompt-lengths", prompt_lengths, "prompt")):
+        if path and f"mean_{mean}_tokens" in given:
+            raise SpecError(
+                f"{option} {path} and --mean-{mean}-tokens: both say how long a {mean} is", "one of the two"
+            )
+    read = partial(lengths_file, prompt_tokens=wanted.prompt_tokens, response_tokens=wanted.response_tokens)
+    found = read(lengths) if lengths else {}
+    alone = read(prompt_lengths, part="prompt") if prompt_lengths else {}
+    for part in PARTS:
+        own = {key: value for key, value in {**given, **alone}.items() if key in _length_keys(part)}
+        own = own or {key: value for key, value in found.items() if key in _length_keys(part)}
+        if own:
+            blank = dict(zip(_length_keys(part), (0, {}), strict=True))
+            wanted = wanted.model_copy(update={**blank, **own})
+    return wanted
+
+
+def _length_keys(part: str) -> tuple[str, str]:
+    """The keys of a workload that say how long a part of a sample is: a mean, and percentiles."""
+    return f"mean_{part}_tokens", f"{part}_lengths"

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 from plans.documents import BadText, parse_json, read_text
 from plans.errors import SpecError
@@ -20,6 +20,8 @@ KINDS = "the output folder of a run, its `metrics.jsonl`, or a file with one num
 MOST_BYTES = 256 * 2**20
 NAMES = {"prompt": "prompt_length", "response": "response_length"}
 """Part of a sample -> the statistic of a run's metrics."""
+OPTIONS = {"prompt": "--prompt-lengths", "response": "--lengths"}
+"""Part of a sample -> the option that a file of numbers is given with."""
 RECORDED = (0, *range(5, 91, 10), 90, 95, 98, 99, 99.5, 100)
 """Percentiles that a run records, out of `LEVELS`."""
 
@@ -46,30 +48,34 @@ class _Line:
         return SpecError(f"{self.path}:{self.number}:{column}: {message}", hint)
 
 
-def lengths_file(path: Path, *, prompt_tokens: int, response_tokens: int) -> dict[str, Any]:
-    """Workload keys for the lengths in a file: of the responses, and of the prompts where metrics hold them.
+def lengths_file(
+    path: Path, *, prompt_tokens: int, response_tokens: int, part: Literal["prompt", "response"] = "response"
+) -> dict[str, Any]:
+    """Workload keys for the lengths in a file.
 
-    A folder means the metrics in it. Metrics of several iterations count alike. Raises SpecError, located, for an empty
-    file, for lines that are neither metrics nor numbers, and for lengths beyond the maximum.
+    Numbers are lengths of `part`. Metrics hold both: for `prompt` those of the prompts alone are taken. A folder means
+    the metrics in it. Metrics of several iterations count alike. Raises SpecError, located, for an empty file, for
+    lines that are neither metrics nor numbers, and for lengths beyond the maximum.
     """
     path = path / METRICS if os.path.isdir(path) else path
-    lines = _lines(path)
+    lines = _lines(path, OPTIONS[part])
     if not lines:
-        raise SpecError(f"--lengths `{path}` is empty", KINDS)
-    if not lines[0].text.lstrip().startswith("{"):
-        values = [_length(line, response_tokens) for line in lines]
-        return {"response_lengths": keys_of(Lengths.measured(values, response_tokens).percentiles)}
+        raise SpecError(f"{OPTIONS[part]} `{path}` is empty", KINDS)
     longest = {"prompt": prompt_tokens, "response": response_tokens}
-    return _of_metrics([(line, _object(line)) for line in lines], longest)
+    if not lines[0].text.lstrip().startswith("{"):
+        values = [_length(line, longest[part]) for line in lines]
+        return {f"{part}_lengths": keys_of(Lengths.measured(values, longest[part]).percentiles)}
+    parts = ["prompt"] if part == "prompt" else list(NAMES)
+    return _of_metrics([(line, _object(line)) for line in lines], {name: longest[name] for name in parts})
 
 
 def metrics_rows(path: Path) -> list[dict[str, Any]]:
     """The iterations of a file of metrics, a mapping each. Raises SpecError, located, for a line that is none."""
-    return [_object(line) for line in _lines(path)]
+    return [_object(line) for line in _lines(path, OPTIONS["response"])]
 
 
-def _lines(path: Path) -> list[_Line]:
-    text = read_text(path, SpecError, "--lengths", KINDS, MOST_BYTES)
+def _lines(path: Path, option: str) -> list[_Line]:
+    text = read_text(path, SpecError, option, KINDS, MOST_BYTES)
     return [_Line(path, i, line.rstrip()) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
@@ -94,20 +100,23 @@ def _object(line: _Line) -> dict[str, Any]:
 
 
 def _of_metrics(lines: Iterable[tuple[_Line, Mapping[str, Any]]], longest: Mapping[str, int]) -> dict[str, Any]:
+    """Workload keys for the parts of a sample that `longest` names."""
     found: dict[str, Any] = {}
     rows = list(lines)
-    for part, name in NAMES.items():
-        keys = {float(level): _numbers(rows, f"{name}/p{level:g}", longest[part]) for level in LEVELS}
+    for part, most in longest.items():
+        name = NAMES[part]
+        keys = {float(level): _numbers(rows, f"{name}/p{level:g}", most) for level in LEVELS}
         percentiles = tuple((level, round(fmean(values))) for level, values in keys.items() if values)
         try:
             if percentiles:
-                found[f"{part}_lengths"] = keys_of(Lengths(longest[part], percentiles=percentiles).percentiles)
-            elif means := _numbers(rows, f"{name}/mean", longest[part]):
-                found[f"mean_{part}_tokens"] = round(Lengths(longest[part], fmean(means)).mean)
+                found[f"{part}_lengths"] = keys_of(Lengths(most, percentiles=percentiles).percentiles)
+            elif means := _numbers(rows, f"{name}/mean", most):
+                found[f"mean_{part}_tokens"] = round(Lengths(most, fmean(means)).mean)
         except SpecError as error:
             raise rows[0][0].refuse(error.message, error.hint) from None
     if not found:
-        raise rows[0][0].refuse("no line has `response_length/mean` or `response_length/p50`", KINDS)
+        name = NAMES[list(longest)[-1]]
+        raise rows[0][0].refuse(f"no line has `{name}/mean` or `{name}/p50`", KINDS)
     return found
 
 

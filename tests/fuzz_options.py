@@ -43,8 +43,10 @@ COMMANDS = (
     f"search {MODEL} --gpus 8 --batch-size 64 --prompt-tokens 128 --response-tokens 256 --minibatches 2",
     f"search {MODEL} --gpus 16 --gpus-per-node 8 --dtype bf16 --algorithm grpo --group-size 4 --seconds 2 --seed 3",
     f"search {MODEL} --pin actor_train.tp=4 --forbid *.pp>2 --same-mesh actor_generate,ref_infer --max-memory 72GiB",
-    f"search {MODEL} --lengths lengths.txt --response-tokens 1024 --engine megatron+cuda-graphs --method mcmc",
-    f"search {MODEL} --run run.yaml --async 1 --mean-response-tokens 200 --recompute-logprobs --json -v",
+    f"search {MODEL} --lengths lengths.txt --response-tokens 1024 --engine megatron+cuda-graphs --method mcmc"
+    " --prompt-lengths lengths.txt",
+    f"search {MODEL} --run run.yaml --async 1 --mean-response-tokens 200 --recompute-logprobs --json -v"
+    " --mean-prompt-tokens 90",
     f"search {MODEL} --critic llama-13b --reward llama-7b --ref llama-7b --lengths metrics.jsonl --allow-long"
     " --lora-rank 16 --lora-alpha 32",
     "check plan.json --engine megatron --json",

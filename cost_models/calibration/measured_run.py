@@ -48,8 +48,8 @@ def measured_run(folder: Path) -> MeasuredRun:
     if not rows:
         return MeasuredRun(folder, plan, {}, 0.0)
     work = plan.workload
-    sizes = {"prompt_tokens": work.prompt_tokens, "response_tokens": work.response_tokens}
-    work = work.with_lengths(lengths_file(folder / METRICS, **sizes))
+    longest, most = work.prompt_tokens, work.response_tokens
+    work = work.with_lengths(lengths_file(folder / METRICS, prompt_tokens=longest, response_tokens=most))
     steady = rows[1:] or rows
     found = {call.name: _median(steady, f"plan/{call.name}/measured_s") for call in work.graph.calls}
     seconds = {name: value for name, value in found.items() if value > 0}

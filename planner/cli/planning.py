@@ -88,11 +88,12 @@ def search(
     gpus_per_node: words.GpusPerNode = None, run: words.RunFilePath = None, algorithm: words.AlgorithmName = None,
     graph: words.GraphPath = None, staleness: words.Staleness = 0, batch_size: words.BatchSize = None,
     group_size: words.GroupSize = None, prompt_tokens: words.PromptTokens = None,
-    response_tokens: words.ResponseTokens = None, mean_response_tokens: words.MeanResponseTokens = None,
-    lengths: words.LengthsPath = None, measured: words.MeasuredRun = None, minibatches: words.Minibatches = None,
-    dtype: words.Dtype = None, recompute_logprobs: words.RecomputeLogprobs = None,
-    router_replay: words.RouterReplay = None, lora_rank: words.LoraRank = None,
-    lora_alpha: words.LoraAlpha = None, allow_long: AllowLong = False,
+    response_tokens: words.ResponseTokens = None, mean_prompt_tokens: words.MeanPromptTokens = None,
+    mean_response_tokens: words.MeanResponseTokens = None, lengths: words.LengthsPath = None,
+    prompt_lengths: words.PromptLengthsPath = None, measured: words.MeasuredRun = None,
+    minibatches: words.Minibatches = None, dtype: words.Dtype = None,
+    recompute_logprobs: words.RecomputeLogprobs = None, router_replay: words.RouterReplay = None,
+    lora_rank: words.LoraRank = None, lora_alpha: words.LoraAlpha = None, allow_long: AllowLong = False,
     engine: EngineName = DEFAULT_ENGINE, table: TablePath = None, method: words.MethodName = "auto",
     seconds: words.Seconds = 10.0, seed: words.Seed = 0, pin: words.Pins = None, forbid: words.Forbidden = None,
     same_mesh: words.SameMesh = None, max_memory: words.MaxMemory = "", output: words.PlanTarget = Path("plan.json"),
@@ -104,16 +105,20 @@ def search(
 
     sizes = {
         "algorithm": algorithm, "batch_size": batch_size, "group_size": group_size, "prompt_tokens": prompt_tokens,
-        "response_tokens": response_tokens, "mean_response_tokens": mean_response_tokens, "minibatches": minibatches,
-        "dtype": dtype, "recompute_logprobs": recompute_logprobs, "router_replay": router_replay,
+        "response_tokens": response_tokens, "mean_prompt_tokens": mean_prompt_tokens,
+        "mean_response_tokens": mean_response_tokens, "minibatches": minibatches, "dtype": dtype,
+        "recompute_logprobs": recompute_logprobs, "router_replay": router_replay,
         "allow_long": allow_long or None,
     }  # fmt: skip
     models = {"actor": model, "critic": critic, "reward": reward, "ref": ref}
-    flags = {"run": run, "graph": graph, "async": staleness, "lengths": lengths, "lora_rank": lora_rank}
-    earlier = _ran(measured, engine, table, {**models, **sizes, **flags, "cluster": cluster != DEFAULT_CLUSTER})
+    flags = {"run": run, "graph": graph, "async": staleness, "lora_rank": lora_rank}
+    files = {"lengths": lengths, "prompt_lengths": prompt_lengths}
+    earlier = _ran(
+        measured, engine, table, {**models, **sizes, **flags, **files, "cluster": cluster != DEFAULT_CLUSTER}
+    )
     request = earlier.request(gpus, gpus_per_node) if earlier else _request(
         graph, sizes, models=models, cluster=cluster, gpus=gpus, gpus_per_node=gpus_per_node, run=run,
-        staleness=staleness, lengths=lengths, lora=_lora(lora_rank, lora_alpha),
+        staleness=staleness, lora=_lora(lora_rank, lora_alpha), **files,
     )  # fmt: skip
     calls = [call.name for call in request.workload.graph.model_calls]
     limits = parse_limits(pin or [], forbid or [], same_mesh or [], max_memory, calls)

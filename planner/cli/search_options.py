@@ -31,10 +31,15 @@ BatchSize = Annotated[Count, whole("prompts per iteration [512]")]
 GroupSize = Annotated[Count, whole("samples per prompt [1]")]
 PromptTokens = Annotated[Count, whole("longest prompt [1024]")]
 ResponseTokens = Annotated[Count, whole("longest response [1024]")]
+MeanPromptTokens = Annotated[Count, whole("mean of the long-tailed prompt lengths [all reach the longest]")]
 MeanResponseTokens = Annotated[Count, whole("mean of the long-tailed response lengths [all reach the longest]")]
 LengthsPath = Annotated[
     Path | None,
     typer.Option(help="lengths of a run (its folder or metrics.jsonl), or a file with one response length per line"),
+]
+PromptLengthsPath = Annotated[
+    Path | None,
+    typer.Option(help="prompt lengths of a run, or a file with one prompt length per line"),
 ]
 MeasuredRun = Annotated[
     Path | None, typer.Option(help="output of a run: plan its work again, with its lengths and measured times")

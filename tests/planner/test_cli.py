@@ -285,6 +285,8 @@ def test_a_part_of_a_node_grows_and_a_cluster_names_its_gpu(halves: Path) -> Non
             "response_tokens is -4; it must be at least 0",
         ),
         (["search", "--model", "llama-7b", "--mean-response-tokens", "2000"], 2, "2000 is above response_tokens 1024"),
+        (["search", "--model", "llama-7b", "--mean-prompt-tokens", "2000"], 2, "2000 is above prompt_tokens 1024"),
+        (["search", "--model", "llama-7b", "--prompt-lengths", "none"], 2, "cannot read --prompt-lengths `none`"),
         (["search", "--model", "llama-7b", "-o", "/dev/null/plan.json"], 2, "cannot write `/dev/null/plan.json`"),
         (["search", "--model", "llama-7b", "--group-size", "0"], 2, "group_size is 0"),
         (["search", "--model", "llama-7b", "--gpus", "0"], 2, "--gpus is 0"),

@@ -7,6 +7,7 @@ import math
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from plans.errors import SpecError
 from plans.lengths import MOST_PERCENTILES, Lengths, interpolated, keys_of, percentiles_of
 from plans.lengthsfile import lengths_file, recorded
 from plans.plan import ExecutionPlan
+from plans.workload import Workload
 
 LONGEST = 8192
 
@@ -238,3 +240,43 @@ def test_a_search_takes_lengths_from_a_file_and_from_a_run_file(tmp_path: Path) 
     assert work.prompts.percentiles == ((50.0, 5), (100.0, 40))
     assert build_request(**ask, sizes={}).workload.responses == Lengths(64, 9)  # type: ignore[arg-type]
     assert math.isclose(work.prompts.mean, 0.5 * 5 + 0.5 * 22.5)
+
+
+def test_a_search_takes_prompt_lengths_from_options(tmp_path: Path) -> None:
+    numbers, metrics, run = tmp_path / "prompts.txt", tmp_path / "metrics.jsonl", tmp_path / "run.yaml"
+    numbers.write_text("10\n20\n60\n")
+    metrics.write_text('{"response_length/mean": 30, "prompt_length/p50": 7, "prompt_length/p100": 9}\n')
+    run.write_text("workload: {response_tokens: 64, mean_response_tokens: 9, prompt_lengths: {p50: 5, p100: 40}}\n")
+
+    def work(run: Path | None = run, **words: Any) -> Workload:
+        sizes = {key: words.pop(key) for key in list(words) if key.endswith("_tokens")}
+        return build_request(models={"actor": "llama-7b"}, gpus=8, run=run, sizes=sizes, **words).workload
+
+    assert work(prompt_lengths=numbers).prompts == Lengths.measured([10, 20, 60], 1024)
+    assert work(prompt_lengths=numbers).responses == Lengths(64, 9), "the run file still says responses"
+    assert work(mean_prompt_tokens=100).prompts == Lengths(1024, 100), "a mean replaces the run file's percentiles"
+    assert work(None, mean_prompt_tokens=100).prompts == Lengths(1024, 100)
+    seen = ((50.0, 7), (100.0, 9))
+    assert work(prompt_lengths=metrics).prompts.percentiles == seen
+    assert work(prompt_lengths=metrics).responses == Lengths(64, 9), "of metrics only the prompts are asked for"
+    both = work(lengths=metrics)
+    assert (both.prompts.percentiles, both.responses) == (seen, Lengths(64, 30))
+    both = work(lengths=metrics, prompt_lengths=numbers)
+    assert both.prompts == Lengths.measured([10, 20, 60], 1024) and both.responses == Lengths(64, 30)
+    assert work(lengths=metrics, mean_prompt_tokens=8).prompts == Lengths(1024, 8)
+    with pytest.raises(SpecError, match=r":3:1: a length of 60 tokens; lengths must be from 0 to the maximum, 50"):
+        work(prompt_lengths=numbers, prompt_tokens=50)
+    with pytest.raises(SpecError, match="mean_prompt_tokens 100 is above prompt_tokens 50, the longest prompt"):
+        work(None, mean_prompt_tokens=100, prompt_tokens=50)
+    for words, message in (
+        ({"prompt_lengths": numbers, "mean_prompt_tokens": 5}, "and --mean-prompt-tokens: both say how long a prompt"),
+        ({"lengths": metrics, "mean_response_tokens": 5}, "and --mean-response-tokens: both say how long a response"),
+    ):
+        with pytest.raises(SpecError, match=message):
+            work(**words)
+    numbers.write_text("")
+    with pytest.raises(SpecError, match=r"--prompt-lengths .* is empty"):
+        work(prompt_lengths=numbers)
+    numbers.write_text('{"response_length/mean": 30}')
+    with pytest.raises(SpecError, match="no line has `prompt_length/mean` or `prompt_length/p50`"):
+        work(prompt_lengths=numbers)
