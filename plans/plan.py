@@ -70,6 +70,13 @@ class ExecutionPlan:
         """Global ranks of a call's mesh."""
         return self.planned(call).mesh.ranks(self.cluster)
 
+    @property
+    def limits(self) -> list[str]:
+        """The user's limits on the search that found it, as options of its command line; none where it says none."""
+        record = self.provenance.get("search")
+        found = record.get("limits") if isinstance(record, Mapping) else None
+        return [str(words) for words in found] if isinstance(found, list) else []
+
     def with_estimate(self, estimate: Estimate | None) -> ExecutionPlan:
         """The same plan with another estimate."""
         return replace(self, estimate=estimate)

@@ -17,13 +17,11 @@ def say(words: str) -> None:
 
 def limits_note(plan: ExecutionPlan) -> str:
     """Under which rules a plan was searched, which baselines do not know; empty without rules."""
-    record = plan.provenance.get("search")
-    rules = record.get("limits") if isinstance(record, dict) else None
-    if not isinstance(rules, list) or not rules:
+    if not plan.limits:
         return ""
     from planner.baselines import BASELINES
 
-    return f"searched under {', '.join(map(str, rules))}; the baselines ignore that: {', '.join(BASELINES)}"
+    return f"searched under {', '.join(plan.limits)}; the baselines ignore that: {', '.join(BASELINES)}"
 
 
 def write(path: Path, text: str) -> None:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from planner.best import Effort
     from planner.measured import Ran
     from planner.request import Request
+    from planner.space.limits import Limits
+    from plans.cluster import ClusterSpec
     from plans.lora import Lora
 
 DEFAULT_CLUSTER = "h100-80gb-sxm"
@@ -82,6 +84,18 @@ def _effort(seconds: float, seed: int, method: str) -> Effort:
     return Effort(seconds=seconds, seed=seed, workers=os.cpu_count() or 1, method=Method(method))
 
 
+def _with_kept(limits: Limits, path: Path, calls: list[str], cluster: ClusterSpec) -> Limits:
+    """Limits, and those that a plan was searched under; of two bounds on memory the one given now."""
+    from planner.cli.output import say
+    from planner.space.kept import kept_limits
+    from plans.codec import load_plan
+
+    kept, dropped = kept_limits(path, load_plan(path), calls, cluster)
+    if dropped:
+        say(f"without {', '.join(dropped)}: {cluster.size} devices on {cluster.nodes} nodes cannot meet that")
+    return limits.with_earlier(kept)
+
+
 def search(
     model: words.ActorModel = "", critic: words.CriticModel = "", reward: words.RewardModel = "",
     ref: words.RefModel = "", gpus: words.Gpus = None, cluster: words.ClusterName = DEFAULT_CLUSTER,
@@ -96,8 +110,8 @@ def search(
     lora_rank: words.LoraRank = None, lora_alpha: words.LoraAlpha = None, allow_long: AllowLong = False,
     engine: EngineName = DEFAULT_ENGINE, table: TablePath = None, method: words.MethodName = "auto",
     seconds: words.Seconds = 10.0, seed: words.Seed = 0, pin: words.Pins = None, forbid: words.Forbidden = None,
-    same_mesh: words.SameMesh = None, max_memory: words.MaxMemory = "", output: words.PlanTarget = Path("plan.json"),
-    as_json: AsJson = False, verbose: words.Verbose = False,
+    same_mesh: words.SameMesh = None, max_memory: words.MaxMemory = "", limits_of: words.LimitsOf = None,
+    output: words.PlanTarget = Path("plan.json"), as_json: AsJson = False, verbose: words.Verbose = False,
 ) -> None:  # fmt: skip
     """Find the best plan and write it."""
     from planner.cli.commands.search import search_command
@@ -122,6 +136,8 @@ def search(
     )  # fmt: skip
     calls = [call.name for call in request.workload.graph.model_calls]
     limits = parse_limits(pin or [], forbid or [], same_mesh or [], max_memory, calls)
+    if limits_of is not None:
+        limits = _with_kept(limits, limits_of, calls, request.cluster)
     effort = _effort(seconds, seed, method)
     raise typer.Exit(search_command(
         request, engine=earlier.engine if earlier else _engine(engine, table), ran=earlier, limits=limits,

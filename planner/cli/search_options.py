@@ -62,6 +62,9 @@ Seed = Annotated[int, whole("random seed")]
 Pins = Annotated[Rules, typer.Option(help="a layout rule, such as actor_train.tp=4")]
 Forbidden = Annotated[Rules, typer.Option(help="such as 'critic_train.pp>2'; call * is every call")]
 SameMesh = Annotated[Rules, typer.Option(help="calls that share a mesh: actor_generate,ref_infer")]
+LimitsOf = Annotated[
+    Path | None, typer.Option(help="a plan: keep the limits that it was searched under, as far as there are devices")
+]
 MaxMemory = Annotated[str, typer.Option(help="bound per GPU below its memory, such as 72GiB")]
 
 PlanTarget = Annotated[Path, typer.Option("--output", "-o", help="where the plan goes")]

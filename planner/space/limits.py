@@ -47,7 +47,11 @@ class Rule:
 
     def holds(self, mesh: DeviceMesh, strategy: ParallelStrategy, cluster: ClusterSpec) -> bool:
         """Whether a layout has the property."""
-        return _COMPARISONS[self.comparison](self.value_of(mesh, strategy, cluster), self.value)
+        return self.compares(self.value_of(mesh, strategy, cluster))
+
+    def compares(self, value: int | bool | str) -> bool:
+        """Whether a value of the field is as the rule says."""
+        return _COMPARISONS[self.comparison](value, self.value)
 
     def value_of(self, mesh: DeviceMesh, strategy: ParallelStrategy, cluster: ClusterSpec) -> int | bool | str:
         """What a layout has in the field of the rule."""
@@ -118,6 +122,15 @@ class Limits:
         found = [f"--pin {rule.text}" for rule in self.pins] + [f"--forbid {rule.text}" for rule in self.forbids]
         found += [f"--same-mesh {','.join(group)}" for group in self.same_mesh]
         return found + ([f"--max-memory {self.max_memory_gib:g}GiB"] if self.max_memory_gib else [])
+
+    def with_earlier(self, earlier: Limits) -> Limits:
+        """These limits and those of an earlier search; of two bounds on memory this one."""
+        return Limits(
+            pins=self.pins + earlier.pins,
+            forbids=self.forbids + earlier.forbids,
+            same_mesh=self.same_mesh + earlier.same_mesh,
+            max_memory_gib=self.max_memory_gib or earlier.max_memory_gib,
+        )
 
     def refuses(self, call: str, mesh: DeviceMesh, strategy: ParallelStrategy, cluster: ClusterSpec) -> str:
         """The rule that a layout of a call breaks, empty when none."""

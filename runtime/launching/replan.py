@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from plans.codec import sealed
+from plans.codec import save_plan, sealed
 from plans.legal import legal_plan
 from plans.plan import ExecutionPlan
 from plans.runfile import RunFile
@@ -36,8 +36,10 @@ def replanned(plan: ExecutionPlan, run: RunFile, devices: int, per_node: int | N
     said = ""
     for count in _counts(devices):
         with tempfile.TemporaryDirectory(prefix="realplan-") as folder:
-            target = Path(folder) / "plan.json"
+            target, before = Path(folder) / "plan.json", Path(folder) / "before.json"
+            save_plan(plan, before)
             words = ["--measured", run.output, "--gpus", str(count), *nodes, "--seconds", str(SEARCH_S)]
+            words += ["--limits-of", str(before)]
             command = [sys.executable, "-m", "planner.cli", "search", *words, "-o", str(target)]
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=MOST_S, check=False)
@@ -45,9 +47,20 @@ def replanned(plan: ExecutionPlan, run: RunFile, devices: int, per_node: int | N
                 said = said or f"the search took longer than {MOST_S} s"
                 continue
             if done.returncode == 0:
-                return _with_work(legal_plan(target), plan)
+                return _with_work(_kept(legal_plan(target), plan), plan)
             said = said or done.stderr.strip()
-    raise RunFailed(f"no plan for the {devices} devices that are left: {said}", "restore the devices, and --resume")
+    within, hint = "", "restore the devices, and --resume"
+    if plan.limits:
+        within = f" within {', '.join(plan.limits)}"
+        hint += "; or `realplan search --measured OUTPUT --gpus N` with other limits, and --resume with its plan"
+    raise RunFailed(f"no plan for the {devices} devices that are left{within}: {said}", hint)
+
+
+def _kept(found: ExecutionPlan, plan: ExecutionPlan) -> ExecutionPlan:
+    """A plan that was found within the limits of another one; says which of them ask for devices that are gone."""
+    if gone := [words for words in plan.limits if words not in found.limits]:
+        print(f"planned without {', '.join(gone)}: the devices for that are gone", file=sys.stderr)
+    return found
 
 
 def _counts(devices: int) -> Iterator[int]:

@@ -15,9 +15,13 @@ from cost_models.engines.engine import MEGATRON
 from cost_models.estimate import cost_plan
 from planner.cli.app import app
 from planner.measured import ran
+from planner.space.kept import kept_limits
 from plans.codec import load_plan, save_plan
-from plans.errors import RealplanError
+from plans.errors import RealplanError, SpecError
 from plans.plan import ExecutionPlan
+from plans.runfile import RunFile
+from runtime.launching.replan import replanned
+from runtime.reports.endings import RunFailed
 
 PLACES = {
     "actor_generate": ("node 0", "d2 t1 p1"),
@@ -99,3 +103,37 @@ def test_what_is_no_run_and_what_says_too_much(tmp_path: Path) -> None:
         ran(folder, MEGATRON)
     (folder / "metrics.jsonl").unlink()
     assert ran(folder, MEGATRON).engine.factors == ()
+
+
+def test_limits_of_an_earlier_search_are_kept_as_far_as_there_are_devices(tmp_path: Path) -> None:
+    """Of a plan for two nodes of two: what one node can still meet is kept, under the name that it has there."""
+    plan, calls = tiny_plan(2, PLACES), list(PLACES)
+    given = [
+        "--pin actor_train.gpus=2", "--pin critic_train.tp=4", "--pin ref_infer.mesh=node 1",
+        "--pin critic_infer.mesh=node 0 gpus 0-1", "--pin actor_generate.recompute=none",
+        "--forbid *.pp>1", "--same-mesh actor_train,critic_train", "--max-memory 20GiB",
+    ]  # fmt: skip
+    plan = replace(plan, provenance={"search": {"limits": given}})
+    kept, dropped = kept_limits(tmp_path, plan, calls, plan.cluster)
+    assert dropped == ["--pin critic_train.tp=4", "--pin ref_infer.mesh=node 1"]
+    assert kept.words == [words for words in given if words not in dropped]
+    assert {rule.value for rule in kept.pins if rule.field == "mesh"} == {"node 0"}
+    with pytest.raises(SpecError, match="`--output x` is no limit"):
+        kept_limits(tmp_path, replace(plan, provenance={"search": {"limits": ["--output x"]}}), calls, plan.cluster)
+
+
+def test_a_plan_for_what_is_left_keeps_the_limits_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One of two devices is left: a pin on both goes, other rules stay, and a bound on memory that nothing meets is
+    said and not dropped. The other plan of these calls on one device recomputes nothing."""
+    monkeypatch.setattr("runtime.launching.replan.SEARCH_S", 1)
+    kept = ["--pin actor_train.recompute=full", "--max-memory 20GiB"]
+    plan = replace(tiny_plan(2, PLACES), provenance={"search": {"limits": ["--pin actor_generate.dp=2", *kept]}})
+    run = RunFile(output=str(output_of(tmp_path / "out", plan, TIMES)))
+    found = replanned(plan, run, 1)
+    assert found.limits == kept and found.planned("actor_train").strategy.recompute == "full"
+    assert "planned without --pin actor_generate.dp=2" in capsys.readouterr().err
+    tight = replace(plan, provenance={"search": {"limits": ["--max-memory 0.001GiB"]}})
+    with pytest.raises(RunFailed, match=r"no plan for the 1 devices that are left within --max-memory 0.001GiB"):
+        replanned(tight, run, 1)
