@@ -263,6 +263,8 @@ class Executor:
         model = self.copies.model(planned.call)
         if call.kind is CallKind.GENERATE:
             return generate_call(job, call, planned, model, share.samples, iteration)
+        if call.kind in (CallKind.INFERENCE, CallKind.TRAIN_STEP) and model.place == Place(dp=0, tp=0, pp=0):
+            self._recorder.add(iteration, {f"plan/{call.name}/imbalance": Stat.one(share.imbalance)})
         if call.kind is CallKind.INFERENCE:
             return inference_call(job, call, share, model, inputs)
         if call.kind is CallKind.FUNCTION:
@@ -271,7 +273,7 @@ class Executor:
         lengths = self._store.lengths(iteration, call.name)
         responses = [response for _, response in lengths]
         if model.place == Place(dp=0, tp=0, pp=0):
-            figures = recorded(lengths) | {f"plan/{call.name}/imbalance": share.imbalance}
+            figures = recorded(lengths)
             if age := job.plan.workload.graph.staleness:
                 figures[f"{call.model}/staleness"] = float(min(iteration - self._first, age))
             self._recorder.add(iteration, {name: Stat.one(value) for name, value in figures.items()})

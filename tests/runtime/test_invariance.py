@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from invariance import COUNTS, CPU, Outcome, Tokens, Watcher, compare, execute
 from plan_cases import CRITIC_FREE, REWARDS, SEVEN_CALLS, TINY, Place, examples, tiny_plan, tiny_run
 from ranks import run_ranks
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from plans.algorithms import algorithm_graph
 from plans.plan import ExecutionPlan
@@ -244,6 +245,23 @@ def test_reward_model_groups_and_recomputed_logprobs(tmp_path: Path) -> None:
     assert stale[f"{ratio}/max"] > 1.01 and stale[f"{ratio}/clip_ratio"] > 0
     assert stale["rollout_corr/k3_kl"] > 1e-6 > abs(fresh["rollout_corr/kl"])
     assert outcomes[0][0][0]["critic/score/max"] > outcomes[0][0][0]["critic/score/min"]
+    for iteration, line in enumerate(outcomes[1][0]):
+        dealt = {name: line[f"plan/{name}/imbalance"] for name in REWARDED if name != "actor_generate"}
+        best = least_imbalance([sum(map(len, outcomes[1][1][iteration, row])) for row in range(8)])
+        assert best - 1e-6 <= dealt.pop("actor_infer") <= 4 / 3 * best, "no worse than the largest first (Graham)"
+        assert dealt.pop("actor_train") > 1 and dealt.pop("critic_train") > 1
+        assert set(dealt.values()) == {1.0} and "plan/actor_generate/imbalance" not in line
+
+
+def least_imbalance(tokens: list[int]) -> float:
+    """Work of the busier of two ranks over their mean, in the best of all ways to deal samples of so many tokens: each
+    weight of the blocks once per token, and half of all pairs of tokens for keys and for values."""
+    config = LlamaConfig.from_pretrained(TINY)
+    blocks = LlamaForCausalLM(config).model.layers.parameters()
+    weights = sum(weight.numel() for weight in blocks if weight.dim() == 2)
+    work = [t * weights + t * t * config.num_hidden_layers * config.hidden_size for t in tokens]
+    splits = (sum(part) for n in range(len(work) + 1) for part in combinations(work, n))
+    return min(max(one, sum(work) - one) for one in splits) / (sum(work) / 2)
 
 
 AHEAD = {  # the actor trains two periods late, before the generation that it must not feed
