@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
 from datetime import timedelta
@@ -23,6 +22,7 @@ from runtime.groups import GroupCache, meet
 from runtime.job import prepare_job
 from runtime.models.installation import install
 from runtime.processes.failures import Failure, write_failure
+from runtime.processes.lifetime import BATCH_SIGNALS, STOP_SIGNALS
 from runtime.processes.member import Member, device_index
 from runtime.processes.stores import open_store
 from runtime.reports.records import Recorder
@@ -69,7 +69,7 @@ def work(plan: ExecutionPlan, run: RunFile, member: Member, scratch: Path, store
             evaluations = Evaluations(executor, evaluator, job, rank, executor.state.iterations)
         stop = StopAgreement(scratch, timeout)
         if run.checkpoint.every:  # the keyboard speaks to the launcher, which asks its ranks
-            stop.listen(signal.SIGTERM, *(() if member.ours else (signal.SIGINT,)))
+            stop.listen(*(BATCH_SIGNALS if member.ours else STOP_SIGNALS))
         done = run_iterations(executor, run, recorder, stop, evaluations)
     finally:
         if job.reward is not None:

@@ -27,6 +27,8 @@ from multiprocessing import util
 from pathlib import Path
 from typing import NoReturn
 
+from runtime.processes.lifetime import BATCH_SIGNALS, STOP_SIGNALS
+
 ROOT = Path(__file__).parents[1]
 IMPORTS = ("runtime.worker", "torch._dynamo", "runtime.launching.launch", "runtime.cli")
 Outcome = subprocess.CompletedProcess[str]
@@ -41,7 +43,8 @@ def stand_for(code: str) -> NoReturn:
     os.close(theirs)
     with open(status) as lines:
         pid = int(lines.readline())
-        signal.signal(signal.SIGTERM, lambda number, _: os.kill(pid, number))
+        for number in BATCH_SIGNALS:
+            signal.signal(number, lambda got, _: os.kill(pid, got))
         number = int(lines.readline())
     if number < 0:
         os.kill(os.getpid(), -number)
@@ -240,7 +243,7 @@ def _keep_only(files: set[int]) -> None:
     keep = [*sorted(files), os.sysconf("SC_OPEN_MAX")]
     for low, high in pairwise(keep):
         os.closerange(low + 1, high)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (*STOP_SIGNALS, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     util._finalizer_registry.clear()
 

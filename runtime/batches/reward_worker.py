@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from runtime.batches.reward_errors import RewardError
 from runtime.batches.reward_functions import RewardFunction, bind, call, load_function, scores_of
-from runtime.processes.lifetime import die_with
+from runtime.processes.lifetime import STOP_SIGNALS, die_with, hear
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,9 @@ def main(
         return
     # slurm sends a signal to all processes of a job: the rank then writes a checkpoint, and needs scores until it has.
     # What the function starts has the signals as usual: handlers, unlike SIG_IGN, are not inherited.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: None)
+    hear()
     resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with open(requests, encoding="utf-8") as read, open(replies, "w", encoding="utf-8") as write:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runtime.batches.reward_errors import RewardError
+from runtime.processes.lifetime import deaf_children
 
 START_S = 300.0  # to load the function; big libraries on a slow file system take minutes
 LOOK_S = 0.1
@@ -205,13 +206,14 @@ class _Worker:
         )
         self._buffer = b""
         self._ready = False
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            stdin=subprocess.DEVNULL,
-            stdout=2,  # what the function prints is words, not data
-            pass_fds=(child_reads, child_writes),
-            start_new_session=True,
-        )
+        with deaf_children():
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", code],
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # what the function prints is words, not data
+                pass_fds=(child_reads, child_writes),
+                start_new_session=True,
+            )
         os.close(child_reads)
         os.close(child_writes)
 

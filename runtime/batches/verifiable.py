@@ -12,6 +12,7 @@ import tempfile
 from contextlib import suppress
 
 from runtime.batches.reward_errors import RewardError
+from runtime.processes.lifetime import STOP_SIGNALS
 
 CODE_SECONDS, CODE_BYTES = 10, 2**30
 _BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
@@ -87,6 +88,7 @@ def _last_boxed(text: str) -> str | None:
 
 
 def _confine() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # a signal to the whole job changes no score
     resource.setrlimit(resource.RLIMIT_CPU, (CODE_SECONDS, CODE_SECONDS))
     resource.setrlimit(resource.RLIMIT_AS, (CODE_BYTES, CODE_BYTES))
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))

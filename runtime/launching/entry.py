@@ -15,7 +15,7 @@ from pathlib import Path
 from plans.errors import RealplanError
 from plans.plan import ExecutionPlan
 from plans.runfile import RunFile
-from runtime.processes.lifetime import deaf_children, die_with, hear
+from runtime.processes.lifetime import STOP_SIGNALS, deaf_children, die_with, hear
 from runtime.processes.member import Address, Member
 from runtime.processes.network import interface_of, resolve
 from runtime.reports.records import crash_path
@@ -42,14 +42,15 @@ def prepare_ranks(plan: ExecutionPlan, meeting: Address | None = None) -> None:
         defaults["GLOO_SOCKET_IFNAME"] = interface
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    # Ranks end with their fork server, and those that were asked to stop have a checkpoint to write. The tracker comes
+    # first, since its start lets SIGTERM through again.
+    with deaf_children():
+        resource_tracker.ensure_running()
     if forks:
         preload = ["runtime.launching.fork_server", "runtime.worker", "torch._dynamo"]  # torch.optim imports the last
         multiprocessing.get_context("forkserver").set_forkserver_preload(preload)
-        # Ranks end with their fork server, and those that were asked to stop have a checkpoint to write. The tracker
-        # comes first, since its start lets all signals through again.
-        resource_tracker.ensure_running()
         try:
-            with deaf_children(signal.SIGTERM):
+            with deaf_children():
                 forkserver.ensure_running()
         except OSError as error:  # its socket lies in the folder for temporary files, and an address has 107 characters
             raise RealplanError(
@@ -96,9 +97,9 @@ def launched_worker(
     folders that a launcher which is killed cannot take away itself."""
     # Keyboards and batch systems interrupt launcher and ranks alike. With checkpoints the launcher asks the ranks to
     # stop; without, they end at once and show no traceback.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN if run.checkpoint.every else signal.SIG_DFL)
-    hear(signal.SIGTERM)
+    hear()
     die_with(launcher, lambda: _die_with(traces))
     faulthandler.enable(crash_path(scratch, member.rank).open("w", encoding="utf-8"))
     from runtime.worker import guarded

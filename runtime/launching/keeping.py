@@ -16,6 +16,7 @@ from plans.runfile import RunFile, patience_s
 from runtime.checkpoints.folder import prepare_folder, stop_request
 from runtime.checkpoints.resume import Start
 from runtime.launching.output import held_output, keep_plan, save_run
+from runtime.processes.lifetime import STOP_SIGNALS
 from runtime.reports.endings import Stopped
 from runtime.reports.metrics import Metrics
 from runtime.reports.monitor import Monitor
@@ -81,7 +82,7 @@ def _scratch(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def stopped_by_signals(run: RunFile, scratch: Path) -> Iterator[list[str]]:
-    """The first SIGINT or SIGTERM asks the ranks for a checkpoint, where they write any, and is kept by name; others
+    """The first of STOP_SIGNALS asks the ranks for a checkpoint, where they write any, and is kept by name; others
     become Stopped at once, so that ranks and files are cleared away."""
     asked, heard = list[str](), list[str]()  # others may ask as well: this process's second signal is its own
     if threading.current_thread() is not threading.main_thread():
@@ -97,7 +98,7 @@ def stopped_by_signals(run: RunFile, scratch: Path) -> Iterator[list[str]]:
         stop_request(scratch).touch()
         print(f"{name}: stopping with a checkpoint when this iteration is done; once more: at once", file=sys.stderr)
 
-    old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    old = {number: signal.signal(number, stop) for number in (*STOP_SIGNALS, signal.SIGHUP)}
     try:
         yield asked
     finally:

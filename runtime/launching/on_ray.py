@@ -20,7 +20,7 @@ from typing import Any
 
 from plans.errors import RealplanError
 from plans.plan import ExecutionPlan
-from runtime.processes.lifetime import die_with
+from runtime.processes.lifetime import STOP_SIGNALS, die_with
 from runtime.reports.endings import RunFailed, Stopped
 
 POLL_S, LEAVE_S, HEARD_S = 0.5, 10.0, 10.0
@@ -192,8 +192,7 @@ def _leave(ray: Any, machines: Sequence[Any]) -> None:
 def _stops() -> Iterator[list[int]]:
     """The signals that asked this process to stop, which are passed on to the run: the first one makes a checkpoint."""
     asked: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    old = {number: signal.signal(number, lambda got, _: asked.append(got)) for number in numbers}
+    old = {number: signal.signal(number, lambda got, _: asked.append(got)) for number in STOP_SIGNALS}
     try:
         yield asked
     finally:

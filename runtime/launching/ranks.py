@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import wait
@@ -76,7 +75,7 @@ class LocalRanks:
             for rank in numbers:
                 words = (plan, run, member(rank, private), scratch, os.getpid(), traces)
                 self._processes[rank] = context.Process(target=launched_worker, args=words, name=f"rank {rank}")
-                with deaf_children(signal.SIGTERM):
+                with deaf_children():
                     self._processes[rank].start()
         except BaseException:
             self.end()

@@ -17,6 +17,7 @@ from plans.runfile import RunFile, patience_s
 from runtime.launching.ranks import Starter, start_ranks
 from runtime.machines.station import Station
 from runtime.machines.wire import GONE, MOST_BYTES, Connection, Message, pace_of, work_of
+from runtime.processes.lifetime import STOP_SIGNALS
 from runtime.processes.network import own_address, resolve
 from runtime.processes.place import Place
 from runtime.reports.endings import RunFailed, Stopped
@@ -142,7 +143,7 @@ def _cut_off(place: Place, why: str) -> RunFailed:
 
 @contextmanager
 def _asking(connection: Connection, run: RunFile) -> Iterator[None]:
-    """The first SIGINT or SIGTERM asks the first machine to stop the run with a checkpoint; others become Stopped."""
+    """The first of STOP_SIGNALS asks the first machine to stop the run with a checkpoint; others become Stopped."""
     asked: list[str] = []
 
     def stop(number: int, _: object) -> None:
@@ -156,7 +157,7 @@ def _asking(connection: Connection, run: RunFile) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    old = {number: signal.signal(number, stop) for number in (*STOP_SIGNALS, signal.SIGHUP)}
     try:
         yield
     finally:

@@ -11,6 +11,11 @@ from collections.abc import Callable, Iterator
 from threading import Thread
 from typing import NoReturn
 
+BATCH_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""What batch systems send to every process of a job before they end it; with slurm's `--signal` the user chooses."""
+STOP_SIGNALS = (signal.SIGINT, *BATCH_SIGNALS)
+"""What asks a run to stop: these, and the keyboard."""
+
 
 def _end() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
@@ -32,19 +37,19 @@ def die_with(pid: int, end: Callable[[], None] = _end) -> None:
 
 
 @contextlib.contextmanager
-def deaf_children(number: signal.Signals) -> Iterator[None]:
-    """Processes that this thread starts meanwhile do not hear a signal until they say so (`hear`); this one hears it
-    afterwards. A batch system sends its signals to every process of a job."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (number,))
+def deaf_children() -> Iterator[None]:
+    """Processes that this thread starts meanwhile do not hear the signals of batch systems until they say so (`hear`);
+    this one hears them afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, BATCH_SIGNALS)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def hear(number: signal.Signals) -> None:
-    """Let this process hear a signal that its parent kept from it."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (number,))
+def hear() -> None:
+    """Let this process hear the signals that its parent kept from it."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, BATCH_SIGNALS)
 
 
 def end_at_once(code: int) -> NoReturn:

@@ -229,6 +229,8 @@ def test_form_and_code() -> None:
     assert score("code", responses=block.replace("+", "-"), tests=tests) == 0
     assert score("code", responses="```\nimport sys; sys.exit(0)\n```", tests="raise SystemExit(1)") == 1
     assert score("code", responses="x = bytearray(4 * 2**30)", tests="") == 0
+    signalled = "import os, signal; os.kill(os.getpid(), signal.SIGUSR1)"  # as slurm does to all processes of a job
+    assert score("code", responses=signalled, tests="") == 1
 
 
 def test_functions_of_one_sample() -> None:

@@ -229,10 +229,10 @@ def test_a_machine_that_is_started_again(tmp_path: Path) -> None:
         _until(lambda: "waiting for a machine" in made[0].words, made[:1])
         begin(1)
         _until(lambda: made[0].words.count("starting 2 ranks") == 2 and len(_output(output.parent)[1]) > 3, made[::2])
-        made[2].send_signal(signal.SIGTERM)
+        made[2].send_signal(signal.SIGUSR2)
         said = _ends(made, 1, -signal.SIGKILL, 1)
     assert "node 1 is lost" in said[0] and "it went away" in said[0] and "going on from" in said[0], said[0]
-    assert "stopped by SIGTERM to node 1" in said[0] and "stopped by SIGTERM" in said[2], said
+    assert "stopped by SIGUSR2 to node 1" in said[0] and "stopped by SIGUSR2" in said[2], said
     iterations = _output(output.parent)[1]
     assert iterations == list(range(len(iterations))) and len(_slices(output, len(iterations))) == 2
 

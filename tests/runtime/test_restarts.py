@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,9 +23,11 @@ from transformers import AutoModelForCausalLM
 from plans.codec import is_stale, load_plan
 from plans.plan import ExecutionPlan
 from plans.program import compile_program
-from runtime.checkpoints.folder import remove_after
+from runtime.checkpoints.folder import remove_after, stop_request
 from runtime.checkpoints.resume import Start
+from runtime.launching.keeping import stopped_by_signals
 from runtime.launching.restarts import with_restarts
+from runtime.processes.lifetime import BATCH_SIGNALS, STOP_SIGNALS, deaf_children
 from runtime.reports.endings import Beyond, RunFailed, Stopped
 from runtime.reports.metrics import Metrics
 from runtime.reports.monitor import KL, Monitor
@@ -159,6 +162,28 @@ def test_what_is_started_again(tmp_path: Path) -> None:
     assert attempts(5, one, one, folder=tmp_path) == 2  # the same words at the same point: no accident
     assert attempts(5, Stopped("stopped by SIGTERM"), folder=tmp_path) == 1
     assert attempts(5, one, folder=tmp_path, asked=["SIGTERM"]) == 1
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_signals_that_ask_for_a_checkpoint(number: signal.Signals, tmp_path: Path) -> None:
+    """The first one; the second one ends the run at once."""
+    run = tiny_run(tmp_path, checkpoint={"every": 1})
+    with stopped_by_signals(run, tmp_path) as asked:
+        signal.raise_signal(number)
+        assert asked == [number.name] and stop_request(tmp_path).exists()
+        with pytest.raises(Stopped, match=f"stopped by {number.name}"):
+            signal.raise_signal(number)
+
+
+def test_a_process_that_starts_hears_signals_when_it_says_so() -> None:
+    for number in BATCH_SIGNALS:
+        code = "import runtime.processes.lifetime as l; print(flush=True); input(); l.hear(); print('deaf')"
+        with deaf_children():
+            started = subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True)
+        started.send_signal(number)
+        assert started.stdout is not None and started.stdout.readline() == "\n"
+        out, _ = started.communicate("\n", timeout=PATIENCE_S)
+        assert started.returncode == -number and not out
 
 
 def test_a_killed_rank_costs_what_came_after_the_checkpoint(tmp_path: Path) -> None:

@@ -248,14 +248,14 @@ def state(checkpoint: Checkpoint, role: str) -> dict[str, torch.Tensor]:
 
 
 def test_a_request_to_stop_loses_nothing(tmp_path: Path):
-    """Also one that goes to all processes of the run, as a batch system's does."""
+    """Also one that goes to all processes of the run, as the one does that a user of a batch system chose."""
     keys: dict[str, Any] = {"iterations": 30, "checkpoint": {"every": 2}, "export": False}
     command = arguments(tmp_path, **keys)
     with running(command, tmp_path / "out" / ".ranks", iteration=3) as (process, _):
-        os.killpg(os.getpgid(process.pid), signal.SIGTERM)
+        os.killpg(os.getpgid(process.pid), signal.SIGUSR1)
         _, said = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1 and "Traceback" not in said
-    assert "stopped by SIGTERM" in said and "--resume" in said
+    assert "stopped by SIGUSR1" in said and "--resume" in said
     done = len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
     assert steps_in(tmp_path / "out" / "checkpoints")[0].name == f"global_step_{done}"
     result = outcome([*command, "--resume", f"iterations={done + 2}"])

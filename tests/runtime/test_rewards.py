@@ -18,6 +18,7 @@ from plan_cases import REWARDS
 from run_cases import ROOT
 
 from runtime.batches.rewards import ProcessLimits, Reward, RewardError
+from runtime.processes.lifetime import STOP_SIGNALS
 
 PROMPTS, RESPONSES = ["p", "q", "r"], ["first", "second", "third one"]
 LIMITS = ProcessLimits(seconds=60, memory_gib=1)
@@ -192,7 +193,7 @@ def test_a_reward_ends_with_its_rank(rewards) -> None:  # type: ignore[no-untype
 def test_signals_to_all_processes_of_a_job_leave_scores(rewards) -> None:  # type: ignore[no-untyped-def]
     reward = rewards("import os\ndef f(responses): return [os.getpid()] * len(responses)")
     worker = int(reward(PROMPTS, RESPONSES)[0])
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOP_SIGNALS:
         os.kill(worker, number)
         assert reward(PROMPTS, RESPONSES)[0] == worker
 
