@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from planner.doctor.probe import Probe, numbers
 from plans.cluster import GIB, MIB
+from plans.host_memory import host_memory
 
 GPU_FIELDS = (
     "name", "memory.total", "memory.used", "driver_version", "clocks.max.sm", "clocks.max.memory",
@@ -69,7 +70,7 @@ class Facts:
 
 def gather(probe: Probe) -> Facts:
     """Look at a machine."""
-    memory = _meminfo(probe.read("/proc/meminfo"))
+    memory, host = _meminfo(probe.read("/proc/meminfo")), host_memory(probe.read)
     limits = probe.read("/proc/self/limits")
     pages = memory.get("HugePages_Total", 0) * memory.get("Hugepagesize", 0) / MIB
     return Facts(
@@ -77,8 +78,8 @@ def gather(probe: Probe) -> Facts:
         cores=len(re.findall(r"^processor\s*:", probe.read("/proc/cpuinfo"), re.M)),
         processor=_first(r"^model name\s*:\s*(.+)$", probe.read("/proc/cpuinfo")),
         numa_nodes=_count(probe.read("/sys/devices/system/node/online").strip()),
-        memory_gib=memory.get("MemTotal", 0) / MIB,
-        available_gib=memory.get("MemAvailable", 0) / MIB,
+        memory_gib=host.total / GIB if host else 0.0,
+        available_gib=host.available / GIB if host else 0.0,
         shared_memory_gib=probe.free_bytes("/dev/shm") / GIB,
         huge_pages_gib=pages,
         transparent_huge_pages=_first(r"\[(\w+)\]", probe.read("/sys/kernel/mm/transparent_hugepage/enabled")),

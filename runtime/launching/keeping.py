@@ -15,6 +15,7 @@ from plans.plan import ExecutionPlan
 from plans.runfile import RunFile, patience_s
 from runtime.checkpoints.folder import prepare_folder, stop_request
 from runtime.checkpoints.resume import Start
+from runtime.checkpoints.room import check_disks, check_memory
 from runtime.launching.output import held_output, keep_plan, save_run
 from runtime.processes.lifetime import STOP_SIGNALS
 from runtime.reports.endings import Stopped
@@ -40,12 +41,16 @@ def kept_files(
     start: Start,
     scratch: Path,
     completer: AbstractContextManager[object],
-    part: float = 1.0,
+    ranks: Sequence[int] | None = None,
+    keeps: Sequence[int] | None = None,
 ) -> Iterator[Monitor]:
     """The files of an attempt, kept while its ranks run: what ranks say, metrics and checkpoints, which `completer`
-    makes whole and of which `part` comes to lie here."""
+    makes whole. ranks: those that run on this machine; keeps: those whose parts of checkpoints come to lie here (None:
+    all)."""
     with _scratch(scratch):
-        prepare_folder(plan, run, part)
+        prepare_folder(run)
+        check_disks(plan, run, keeps, exports=True)
+        check_memory(plan, run, ranks)
         save_run(start.of(run))
         keep_plan(plan, Path(run.output))
         # The monitor leaves first: the last checkpoint waits for the last line of metrics.

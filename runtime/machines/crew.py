@@ -16,7 +16,7 @@ from runtime.checkpoints.resume import Start
 from runtime.launching.keeping import kept_files
 from runtime.launching.ranks import follow
 from runtime.launching.replan import replanned
-from runtime.machines.keeper import Keeper
+from runtime.machines.keeper import Keeper, lying
 from runtime.machines.loading import spread_inputs, spread_weights
 from runtime.machines.machines import POLL_S, MachineLost, Machines
 from runtime.machines.mirror import apply
@@ -106,14 +106,17 @@ class Crew:
         storages = self.storages() if run.checkpoint.every else {}
         machines.check(nodes)
         keeps = _per_storage(storages, ranks)
-        writers = [first for first in keeps if keeps[first]]
-        part = 2 / len(writers) if len(writers) > 2 else 1.0
+        lies = lying(keeps)
         copy_again(machines, run, start, storages, FETCH_S)
         aside = give(machines, plan, run, start, keeps, FETCH_S)
         keeper = Keeper(machines, keeps, Path(run.output), patience_s(plan, run))
-        with kept_files(plan, start.of(run), start, self._scratch, keeper, part) as monitor:
-            ready = {"plan": dump_plan(plan), "resume_from": start.of(run).resume_from, "part": part}
-            machines.ask("prepare", {first: ready for first in keeps if first}, ASK_S)
+        here = (ranks.get(0, ()), lies.get(0, ()))
+        with kept_files(plan, start.of(run), start, self._scratch, keeper, *here) as monitor:
+            ready = {"plan": dump_plan(plan), "resume_from": start.of(run).resume_from}
+            each = {
+                node: ready | {"ranks": list(ranks.get(node, ())), "keeps": lies.get(node)} for node in storages if node
+            }
+            machines.ask("prepare", each, ASK_S)
             crew = _FarRanks(machines, ranks, self._scratch)
             try:
                 self._start(plan, start, ranks, keeps, aside=aside)

@@ -18,6 +18,22 @@ from runtime.machines.machines import POLL_S, Machines
 from runtime.machines.wire import Message
 
 
+def _ring(storages: Mapping[int, Sequence[int]]) -> list[int]:
+    """The storages that keep checkpoints. One without ranks has the second copy where only one has any."""
+    writers = sorted(node for node, ranks in storages.items() if ranks)
+    idle = [node for node in storages if node not in writers]
+    return writers + (idle[:1] if len(writers) == 1 else [])
+
+
+def lying(storages: Mapping[int, Sequence[int]]) -> dict[int, list[int]]:
+    """For each storage the ranks whose parts of checkpoints come to lie there: its own, and those of the one before it
+    in the ring."""
+    ring, found = _ring(storages), {node: list(ranks) for node, ranks in storages.items()}
+    for before, node in zip([ring[-1], *ring] if len(ring) > 1 else (), ring, strict=False):
+        found[node] += storages[before]
+    return found
+
+
 @dataclass
 class _Making:
     """A checkpoint that is not whole yet: what the ranks of each storage have written, and what was asked last."""
@@ -34,9 +50,7 @@ class Keeper:
     def __init__(self, machines: Machines, storages: Mapping[int, Sequence[int]], output: Path, patience_s: float):
         self._machines, self._output, self._patience_s = machines, output, patience_s
         self._writers = {node for node, ranks in storages.items() if ranks}
-        idle = [node for node in storages if node not in self._writers]
-        # A machine without ranks has the second copy where only one has any.
-        self._ring = sorted(self._writers) + (idle[:1] if len(self._writers) == 1 else [])
+        self._ring = _ring(storages)
         self._making: dict[int, _Making] = {}
 
     def __enter__(self) -> Keeper:

@@ -15,6 +15,7 @@ from plans.errors import RealplanError
 from plans.runfile import RunFile
 from runtime.checkpoints.folder import prepare_folder
 from runtime.checkpoints.held import resumed_folder
+from runtime.checkpoints.room import check_disks, check_memory
 from runtime.launching.ranks import HeldRanks, Starter, start_ranks
 from runtime.launching.replan import devices_left
 from runtime.machines.inputs import Inputs
@@ -116,9 +117,14 @@ class Station:
             self._told |= set(new)
             self._say({"kind": "ended", "codes": sorted(new.items())})
 
-    def _prepare(self, plan: str, resume_from: str, part: float) -> Message:
-        """Make room for `part` of the checkpoints of an attempt, which goes on from one or from none."""
-        prepare_folder(planned_from(plan), self._run.model_copy(update={"resume_from": resume_from}), part)
+    def _prepare(self, plan: str, resume_from: str, ranks: Sequence[int], keeps: Sequence[int] | None) -> Message:
+        """Make room for an attempt, which goes on from a checkpoint or from none. ranks: those of this machine; keeps:
+        those whose parts of checkpoints come to lie here; None where another machine acts for the folder."""
+        planned, run = planned_from(plan), self._run.model_copy(update={"resume_from": resume_from})
+        if keeps is not None:
+            prepare_folder(run)
+            check_disks(planned, run, keeps, exports=False)
+        check_memory(planned, run, ranks)
         return {}
 
     def _weights(self) -> Future[Message]:

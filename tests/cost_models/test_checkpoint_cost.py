@@ -14,7 +14,7 @@ from planner.request import build_request
 from plans.checkpoint import written
 from plans.errors import Infeasible
 from plans.plan import ExecutionPlan
-from runtime.checkpoints.folder import checkpoint_bytes
+from runtime.checkpoints.room import checkpoint_bytes
 
 
 def test_llama_7b_by_hand() -> None:

@@ -82,7 +82,7 @@ def leg(plan: ExecutionPlan, run: RunFile) -> list[Metrics]:
     scratch = output / ".ranks"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    prepare_folder(plan, run)
+    prepare_folder(run)
     ranks_run = start.of(run)
 
     def rank() -> None:
@@ -374,7 +374,7 @@ def test_a_new_run_does_not_mix_with_old_checkpoints(two_steps: Path, tmp_path: 
     folder = str(two_steps / "checkpoints")
     run = tiny_run(tmp_path, checkpoint={"every": 1, "folder": folder})
     with pytest.raises(ValueError, match="holds checkpoints of another run, such as `global_step_2`"):
-        prepare_folder(PLAN, run)
+        prepare_folder(run)
     assert choose_start(PLAN, run) == Start()
     with pytest.raises(CheckpointError, match="no checkpoint in"):
         choose_start(PLAN, tiny_run(tmp_path, resume_from=str(tmp_path / "nowhere")))
