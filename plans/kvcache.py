@@ -7,8 +7,14 @@ The last token of a response is never read again and takes no room. All function
 
 from __future__ import annotations
 
+import re
+
 BLOCK_TOKENS = 256
 """Tokens of a block on GPUs: what the paged variable-length attention kernels can address."""
+LEAST_TORCH = (2, 11)
+"""The first torch whose variable-length attention takes a scale: half precision on GPUs needs it, packed as it runs."""
+PAGED_TORCH = (2, 12)
+"""The first torch whose variable-length attention reads keys and values in blocks."""
 PREFILL_TOKENS = 8192
 """Most prompt tokens that are computed in one pass, unless a single prompt has more."""
 BURST_STEPS = 8
@@ -46,3 +52,28 @@ def cache_blocks(
     prompts = slots if group_size == 1 else 2 * groups
     own = own_blocks(prompt_tokens, response_tokens, block_tokens)
     return slots * own + prompts * shared_blocks(prompt_tokens, block_tokens)
+
+
+def cached_tokens(
+    slots: int,
+    groups: int,
+    prompt_tokens: int,
+    response_tokens: int,
+    group_size: int = 1,
+    block_tokens: int = BLOCK_TOKENS,
+) -> int:
+    """Tokens that the cache of a replica has room for.
+
+    Its slots are cut into `groups` in flight, each with blocks of its own and one more that slots without a sample
+    write to; with block_tokens 0 every slot is a row at its longest.
+    """
+    if not block_tokens:
+        return slots * (prompt_tokens + response_tokens)
+    blocks = cache_blocks(-(-slots // groups), prompt_tokens, response_tokens, group_size, block_tokens)
+    return groups * (blocks + 1) * block_tokens
+
+
+def release(version: str) -> tuple[int, int]:
+    """Major and minor number of a version such as 2.11.0+cu130."""
+    match = re.match(r"(\d+)\.(\d+)", version)
+    return (int(match[1]), int(match[2])) if match else (0, 0)

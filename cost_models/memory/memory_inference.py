@@ -15,7 +15,7 @@ from cost_models.memory.training_case import StageParts, stage_parts
 from cost_models.packing import bound_tokens
 from cost_models.slots import decode_moments, slots_of
 from cost_models.stages import stage_layers
-from plans.kvcache import cache_blocks
+from plans import kvcache
 from plans.model import ModelSpec
 from plans.workload import Workload
 
@@ -56,12 +56,9 @@ def cached_tokens(workload: Workload, candidates: Candidates, slots: Array, habi
         ]
         fullest: Array = np.maximum.reduce(held)
         return fullest
-    if not habits.block_tokens or workload.element_bytes == 4:
-        return slots * workload.tokens
-    size, groups = habits.block_tokens, np.minimum(candidates.groups, slots)
-    prompt, response = workload.prompt_tokens, max(workload.response_tokens, 1)
-    blocks = cache_blocks(np.ceil(slots / groups), prompt, response, workload.group_size, size)  # type: ignore[arg-type]
-    tokens: Array = groups * (blocks + 1.0) * size
+    block = habits.block_tokens if workload.element_bytes < 4 else 0
+    sizes = workload.prompt_tokens, max(workload.response_tokens, 1), workload.group_size
+    tokens: Array = kvcache.cached_tokens(slots, np.minimum(candidates.groups, slots), *sizes, block)  # type: ignore
     return tokens
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from planner.doctor.facts import Facts
+from plans.kvcache import LEAST_TORCH, PAGED_TORCH, release
 
 Level = Literal["ok", "note", "lacks"]
 RUNTIME = ("torch", "megatron-core", "safetensors", "tokenizers")
@@ -103,7 +104,22 @@ def _packages(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             "packages", "lacks", f"megatron-core is {found}, the runtime is written for {MEGATRON_VERSION}", hint
         )
-    if facts.gpus and "+cpu" in facts.packages.get("torch", ""):
+    yield from _torch(facts)
+
+
+def _torch(facts: Facts) -> Iterator[Finding]:
+    torch = facts.packages.get("torch")
+    if torch is None:
+        return
+    least, paged = (".".join(map(str, numbers)) for numbers in (LEAST_TORCH, PAGED_TORCH))
+    if release(torch) < LEAST_TORCH:
+        yield Finding(
+            "packages", "lacks", f"torch is {torch}, the runtime needs {least}", f"pip install 'torch>={least}'"
+        )
+    elif facts.gpus and release(torch) < PAGED_TORCH:
+        text = f"under torch {torch} KV caches in half precision are whole rows: slots of a plan may not fit"
+        yield Finding("packages", "note", text, f"pip install 'torch>={paged}': caches in blocks, as plans are priced")
+    if facts.gpus and "+cpu" in torch:
         yield Finding("packages", "lacks", "torch is built without CUDA", "install torch's CUDA build")
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
 from plans.legal import legal_plan
@@ -13,6 +14,7 @@ from plans.plan import ExecutionPlan
 from plans.run_checks import check_run
 from plans.runfile import RunFile
 from runtime.checkpoints.resume import Start, choose_start
+from runtime.launching.cache_rows import check_cache
 from runtime.launching.describe import base_words, batch_words, program_words
 from runtime.launching.entry import prepare_ranks
 from runtime.launching.output import check_output
@@ -90,6 +92,9 @@ def checked(ready: Ready, words: Words) -> Ready:
     for line in base_words(plan, run) if ready.first else ():
         print(line, file=sys.stderr)
     check_packages()
+    for line in check_cache(plan, version("torch")):
+        if ready.first:
+            print(f"warning: {line}", file=sys.stderr)
     check_trackers(run)
     check_devices(plan, None if member is None else member.world, alone=place is None)
     if ready.first:

@@ -101,6 +101,8 @@ def test_an_eight_gpu_node() -> None:
     [
         ({"shared": 64 * 2**20}, "shared memory", "lacks", "--shm-size"),
         ({"packages": {**PACKAGES, "torch": "2.11.0+cpu"}}, "packages", "lacks", "CUDA build"),
+        ({"packages": {**PACKAGES, "torch": "2.10.0"}}, "packages", "lacks", "torch>=2.11"),
+        ({"packages": {**PACKAGES, "torch": "2.11.0"}}, "packages", "note", "whole rows"),
         ({"packages": {**PACKAGES, "megatron-core": "0.19.2"}}, "packages", "lacks", "megatron-core==0.16.1"),
         ({"packages": {"torch": "2.11.0"}}, "realrun", "lacks", "megatron-core, safetensors, tokenizers missing"),
         ({"environment": {"CUDA_VISIBLE_DEVICES": "0,1"}}, "gpu", "note", "'0,1' hides the others"),
