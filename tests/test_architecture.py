@@ -40,6 +40,7 @@ FLOORS = {
             "documents",
             "flat_tensors",
             "seals",
+            "host_memory",
             "run_output",
             "yaml_text",
             "shapes",
