@@ -88,7 +88,7 @@ def packed_attention(
     precision on CUDA takes one variable-length kernel, unless scores are capped; elsewhere sequences are attended to
     one after the other.
     """
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and _has_kernel(sight):
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not sight.cap:
         return _varlen(query, key, value, of_queries, of_keys, sight)
     if of_queries.lengths == of_keys.lengths and len(set(of_keys.lengths)) == 1:
         sequences = len(of_keys.lengths)
@@ -130,22 +130,15 @@ def attention(
     return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
 
 
-def _has_kernel(sight: Sight) -> bool:
-    return not sight.cap and (not sight.window or "window_size" in _varlen_options())
-
-
 def _varlen(q: Tensor, k: Tensor, v: Tensor, of_queries: Runs, of_keys: Runs, sight: Sight) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    options = _varlen_options()
-    shared = q.shape[1] != k.shape[1]
-    if shared and "enable_gqa" not in options:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    seen = (sight.window - 1 if sight.window else -1, 0)
-    named: dict[str, Any] = {"window_size": seen} if "window_size" in options else {"is_causal": True}
-    if "enable_gqa" in options:
-        named["enable_gqa"] = shared
-    named["scale"] = sight.scale
+    named: dict[str, Any] = {"scale": sight.scale, "window_size": (sight.window - 1 if sight.window else -1, 0)}
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in _varlen_options():
+            named["enable_gqa"] = True
+        else:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     longest_query, longest_key = max(of_queries.lengths), max(of_keys.lengths)
     out: Any = varlen_attn(q, k, v, of_queries.bounds, of_keys.bounds, longest_query, longest_key, **named)
     return torch.as_tensor(out)
@@ -153,7 +146,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, of_queries: Runs, of_keys: Runs, si
 
 @cache
 def _varlen_options() -> frozenset[str]:
-    """Parameters of the variable-length kernel, which changed from torch 2.11 to 2.13."""
+    """Parameters of the variable-length kernel: keys that queries share are one from torch 2.12 on."""
     from torch.nn.attention.varlen import varlen_attn
 
     return frozenset(inspect.signature(varlen_attn).parameters)
