@@ -53,7 +53,8 @@ class Constants:
       inference_host_ratio, prefill_host_ratio: launch time of a forward layer that keeps no gradients, and of one in
         the prefill of a generation, over host_forward_layer_s.
       layer_gap_s: idle time between the kernels of a layer that no launch-ahead hides, per forward; recomputation has
-        it again and backward twice. decode_layer_s: the same per layer and decode step.
+        it again and backward twice. decode_layer_s: the same per layer and decode step. decode_experts_s: beside it in
+        a layer with experts: router, choice, sorting of rows by expert, gates.
       decode_step_s: sampling and bookkeeping per decode step. decode_row_s: the same per sequence.
       sampling_bytes: memory traffic of sampling per sequence and vocabulary entry of the rank.
       burst_steps: decode steps between two looks at which sequences have ended; 0: a look at every step.
@@ -108,6 +109,7 @@ class Constants:
     prefill_host_ratio: float = 1.0
     layer_gap_s: float = 2e-5
     decode_layer_s: float = 0.0
+    decode_experts_s: float = 0.0
     decode_step_s: float = 1e-3
     decode_row_s: float = 0.0
     sampling_bytes: float = 0.0

@@ -136,7 +136,8 @@ def decode_step(
     each = _decode_parts(machine, spec, c.take(first), rows[first], lengths[first])
     spread = {name: seconds[inverse] for name, seconds in each.items()}
     logits = spread.pop("head") + np.where(c.pp == 1, spread.pop("embedding"), 0.0)
-    parts = spread | {"decode_kernels": np.full_like(rows, constants.decode_layer_s)}
+    kernels = constants.decode_layer_s + constants.decode_experts_s * spec.expert_layers / spec.layers
+    parts = spread | {"decode_kernels": np.full_like(rows, kernels)}
     layer = sum(parts.values(), np.zeros_like(rows))
     parts["decode_host"] = np.maximum(constants.host_decode_layer_s - layer, 0.0)
     turns = np.maximum(c.groups, c.pp) * layers

@@ -2,13 +2,15 @@
 
 All tp ranks of a replica have the same tokens, and a run of ep ranks holds every expert once. A rank adds up what its
 experts and its part of the shared expert say; the sum over tp, which a dense block needs too, makes the block complete.
-So there is no number of tokens per expert that the host would wait for. Where a run spans several replicas, each gets
-the tokens of all of them (`runtime.generation.joined`), and what its experts say goes back to the replica of the token.
+So there is no number of tokens per expert that the host would wait for: a decoding step on CUDA sorts its tokens by
+expert on the device, and one product for all experts (`F.grouped_mm`) reads there where the tokens of each end. Where a
+run spans several replicas, each gets the tokens of all of them (`runtime.generation.joined`), and what its experts say
+goes back to the replica of the token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +18,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from runtime.generation.joined import Joined
+from runtime.models.experts import evenly_spaced
 from runtime.models.model import Model
 
 Note = Callable[[Tensor], None]
 """Takes the experts that were chosen for each row, [n, k]."""
+
+
+WIDTH_BYTES = 16
+"""The rows of what a grouped product reads begin at multiples of this."""
+
+
+def grouped_kernel(x: Tensor) -> bool:
+    """Whether torch has a product of many experts with such rows that asks the host nothing: bf16 from compute
+    capability 9.0 on, since torch 2.10. Elsewhere its fallback waits for the device, which no CUDA graph can hold."""
+    if x.dtype != torch.bfloat16 or not hasattr(F, "grouped_mm"):
+        return False
+    return torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
 class LeanExperts:
@@ -36,6 +51,7 @@ class LeanExperts:
         self._joined = joined = Joined(model)
         self._chosen, self._scaled = spec.experts_per_token, spec.normalize_gates
         self._experts = [(e.linear_fc1.weight, e.linear_fc2.weight) for e in layer.experts.local_experts]
+        self._together = _together(self._experts)
         self._first = model.groups.ep.rank() * len(self._experts)
         self._run = (joined.place * layout.tp + model.place.tp) // layout.ep
         self._runs = joined.count * layout.tp // layout.ep
@@ -52,13 +68,18 @@ class LeanExperts:
             chosen = chosen.masked_fill(~every.any(-1, keepdim=True), -1)
         total, mine = torch.zeros_like(every), slice(self._run, None, self._runs)
         if len(every[mine]):
-            # Prompts alone give `rows`, and their passes may wait for the device.
-            (self._all if x.is_cuda and not rows else self._needed)(every[mine], chosen[mine], gates[mine], total[mine])
+            self.way(x, rows)(every[mine], chosen[mine], gates[mine], total[mine])
         out = self._joined.scatter(total)[: len(x)]
         if self._shared is not None and len(x):
             part = self._mlp(x, self._shared.linear_fc1.weight, self._shared.linear_fc2.weight)
             out += part * torch.sigmoid(F.linear(x, self._shared.gate_weight))
         return out
+
+    def way(self, x: Tensor, rows: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
+        """How the experts run on tokens: (x [n, hidden], chosen [n, k], gates [n, k], out [n, hidden]), adds to out."""
+        if rows or not x.is_cuda:  # prompts alone give `rows`: their passes may wait, and copy no token k times
+            return self._needed
+        return self.grouped if self._together is not None and grouped_kernel(x) else self._all
 
     def _gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The chosen experts of each row and their gates, [n, k] each: softmax over all experts, in float32."""
@@ -77,6 +98,23 @@ class LeanExperts:
                 part = self._mlp(x[rows], first, second)
                 out.index_add_(0, rows, part * gates[rows, place, None].to(x.dtype))
 
+    def grouped(self, x: Tensor, chosen: Tensor, gates: Tensor, out: Tensor) -> None:
+        """Each expert on the rows that chose it, in one product: no shape depends on a value, and nothing waits. Rows
+        that chose experts of other ranks come last; they are not computed, and what stands there is anything."""
+        assert self._together is not None
+        first, second, backwards = self._together
+        count, numbers = len(first), torch.arange(len(first), device=x.device)
+        place = chosen.flatten() - self._first
+        own = (place >= 0) & (place < count)
+        place = torch.where(own, count - 1 - place if backwards else place, count)
+        order = place.argsort(stable=True)
+        ends = torch.searchsorted(place[order], numbers, right=True).to(torch.int32)
+        inner = F.grouped_mm(x[order // chosen.shape[1]], first.mT, offs=ends)
+        said = F.grouped_mm(self._activated(inner), second.mT, offs=ends)
+        # Back to the order of the rows: a sum over the k experts of a row, always in the same order.
+        parts = torch.empty_like(said).index_copy_(0, order, said) * gates.reshape(-1, 1).to(x.dtype)
+        out += torch.where(own[:, None], parts, 0).view(*chosen.shape, -1).sum(1)
+
     def _all(self, x: Tensor, chosen: Tensor, gates: Tensor, out: Tensor) -> None:
         """Each expert on every row, with a gate of zero where it is not chosen: shapes that do not depend on values. A
         decoding step reads the weights of nearly all experts anyhow."""
@@ -86,11 +124,23 @@ class LeanExperts:
             out += self._mlp(x, first, second) * weights[:, index, None]
 
     def _mlp(self, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        inner = F.linear(x, first)
-        if self._gated:
-            gate, up = inner.chunk(2, -1)
-            return F.linear(self._activation(gate) * up, second)
-        return F.linear(self._activation(inner), second)
+        return F.linear(self._activated(F.linear(x, first)), second)
+
+    def _activated(self, inner: Tensor) -> Tensor:
+        gate, up = inner.chunk(2, -1) if self._gated else (inner, None)
+        out: Tensor = self._activation(gate)
+        return out if up is None else out * up
+
+
+def _together(experts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, bool] | None:
+    """The weights of experts as one tensor each, [experts, out, in], and whether they stand there backwards; None where
+    they lie in no such order or a grouped product cannot read them."""
+    for backwards in (False, True):
+        first, second = (evenly_spaced(kind[::-1] if backwards else kind) for kind in zip(*experts, strict=True))
+        if first is not None and second is not None:
+            wide = all(n * first.element_size() % WIDTH_BYTES == 0 for n in (*first.shape[1:], *second.shape[1:]))
+            return (first, second, backwards) if wide else None
+    return None
 
 
 def expert_block(model: Model, layer: Any, total: Callable[[Tensor], None]) -> Callable[..., Tensor]:

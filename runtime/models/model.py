@@ -15,6 +15,7 @@ from plans.layout import Layout, Parameter, Place, model_units
 from plans.model import ModelSpec
 from plans.strategy import Recompute
 from runtime.models.architecture import build_chunk, transformer_config
+from runtime.models.experts import lay_out_experts
 from runtime.models.mcore import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 from runtime.models.support import check_runnable
 
@@ -77,6 +78,8 @@ def build_model(
     config = transformer_config(layout, dtype, sequence_parallel and layout.tp > 1, recompute)
     with device:
         chunks = tuple(build_chunk(layout, config, groups, index) for index in range(layout.vpp))
+    for chunk in chunks if layout.spec.experts else ():
+        lay_out_experts(chunk)
     return Model(layout, config, groups, chunks, device)
 
 

@@ -212,7 +212,9 @@ class Copies:
         return [held for parameter, held in named_shards(self._base[copy.name]) if not parameter.frozen]
 
     def _storages(self, copy: Copy) -> list[torch.UntypedStorage]:
-        return [parameter.untyped_storage() for parameter in self._parameters(copy)]
+        """Each once: the experts of a block share one."""
+        held = [parameter.untyped_storage() for parameter in self._parameters(copy)]
+        return list({storage._cdata: storage for storage in held}.values())
 
     def _shards(self, copy: Copy) -> dict[str, Tensor]:
         shards = named_shards(self._base[copy.name])

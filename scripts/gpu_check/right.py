@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from gpu_check.captured import captured_decode
+from gpu_check.captured import captured_decode, experts_together
 from gpu_check.moves import moved_weights, offloaded_state
 from gpu_check.plays import Places, Play, Played, fixture_plan, fixture_run, play
 from gpu_check.rows import Case, Row, Skip, judged
@@ -158,11 +158,19 @@ def _moves(setting: Setting) -> Iterator[Row]:
 
 def _captured(setting: Setting) -> Iterator[Row]:
     """Decoding steps recorded as graphs and replayed, against the same steps run one by one."""
-    for dtype in ("float32", "bfloat16"):
-        found = run_world(world_of(setting, 1), captured_decode, dtype)[0]
-        case = f"captured decode, {dtype}"
+    kinds = [("float32", None), ("bfloat16", None), ("bfloat16", small_experts())]
+    for dtype, spec in kinds:
+        found = run_world(world_of(setting, 1), captured_decode, dtype, spec)[0]
+        case = f"captured decode, {'' if spec is None else 'experts, '}{dtype}"
         yield judged(f"{case}: samples with the same tokens", found["same"], "", least=1.0)
         yield judged(f"{case}: largest error of a log-probability", found["error"], "", most=LOSS_LIMIT)
+
+
+def _experts_in_decoding(setting: Setting) -> Iterator[Row]:
+    """Experts in decoding, in bf16, against each expert on the rows that chose it."""
+    found = run_world(world_of(setting, 1), experts_together, small_experts())[0]
+    how = "one product for all experts" if found["one product"] else "an expert at a time"
+    yield judged("experts in decoding: error over the largest number", found["error"], "", most=BF16_LIMIT, note=how)
 
 
 def _failures(setting: Setting) -> Iterator[Row]:
@@ -188,6 +196,7 @@ def _message(case: str, text: str, words: Sequence[str]) -> Row:
 CASES = (
     Case("against the CPU", _against_the_cpu),
     Case("captured decode", _captured),
+    Case("experts in decoding", _experts_in_decoding),
     Case("moved weights", _moves),
     Case("failures", _failures),
     Case("experts and context", _experts_and_context),

@@ -207,6 +207,17 @@ def test_response_lengths_keep_their_mean(mean: int) -> None:
     assert (weight * alive).sum() == pytest.approx(mean or 1023, rel=0.02)
 
 
+def test_only_layers_with_experts_sort_rows_by_expert() -> None:
+    """DeepSeek-V3 has 61 layers, the first three of them dense; Llama has none with experts."""
+    candidates = layout(8, dp=8)
+    for model, layers in (("deepseek-v3", 58), ("llama-7b", 0)):
+        with_it, without = (
+            Terms(decode_step(machine(decode_experts_s=s), load_model(model), candidates, 64, 100.0)).total_s[0]
+            for s in (1e-3, 0.0)
+        )
+        assert with_it - without == pytest.approx(layers * 1e-3)
+
+
 @pytest.mark.parametrize(("mean", "groups", "pp"), [(0, 1, 1), (0, 4, 4), (300, 1, 1), (300, 2, 4)])
 def test_decode_quadrature_equals_the_sum_over_every_step(mean: int, groups: int, pp: int) -> None:
     at, work = machine(8), Generation(LLAMA, 256, 128, Lengths(1024, mean))

@@ -21,12 +21,15 @@ from plans.layout import Layout
 from runtime.batches.files import read_data_rows
 from runtime.batches.tokenizer import Tokenizer
 from runtime.generation import products
+from runtime.generation.experts import LeanExperts
 from runtime.generation.generate import FlightLimits, Generated, generate
 from runtime.generation.products import product_with
 from runtime.generation.sampling import Sampling
 from runtime.groups import GroupCache
 from runtime.models import installation
 from runtime.models.model import Model
+from runtime.passes.optimizer import AdamSettings
+from runtime.passes.training import Trainer
 from runtime.weights.hf import load_weights
 
 CPU = torch.device("cpu")
@@ -242,6 +245,40 @@ def test_every_architecture(kind: str, degrees: dict[str, int], tmp_path: Path) 
     for responses, largest in _on_model(prod(degrees.values()) // degrees.get("ep", 1), degrees, work, tmp_path):
         assert responses == expected
         assert largest < 250
+
+
+@pytest.mark.parametrize(
+    ("kind", "degrees"),
+    [
+        ("mixtral", {}),
+        ("qwen2-moe", {"tp": 2}),  # two tp ranks with all experts share the tokens out
+        ("qwen3-moe", {"tp": 2, "ep": 2}),
+        ("qwen3-moe-raw-gates", {"dp": 2, "ep": 2}),  # replicas that share experts, one of them with fewer prompts
+    ],
+)
+def test_one_product_for_all_experts(
+    kind: str, degrees: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The decoding of half precision on CUDA, before and after a trainer has moved the weights; the product is torch's
+    for CPUs here."""
+    reference = save_tiny(kind, tmp_path)
+    prompts = [[5, 6, 7, 8, 9, 10], [11], [12, 13, 14]]
+    expected = _continued(reference, prompts, eos_token_id=None, max_new_tokens=8)
+    monkeypatch.setattr(LeanExperts, "way", lambda experts, x, rows: experts.grouped)
+
+    def work(model: Model) -> Any:
+        share = [i for i in range(3) if i % model.layout.dp == model.place.dp]
+        common: dict[str, Any] = {"seed": 0, "iteration": 0, "response_tokens": 8, "sampling": GREEDY}
+        found = []
+        for _ in range(2):
+            made = generate(model, [prompts[i] for i in share], sample_ids=share, **common)
+            found.append(dict(zip(share, (row for _, row in made.sequences.texts()), strict=True)))
+            Trainer(model, AdamSettings())
+        return found
+
+    world = prod(degrees.values()) // (degrees.get("ep", 1))
+    for before, after in _on_model(world, degrees, work, tmp_path):
+        assert before == after == {i: expected[i] for i in before}
 
 
 def test_slots_refill_while_the_queue_lasts(one_process: list[Plain]) -> None:
