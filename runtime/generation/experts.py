@@ -3,9 +3,9 @@
 All tp ranks of a replica have the same tokens, and a run of ep ranks holds every expert once. A rank adds up what its
 experts and its part of the shared expert say; the sum over tp, which a dense block needs too, makes the block complete.
 So there is no number of tokens per expert that the host would wait for: a decoding step on CUDA sorts its tokens by
-expert on the device, and one product for all experts (`F.grouped_mm`) reads there where the tokens of each end. Where a
-run spans several replicas, each gets the tokens of all of them (`runtime.generation.joined`), and what its experts say
-goes back to the replica of the token.
+expert on the device, and one product for all experts (`F.grouped_mm`) reads there where the tokens of each end; so does
+a pass over prompts. Where a run spans several replicas, each gets the tokens of all of them
+(`runtime.generation.joined`), and what its experts say goes back to the replica of the token.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ Note = Callable[[Tensor], None]
 
 WIDTH_BYTES = 16
 """The rows of what a grouped product reads begin at multiples of this."""
+
+
+GROUPED_ROWS = 1024
+"""Rows of a grouped product: each stands there once for every expert that it chose."""
 
 
 def grouped_kernel(x: Tensor) -> bool:
@@ -77,9 +81,9 @@ class LeanExperts:
 
     def way(self, x: Tensor, rows: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
         """How the experts run on tokens: (x [n, hidden], chosen [n, k], gates [n, k], out [n, hidden]), adds to out."""
-        if rows or not x.is_cuda:  # prompts alone give `rows`: their passes may wait, and copy no token k times
-            return self._needed
-        return self.grouped if self._together is not None and grouped_kernel(x) else self._all
+        if x.is_cuda and self._together is not None and grouped_kernel(x):
+            return self.grouped
+        return self._all if x.is_cuda and not rows else self._needed  # prompts alone give `rows`, and may wait
 
     def _gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The chosen experts of each row and their gates, [n, k] each: softmax over all experts, in float32."""
@@ -101,19 +105,23 @@ class LeanExperts:
     def grouped(self, x: Tensor, chosen: Tensor, gates: Tensor, out: Tensor) -> None:
         """Each expert on the rows that chose it, in one product: no shape depends on a value, and nothing waits. Rows
         that chose experts of other ranks come last; they are not computed, and what stands there is anything."""
+        for part in zip(*(torch.split(tensor, GROUPED_ROWS) for tensor in (x, chosen, gates, out)), strict=True):
+            self._grouped(*part)
+
+    def _grouped(self, x: Tensor, chosen: Tensor, gates: Tensor, out: Tensor) -> None:
         assert self._together is not None
         first, second, backwards = self._together
         count, numbers = len(first), torch.arange(len(first), device=x.device)
         place = chosen.flatten() - self._first
-        own = (place >= 0) & (place < count)
-        place = torch.where(own, count - 1 - place if backwards else place, count)
+        foreign = (place < 0) | (place >= count)
+        place = (count - 1 - place if backwards else place).masked_fill_(foreign, count)
         order = place.argsort(stable=True)
         ends = torch.searchsorted(place[order], numbers, right=True).to(torch.int32)
         inner = F.grouped_mm(x[order // chosen.shape[1]], first.mT, offs=ends)
         said = F.grouped_mm(self._activated(inner), second.mT, offs=ends)
         # Back to the order of the rows: a sum over the k experts of a row, always in the same order.
-        parts = torch.empty_like(said).index_copy_(0, order, said) * gates.reshape(-1, 1).to(x.dtype)
-        out += torch.where(own[:, None], parts, 0).view(*chosen.shape, -1).sum(1)
+        parts = torch.empty_like(said).index_copy_(0, order, said).mul_(gates.reshape(-1, 1).to(x.dtype))
+        out += parts.masked_fill_(foreign[:, None], 0).view(*chosen.shape, -1).sum(1)
 
     def _all(self, x: Tensor, chosen: Tensor, gates: Tensor, out: Tensor) -> None:
         """Each expert on every row, with a gate of zero where it is not chosen: shapes that do not depend on values. A

@@ -20,8 +20,7 @@ from plans.huggingface import spec_from_folder
 from plans.layout import Layout
 from runtime.batches.files import read_data_rows
 from runtime.batches.tokenizer import Tokenizer
-from runtime.generation import products
-from runtime.generation.experts import LeanExperts
+from runtime.generation import experts, products
 from runtime.generation.generate import FlightLimits, Generated, generate
 from runtime.generation.products import product_with
 from runtime.generation.sampling import Sampling
@@ -264,7 +263,8 @@ def test_one_product_for_all_experts(
     reference = save_tiny(kind, tmp_path)
     prompts = [[5, 6, 7, 8, 9, 10], [11], [12, 13, 14]]
     expected = _continued(reference, prompts, eos_token_id=None, max_new_tokens=8)
-    monkeypatch.setattr(LeanExperts, "way", lambda experts, x, rows: experts.grouped)
+    monkeypatch.setattr(experts.LeanExperts, "way", lambda block, x, rows: block.grouped)
+    monkeypatch.setattr(experts, "GROUPED_ROWS", 5)
 
     def work(model: Model) -> Any:
         share = [i for i in range(3) if i % model.layout.dp == model.place.dp]
