@@ -198,7 +198,7 @@ class Evaluations:
         if self._run.evaluation.keep_best:
             dist.broadcast(best, src=0)
             if best.item():
-                self._main.export(next(iter(self._main.program.homes)), Path(self._run.output) / BEST)
+                self._main.export(next(iter(self._main.program.homes)), Path(self._run.output) / BEST, keeps=False)
 
 
 def due(run: RunFile, iteration: int) -> bool:

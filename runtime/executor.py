@@ -7,6 +7,7 @@ import resource
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ from runtime.processes.failures import MEMORY_HINT, lost_peer, memory_words, tim
 from runtime.reports.records import Records
 from runtime.reports.stats import Stat
 from runtime.weights.copies import Copies
-from runtime.weights.export import WRITER, export
+from runtime.weights.export import export, export_s
 
 
 class StepError(RealplanError):
@@ -79,7 +80,7 @@ class Executor:
         self.program: Program = compile_program(job.plan) if main is None else main.program
         self._job = job
         self._rank = dist.get_rank()
-        self._device = device
+        self._device, self._groups = device, groups
         self._recorder = recorder
         self._store = BatchStore(job.plan, device, self._given_lengths)
         self._scores: dict[tuple[int, str], PendingScores] = {}
@@ -146,23 +147,22 @@ class Executor:
         except Exception as error:
             raise self._explain(error, f"update {REFERENCE}", tuple(ranks), iteration) from error
 
-    def export(self, role: str, folder: Path) -> None:
-        """Write a trained role as a Hugging Face folder. Collective over the ranks of its home and rank 0, which sees
-        the folder."""
-        home, iteration = self.program.homes[role], self.state.iterations
-        if self._rank not in (WRITER, *home.layout.ranks):
-            return
+    def export(self, role: str, folder: Path, *, keeps: bool = True) -> None:
+        """Write a trained role as a Hugging Face folder, which rank 0 sees; what was there stays aside, or goes
+        (`keeps`). Collective over all ranks."""
+        home, iteration, dtype = self.program.homes[role], self.state.iterations, self._job.dtype
         step, model = f"export {role}", None
         self._recorder.say(step, iteration)
         if self._rank in home.layout.ranks:
             model = self.copies.model(home.calls[0])
             check_finite(model, f"rank {self._rank}: the weights of `{role}`, which were to be exported")
         weights = self._job.run.weights_of(role)
+        source = None if weights == RANDOM else Path(weights)
         try:
-            source = None if weights == RANDOM else Path(weights)
-            export(home.layout, model, folder, source, dtype=self._job.dtype)
+            group = self._groups.patient(timedelta(seconds=export_s(home.layout, dtype)))
+            export(home.layout, model, folder, source, dtype=dtype, group=group, keeps=keeps)
         except Exception as error:
-            raise self._explain(error, step, tuple(sorted({WRITER, *home.layout.ranks})), iteration) from error
+            raise self._explain(error, step, tuple(range(dist.get_world_size())), iteration) from error
 
     def _step(self, step: Step, iteration: int) -> None:
         calls = step.kind in (StepKind.CALL, StepKind.FUNCTION)

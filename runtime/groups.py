@@ -80,14 +80,20 @@ class GroupCache:
         """The communicator of `ranks` for tensors and objects in host memory."""
         return self._make("gloo", ranks)
 
-    def _make(self, backend: str, ranks: Iterable[int]) -> Any:
-        key = (backend, tuple(sorted(set(ranks))))
+    def patient(self, longer: timedelta) -> Any:
+        """The communicator of all ranks for tensors in host memory that waits longer than others, by so much the first
+        time that it is asked for."""
+        return self._make("gloo", range(dist.get_world_size()), longer)
+
+    def _make(self, backend: str, ranks: Iterable[int], longer: timedelta | None = None) -> Any:
+        key = (f"{backend} patient" if longer else backend, tuple(sorted(set(ranks))))
         if key not in self._groups:
+            timeout = self.timeout + (longer or timedelta())
             me = dist.get_rank()
             alone = len(key[1]) == 1
             # A group of one is made by its only member, so that a large world does not wait for it rank by rank.
             if not alone or me in key[1]:
-                make = partial(dist.new_group, list(key[1]), self.timeout, backend, use_local_synchronization=alone)
+                make = partial(dist.new_group, list(key[1]), timeout, backend, use_local_synchronization=alone)
                 made = meet(make, key[1], self.timeout)
             self._groups[key] = made if me in key[1] else None
         return self._groups[key]

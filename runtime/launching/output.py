@@ -6,7 +6,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
@@ -75,8 +75,8 @@ def held_output(plan: ExecutionPlan, run: RunFile, *, goes_on: bool = False) -> 
     finally:
         for weights in (exported_role(plan), BEST):
             for made in (weights, adapter_of(weights)):
-                with suppress(OSError):
-                    shutil.rmtree(partial_export(output, made))
+                for left in (partial_export(output, made), partial_export(output, made).with_suffix(".old")):
+                    shutil.rmtree(left, ignore_errors=True)
         os.close(descriptor)
 
 

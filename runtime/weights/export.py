@@ -2,7 +2,7 @@
 
 Rank 0's machine keeps the output of a run, so the folder is made there. The first rank of a pipeline stage writes the
 weights of its stage into it where it sees it, all stages at once; where it does not, on a machine without a folder in
-common, it sends them to rank 0.
+common, it sends them to rank 0, one stage after the other.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,15 @@ from runtime.weights.hf_folder import (
 )
 
 WRITER = 0
+SLOWEST_BYTES_S = 1e7
+"""How slow the network or the disk may be before an export is given up."""
+
 Files = dict[str, list[Parameter]]
+
+
+def export_s(layout: Layout, dtype: torch.dtype) -> float:
+    """How long an export may take, seconds, beyond what ranks otherwise wait for each other."""
+    return layout.spec.params * dtype.itemsize / SLOWEST_BYTES_S
 
 
 @torch.no_grad()
@@ -43,68 +52,46 @@ def export(
     *,
     dtype: torch.dtype,
     shard_bytes: int = SHARD_BYTES,
+    group: Any = None,
+    keeps: bool = True,
 ) -> None:
     """Write a model as a Hugging Face folder that takes the place of `folder` in one move; what was there goes to
-    `NAME.1`. Adapters are merged into the weights, and written to `NAME-adapter` beside it as well.
+    `NAME.1`, or nowhere (`keeps`). Adapters are merged into the weights, and written to `NAME-adapter` beside it too.
 
-    model: the part of this rank, None on rank 0 where the layout does not have it. dtype: of its parameters. Tokenizer
-    files, and what `config.json` holds beyond the architecture, come from the folder `source` of rank 0. Collective
-    over the ranks of the layout and rank 0; the folder is there once rank 0 returns.
+    model: the part of this rank, None where it has none; dtype: of its parameters. Tokenizer files, and what
+    `config.json` holds beyond the architecture, come from the folder `source` of rank 0. Collective over all ranks, in
+    `group`, in which others wait while a stage is written; the folder is there when it returns.
     """
     files = weight_files(layout, dtype.itemsize, shard_bytes)
-    if dist.get_rank() == WRITER:
-        _collect(layout, model, folder, source, files, dtype)
-    elif model is not None:
-        _hand_over(model, folder, files)
-
-
-def _collect(
-    layout: Layout, model: Model | None, folder: Path, source: Path | None, files: Files, dtype: torch.dtype
-) -> None:
-    """On rank 0: have every stage in the folder, and put it in its place."""
-    roots = {place.pp: rank for rank, place in layout.places.items() if place.tp == place.dp == place.cp == 0}
-    others = [rank for rank in roots.values() if rank != WRITER]
-    with writing_weights(folder):
-        make_empty(layout.spec, folder)
-        mark = torch.tensor(secrets.randbits(62))
-        _probe(folder, mark).touch()
-    for rank in others:
-        dist.send(mark, rank)
-    writes = {rank: bool(_answer(rank)) for rank in others}
-    _probe(folder, mark).unlink()
-    for stage, rank in sorted(roots.items()):
-        if writes.get(rank):
-            _answer(rank)  # its files are whole
-            continue
-        parameters = _received(layout, stage, rank, dtype)
-        if rank == WRITER:
-            assert model is not None, "rank 0 has a part of a layout that it is in"
-            parameters = _whole_parameters(model)
+    root = dist.get_rank() == WRITER
+    stage = None if model is None else model.place.pp
+    mark = torch.tensor(secrets.randbits(62))
+    if root:
         with writing_weights(folder):
-            fill_stage(layout.spec, parameters, folder, files, stage)
-    with writing_weights(folder):
-        complete(layout.spec, dtype, folder, files, source)
-
-
-def _hand_over(model: Model, folder: Path, files: Files) -> None:
-    """On other ranks: write a stage where rank 0's folder is in sight, else send it; or what of it this rank has."""
-    place = model.place
-    if place.tp or place.dp or place.cp:
-        if not (place.dp or place.cp) or _in_first_run(model):
-            for _ in _whole_parameters(model):
-                pass
-        return
-    mark = torch.tensor(0)
-    dist.recv(mark, WRITER)
-    sees = os.path.exists(_probe(folder, mark))
-    dist.send(torch.tensor(int(sees)), WRITER)
-    if sees:
+            make_empty(layout.spec, folder)
+            _probe(folder, mark).touch()
+    dist.broadcast(mark, WRITER, group)
+    sees = torch.zeros(layout.pp)
+    if model is not None and _writes(model):
+        sees[model.place.pp] = os.path.exists(_probe(folder, mark))
+    dist.all_reduce(sees, group=group)
+    if root:
+        _probe(folder, mark).unlink()
+    if model is not None and stage is not None and sees[stage]:
+        _write(model, folder, files)
+    for other in (stage for stage in range(layout.pp) if not sees[stage]):
+        dist.barrier(group)  # stages take turns, so that the ranks of one wait for each other no longer than usual
+        if root:
+            with writing_weights(folder):
+                fill_stage(layout.spec, _received(layout, other, dtype, group), folder, files, other)
+        elif model is not None and stage == other:
+            for _, whole in _whole_parameters(model):
+                dist.send(whole.contiguous(), WRITER, group)
+    dist.barrier(group)
+    if root:
         with writing_weights(folder):
-            fill_stage(model.spec, _whole_parameters(model), folder, files, place.pp)
-        dist.send(torch.tensor(1), WRITER)
-        return
-    for _, whole in _whole_parameters(model):
-        dist.send(whole.contiguous(), WRITER)
+            complete(layout.spec, dtype, folder, files, source, keeps=keeps)
+    dist.barrier(group)
 
 
 def _probe(folder: Path, mark: Tensor) -> Path:
@@ -112,17 +99,27 @@ def _probe(folder: Path, mark: Tensor) -> Path:
     return partial_of(folder) / f".probe-{mark.item()}"
 
 
-def _answer(rank: int) -> int:
-    said = torch.tensor(0)
-    dist.recv(said, rank)
-    return int(said.item())
+def _writes(model: Model) -> bool:
+    """Whether this rank is the first one of its stage."""
+    return model.place.dp == model.place.cp == model.place.tp == 0
 
 
-def _received(layout: Layout, stage: int, rank: int, dtype: torch.dtype) -> Iterator[tuple[Parameter, Tensor]]:
+def _write(model: Model, folder: Path, files: Files) -> None:
+    """Write this rank's stage, or help its first rank."""
+    if _writes(model):
+        with writing_weights(folder):
+            fill_stage(model.spec, _whole_parameters(model), folder, files, model.place.pp)
+    else:
+        for _ in _whole_parameters(model):
+            pass
+
+
+def _received(layout: Layout, stage: int, dtype: torch.dtype, group: Any) -> Iterator[tuple[Parameter, Tensor]]:
     """Whole parameters of a stage, from its first rank."""
+    rank = next(r for r, at in layout.places.items() if at.pp == stage and at.dp == at.cp == at.tp == 0)
     for _, parameter in _stage_parameters(layout, stage):
         whole = torch.empty(parameter.shape, dtype=dtype)
-        dist.recv(whole, rank)
+        dist.recv(whole, rank, group)
         yield parameter, whole
 
 
@@ -142,7 +139,9 @@ def _in_first_run(model: Model) -> bool:
 
 def _whole_parameters(model: Model) -> Iterator[tuple[Parameter, Tensor]]:
     """Whole parameters of this stage in host memory, on its first rank; the others only send."""
-    layout, writes = model.layout, model.place.dp == model.place.cp == model.place.tp == 0
+    layout, writes = model.layout, _writes(model)
+    if (model.place.dp or model.place.cp) and not _in_first_run(model):
+        return
     held = {parameter.name: shard.data for parameter, shard in named_shards(model)}
     for number, parameter in _stage_parameters(layout, model.place.pp):
         if number is not None:

@@ -87,17 +87,23 @@ def fill_stage(
 
 
 def complete(
-    spec: ModelSpec, dtype: torch.dtype, folder: Path, files: dict[str, list[Parameter]], source: Path | None
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    folder: Path,
+    files: dict[str, list[Parameter]],
+    source: Path | None,
+    *,
+    keeps: bool = True,
 ) -> None:
     """Write what goes with the weights, and give the folders their names. source: the weights that training began
-    with, beside which adapters were trained."""
+    with, beside which adapters were trained. keeps: folders of these names go to `NAME.1`."""
     partial = partial_of(folder)
     if spec.lora:
         join_stages(spec, partial_of(adapter_folder(folder)), "" if source is None else origin_of(source))
     _write_index(spec, dtype, partial, files)
     _write_config(spec, dtype, partial, source)
     for made in _folders(spec, folder):
-        _replace(made, partial_of(made))
+        _replace(made, partial_of(made), keeps=keeps)
 
 
 @contextmanager
@@ -191,11 +197,14 @@ def _adapt(config: dict[str, Any], spec: ModelSpec, dtype: torch.dtype) -> dict[
     return config
 
 
-def _replace(folder: Path, partial: Path) -> None:
+def _replace(folder: Path, partial: Path, *, keeps: bool) -> None:
     """Put `partial` in the place of `folder`; a reader finds the old folder or the new one, never a mixture."""
     mode = stat.S_IMODE(partial.stat().st_mode) & 0o666  # what the umask leaves
     for path in partial.iterdir():
         path.chmod(mode)  # safetensors writes files that no other user can read
+    old = free_name(folder) if keeps else partial.with_suffix(".old")
     if os.path.lexists(folder):
-        folder.rename(free_name(folder))
+        folder.rename(old)
     partial.rename(folder)
+    if not keeps:
+        shutil.rmtree(old, ignore_errors=True)

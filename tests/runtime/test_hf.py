@@ -60,10 +60,8 @@ def test_round_trip_is_bit_identical(kind: str, tmp_path: Path):
             model = build(groups, layout)
             if model is not None:
                 load_weights(model, source)
-            if model is not None or dist.get_rank() == 0:
-                size = 10**5 if len(layout.ranks) > 1 else 10**9
-                out = seen[dist.get_rank()] / f"out{i}"
-                export(layout, model, out, source, dtype=torch.float32, shard_bytes=size)
+            size = 10**5 if len(layout.ranks) > 1 else 10**9
+            export(layout, model, seen[dist.get_rank()] / f"out{i}", source, dtype=torch.float32, shard_bytes=size)
 
     run_ranks(4, write)
     original = tensors(source)
@@ -90,16 +88,17 @@ def test_a_second_export_moves_the_first_aside(tmp_path: Path):
         assert model is not None
         for seed in (1, 2):
             random_weights(model, seed)
-            export(
-                model.layout, model, tmp_path / "out", shard_bytes=10**9 if seed == 2 else 10**4, dtype=torch.float32
-            )
+            size = 10**9 if seed == 2 else 10**4
+            export(model.layout, model, tmp_path / "out", dtype=torch.float32, shard_bytes=size)
+            export(model.layout, model, tmp_path / "best", dtype=torch.float32, shard_bytes=size, keeps=False)
 
     run_ranks(1, write)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
     usual = (tmp_path / "out" / "config.json").stat().st_mode
     assert {path.stat().st_mode for path in (tmp_path / "out").iterdir()} == {usual}
     assert len(list((tmp_path / "out.1").glob("*.safetensors"))) > 1, "the first had shards"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.1"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "out", "out.1"]
+    assert tensors(tmp_path / "best").keys() == tensors(tmp_path / "out").keys()
     assert spec_from_folder(tmp_path / "out").vocab == 130
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").lm_head.weight.shape == (130, 32)
 
@@ -122,7 +121,6 @@ def test_value_head_from_a_language_model_starts_from_zero_and_returns(tmp_path:
                 if parameter.name == "output_layer.weight":
                     tensor.copy_(torch.linspace(-1, 1, spec.hidden)[None])
         export(model.layout, model, tmp_path / "critic", tmp_path / "lm", dtype=torch.float32)
-        dist.barrier()
         load_weights(model, tmp_path / "critic", trained=False)
         return zero, sample_scores(model, batch)
 
