@@ -69,7 +69,7 @@ class Kill:
         self.victim = VICTIMS[(number + number // 6) % len(VICTIMS)]
         self.signal = SIGNALS[(number + number // 3) % len(SIGNALS)]
         self.after = rng.randrange(ITERATIONS - 1)
-        self.checkpoint = number % 4 == 3
+        self.checkpoint = (number + number // len(JOBS)) % 4 == 3
         self.delay_s = rng.uniform(0.0, 0.5)
 
     def __str__(self) -> str:

@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -39,6 +40,8 @@ from runtime.reports.records import read_status
 ITERATIONS, RESTARTS, TIMEOUT_S = 5, 3, 10
 MOST_S = 900.0
 """For one start of a run, on a busy machine."""
+STOPPED_S = TIMEOUT_S + 2.0
+"""For how long a launcher stands still: longer than ranks wait for each other."""
 LEAVE_S = 60.0
 """For the last processes to end, on a busy machine."""
 MARK = "REALPLAN_KILLED_RUN"
@@ -91,14 +94,15 @@ class Kill:
 
 
 def kill_of(number: int) -> Kill:
-    """The kill of that number; the first ones have every job, signal and victim among them."""
+    """The kill of that number; the first ones have every job, signal and victim among them, and each job is hit at
+    every moment."""
     rng = random.Random(f"kill {number}")
     return Kill(
         job=list(JOBS)[number % len(JOBS)],
         victim=VICTIMS[(number // 3 + number) % 3],
         signal=SIGNALS[number % 3],
         after=rng.randrange(ITERATIONS - 1),
-        moment=MOMENTS[number % len(MOMENTS)],
+        moment=MOMENTS[(number + number // len(JOBS)) % len(MOMENTS)],
         delay_s=rng.uniform(0.0, 0.5),
     )
 
@@ -159,7 +163,7 @@ class Bench:
         command, folder = self._command(kill.job, f"kill {number}")
         process = self._start(command, folder)
         try:
-            self._strike(kill, process, folder / "out")
+            done = self._strike(kill, process, folder / "out")
             _, said = process.communicate(timeout=MOST_S)
         except subprocess.TimeoutExpired:
             process.kill()
@@ -175,7 +179,11 @@ class Bench:
             again = self._run([*command, "--resume"], folder)
             if again.returncode:
                 return f"--resume: {again.stderr[-500:]}"
-        return differences(learnt(folder / "out"), wanted) or self._left(folder)
+            said += again.stderr
+        ended = kill.signal == signal.SIGKILL or by_itself  # a launcher that stands still goes on
+        return (
+            too_far_back(said, done, ended=ended) or differences(learnt(folder / "out"), wanted) or self._left(folder)
+        )
 
     def _command(self, name: str, place: str) -> tuple[list[str], Path]:
         job, folder = JOBS[name], self._output / place.replace(" ", "-").replace(",", "")
@@ -209,8 +217,9 @@ class Bench:
         return subprocess.CompletedProcess(command, process.returncode, "", said)
 
     @staticmethod
-    def _strike(kill: Kill, process: Process, output: Path) -> None:
-        """Send the signal at its moment. A launcher that was made to stand still goes on a little later."""
+    def _strike(kill: Kill, process: Process, output: Path) -> int:
+        """Send the signal at its moment; how many iterations were done by then. A launcher that was made to stand still
+        goes on a little later."""
         end = time.monotonic() + MOST_S
         while len(_lines(output)) < kill.after and process.poll() is None and time.monotonic() < end:
             time.sleep(0.02)
@@ -224,15 +233,17 @@ class Bench:
             while (status := read_status(output / ".ranks", int(kill.victim[-1]))) is None and process.poll() is None:
                 time.sleep(0.02)
             if status is None or process.poll() is not None:
-                return  # the run was faster
+                return 0  # the run was faster
             victim = status.pid
+        done = len(_lines(output))
         try:
             os.kill(victim, kill.signal)
         except ProcessLookupError:
-            return
+            return 0
         if kill.victim == "launcher" and kill.signal == signal.SIGSTOP:
-            time.sleep(2.0)
+            time.sleep(STOPPED_S)
             os.kill(victim, signal.SIGCONT)
+        return done
 
     def _left(self, folder: Path, *, orphaned: bool = False) -> str:
         """Processes and files that should not be there any more. orphaned: nobody was left to remove temporary ones."""
@@ -280,6 +291,17 @@ def learnt(output: Path) -> Metrics:
     apart = ("timing_s/", "perf/", "plan/")
     lines = [json.loads(line) for line in _lines(output)]
     return [{key: value for key, value in line.items() if not key.startswith(apart)} for line in lines]
+
+
+def too_far_back(said: str, done: int, *, ended: bool) -> str:
+    """What is wrong where a run went on from before its last checkpoint but one: with one after every iteration that of
+    the last may be on its way to the disk, and the one before is there. ended: it has had to go on."""
+    begun = [int(step) for step in re.findall(r"going on from \S*global_step_(\d+)", said)]
+    if begun and begun[0] < done - 1:
+        return f"{done} iterations were done, and it went on from {begun[0]}"
+    if ended and not begun and 2 <= done < ITERATIONS:
+        return f"{done} iterations were done, and it began anew"
+    return ""
 
 
 def differences(found: Metrics, wanted: Metrics) -> str:
