@@ -26,6 +26,10 @@ from runtime.reports.endings import RunFailed, Stopped
 POLL_S, LEAVE_S, HEARD_S = 0.5, 10.0, 10.0
 ROOM_S = 120.0
 """How long the cluster may take to have room: other jobs end, an autoscaler brings machines."""
+_CARRIED = (
+    "OMP_NUM_THREADS", "NCCL_", "GLOO_", "UCX_", "FI_", "TORCH_", "PYTORCH_", "HF_", "WANDB_", "MLFLOW_",
+)  # fmt: skip
+"""Beginnings of names by which a user sets up communication, torch and trackers."""
 _CHILD = "from runtime.launching.on_ray import follow; follow(); from runtime.cli import main; main()"
 
 
@@ -41,7 +45,7 @@ def run_on_ray(plan: ExecutionPlan, words: Sequence[str], address: str, room_s: 
     with _stops() as asked, _connected(ray, address), _placed(ray, plan, address, room_s) as group:
         machines = [_machine(ray, plan, group, node) for node in range(plan.cluster.nodes)]
         more = _meeting(ray, machines)
-        environment = {name: os.environ[name] for name in ("OMP_NUM_THREADS",) if name in os.environ}
+        environment = carried(os.environ)
         ray.get(
             [
                 machine.start.remote([*words, *more(node)], os.getcwd(), environment)
@@ -49,6 +53,11 @@ def run_on_ray(plan: ExecutionPlan, words: Sequence[str], address: str, room_s: 
             ]
         )
         _await(ray, machines, asked)
+
+
+def carried(environment: Mapping[str, str]) -> dict[str, str]:
+    """What of the caller's environment goes along to the machines, where otherwise that of Ray's own start holds."""
+    return {name: value for name, value in environment.items() if name.startswith(_CARRIED)}
 
 
 def follow() -> None:

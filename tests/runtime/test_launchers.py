@@ -22,6 +22,7 @@ from run_cases import PATIENCE_S, arguments, outcome
 from slurm import slurm
 from warm import run_warm
 
+from runtime.launching.on_ray import carried
 from runtime.reports.records import read_status
 
 PLAN = tiny_plan(2, "d2 t1 p1")
@@ -126,3 +127,8 @@ def _address() -> dict[str, str]:
         except OSError:
             pytest.skip("this machine has no address but loopback")
         return {"MASTER_ADDR": probe.getsockname()[0]}
+
+
+def test_what_goes_along_to_the_machines_of_a_ray_cluster() -> None:
+    mine = {"NCCL_SOCKET_IFNAME": "ib0", "WANDB_API_KEY": "x", "OMP_NUM_THREADS": "1", "PATH": "/bin", "HOME": "/root"}
+    assert list(carried(mine)) == ["NCCL_SOCKET_IFNAME", "WANDB_API_KEY", "OMP_NUM_THREADS"]
