@@ -1,7 +1,8 @@
 """What a plan would cost under other circumstances: another network, batch, response length, GPU, or number of GPUs.
 
-The plan itself is kept. With another number of GPUs every mesh and every dp degree grows (or shrinks) by the same
-factor, which is what an engineer would try first; a new search may find better.
+The plan itself is kept, but for bounds that its own samples would no longer fit (`refitted`). With another number of
+GPUs every mesh and every dp degree grows (or shrinks) by the same factor, which is what an engineer would try first; a
+new search may find better.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from fractions import Fraction
 
+from plans.batches import unit_of
 from plans.checks import check_plan, divisors
 from plans.cluster import MOST_GPUS, ClusterSpec, DeviceMesh, GpuSpec, check_mesh
 from plans.errors import RealplanError, SpecError, nearest
@@ -43,11 +45,38 @@ def what_if(plan: ExecutionPlan, changes: Sequence[str]) -> ExecutionPlan:
         workload = replace(plan.workload, **sizes, **lengths)  # type: ignore[arg-type]
     except SpecError as error:
         raise SpecError(f"--what-if {', '.join(changes)}: {error.message}", error.hint) from None
-    plan = _scaled(replace(plan, workload=workload, cluster=cluster), gpus)
+    plan = _fitting(_scaled(replace(plan, workload=workload, cluster=cluster), gpus))
     problems = check_plan(plan)
     if problems:
         raise SpecError(f"the plan is not legal under {', '.join(changes)}: {problems[0].message}", problems[0].hint)
     return replace(plan, estimate=None)
+
+
+def refitted(before: ExecutionPlan, after: ExecutionPlan) -> list[str]:
+    """What a what-if has changed in the calls of a plan so that they can take its samples, a line each."""
+    found = []
+    for old, new in zip(before.calls, after.calls, strict=True):
+        bound, longest = old.strategy.micro_batch_tokens, new.strategy.micro_batch_tokens
+        if bound != longest:
+            found.append(f"{old.call}: micro_batch_tokens {bound} becomes {longest}, which the longest samples need")
+        slots, fewer = old.strategy.slots, new.strategy.slots
+        if slots != fewer:
+            found.append(f"{old.call}: slots {slots} become {fewer}, all samples of a dp rank")
+    return found
+
+
+def _fitting(plan: ExecutionPlan) -> ExecutionPlan:
+    """The plan with micro-batches that hold the longest sample (or pair), and no more slots than a dp rank has samples:
+    the least that a change of sizes asks of it."""
+    calls = []
+    for planned in plan.calls:
+        s, work = planned.strategy, plan.workload
+        share = work.samples // s.dp
+        longest = unit_of(work, planned.call) * work.tokens
+        bound = max(s.micro_batch_tokens, longest) if s.micro_batch_tokens else 0
+        slots = min(s.slots, share) if share >= s.groups else s.slots
+        calls.append(replace(planned, strategy=replace(s, micro_batch_tokens=bound, slots=slots)))
+    return replace(plan, calls=tuple(calls))
 
 
 def _rescaled(plan: ExecutionPlan, sizes: dict[str, int]) -> dict[str, Percentiles]:

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from plan_cases import tiny_plan
 
 from cost_models.engines.engine import MEGATRON
 from planner.baselines import BASELINES
 from planner.cli import main
-from planner.explanation.whatif import what_if
+from planner.explanation.whatif import refitted, what_if
 from planner.remedies.memory import memory_hint
 from plans.checks import check_plan
 from plans.codec import BadPlan, load_plan
@@ -241,6 +242,37 @@ def test_impossible_circumstances_are_one_clear_error(realplan: Run, halves: Pat
     code, out, err = realplan("estimate", str(halves), "--what-if", change)
     assert code == 2 and not out
     assert words in err and "hint:" in err and "Traceback" not in err
+
+
+def test_bounds_follow_the_samples_of_a_what_if(realplan: Run, halves: Path) -> None:
+    """The bound of packs is the longest sample, and slots are all samples of a dp rank, where either is passed."""
+    text = halves.read_text()
+    for call, bound in (("ref_infer", 4096), ("critic_infer", 2048)):
+        at = text.index(f'"{call}"')
+        text = text[:at] + text[at:].replace('"micro_batches": 32', f'"micro_batch_tokens": {bound}', 1)
+    text = text.replace('"d8 t2 p1"', '"d8 t2 p1", "slots": 48')
+    halves.write_text(text)
+    code, out, err = realplan("estimate", str(halves), "--what-if", "response_tokens=2048")
+    assert code == 0 and out, err
+    grown = "critic_infer: micro_batch_tokens 2048 becomes 3072, which the longest samples need"
+    assert grown in " ".join(err.split()) and "ref_infer" not in err and "slots" not in err
+    changed = what_if(load_plan(halves), ["response_tokens=2048", "batch_size=256"])
+    found = {c.call: (c.strategy.micro_batch_tokens, c.strategy.slots) for c in changed.calls}
+    assert found["ref_infer"] == (4096, 0) and found["critic_infer"] == (3072, 0)
+    assert found["actor_generate"] == (0, 32), "of 256 samples each of 8 replicas has 32"
+    said = refitted(load_plan(halves), changed)
+    assert said == [
+        "actor_generate: slots 48 become 32, all samples of a dp rank",
+        grown,
+    ]
+    assert refitted(changed, what_if(changed, ["response_tokens=1024"])) == [], "what still fits stays"
+
+
+def test_pairs_stay_within_the_bound_of_a_what_if() -> None:
+    order = ("ref_infer", "actor_train")
+    plan = tiny_plan(1, {"ref_infer": "d1 t1 p1", "actor_train": ("node 0", "d1 t1 p1", {"micro_batch_tokens": 40})},
+                     algorithm="dpo", order=order, group_size=2)  # fmt: skip
+    assert what_if(plan, ["response_tokens=64"]).planned("actor_train").strategy.micro_batch_tokens == 2 * (8 + 64)
 
 
 def test_fewer_gpus_keep_the_samples_that_a_rank_holds_at_once(halves: Path) -> None:

@@ -16,7 +16,7 @@ from planner.cli.output import say
 from planner.explanation.binding import binding_terms
 from planner.explanation.critical import critical_path
 from planner.explanation.report import render_cost
-from planner.explanation.whatif import what_if
+from planner.explanation.whatif import refitted, what_if
 from planner.remedies.memory import misfits
 from plans.legal import legal_plan
 
@@ -25,9 +25,12 @@ def estimate_command(path: Path, *, engine: Engine, changes: list[str], as_json:
     """Predicted time by term and memory by moment, as the plan stands or under what-if changes."""
     plan = legal_plan(path)
     before = cost_plan(plan, engine)
-    cost = cost_plan(what_if(plan, changes), engine) if changes else before
+    changed = what_if(plan, changes)
+    cost = cost_plan(changed, engine) if changes else before
     if changes:
         ratio = cost.iteration_s / before.iteration_s
+        for line in refitted(plan, changed):
+            say(line)
         say(f"with {', '.join(changes)}: {ratio:,.2f}x the time of the plan as it stands")
     sources, band = plan_sources(cost), error_band(cost)
     binding = binding_terms(cost, critical_path(cost.program, cost.durations))
