@@ -57,7 +57,8 @@ class Constants:
         a layer with experts: router, choice, sorting of rows by expert, gates.
       decode_step_s: sampling and bookkeeping per decode step. decode_row_s: the same per sequence.
       sampling_bytes: memory traffic of sampling per sequence and vocabulary entry of the rank.
-      burst_steps: decode steps between two looks at which sequences have ended; 0: a look at every step.
+      burst_steps: decode steps between two looks at which sequences have ended; 0: a look at every step. burst_alone:
+        the same on a replica of one stage that shares no experts with others; 0: burst_steps.
       shares_prompts: a prompt is computed once for all samples of its group. prefill_tokens: prompts of newcomers are
         packed into passes of as many tokens; 0: a pass per group of sequences in flight.
       micro_batch_s: schedule overhead per micro-batch. step_s: per optimizer step. call_s: per call.
@@ -114,6 +115,7 @@ class Constants:
     decode_row_s: float = 0.0
     sampling_bytes: float = 0.0
     burst_steps: float = 0.0
+    burst_alone: float = 0.0
     shares_prompts: bool = False
     prefill_tokens: float = 0.0
     micro_batch_s: float = 5e-4

@@ -69,7 +69,7 @@ def prefill_time(machine: Machine, work: Generation, candidates: Candidates) -> 
     later = np.maximum(rows / shared - begun, 0.0)
     if not (later > 0).any():
         return seconds
-    bursts = np.ceil(work.responses.mean * (rows / slots) / np.maximum(constants.burst_steps, 1.0))
+    bursts = np.ceil(work.responses.mean * (rows / slots) / np.maximum(burst_steps(machine, c), 1.0))
     if work.responses.full:  # all of a wave end together: as many passes as a whole wave takes, or a part of one
         waves, wave = (
             np.maximum(rows / slots - 1.0, 0.0),
@@ -85,12 +85,30 @@ def prefill_time(machine: Machine, work: Generation, candidates: Candidates) -> 
     return seconds + np.where(later > 0, joins * again, 0.0)
 
 
+def burst_steps(machine: Machine, candidates: Candidates) -> Array:
+    """Decode steps between two looks at which sequences have ended: fewer where a replica is one stage and shares no
+    experts, so that a look waits for nobody."""
+    c, constants = candidates, machine.constants
+    alone = (c.pp == 1) & (c.joined_replicas == 1) & (constants.burst_alone > 0)
+    return np.where(alone, constants.burst_alone, constants.burst_steps)
+
+
 def decode_terms(machine: Machine, work: Generation, candidates: Candidates) -> dict[str, Array]:
-    """Terms of all decode steps. Prefill makes the first token, but where newcomers join between bursts: there the last
-    token of a prompt is the first that decoding reads. Replicas that share experts compute as many rows as the one with
-    the most; each of their slots has a sequence with the chance `alive`."""
-    c, burst = candidates, machine.constants.burst_steps
-    slots, sums = slots_of(c, work.samples), dict[str, Array]()
+    """Terms of all decode steps: candidates whose bursts are as long are costed together."""
+    bursts, sums = burst_steps(machine, candidates), dict[str, Array]()
+    for burst in np.unique(bursts):
+        at = np.flatnonzero(bursts == burst)
+        for name, seconds in _decode_terms(machine, work, candidates.take(at), float(burst)).items():
+            sums.setdefault(name, np.zeros(len(candidates)))[at] = seconds
+    return sums
+
+
+def _decode_terms(machine: Machine, work: Generation, candidates: Candidates, burst: float) -> dict[str, Array]:
+    """Prefill makes the first token, but where newcomers join between bursts: there the last token of a prompt is the
+    first that decoding reads. Replicas that share experts compute as many rows as the one with the most; each of their
+    slots has a sequence with the chance `alive`."""
+    c, sums = candidates, dict[str, Array]()
+    slots = slots_of(c, work.samples)
     first = 0.0 if burst else 1.0
     for moment in decode_moments(work.responses, work.samples / c.dp, slots, first=first, burst=max(burst, 1.0)):
         alive, idle = np.minimum(moment.alive, 1.0), np.maximum(1.0 - moment.alive, 0.0)

@@ -8,19 +8,24 @@ from itertools import product
 
 import numpy as np
 import pytest
+from textbook import DENSE, EXPERTS, TextbookKernels
+from textbook import machine as round_machine
 
 from cost_models.candidates import Candidates
+from cost_models.engines.constants import load_constants
 from cost_models.engines.engine import MEGATRON, NamedEngine
 from cost_models.memory.memory import call_memory
 from cost_models.packing import attended, bound_tokens, packed, packing_of
 from cost_models.slots import decode_moments
 from cost_models.time.calls import call_time
+from cost_models.time.generation import Generation, decode_terms
 from plans.algorithms import ppo
 from plans.batches import evenly, packs, sample_work
 from plans.cluster import DeviceMesh
-from plans.kvcache import cache_blocks
+from plans.kvcache import BURST_ALONE, BURST_STEPS, cache_blocks
 from plans.lengths import Lengths
 from plans.library import load_cluster, load_model
+from plans.model import ModelSpec
 from plans.strategy import ParallelStrategy
 from plans.workload import Workload
 
@@ -81,6 +86,60 @@ def test_a_queue_longer_than_the_table_goes_on_at_the_steady_rate() -> None:
     lengths = Lengths(1024, 256)
     near, far = (reckoned(lengths, rows, 4, 1.0) for rows in (400, 404))
     assert far[0] - near[0] == pytest.approx(lengths.mean, rel=0.01)
+
+
+def played_together(queues: list[list[int]], slots: int, burst: int) -> tuple[int, int]:
+    """Steps of replicas that wait for each other in every step, and rows of the one that has the most."""
+    waiting, live = [deque(queue) for queue in queues], [list[int]() for _ in queues]
+    steps = rows = 0
+    while any(waiting) or any(live):
+        for queue, held in zip(waiting, live, strict=True):
+            held += [queue.popleft() for _ in range(min(len(queue), slots - len(held)))]
+        count = min(burst, max(max(held, default=0) for held in live))
+        steps, rows = steps + count, rows + count * max(map(len, live))
+        live = [[left - count for left in held if left > count] for held in live]
+    return steps, rows
+
+
+@pytest.mark.parametrize(
+    ("spec", "settings", "burst"),
+    [
+        (DENSE, {}, 2),
+        (DENSE, {"tp": 4}, 2),
+        (DENSE, {"pp": 2}, 8),
+        (EXPERTS, {"tp": 2, "ep": 2}, 2),  # experts of one replica
+        (EXPERTS, {"dp": 2, "ep": 2}, 8),
+    ],
+)
+def test_a_replica_that_waits_for_nobody_looks_more_often(
+    spec: ModelSpec, settings: dict[str, int], burst: int
+) -> None:
+    """48 responses of 15 tokens in the mean through eight slots of each replica: a layer takes a second a step, a row
+    one of its own."""
+    lengths, replicas = Lengths(60, 15), settings.get("dp", 1)
+    games: dict[int, list[tuple[int, int]]] = {2: [], 8: []}
+    for seed in range(60):
+        rng = random.Random(seed)
+        drawn = [[max(1, round(lengths.quantile(rng.random()))) for _ in range(48)] for _ in range(replicas)]
+        for each, found in games.items():
+            found.append(played_together(drawn, 8, each))
+    means = {each: np.mean(found, axis=0) for each, found in games.items()}
+    assert (means[8] > 1.08 * means[2]).all(), "too alike to tell one from the other"
+    at = round_machine(TextbookKernels(), decode_layer_s=1.0, decode_row_s=1.0, burst_steps=8.0, burst_alone=2.0)
+    work = Generation(spec, 48 * replicas, 64, lengths)
+    # Beside a candidate whose bursts are the others'.
+    among = [ParallelStrategy(slots=8, **one) for one in (settings, {"dp": replicas, "pp": 1 if burst == 8 else 2})]
+    terms = decode_terms(
+        at, work, Candidates.of([(DeviceMesh(first_node=0, nodes=1, first_gpu=0, gpus=one.size), one) for one in among])
+    )
+    steps, rows = terms["decode_kernels"][0] / spec.layers, terms["decode_head"][0]
+    assert (steps, rows) == pytest.approx(tuple(means[burst]), rel=0.04)
+
+
+def test_the_library_has_the_bursts_of_the_runtime() -> None:
+    gpu, cpu = (load_constants("megatron", name, "fp32") for name in ("h100-80gb-sxm", "cpu"))
+    assert (gpu.burst_steps, gpu.burst_alone) == (BURST_STEPS, 0)
+    assert (cpu.burst_steps, cpu.burst_alone) == (BURST_STEPS, BURST_ALONE)
 
 
 def workload(**sizes: int) -> Workload:
