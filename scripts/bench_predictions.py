@@ -4,9 +4,10 @@
 
 Profiles a small Llama on one core, takes plans on 1, 2 and 4 ranks (hand-varied ones and a searched one), predicts
 each with the profile's cost table, runs it with `realrun` on random weights, and prints predicted and measured seconds
-per call and iteration with MAPE and Spearman's rank correlation. Plans on 4 ranks are reported, not judged, where
-the machine has fewer cores. `report.json` in the output folder holds all figures. What is measured is wall time: run
-it on an idle machine. `busy_s` of the report is the processor time per iteration of the rank that worked most; far
+per call and iteration. Then it holds how many plans there are, how far their predictions span, MAPE and Spearman's
+rank correlation against the bars (`BARS`), and fails where one is missed. Plans on 4 ranks are reported, not judged:
+the machine may have fewer cores. `report.json` in the output folder holds all figures. What is measured is wall time:
+run it on an idle machine. `busy_s` of the report is the processor time per iteration of the rank that worked most; far
 below the measured time it tells that ranks waited, for each other or for other processes' cores.
 """
 
@@ -58,6 +59,8 @@ SIZES = {
 }
 TAIL = {"short": 12, "long": 20, "wide": 12}
 """Mean response tokens of the sizes with long-tailed lengths."""
+BARS = {"plans": (12, True), "span": (3.0, True), "iteration_mape": (0.08, False), "iteration_spearman": (0.97, True)}
+"""Figure -> what it must be, and whether that is the least (else the most). span: largest over smallest prediction."""
 WARM_UPS = 2
 PROCESS_TICKS = os.sysconf("SC_CLK_TCK")
 Settings = Mapping[str, Any]
@@ -149,10 +152,10 @@ def main() -> int:
         row = _run(variant, plan, path, options.iterations)
         rows.append(row)
         _print_row(row)
-    report = {"figures": _figures(rows), "cores": os.cpu_count(), "load": os.getloadavg(), "plans": rows}
+    report: dict[str, Any] = {"figures": figures(rows), "cores": os.cpu_count(), "load": os.getloadavg(), "plans": rows}
     (output / "report.json").write_text(json.dumps(report, indent=1))
     print(json.dumps(report["figures"], indent=1))
-    return 0
+    return int(not _print_bars(report["figures"]))
 
 
 def _options() -> argparse.Namespace:
@@ -273,16 +276,38 @@ def _cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / PROCESS_TICKS
 
 
-def _figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is judged of the plans on one and two ranks; plans alone where there are too few to compare."""
     judged = [row for row in rows if row["ranks"] <= 2]
     calls = [call for row in judged for call in row["calls"].values()]
     found: dict[str, Any] = {"plans": len(judged)}
     if len(judged) > 1:
         pairs = [(row["predicted_s"], row["measured_s"]) for row in judged]
+        predicted = [row["predicted_s"] for row in judged]
+        found["span"] = round(max(predicted) / min(predicted), 2)
         found["iteration_mape"] = _mape(pairs)
         found["iteration_spearman"] = round(float(spearmanr(*zip(*pairs, strict=True)).statistic), 4)
         found["call_mape"] = _mape([(call["predicted_s"], call["measured_s"]) for call in calls])
     return found
+
+
+def bars(found: Mapping[str, Any]) -> dict[str, bool]:
+    """Figure -> whether its bar is met; one that could not be computed misses it."""
+
+    def met(value: float | None, bar: float, least: bool) -> bool:
+        return value is not None and (value >= bar if least else value <= bar)  # NaN fails
+
+    return {name: met(found.get(name), bar, least) for name, (bar, least) in BARS.items()}
+
+
+def _print_bars(found: Mapping[str, Any]) -> bool:
+    """A line for each bar; whether all are met."""
+    judged = bars(found)
+    for name, met in judged.items():
+        bar, least = BARS[name]
+        rule = f"{'>=' if least else '<='} {bar:g}"
+        print(f"{name:20}{found.get(name, 'none'):>8}  {rule:8}{'met' if met else 'missed'}")
+    return all(judged.values())
 
 
 def _mape(pairs: list[tuple[float, float]]) -> float:

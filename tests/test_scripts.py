@@ -57,6 +57,23 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("scripts")
+def test_predictions_are_judged_by_every_bar() -> None:
+    """13 plans of 1 to 4 s, each measured 5 % longer; a plan on 4 ranks that is far off does not count."""
+    bench = importlib.import_module("bench_predictions")
+    predicted = [1 + n / 4 for n in range(13)]
+    rows = [{"ranks": 2, "predicted_s": s, "measured_s": s / 0.95, "calls": {}} for s in predicted]
+    calls = {"actor_train": {"predicted_s": 1.0, "measured_s": 2.0}}
+    found = bench.figures([{**row, "calls": calls} for row in rows] + [rows[0] | {"ranks": 4, "measured_s": 90.0}])
+    assert found == {
+        "plans": 13, "span": 4.0, "iteration_mape": 0.05, "iteration_spearman": 1.0, "call_mape": 0.5,
+    }  # fmt: skip
+    assert bench.bars(found) == dict.fromkeys(bench.BARS, True)
+    for name, wrong in (("plans", 11), ("span", 2.9), ("iteration_mape", 0.09), ("iteration_spearman", float("nan"))):
+        assert bench.bars(found | {name: wrong}) == dict.fromkeys(bench.BARS, True) | {name: False}
+    assert not any(bench.bars(bench.figures(rows[:1])).values())
+
+
+@pytest.mark.usefixtures("scripts")
 def test_sums_are_held_apart_and_checked(tmp_path: Path) -> None:
     arithmetic = importlib.import_module("arithmetic")
     arithmetic.write_problems(tmp_path / "train.jsonl", tmp_path / "held-out.jsonl", seed=3)
