@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import lcm
 
 import torch
 import torch.nn.functional as F
@@ -94,15 +95,21 @@ def pack(sequences: Sequences, width: int, cp: int = 1, rank: int = 0) -> Pack:
 
 
 def packs_of(model: Model, parts: Sequence[Sequences]) -> list[Pack]:
-    """A pack for every micro-batch. Tokens are cut over tp under sequence parallelism, and into 2 cp chunks under
-    context parallelism, so widths are multiples of both; a pipeline, whose messages have a fixed shape, gives all packs
-    the width of the fullest."""
+    """A pack for every micro-batch. A pipeline, whose messages have a fixed shape, gives all packs the width of the
+    fullest."""
     cp = model.layout.cp
-    multiple = (model.layout.tp if model.config.sequence_parallel else 1) * (2 * cp if cp > 1 else 1)
+    multiple = width_multiple(model.layout.tp if model.config.sequence_parallel else 1, cp)
     widths = [max(1, -(-len(part.tokens) // multiple)) * multiple for part in parts]
     if model.layout.pp > 1:
         widths = [max(widths)] * len(widths)
     return [pack(part.to(model.device), width, cp, model.place.cp) for part, width in zip(parts, widths, strict=True)]
+
+
+def width_multiple(tp: int, cp: int) -> int:
+    """What the width of a pack is a multiple of, whose tokens context parallelism cuts into 2 cp chunks, two to a rank,
+    and sequence parallelism over tp. It is tp that cuts what a cp rank has, width / cp: lcm(tp, 2 cp) would leave 2
+    tokens of 4 to each of 4 tp ranks at cp 2."""
+    return tp if cp == 1 else cp * lcm(2, tp)
 
 
 def balanced(pack: Pack, samples: Sequence[int], balance: Balance, layers: int) -> Pack:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from runtime.passes.packs import width_multiple
 from runtime.sequences import Sequences, padded, ranges, run_sums, take_runs, unpadded
 
 PROMPTS = [[1, 2, 3], [4], [5, 6]]
@@ -52,3 +53,11 @@ def test_rows_are_filled_up_with_zeros() -> None:
 def test_lengths_that_do_not_fit(tokens: int, prompts: tuple[int, ...], responses: tuple[int, ...], words: str) -> None:
     with pytest.raises(AssertionError, match=words):
         Sequences(torch.zeros(tokens, dtype=torch.int64), prompts, responses)
+
+
+@pytest.mark.parametrize("cp", [1, 2, 3, 4])
+@pytest.mark.parametrize("tp", [1, 2, 3, 4, 8])
+def test_widths_are_the_least_that_cp_and_tp_can_cut(tp: int, cp: int) -> None:
+    """A pack into 2 cp equal chunks, and the two chunks of a rank into tp equal parts."""
+    legal = [width for width in range(1, 100) if not width % (2 * cp if cp > 1 else 1) and not width % (cp * tp)]
+    assert width_multiple(tp, cp) == legal[0]
