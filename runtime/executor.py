@@ -36,6 +36,9 @@ from runtime.reports.stats import Stat
 from runtime.weights.copies import Copies
 from runtime.weights.export import export, export_s
 
+AGREEMENT = "agreement to stop"
+"""Name of the step before an iteration in which ranks learn whether it takes place."""
+
 
 class StepError(RealplanError):
     """A step that failed on a rank. `secondary`: a peer went away, so another rank knows the cause; `late`: a peer did
@@ -128,11 +131,14 @@ class Executor:
         return iterations
 
     def _agreed(self, stops: Callable[[int], bool], iteration: int) -> bool:
+        """Whether all ranks stop before an iteration. It may wait for others to begin it."""
+        if self.program.projection(self._rank):
+            self._recorder.say(AGREEMENT, iteration)
         try:
             return stops(iteration)
-        except RuntimeError as error:
+        except (RuntimeError, TimeoutError) as error:
             everyone = tuple(range(dist.get_world_size()))
-            raise self._explain(error, "agreement to stop", everyone, iteration) from error
+            raise self._explain(error, AGREEMENT, everyone, iteration) from error
 
     def update_reference(self, iteration: int) -> None:
         """Have the frozen reference follow the actor as the run file says. Collective over all ranks, between

@@ -34,24 +34,33 @@ def meet(join: Callable[[], T], ranks: Sequence[int], timeout: timedelta) -> T:
     """What `join`, which makes a communicator of `ranks`, returns. Raises MeetingError after `timeout`.
 
     gloo waits for a peer that left its address and died for five times the timeout of the group to be, and for as long
-    as that for one that left none. So it waits in a thread of its own, which ends with the process.
+    as that for one that left none.
     """
-    made: Future[T] = Future()
-
-    def work() -> None:
-        try:
-            made.set_result(join())
-        except BaseException as error:  # the caller raises it
-            made.set_exception(error)
-
-    Thread(target=work, name="meeting", daemon=True).start()
-    wait([made], timeout.total_seconds())
-    if not made.done():
+    try:
+        return in_time(join, timeout)
+    except TimeoutError:
         named = "ranks " + (f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 8 else ", ".join(map(str, ranks)))
         raise MeetingError(
             f"{named} did not find each other within {timeout.total_seconds():g} s",
             "what did the others say? `timeout_s` in the run file is how long they wait for each other",
-        )
+        ) from None
+
+
+def in_time(work: Callable[[], T], timeout: timedelta) -> T:
+    """What `work` returns or raises; TimeoutError after `timeout`. Libraries that wait for peers may wait longer than
+    they say: so they do it in a thread of its own, which ends with the process."""
+    made: Future[T] = Future()
+
+    def answer() -> None:
+        try:
+            made.set_result(work())
+        except BaseException as error:  # the caller raises it
+            made.set_exception(error)
+
+    Thread(target=answer, name="in time", daemon=True).start()
+    wait([made], timeout.total_seconds())
+    if not made.done():
+        raise TimeoutError("timed out")
     return made.result()
 
 

@@ -67,7 +67,7 @@ def work(plan: ExecutionPlan, run: RunFile, member: Member, scratch: Path, store
         if job.held_out is not None:
             evaluator = Evaluator(executor, job, groups, device, recorder)
             evaluations = Evaluations(executor, evaluator, job, rank, executor.state.iterations)
-        stop = StopAgreement(scratch, timeout)
+        stop = StopAgreement(scratch, store, timeout)
         if run.checkpoint.every:  # the keyboard speaks to the launcher, which asks its ranks
             stop.listen(*(BATCH_SIGNALS if member.ours else STOP_SIGNALS))
         done = run_iterations(executor, run, recorder, stop, evaluations)

@@ -174,6 +174,8 @@ class World:
 
     def run(self, plan: ExecutionPlan, run: RunFile) -> list[dict[str, float]]:
         """Metrics of a run, whose files are in its output."""
+        import torch.distributed as dist
+
         from runtime.checkpoints.course import run_iterations
         from runtime.checkpoints.stopping import StopAgreement
         from runtime.executor import Executor
@@ -188,7 +190,8 @@ class World:
         try:
             executor = Executor(job, self._groups, self._device, recorder)
             with Monitor(plan, run.iterations, scratch, output) as monitor:
-                run_iterations(executor, run, recorder, StopAgreement(scratch, timedelta(seconds=MOST_S)))
+                stop = StopAgreement(scratch, dist.HashStore(), timedelta(seconds=MOST_S))
+                run_iterations(executor, run, recorder, stop)
         finally:
             if job.reward is not None:
                 job.reward.close()

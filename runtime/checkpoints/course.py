@@ -5,11 +5,13 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+import torch.distributed as dist
+
 from plans.algorithms import REFERENCE
 from plans.checkpoint_files import open_checkpoint
 from plans.runfile import RunFile
 from runtime.checkpoints.read import restore, restore_frozen
-from runtime.checkpoints.stopping import StopAgreement
+from runtime.checkpoints.stopping import StopAgreement, part_of
 from runtime.checkpoints.write import Saver
 from runtime.evaluation import Evaluations
 from runtime.executor import Executor
@@ -41,9 +43,10 @@ def run_iterations(
     saver = Saver(run.checkpoint_folder, executor.state.trainers, frozen) if every else None
     if evaluations is not None and evaluations.due(done):
         evaluations.evaluate(done)
+    stops = partial(stop.before, part=part_of(executor.program, dist.get_rank())) if every else None
     while done < run.iterations:
         target = next_pause(run, done)
-        reached = executor.run(target, done, stop.before if every else None)
+        reached = executor.run(target, done, stops)
         if reached == target and run.reference.every and reached % run.reference.every == 0:
             executor.update_reference(reached)
         if saver is not None and reached > done and (reached < target or checkpoint_due(run, reached)):

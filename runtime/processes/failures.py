@@ -18,8 +18,10 @@ from plans.files import write_atomically
 from runtime.reports.endings import RunFailed
 from runtime.reports.records import crash_path, read_status, reserve_path
 
-# What gloo and NCCL say; torch has no types for it.
-_LOST_PEER = ("Connection closed by peer", "Connection reset", "Connection refused", "Broken pipe", "Read error")
+# What gloo, NCCL and the store of the ranks say; torch has no types for it.
+_LOST_PEER = (
+    "Connection closed by peer", "Connection reset", "Connection refused", "Broken pipe", "Read error", "got 0 bytes",
+)  # fmt: skip
 _TIMED_OUT = ("Timed out", "timed out", "Timeout", "timeout")
 
 

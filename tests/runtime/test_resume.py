@@ -46,7 +46,7 @@ from plans.seals import seal_of
 from runtime.checkpoints.complete import Completer
 from runtime.checkpoints.course import run_iterations, take_up
 from runtime.checkpoints.export import export_checkpoint
-from runtime.checkpoints.folder import prepare_folder
+from runtime.checkpoints.folder import prepare_folder, stop_request
 from runtime.checkpoints.read import CheckpointReader
 from runtime.checkpoints.resume import Start, choose_start
 from runtime.checkpoints.stopping import StopAgreement
@@ -75,9 +75,19 @@ LAGGED = {
 LAGGED_PLAN = tiny_plan(2, LAGGED, order=("actor_generate", "critic_train", "ref_infer", "critic_infer", "actor_train"))
 
 
-def leg(plan: ExecutionPlan, run: RunFile) -> list[Metrics]:
+APART = {
+    "actor_generate": ("node 0 gpu 0", "d1 t1 p1"),
+    "ref_infer": ("node 0 gpu 0", "d1 t1 p1"),
+    "critic_infer": ("node 0 gpu 1", "d1 t1 p1"),
+    "actor_train": ("node 0 gpu 1", "d1 t1 p1"),
+    "critic_train": ("node 0 gpu 1", "d1 t1 p1"),
+}
+APART_PLAN = tiny_plan(2, APART)
+
+
+def leg(plan: ExecutionPlan, run: RunFile, asks: tuple[int, str, int] | None = None) -> list[Metrics]:
     """A run, or the rest of one, on forked ranks: the metrics of all its iterations; checkpoints and files as kept by
-    a launcher."""
+    a launcher. asks: rank, step and iteration in which it is asked to stop."""
     start, output = choose_start(plan, run), Path(run.output)
     scratch = output / ".ranks"
     shutil.rmtree(scratch, ignore_errors=True)
@@ -88,10 +98,19 @@ def leg(plan: ExecutionPlan, run: RunFile) -> list[Metrics]:
     def rank() -> None:
         install(CPU)
         recorder = Recorder(scratch, dist.get_rank(), time.time())
+        say = recorder.say
+
+        def heard(step: str, iteration: int, *, done: bool = False) -> None:
+            say(step, iteration, done=done)
+            if (dist.get_rank(), step, iteration) == asks:
+                stop_request(scratch).touch()
+
+        recorder.say = heard  # type: ignore[method-assign]
         job = prepare_job(plan, ranks_run)
         executor = Executor(job, GroupCache(CPU), CPU, recorder)
         take_up(executor, ranks_run.resume_from)
-        run_iterations(executor, ranks_run, recorder, StopAgreement(scratch, timedelta(minutes=1)))
+        store = dist.FileStore(str(scratch / "store"), plan.cluster.size)
+        run_iterations(executor, ranks_run, recorder, StopAgreement(scratch, store, timedelta(minutes=1)))
         if job.reward is not None:
             job.reward.close()
 
@@ -266,6 +285,21 @@ def test_a_request_to_stop_loses_nothing(tmp_path: Path):
     names = sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir())
     kept = sorted({done + 2, done + 1 if done % 2 else done})
     assert names == sorted([*(f"global_step_{n}" for n in kept), "latest_checkpointed_iteration.txt"])
+
+
+def test_a_request_stops_the_run_when_its_iteration_is_done(tmp_path: Path):
+    """Also where the ranks that train are not those that generate, which are ready for the next iteration by then. The
+    rest follows to the same bits."""
+    keys: dict[str, Any] = {"iterations": 3, "checkpoint": {"every": 5}}
+    whole = leg(APART_PLAN, tiny_run(tmp_path / "whole", iterations=3))
+    run = tiny_run(tmp_path / "stopped", **keys)
+    done = leg(APART_PLAN, run, asks=(1, "critic_train", 1))
+    assert [path.name for path in steps_in(run.checkpoint_folder)] == ["global_step_2"] and len(done) == 2
+    rest = leg(APART_PLAN, run.model_copy(update={"resume_from": str(run.checkpoint_folder)}))
+    assert learnt(done) == learnt(whole[:2]) and learnt(rest) == learnt(whole)
+    # Where training lags, the other rank may have begun one more.
+    lagged = tiny_run(tmp_path / "lagged", **keys | {"iterations": 4})
+    assert len(leg(LAGGED_PLAN, lagged, asks=(1, "critic_train", 1))) in (2, 3)
 
 
 def damage(rng: random.Random, folder: Path) -> str:
