@@ -16,6 +16,16 @@ from plans.runfile import RunFile
 from plans.workload import Workload
 
 
+def restart_words(run: RunFile) -> Iterator[str]:
+    """Keys that a run whose ranks another launcher has started does not use, and what starts it again there."""
+    keys = [f"restarts={run.restarts}"] * (run.restarts > 0) + [f"on_loss={run.on_loss}"] * (run.on_loss != "stop")
+    if keys:
+        yield (
+            f"not used where another launcher starts the ranks: {', '.join(keys)}; torchrun --max-restarts, or a "
+            "requeued slurm job (sbatch --requeue), goes on from the newest checkpoint, --resume under another plan too"
+        )
+
+
 def batch_words(plan: ExecutionPlan) -> Iterator[str]:
     """Batch, group size, minibatch, and per call the micro-batch."""
     w = plan.workload

@@ -15,7 +15,7 @@ from plans.run_checks import check_run
 from plans.runfile import RunFile
 from runtime.checkpoints.resume import Start, choose_start
 from runtime.launching.cache_rows import check_cache
-from runtime.launching.describe import base_words, batch_words, program_words
+from runtime.launching.describe import base_words, batch_words, program_words, restart_words
 from runtime.launching.entry import prepare_ranks
 from runtime.launching.output import check_output
 from runtime.launching.preflight import (
@@ -89,7 +89,8 @@ def checked(ready: Ready, words: Words) -> Ready:
     _describe(plan, words, ready.first)
     check_supported(plan)
     check_weights(plan, run, alone=place is None and (member is None or member.alone))
-    for line in base_words(plan, run) if ready.first else ():
+    words_at_start = [*base_words(plan, run), *(restart_words(run) if member is not None else ())]
+    for line in words_at_start if ready.first else ():
         print(line, file=sys.stderr)
     check_packages()
     for line in check_cache(plan, version("torch")):

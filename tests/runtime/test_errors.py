@@ -121,6 +121,24 @@ def test_wrong_number_of_ranks_under_torchrun(tmp_path: Path, monkeypatch: pytes
     assert "the plan needs 2 ranks, WORLD_SIZE=1 of the environment says" in fails(arguments(tmp_path))
 
 
+def test_restarts_are_the_launchers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line of rank 0 says that torchrun or slurm starts a run again, and not the keys of the run file."""
+    command = arguments(tmp_path, "--dry-run", restarts=3, on_loss="replan")
+    assert "restarts=3" not in outcome(command).stderr
+    for rank in ("0", "1"):
+        for name, value in {
+            "RANK": rank,
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "29500",
+        }.items():
+            monkeypatch.setenv(name, value)
+        done = outcome(command)
+        said = [line for line in done.stderr.splitlines() if "restarts=3, on_loss=replan" in line]
+        assert done.returncode == 0 and len(said) == (rank == "0"), done.stderr
+        assert all("torchrun --max-restarts" in line and "--requeue" in line for line in said)
+
+
 def test_stale_estimate(tmp_path: Path) -> None:
     estimate = Estimate(
         iteration_s=1, latency_s=1, calls_s={}, peak_gib=1, peak_at="", host_gib=1, engine="e", of="sha256:of-another"
