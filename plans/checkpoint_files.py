@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -109,6 +110,11 @@ class Checkpoint:
     index: CheckpointIndex
     plan: ExecutionPlan
 
+    @property
+    def absent(self) -> list[str]:
+        """The files that are not here: machines without a folder in common have two copies of each together."""
+        return sorted(name for name in self.index.files if not os.path.lexists(self.folder / name))
+
 
 def step_folder(folder: Path, iteration: int) -> Path:
     """Where the checkpoint after `iteration` iterations stands."""
@@ -143,35 +149,52 @@ def digest_of(index: CheckpointIndex) -> str:
     return hashlib.sha256(index.model_dump_json(exclude={"digest"}, exclude_none=True).encode()).hexdigest()
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read the index of a checkpoint and hold it against itself and against the sizes of its files.
+def open_checkpoint(folder: Path, *, whole: bool = True) -> Checkpoint:
+    """Read the index of a checkpoint and hold it against itself and against the sizes of its files. whole: all files
+    must be here; where it is False, those of ranks may lie on other machines, if its plan has several.
 
     Raises CheckpointError, which names the folder, for what is no checkpoint, torn or altered.
     """
     index = read_index(folder)
+    written = {entry.file for entry in index.entries}
+    absent = {name for name in written & index.files.keys() if not os.path.lexists(folder / name)}
     for name, seal in index.files.items():
         path = folder / name
-        if Path(name).name != name or not os.path.isfile(path) or path.is_symlink():
+        if Path(name).name != name or (name not in absent and (not os.path.isfile(path) or path.is_symlink())):
             raise _refused(folder, f"`{name}` is missing")
-        if path.stat().st_size != seal.bytes:
+        if name not in absent and path.stat().st_size != seal.bytes:
             raise _refused(folder, f"`{name}` has {path.stat().st_size:,} bytes, not {seal.bytes:,}")
-    if absent := {PLAN, RUN, METRICS, *(entry.file for entry in index.entries)} - index.files.keys():
-        raise _refused(folder, f"its index lacks `{min(absent)}`")
+    if lacking := {PLAN, RUN, METRICS, *written} - index.files.keys():
+        raise _refused(folder, f"its index lacks `{min(lacking)}`")
     if fault := altered(folder, {PLAN: index.files[PLAN]}):
         raise _refused(folder, fault)
     try:
         plan = load_plan(folder / PLAN)
     except RealplanError as error:
         raise _refused(folder, f"its plan cannot be read: {str(error).splitlines()[0]}") from None
+    if absent and (whole or plan.cluster.nodes == 1):
+        raise _refused(folder, *_elsewhere(sorted(absent), plan))
     for role in index.roles:
         own = [entry.entry for entry in index.entries if entry.role == role]
         fault = missing(plan.workload.models[role], own) if role in plan.workload.models else f"no model `{role}`"
         if fault:
             raise _refused(folder, f"state of `{role}`: {fault}")
     for name, tensors in _tensors(index).items():
-        if fault := tensors_fault(folder / name, tensors):
+        if name not in absent and (fault := tensors_fault(folder / name, tensors)):
             raise _refused(folder, fault)
     return Checkpoint(folder, index, plan)
+
+
+def _elsewhere(absent: Sequence[str], plan: ExecutionPlan) -> tuple[str, str]:
+    """Which files are not here, and a hint where they are likely to be: on the node of the rank that wrote each, and in
+    second copies on the next one."""
+    why = f"{_listed(absent)} {'is' if len(absent) == 1 else 'are'} missing"
+    numbers = [int(found[1]) for name in absent if (found := re.fullmatch(r"rank-(\d{5,9})\.safetensors", name))]
+    nodes = sorted({rank // plan.cluster.gpus_per_node for rank in numbers if rank < plan.cluster.size})
+    if plan.cluster.nodes == 1 or not nodes:
+        return why, ""
+    wrote = f"node{'s' if len(nodes) > 1 else ''} {', '.join(map(str, nodes))} of its run"
+    return why, f"{wrote} wrote what is missing, and the node after each has a copy: put the files into this folder"
 
 
 def _tensors(index: CheckpointIndex) -> dict[str, dict[str, int]]:
@@ -184,17 +207,20 @@ def _tensors(index: CheckpointIndex) -> dict[str, dict[str, int]]:
 
 
 def verify_files(checkpoint: Checkpoint) -> None:
-    """Hold every file against its seal; raises CheckpointError for the first that differs."""
-    if fault := altered(checkpoint.folder, checkpoint.index.files):
+    """Hold every file that is here against its seal; raises CheckpointError for the first that differs."""
+    absent = checkpoint.absent
+    here = {name: seal for name, seal in checkpoint.index.files.items() if name not in absent}
+    if fault := altered(checkpoint.folder, here):
         raise _refused(checkpoint.folder, fault)
 
 
-def find_usable(place: Path, plan: ExecutionPlan) -> tuple[Checkpoint | None, list[str]]:
+def find_usable(place: Path, plan: ExecutionPlan, *, whole: bool = True) -> tuple[Checkpoint | None, list[str]]:
     """The checkpoint that a place means for a plan: itself, or the newest usable one of a folder of checkpoints or of a
-    run's output; why newer ones were refused. Raises CheckpointError where there are some and none can be used."""
-    if os.path.isfile(place / INDEX) or place.name.startswith(_PREFIX):
-        return usable(place, plan), []
-    found, refusals = newest_usable(place if steps_in(place) else place / CHECKPOINTS, plan)
+    run's output; why newer ones were refused. whole: as for `open_checkpoint`. Raises CheckpointError where there are
+    some and none can be used."""
+    if names_checkpoint(place):
+        return usable(place, plan, whole=whole), []
+    found, refusals = newest_usable(folder_of(place), plan, whole=whole)
     if found is None and refusals:
         raise CheckpointError("\n".join(refusals), "start anew without --resume, in another output=FOLDER")
     return found, refusals
@@ -203,18 +229,33 @@ def find_usable(place: Path, plan: ExecutionPlan) -> tuple[Checkpoint | None, li
 def find_whole(place: Path) -> Checkpoint:
     """The checkpoint that a place means: itself, or the newest whole one of a folder of checkpoints or of a run's
     output. Raises CheckpointError where there is none."""
-    if os.path.isfile(place / INDEX) or place.name.startswith(_PREFIX):
+    if names_checkpoint(place):
         return open_checkpoint(place)
-    found, refusals = _newest(place if steps_in(place) else place / CHECKPOINTS, open_checkpoint)
+    steps = steps_in(folder_of(place))
+    found, _ = _newest(folder_of(place), open_checkpoint)
+    if found is None and steps:
+        return open_checkpoint(steps[0])  # says what is wrong with the newest
     if found is None:
         hint = "a folder global_step_N, or the output of a run that wrote checkpoints"
-        raise CheckpointError("\n".join(refusals) or f"no checkpoint in `{place}`", "" if refusals else hint)
+        raise CheckpointError(f"no checkpoint in `{place}`", hint)
     return found
 
 
-def newest_usable(folder: Path, plan: ExecutionPlan) -> tuple[Checkpoint | None, list[str]]:
-    """The newest whole checkpoint of a folder that a plan can take up, and why each newer one was refused."""
-    return _newest(folder, lambda path: usable(path, plan))
+def names_checkpoint(place: Path) -> bool:
+    """Whether a place is one checkpoint, and not a folder of them or the output of a run."""
+    return os.path.isfile(place / INDEX) or place.name.startswith(_PREFIX)
+
+
+def folder_of(place: Path) -> Path:
+    """The folder of checkpoints that a place means: that in which it lies, itself, or the one of a run's output."""
+    if names_checkpoint(place):
+        return place.parent
+    return place if steps_in(place) else place / CHECKPOINTS
+
+
+def newest_usable(folder: Path, plan: ExecutionPlan, *, whole: bool = True) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint of a folder that a plan can take up, and why each newer one was refused."""
+    return _newest(folder, lambda path: usable(path, plan, whole=whole))
 
 
 def _newest(folder: Path, take: Callable[[Path], Checkpoint]) -> tuple[Checkpoint | None, list[str]]:
@@ -228,9 +269,9 @@ def _newest(folder: Path, take: Callable[[Path], Checkpoint]) -> tuple[Checkpoin
     return None, refusals
 
 
-def usable(folder: Path, plan: ExecutionPlan) -> Checkpoint:
-    """A whole checkpoint that a plan can take up; raises CheckpointError."""
-    checkpoint = open_checkpoint(folder)
+def usable(folder: Path, plan: ExecutionPlan, *, whole: bool = True) -> Checkpoint:
+    """A checkpoint that a plan can take up, of which all that is here is as it was written; raises CheckpointError."""
+    checkpoint = open_checkpoint(folder, whole=whole)
     if problems := takeover_problems(checkpoint, plan):
         raise _refused(folder, problems[0])
     verify_files(checkpoint)
@@ -281,9 +322,9 @@ def read_index(folder: Path) -> CheckpointIndex:
     return index
 
 
-def _refused(folder: Path, why: str) -> CheckpointError:
+def _refused(folder: Path, why: str, hint: str = "") -> CheckpointError:
     return CheckpointError(
-        f"checkpoint `{folder}` cannot be used: {why}", "another checkpoint, or a copy that is whole"
+        f"checkpoint `{folder}` cannot be used: {why}", hint or "another checkpoint, or a copy that is whole"
     )
 
 

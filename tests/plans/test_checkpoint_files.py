@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 from flat_files import flat_header
 from plan_cases import CRITIC_FREE, tiny_plan
+from typer.testing import CliRunner
 
+from planner.cli.app import app
 from plans.checkpoint import Entry, parameters_of, written
 from plans.checkpoint_files import (
     CheckpointError,
@@ -20,6 +22,7 @@ from plans.checkpoint_files import (
     RoleState,
     StoredEntry,
     find_usable,
+    find_whole,
     joined,
     open_checkpoint,
     sealed_index,
@@ -27,7 +30,7 @@ from plans.checkpoint_files import (
     takeover_problems,
     verify_files,
 )
-from plans.codec import dump_plan
+from plans.codec import dump_plan, save_plan
 from plans.plan import ExecutionPlan
 from plans.runfile import CHECKPOINTS
 from plans.seals import seal_of
@@ -52,7 +55,8 @@ def make(folder: Path, iteration: int, plan: ExecutionPlan) -> Path:
         StoredEntry(
             role="actor", parameter=e.parameter, part=e.part, parts=e.parts, start=e.start, stop=e.stop, file=SHARD
         )
-        for e in written(layout, 0)
+        for rank in layout.places
+        for e in written(layout, rank)
     ]
     _zeros(here / SHARD, entries)
     seals = {name: seal_of(here / name) for name in contents}
@@ -189,3 +193,42 @@ def test_what_a_plan_may_change_and_what_not(tmp_path: Path, ours: ExecutionPlan
     )
     lost = replace(found, index=found.index.model_copy(update={"roles": {}}))
     assert takeover_problems(lost, ours) == ["it trains nothing, the plan `actor`"]
+
+
+def test_of_a_checkpoint_on_several_machines_the_index_says_what_can_be_known(tmp_path: Path) -> None:
+    """Three nodes without a folder in common; here are the parts of nodes 0 and 2. A check asks for no more; who needs
+    all of it is told which files are missing, and who wrote them; and what is here must be as it was written."""
+    plan = tiny_plan(3, "d3 t1 p1", nodes=3, algorithm="grpo", order=CRITIC_FREE, group_size=2, batch_size=12)
+    whole = make(tmp_path / "out" / CHECKPOINTS, 4, plan)
+    index = json.loads((whole / "index.json").read_text())
+    names = [f"rank-{rank:05d}.safetensors" for rank in range(3)]
+    entries = index["entries"]
+    for number, entry in enumerate(entries):
+        entry["file"] = names[number % 3]
+    for name in names:
+        _zeros(whole / name, [StoredEntry(**entry) for entry in entries if entry["file"] == name])
+        index["files"][name] = json.loads(seal_of(whole / name).model_dump_json(exclude_none=True))
+    (whole / "index.json").write_text(json.dumps(index, separators=(",", ":")))
+    reindexed(whole, "", "")
+    assert find_usable(tmp_path / "out", plan)[0] is not None
+    (whole / names[1]).unlink()
+    found, refusals = find_usable(tmp_path / "out", plan, whole=False)
+    assert found is not None and found.absent == [names[1]] and not refusals
+    with pytest.raises(CheckpointError, match=rf"`{names[1]}` is missing\n") as raised:
+        find_whole(tmp_path / "out")
+    assert "node 1 of its run wrote what is missing, and the node after each has a copy" in raised.value.hint
+    save_plan(plan, tmp_path / "plan.json")
+    said = CliRunner().invoke(app, ["check", str(tmp_path / "plan.json"), "--resume-from", str(tmp_path / "out")])
+    assert said.exit_code == 0 and "4 iterations are done" in said.stderr, said.output
+    assert f"1 of its 6 files are not here, such as `{names[1]}`" in " ".join(said.stderr.split())
+    with (whole / names[2]).open("r+b") as shard:
+        shard.seek(-1, os.SEEK_END)
+        shard.write(b"z")
+    with pytest.raises(CheckpointError, match=rf"`{names[2]}` was altered"):
+        find_usable(tmp_path / "out", plan, whole=False)
+
+
+def test_on_one_node_a_file_that_is_missing_is_lost(tmp_path: Path, ours: ExecutionPlan) -> None:
+    (make(tmp_path, 3, ours) / SHARD).unlink()
+    with pytest.raises(CheckpointError, match=f"`{SHARD}` is missing"):
+        find_usable(tmp_path, ours, whole=False)

@@ -55,7 +55,7 @@ def _takeover(plan: ExecutionPlan, place: Path) -> list[Problem]:
 
     hint = "--resume-from FOLDER, a checkpoint or the output of a run"
     try:
-        found, refusals = find_usable(place, plan)
+        found, refusals = find_usable(place, plan, whole=False)
     except CheckpointError as error:
         return [Problem("checkpoint", error.message, error.hint or hint)]
     for refusal in refusals:
@@ -63,6 +63,9 @@ def _takeover(plan: ExecutionPlan, place: Path) -> list[Problem]:
     if found is None:
         return [Problem("checkpoint", f"no checkpoint in `{place}`", hint)]
     say(f"the plan can go on from {found.folder}: {found.index.iteration} iterations are done")
+    if absent := found.absent:
+        words = f"{len(absent)} of its {len(found.index.files)} files are not here, such as `{absent[0]}`"
+        say(f"{words}: whether other machines have them, as they were written, shows when a run starts on all of them")
     return []
 
 
