@@ -31,6 +31,7 @@ from runtime.job import Job
 from runtime.models.model import Model, nonfinite_parameter
 from runtime.passes.training import NonFinite, Trainer
 from runtime.processes.failures import MEMORY_HINT, lost_peer, memory_words, timed_out
+from runtime.reports.operations import operation_of
 from runtime.reports.records import Records
 from runtime.reports.stats import Stat
 from runtime.weights.copies import Copies
@@ -326,7 +327,8 @@ class Executor:
             return StepError(f"{where}: {_shown(peers)} went away", secondary=True)
         if timed_out(text):
             limit = f"timeout_s = {patience_s(self._job.plan, self._job.run):g} s"
-            message = f"{where}: waited for {_shown(peers)} for longer than {limit}"
+            inside = f" in `{operation}`" if (operation := operation_of(error)) else ""
+            message = f"{where}: waited{inside} for {_shown(peers)} for longer than {limit}"
             return StepError(message, "a rank hangs or is slower than that: raise timeout_s in the run file", late=True)
         return StepError(f"{where}: {type(error).__name__}: {text}")
 

@@ -25,6 +25,7 @@ from runtime.processes.failures import Failure, write_failure
 from runtime.processes.lifetime import BATCH_SIGNALS, STOP_SIGNALS
 from runtime.processes.member import Member, device_index
 from runtime.processes.stores import open_store
+from runtime.reports.operations import tell_operations
 from runtime.reports.records import Recorder
 
 # A rank that lost a peer gives the launcher this long to find the peer first, and to stop everybody.
@@ -56,6 +57,7 @@ def work(plan: ExecutionPlan, run: RunFile, member: Member, scratch: Path, store
     if rank == 0:
         store.set(ORIGIN, str(time.time()))
     recorder = Recorder(scratch, rank, float(store.get(ORIGIN)))
+    tell_operations(recorder, timeout.total_seconds())
     job = prepare_job(plan, run)
     if rank == 0 and job.note:
         print(f"data: {job.note}", file=sys.stderr, flush=True)

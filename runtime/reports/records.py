@@ -11,8 +11,9 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol
 
 from plans.files import writing
@@ -26,23 +27,25 @@ RESERVE_BYTES = 2**14
 @dataclass(frozen=True, slots=True)
 class Status:
     """Where a rank is: its process, the step and iteration it works on (step empty before the first one), since when
-    (time.time), and whether it has done everything."""
+    (time.time), whether it has done everything, and, of a step that is long, the operation that it waits in."""
 
     pid: int
     step: str
     iteration: int
     since_s: float = 0.0
     done: bool = False
+    operation: str = ""
 
     @property
     def place(self) -> str:
         """Where the rank is, in words."""
         if not self.step:
             return "while it started"
-        return "done" if self.done else f"in iteration {self.iteration}, step `{self.step}`"
+        inside = f", in `{self.operation}`" if self.operation else ""
+        return "done" if self.done else f"in iteration {self.iteration}, step `{self.step}`{inside}"
 
     def line(self, rank: int, now_s: float) -> str:
-        """Where the rank is, and for how long. now_s: time.time()."""
+        """Where the rank is, and for how long it is in that step. now_s: time.time()."""
         return f"rank {rank}: {self.place} for {max(0.0, now_s - self.since_s):.0f} s"
 
 
@@ -110,10 +113,12 @@ class Records(Protocol):
 
 
 class Recorder:
-    """Writes a rank's status and records. `origin_s` is the time (time.time) at which the run started."""
+    """Writes a rank's status and records. `origin_s` is the time (time.time) at which the run started. `status`: what
+    it has said last."""
 
     def __init__(self, folder: Path, rank: int, origin_s: float) -> None:
         self._rank, self._folder = rank, folder
+        self._writes = Lock()
         with writing(folder):
             self._open(folder, rank)
         self._shift_s = time.time() - time.perf_counter() - origin_s
@@ -125,14 +130,24 @@ class Recorder:
     def _open(self, folder: Path, rank: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         reserve_path(folder, rank).write_bytes(bytes(RESERVE_BYTES))
-        self._status = os.open(status_path(folder, rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._descriptor = os.open(status_path(folder, rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         self._records = records_path(folder, rank).open("wb", buffering=0)
 
     def say(self, step: str, iteration: int, *, done: bool = False) -> None:
         """Update the status file, in one write that leaves no half."""
-        text = json.dumps(asdict(Status(os.getpid(), step, iteration, time.time(), done)))
+        with self._writes:
+            self._write(Status(os.getpid(), step, iteration, time.time(), done))
+
+    def tell(self, status: Status, operation: str) -> None:
+        """Add the operation that this rank waits in to what it has said last, where that is `status`. Any thread."""
+        with self._writes:
+            if self.status is status and operation != status.operation:
+                self._write(replace(status, operation=operation))
+
+    def _write(self, status: Status) -> None:
+        self.status = status
         with writing(status_path(self._folder, self._rank)):
-            os.pwrite(self._status, text.ljust(STATUS_BYTES).encode(), 0)
+            os.pwrite(self._descriptor, json.dumps(asdict(status)).ljust(STATUS_BYTES).encode(), 0)
 
     @contextmanager
     def span(self, step: Step, iteration: int) -> Iterator[None]:

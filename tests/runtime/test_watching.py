@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import types
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 from plan_cases import tiny_plan, tiny_run
+from ranks import run_ranks
 
 from plans.errors import RealplanError
 from plans.plan import Estimate, ExecutionPlan
+from runtime.batches import transfer
+from runtime.executor import Executor
 from runtime.reports.drift import Drift
-from runtime.reports.records import NewLines, Recorder, status_path
+from runtime.reports.operations import tell_operations
+from runtime.reports.records import NewLines, Recorder, read_status, status_path
 from runtime.reports.trackers import Trackers, check_trackers
 from runtime.reports.watchdog import Watchdog
 
@@ -115,14 +123,15 @@ def test_a_run_that_stands_still_is_told_once_with_every_rank(tmp_path: Path) ->
     def say() -> None:
         for rank, (step, since_s, done) in places.items():
             status = {"pid": 1, "step": step, "iteration": 4, "since_s": since_s, "done": done}
-            status_path(tmp_path, rank).write_text(json.dumps(status))
+            operation = {} if rank else {"operation": "all_reduce"}
+            status_path(tmp_path, rank).write_text(json.dumps(status | operation))
 
     say()
     watchdog = Watchdog(tmp_path, 3, patience_s=200.0)
     assert watchdog.look(1099.0) == []
     assert watchdog.look(1101.0) == [
         "no progress for 101 s of timeout_s = 200 s; a rank hangs, or is slow:",
-        "  rank 0: in iteration 4, step `actor_train` for 101 s",
+        "  rank 0: in iteration 4, step `actor_train`, in `all_reduce` for 101 s",
         "  rank 1: in iteration 4, step `ref_infer` for 11 s",
     ]
     assert watchdog.look(1150.0) == []  # the same step of the same rank
@@ -130,6 +139,59 @@ def test_a_run_that_stands_still_is_told_once_with_every_rank(tmp_path: Path) ->
     places |= {0: ("critic_train", 1300.0, False), 1: ("export", 1000.0, True)}
     say()
     assert watchdog.look(1399.0) == [] and len(watchdog.look(1401.0)) == 3
+
+
+def test_the_operation_that_a_rank_waits_in_is_named(tmp_path: Path) -> None:
+    """While it waits, by its status, and when the wait has ended in an error; once for a collective, once for a message
+    that was asked for before."""
+    plan = tiny_plan(2, "d2 t1 p1")
+    job = types.SimpleNamespace(plan=plan, run=tiny_run(tmp_path / "out", timeout_s=5))
+
+    def told(recorder: Recorder, step: str) -> str:
+        """What the first rank's status tells once the second one has seen it, which then goes on."""
+        if dist.get_rank() == 0:
+            return ""
+        status = None
+        while status is None or status.step != step or not status.operation:
+            time.sleep(0.02)
+            status = read_status(tmp_path, 0)
+        return status.line(0, status.since_s)
+
+    def work() -> list[str]:
+        recorder = Recorder(tmp_path, dist.get_rank(), 0.0)
+        recorder.say("actor_train", 4)
+        tell_operations(recorder, 0.5)
+        found = [told(recorder, "actor_train")]
+        dist.all_reduce(torch.zeros(1))
+        recorder.say("ref_infer", 4)
+        found.append(told(recorder, "ref_infer"))
+        if dist.get_rank() == 0:
+            transfer._wait(dist.irecv(torch.zeros(1), 1), 1)
+        else:
+            dist.send(torch.zeros(1), 0)
+        one, other = (dist.new_group(timeout=timedelta(seconds=0.2)) for _ in range(2))
+        executor = types.SimpleNamespace(_rank=0, _job=job)
+        for wait in (
+            lambda: dist.all_reduce(torch.zeros(1), group=one),
+            lambda: transfer._wait(dist.irecv(torch.zeros(1), 1, group=other), 1),
+        ):
+            if dist.get_rank() == 0:
+                with pytest.raises(RuntimeError) as late:
+                    wait()
+                found.append(Executor._explain(executor, late.value, "actor_train", (0, 1), 4).message)  # type: ignore[arg-type]
+        dist.barrier()
+        return found
+
+    first, second = run_ranks(2, work)
+    assert second == [
+        "rank 0: in iteration 4, step `actor_train`, in `all_reduce` for 0 s",
+        "rank 0: in iteration 4, step `ref_infer`, in `wait` for 0 s",
+    ]
+    where, limit = "rank 0, iteration 4, step `actor_train`", "for longer than timeout_s = 5 s"
+    assert first[2:] == [
+        f"{where}: waited in `all_reduce` for ranks 0-1 {limit}",
+        f"{where}: waited in `wait` for rank 1 {limit}",
+    ]
 
 
 def test_a_plan_that_does_not_fit_is_told_once(plan: ExecutionPlan) -> None:
