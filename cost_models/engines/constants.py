@@ -58,7 +58,8 @@ class Constants:
       decode_step_s: sampling and bookkeeping per decode step. decode_row_s: the same per sequence.
       sampling_bytes: memory traffic of sampling per sequence and vocabulary entry of the rank.
       burst_steps: decode steps between two looks at which sequences have ended; 0: a look at every step. burst_alone:
-        the same on a replica of one stage that shares no experts with others; 0: burst_steps.
+        the same on a replica of one stage that shares no experts with others, and newcomers' prompts are a part of a
+        decode step there; 0: burst_steps, and prompts have passes of their own.
       shares_prompts: a prompt is computed once for all samples of its group. prefill_tokens: prompts of newcomers are
         packed into passes of as many tokens; 0: a pass per group of sequences in flight.
       micro_batch_s: schedule overhead per micro-batch. step_s: per optimizer step. call_s: per call.

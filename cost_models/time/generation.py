@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from cost_models.candidates import Array, Candidates
+from cost_models.candidates import Array, Candidates, Flags
 from cost_models.distinct import distinct
 from cost_models.engines.machine import Machine
 from cost_models.slots import decode_moments, slots_of
@@ -14,7 +14,7 @@ from cost_models.stages import stage_layers
 from cost_models.terms import Terms
 from cost_models.time import operations
 from cost_models.time.inference import ForwardPass, forward_terms
-from cost_models.time.layer import expert_gather, hidden_reduce
+from cost_models.time.layer import expert_gather, forward_layer, hidden_reduce
 from cost_models.time.pipeline import stage_send
 from cost_models.time.vocabulary import head_and_choice
 from plans.lengths import Lengths
@@ -47,7 +47,8 @@ def prefill_time(machine: Machine, work: Generation, candidates: Candidates) -> 
 
     An engine that packs computes the prompts of its first sequences in passes of at most `prefill_tokens`; those of
     later ones join between bursts, one pass each time or less, through an empty pipeline. Others take a pass per group
-    in flight, slots after slots, or per micro-batch where those are more.
+    in flight, slots after slots, or per micro-batch where those are more. Where a replica waits for nobody, the last
+    pass before a burst is a part of its first step (`step_saving`).
 
     Replicas that share experts make their passes together: of parts of the tokens, when any of them has newcomers, and
     as long as the one with the most.
@@ -62,35 +63,67 @@ def prefill_time(machine: Machine, work: Generation, candidates: Candidates) -> 
     if not constants.prefill_tokens:
         passes = np.maximum(c.groups * np.ceil(rows / slots - 1e-9), c.micro_batches)
         return Terms(forward_terms(machine, prompts, c, passes)).total_s
-    begun, joined = np.maximum(slots / shared, 1.0), c.joined_replicas
-    packs = np.maximum(c.groups, np.ceil(begun * work.prompt_tokens * joined / constants.prefill_tokens))
-    first = replace(prompts, samples=begun * c.dp)
-    seconds = Terms(forward_terms(machine, first, c, np.minimum(packs, begun))).total_s
+    begun = np.maximum(slots / shared, 1.0)
+    packs = np.maximum(c.groups, np.ceil(begun * work.prompt_tokens * c.joined_replicas / constants.prefill_tokens))
+    first, packs = replace(prompts, samples=begun * c.dp), np.minimum(packs, begun)
+    seconds = Terms(forward_terms(machine, first, c, packs)).total_s
+    if shared == 1:  # samples that begin with others of their prompt wait for it
+        seconds = seconds - np.minimum(c.groups, packs) * step_saving(machine, work, c, begun / packs)
     later = np.maximum(rows / shared - begun, 0.0)
-    if not (later > 0).any():
-        return seconds
-    bursts = np.ceil(work.responses.mean * (rows / slots) / np.maximum(burst_steps(machine, c), 1.0))
+    return seconds + _later_prompts(machine, work, c, prompts, begun, later) if (later > 0).any() else seconds
+
+
+def _later_prompts(
+    machine: Machine, work: Generation, candidates: Candidates, prompts: ForwardPass, begun: Array, later: Array
+) -> Array:
+    """Seconds for the prompts of a replica's newcomers: `later` of them behind the `begun` that begin."""
+    c, joined = candidates, candidates.joined_replicas
+    shares = work.samples / c.dp / slots_of(c, work.samples)
+    bursts = looks = np.ceil(work.responses.mean * shares / np.maximum(burst_steps(machine, c), 1.0))
     if work.responses.full:  # all of a wave end together: as many passes as a whole wave takes, or a part of one
-        waves, wave = (
-            np.maximum(rows / slots - 1.0, 0.0),
-            begun * work.prompt_tokens / constants.prefill_tokens * joined,
-        )
-        bursts = np.floor(waves) * np.ceil(wave) + np.ceil(waves % 1.0 * wave - 1e-9)
+        waves = np.maximum(shares - 1.0, 0.0)
+        wave = begun * work.prompt_tokens / machine.constants.prefill_tokens * joined
+        bursts, looks = np.floor(waves) * np.ceil(wave) + np.ceil(waves % 1.0 * wave - 1e-9), np.ceil(waves)
     joins = np.clip(bursts, 1.0, np.maximum(later * joined, 1.0))
     each = later / joins
     if not work.responses.full:  # newcomers come at random (Poisson), and the most of any replica count
         each = largest(each, each, joined)
-    one = replace(prompts, samples=np.maximum(each, np.where(joined > 1, 1.0, 1e-3)) * c.dp)
-    again = Terms(forward_terms(machine, one, c, np.ones_like(rows))).total_s
-    return seconds + np.where(later > 0, joins * again, 0.0)
+    each = np.maximum(each, np.where(joined > 1, 1.0, 1e-3))
+    one = replace(prompts, samples=each * c.dp)
+    seconds = joins * Terms(forward_terms(machine, one, c, np.ones_like(later))).total_s
+    seconds = seconds - np.minimum(joins, looks) * step_saving(machine, work, c, each)
+    return np.where(later > 0, seconds, 0.0)
+
+
+def step_saving(machine: Machine, work: Generation, candidates: Candidates, prompts: Array) -> Array:
+    """Seconds that a pass over so many prompts of a replica takes less where it is a part of a decode step: products,
+    sums over tp and gaps between kernels are those of one pass over the prompts' tokens and a token of every slot;
+    attention stays apart. The last pass of newcomers before a burst is computed so on a replica that waits for nobody
+    (`runtime.generation.flight.Flight.step`); elsewhere nothing is saved."""
+    c, alone = candidates, waits_for_nobody(machine, candidates)
+    if not alone.any():
+        return np.zeros_like(prompts)
+
+    def layer(tokens: Array) -> Array:
+        found = forward_layer(machine, work.spec, c, tokens, work.prompt_tokens, generates=True)
+        return found.gpu - found.attention
+
+    tokens, slots = prompts * work.prompt_tokens, slots_of(c, work.samples) / c.groups
+    saved = layer(tokens) + layer(slots) - layer(tokens + slots)
+    return np.where(alone, saved * work.spec.layers + machine.constants.micro_batch_s, 0.0)
 
 
 def burst_steps(machine: Machine, candidates: Candidates) -> Array:
-    """Decode steps between two looks at which sequences have ended: fewer where a replica is one stage and shares no
-    experts, so that a look waits for nobody."""
-    c, constants = candidates, machine.constants
-    alone = (c.pp == 1) & (c.joined_replicas == 1) & (constants.burst_alone > 0)
-    return np.where(alone, constants.burst_alone, constants.burst_steps)
+    """Decode steps between two looks at which sequences have ended."""
+    constants = machine.constants
+    return np.where(waits_for_nobody(machine, candidates), constants.burst_alone, constants.burst_steps)
+
+
+def waits_for_nobody(machine: Machine, candidates: Candidates) -> Flags:
+    """Replicas of one stage that share no experts, where the engine treats them as such (`burst_alone`)."""
+    c = candidates
+    alone: Flags = (c.pp == 1) & (c.joined_replicas == 1) & (machine.constants.burst_alone > 0)
+    return alone
 
 
 def decode_terms(machine: Machine, work: Generation, candidates: Candidates) -> dict[str, Array]:

@@ -4,6 +4,7 @@ values of its sequences; Megatron's two all-reduces stay, of one token per seque
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from textbook import (
     DENSE,
     EXPERTS,
     FAR,
+    NANO,
     NOTHING,
     TextbookKernels,
     compute,
@@ -21,6 +23,7 @@ from textbook import (
     network,
 )
 
+from cost_models.candidates import Array
 from cost_models.engines.machine import machine_of
 from cost_models.time.generation import Generation, decode_step, generation_time
 from plans.cluster import ClusterSpec, GpuSpec
@@ -235,6 +238,50 @@ def test_further_waves_of_equal_responses_take_the_passes_of_their_prompts(
     at = machine(TextbookKernels(), prefill_tokens=tokens, burst_steps=64.0, micro_batch_s=1.0)
     work = replace(WORK, samples=samples)
     assert generation_time(at, work, layout(dp=1, slots=8))["prefill"] == pytest.approx(passes)
+
+
+class WeightReads(TextbookKernels):
+    """A product takes as long as its weights are many, whatever it multiplies them with."""
+
+    def gemm(self, m: Array, n: Array | float, k: Array | float) -> Array:
+        return np.ones_like(m) * n * k * self.flop
+
+    def attention(self, head_dim: int, tokens: Array, length: Array, heads: Array) -> Array:
+        return np.zeros_like(tokens)
+
+
+@pytest.mark.parametrize(
+    ("changes", "tokens", "settings", "own", "passes"),
+    [
+        ({"samples": 8}, 8192.0, {}, 0, 1),
+        ({"samples": 16}, 8192.0, {}, 0, 2),
+        ({"samples": 16}, 2048.0, {}, 2, 4),  # of two passes before a burst the last is a part of it
+        ({"samples": 16}, 2048.0, {"groups": 2}, 1, 4),  # and so for each group of those that begin
+        ({"samples": 64, "responses": Lengths(1024, 256)}, 2048.0, {}, 1, 2 + 56),
+        ({"samples": 8, "group_size": 4}, 8192.0, {}, 1, 1),  # three of four wait for the keys of the first
+        ({"samples": 16}, 2048.0, {"burst": 0.0}, 4, 4),
+        ({"samples": 16, "spec": EXPERTS}, 2048.0, {"dp": 2, "ep": 2}, None, None),
+        ({"samples": 16}, 2048.0, {"pp": 2}, None, None),
+    ],
+)
+def test_prompts_that_join_a_step_read_no_weights_of_their_own(
+    changes: dict[str, Any], tokens: float, settings: dict[str, Any], own: int | None, passes: int | None
+) -> None:
+    """Prompts of 512 tokens, eight in flight. Every pass has a head; one of its own has a schedule too."""
+    degrees = {name: value for name, value in settings.items() if name != "burst"}
+    constants = {"prefill_tokens": tokens, "burst_steps": 16.0, "micro_batch_s": 1.0, "shares_prompts": True}
+    work, candidates = replace(WORK, **changes), layout(slots=8, **degrees)
+
+    def seconds(kernels: TextbookKernels, alone: float) -> float:
+        return float(generation_time(machine(kernels, burst_alone=alone, **constants), work, candidates)["prefill"][0])
+
+    joined = seconds(WeightReads(flop=NANO), settings.get("burst", 2.0))
+    if own is None or passes is None:
+        assert joined == seconds(WeightReads(flop=NANO), 0.0), "replicas that wait for others compute prompts apart"
+        return
+    assert joined == pytest.approx(own * (1.0 + LAYERS * BLOCK * NANO) + passes * 1536 * 32_000 * NANO)
+    apart = seconds(TextbookKernels(flop=NANO), 0.0) - seconds(TextbookKernels(flop=NANO), 2.0)
+    assert apart == pytest.approx(passes - own if "burst" not in settings else 4 - 2), "as many FLOPs in both"
 
 
 def test_newcomers_of_several_replicas() -> None:
