@@ -11,8 +11,8 @@ from plans.checkpoint_files import MASTER, MOMENTS, StoredEntry
 def flat_header(entries: Sequence[StoredEntry]) -> tuple[bytes, int]:
     """What stands before the tensors of entries in a safetensors file, and how many bytes they have."""
     header, at = {}, 0
-    for stored in entries:
-        for kind in (MASTER, *MOMENTS):
+    for kind in (MASTER, *MOMENTS):
+        for stored in entries:
             end = at + 4 * stored.entry.size
             header[stored.tensor(kind)] = {"dtype": "F32", "shape": [stored.entry.size], "data_offsets": [at, end]}
             at = end

@@ -28,6 +28,14 @@ def needed_bytes(checkpoint: Checkpoint, plan: ExecutionPlan, ranks: Sequence[in
                 yield from bytes_read(checkpoint, role, layout, rank, trained=trained, as_written=as_written)
 
 
+def master_bytes(checkpoint: Checkpoint, role: str) -> Iterator[FileBytes]:
+    """What an export reads: the masters of a role."""
+    entries = [entry for entry in checkpoint.index.entries if entry.role == role]
+    places = {file: tensor_places(checkpoint.folder / file) for file in {entry.file for entry in entries}}
+    for entry in entries:
+        yield entry.file, *places[entry.file][entry.tensor(MASTER)]
+
+
 def bytes_read(
     checkpoint: Checkpoint, role: str, layout: Layout, rank: int, *, trained: bool, as_written: bool
 ) -> Iterator[FileBytes]:

@@ -70,6 +70,8 @@ def check_disks(plan: ExecutionPlan, run: RunFile, keeps: Sequence[int] | None =
         count = max(run.checkpoint.keep + 1 - len(steps_in(folder)), 1)
         hint = "checkpoint.folder=FOLDER on another disk, a smaller checkpoint.keep, or checkpoint.every=0 for none"
         needs.append(Need("checkpoints need", folder, count * checkpoint_bytes(plan, run, keeps), hint))
+        if exports and run.export and keeps is not None:
+            needs.append(_gathered(plan, folder, keeps))
     check_needs(needs)
 
 
@@ -85,6 +87,16 @@ def _exports(plan: ExecutionPlan, run: RunFile) -> Iterable[Need]:
         count = 1 if os.path.isdir(output / BEST) else 2
         hint = "output=FOLDER on another disk, or evaluation.keep_best=false"
         yield Need("the best weights, and those that they replace, need", output, count * each, hint)
+
+
+def _gathered(plan: ExecutionPlan, folder: Path, keeps: Sequence[int]) -> Need:
+    """The masters of other machines, which come here for the export at the end."""
+    role = next(iter(plan.workload.graph.trainers))
+    layout = plan.layout(plan.workload.graph.trainers[role])
+    others = layout.places.keys() - set(keeps)
+    size = MASTER_BYTES * sum(entry.size for rank in others for entry in written(layout, rank))
+    what = f"the masters of `{role}` on other machines, which the export reads, need"
+    return Need(what, folder, size, "checkpoint.folder=FOLDER on another disk, or export=false")
 
 
 def check_needs(needs: Sequence[Need]) -> None:

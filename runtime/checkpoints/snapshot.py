@@ -59,8 +59,9 @@ class Snapshots:
         wanted: list[tuple[StoredEntry, Tensor, int, str]] = [
             (stored, slot.master if kind == MASTER else slot.moments[kind], slot.start, kind)
             for role, trainer in self._trainers.items()
-            for stored, slot in self._stored(role, trainer)
+            # Masters lie together: an export reads no others, and over a network whole chunks of a file come.
             for kind in (MASTER, *(MOMENTS if roles[role].adam_steps else ()))
+            for stored, slot in self._stored(role, trainer)
         ]
         for role, weights in self._frozen.items():
             for layout, held in weights()[:1]:

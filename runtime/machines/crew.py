@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from time import monotonic, time
 
+from plans.checkpoint_files import step_folder
 from plans.codec import dump_plan
 from plans.plan import ExecutionPlan
 from plans.runfile import RunFile, patience_s
@@ -20,7 +21,7 @@ from runtime.machines.keeper import Keeper, lying
 from runtime.machines.loading import spread_inputs, spread_weights
 from runtime.machines.machines import POLL_S, MachineLost, Machines
 from runtime.machines.mirror import apply
-from runtime.machines.resume import choose_among, choose_whole, copy_again, give
+from runtime.machines.resume import choose_among, copy_again, give, have_exported
 from runtime.machines.wire import Message
 from runtime.processes.failures import places
 from runtime.processes.network import free_port
@@ -73,9 +74,11 @@ class Crew:
         storages = self.storages() if run.resume_from else {}
         return choose_among(plan, run, self._machines, _per_storage(storages, self._ranks(plan)), FETCH_S)
 
-    def whole(self, plan: ExecutionPlan) -> Start:
-        """The newest checkpoint of the run, all of which this machine has then."""
-        return choose_whole(plan, self._run, self._machines, FETCH_S)
+    def exported(self, role: str) -> Path:
+        """Where this machine has, then, what an export of a role reads of the run's last checkpoint."""
+        if len(set(self.storages().values())) > 1:
+            return have_exported(self._machines, self._run, role, FETCH_S)
+        return step_folder(self._run.checkpoint_folder, self._run.iterations)
 
     def forget(self, _: RunFile, after: int) -> None:
         """Remove the checkpoints after so many iterations, on every machine."""

@@ -68,12 +68,18 @@ def choose_among(
     return Start(own=True)
 
 
-def choose_whole(plan: ExecutionPlan, run: RunFile, machines: Machines, patience_s: float) -> Start:
-    """The newest checkpoint of a run's own, all of which this machine has then."""
+def have_exported(machines: Machines, run: RunFile, role: str, patience_s: float) -> Path:
+    """Where this machine has, then, what an export of a role reads of a run's last checkpoint, which lies on several
+    machines: its masters. Raises RunFailed where they do not hold it together: an older one is not what was trained."""
     for spread in spread_checkpoints(machines.ask_all("inventory", patience_s)):
-        take(machines, spread, [0], patience_s)
-        break
-    return choose_start(plan, run.model_copy(update={"resume_from": str(run.checkpoint_folder)}))
+        if spread.iteration == run.iterations:
+            wants = {"iteration": spread.iteration, "role": role, "files": _files(machines, spread)}
+            machines.ask("take_masters", {0: wants}, patience_s)
+            return resumed_folder(run.checkpoint_folder, spread.iteration)
+    raise RunFailed(
+        f"the machines do not hold the checkpoint of iteration {run.iterations} together, which is to be exported",
+        "--resume with more iterations; `realrun export CHECKPOINT FOLDER` exports an older one",
+    )
 
 
 def _spreads(run: RunFile, storages: Sequence[int] | Mapping[int, Sequence[int]]) -> bool:
@@ -92,12 +98,6 @@ def take_needed(
         for node, numbers in ranks.items()
     }
     machines.ask("take_needed", each, patience_s)
-
-
-def take(machines: Machines, spread: Spread, nodes: Sequence[int], patience_s: float) -> None:
-    """Have some machines fetch what they lack of a checkpoint. Raises RunFailed."""
-    files = _files(machines, spread)
-    machines.ask("fetch_step", {n: {"iteration": spread.iteration, "files": files} for n in nodes}, patience_s)
 
 
 def copy_again(machines: Machines, run: RunFile, start: Start, storages: Mapping[int, int], patience_s: float) -> None:

@@ -53,7 +53,7 @@ class Station:
         self._does: Mapping[str, Callable[..., Message | Future[Any]]] = {
             "start": self._start, "end": self._end, "prepare": self._prepare, "devices": self._devices,
             "probe": storage.probe, "sees": storage.sees, "unprobe": storage.unprobe, "inventory": storage.inventory,
-            "take_needed": storage.take_needed,
+            "take_needed": storage.take_needed, "take_masters": storage.take_masters,
             "fetch_part": storage.fetch_part, "fetch_step": storage.fetch_step, "finish": storage.finish,
             "forget": storage.forget, "digest": storage.digest, "set_aside": storage.set_aside,
             "weights": self._weights, "fetch_weights": self._fetch_weights,

@@ -20,7 +20,7 @@ from plans.seals import Seal, seal_of
 from runtime.checkpoints.complete import put_in_place
 from runtime.checkpoints.folder import partial_folder, rank_word, remove_after
 from runtime.machines.files import FileServer, Wanted, fetch
-from runtime.machines.takeover import drop_resumed, take_needed
+from runtime.machines.takeover import drop_resumed, take_masters, take_needed
 from runtime.machines.wire import Message
 
 SEEN_S, LOOK_S = 30.0, 0.1
@@ -116,6 +116,11 @@ class Storage:
         """Have what some ranks of a plan read of a checkpoint that stands on several machines."""
         planned, wanted, self._took = planned_from(plan), _wanted(files), True
         return self._pool.submit(take_needed, self._folder, iteration, planned, ranks, wanted)
+
+    def take_masters(self, iteration: int, role: str, files: Sequence[Any]) -> Future[Message]:
+        """Have what an export of a role reads of a checkpoint that stands on several machines."""
+        wanted, self._took = _wanted(files), True
+        return self._pool.submit(take_masters, self._folder, iteration, role, wanted)
 
     def finish(self, iteration: int, texts: dict[str, str]) -> Message:
         """Give a checkpoint of which every slice lies on two machines its index and its name."""

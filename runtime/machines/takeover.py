@@ -6,25 +6,39 @@ from __future__ import annotations
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from plans.checkpoint_files import open_checkpoint, step_folder
+from plans.checkpoint_files import Checkpoint, open_checkpoint, step_folder
 from plans.flat_tensors import WORD_BYTES, ByteRange, header_bytes, joined_ranges
 from plans.plan import ExecutionPlan
 from plans.seals import CHUNK_BYTES
 from runtime.checkpoints.held import resumed_folder, write_held
-from runtime.checkpoints.needed import needed_bytes
+from runtime.checkpoints.needed import FileBytes, master_bytes, needed_bytes
+from runtime.checkpoints.room import Need, check_needs
 from runtime.machines.files import Wanted, fetch, fetch_pieces
 from runtime.machines.wire import Message
+
+Needs = Callable[[Checkpoint], Iterable[FileBytes]]
+"""What is needed of a checkpoint, in no order and some of it twice."""
 
 
 def take_needed(
     folder: Path, iteration: int, plan: ExecutionPlan, ranks: Sequence[int], files: Sequence[Wanted]
 ) -> Message:
     """Have in `resumed_folder` what some ranks of a plan read of a checkpoint, every byte of it as it was sealed. Says
-    how many bytes have come. Raises OSError, and CheckpointError for one that contradicts itself."""
+    how many bytes have come. Raises OSError, RealplanError where there is no room for them, and CheckpointError for a
+    checkpoint that contradicts itself."""
+    return _take(folder, iteration, files, lambda checkpoint: needed_bytes(checkpoint, plan, ranks))
+
+
+def take_masters(folder: Path, iteration: int, role: str, files: Sequence[Wanted]) -> Message:
+    """Have there what an export of a role reads."""
+    return _take(folder, iteration, files, lambda checkpoint: master_bytes(checkpoint, role))
+
+
+def _take(folder: Path, iteration: int, files: Sequence[Wanted], needs: Needs) -> Message:
     final, place = step_folder(folder, iteration), resumed_folder(folder, iteration)
     drop_resumed(folder, but=place)
     place.mkdir(parents=True, exist_ok=True)
@@ -39,9 +53,14 @@ def take_needed(
             fetch(place, wanted, final.name)
             come += 0 if linked else wanted.seal.bytes
     runs: dict[str, list[ByteRange]] = {name: [] for name in chunked}
-    for name, start, stop in needed_bytes(open_checkpoint(place), plan, ranks):
+    for name, start, stop in needs(open_checkpoint(place)):
         if name in runs:
             runs[name].append((start, stop))
+    size = sum(file.lacks(_chunks(runs[name])) for name, file in chunked.items())
+    hint = "checkpoint.folder=FOLDER on another disk, with the checkpoints moved there"
+    check_needs(
+        [Need(f"what is read here of checkpoint {iteration}, and is on other machines, needs", place, size, hint)]
+    )
     for name, file in chunked.items():
         file.have(_chunks(runs[name]))
     held = {name: file.runs for name, file in chunked.items()}
@@ -79,6 +98,10 @@ class _Chunks:
             left = self._wrong(left)
         if left:
             raise OSError(f"`{self._step}/{self._wanted.name}` cannot be had as it was written ({said})")
+
+    def lacks(self, numbers: Iterable[int]) -> int:
+        """Bytes of those chunks that are not here, or not as they were sealed."""
+        return sum(stop - start for start, stop in self._joined(self._wrong(numbers)))
 
     @property
     def runs(self) -> list[ByteRange]:

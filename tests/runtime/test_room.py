@@ -64,6 +64,9 @@ def test_every_part_lies_on_two_storages(storages: dict[int, list[int]], found: 
         ({"checkpoint": {"every": 1, "keep": 1}, "export": False}, [2, 3], True, 2 * 12 * CRITIC),
         ({"checkpoint": {"every": 0}, "export": True}, None, True, 4 * ACTOR),
         ({"checkpoint": {"every": 1, "keep": 1}, "export": True}, [0, 1], True, (4 + 2 * 12) * ACTOR),
+        # Node 1 keeps half of the actor in a second copy; the other half's masters come for the export.
+        ({"checkpoint": {"every": 1, "keep": 1}, "export": True}, [1, 2], True,
+         4 * ACTOR + 12 * ACTOR + 2 * 12 * CRITIC + 2 * ACTOR),
         ({"checkpoint": {"every": 1, "keep": 1}, "export": True}, [0, 1], False, 2 * 12 * ACTOR),
         (
             {"checkpoint": {"every": 0}, "evaluation": {"every": 1, "held_out": 2, "keep_best": True}, "export": True},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -24,13 +26,15 @@ from plans.checkpoint_files import (
     sealed_index,
 )
 from plans.codec import dump_plan
+from plans.errors import RealplanError
 from plans.flat_tensors import header_bytes
 from plans.plan import ExecutionPlan
 from plans.seals import seal_of
+from runtime.checkpoints.export import export_checkpoint
 from runtime.checkpoints.folder import rank_file
 from runtime.checkpoints.held import Held, resumed_folder
 from runtime.machines.files import FileServer, Wanted
-from runtime.machines.takeover import drop_resumed, take_needed
+from runtime.machines.takeover import drop_resumed, take_masters, take_needed
 
 HOST, CHUNK = "127.0.0.1", 2**12
 TEXTS = ("plan.json", "run.yaml", "metrics.jsonl")
@@ -50,7 +54,7 @@ def machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[
     step = places[2] / "global_step_7"
     step.mkdir(parents=True)
     plan, parts = plan_of("d1 t1 p2"), []
-    for name, text in zip(TEXTS, (dump_plan(plan), "", "{}\n"), strict=True):
+    for name, text in zip(TEXTS, (dump_plan(plan), "seed: 0\n", "{}\n"), strict=True):
         (step / name).write_text(text)
     for rank in range(2):
         entries = [
@@ -123,6 +127,31 @@ def test_damage_is_mended_from_another_machine_or_refused(machines: tuple[list[P
     flip(places[2] / "global_step_7" / rank_file(0))
     with pytest.raises(OSError, match=r"`global_step_7/rank-00000.safetensors` cannot be had as it was written"):
         take_needed(places[1], 7, plan_of("d2 t1 p1"), [1], files)
+
+
+def test_an_export_reads_masters_alone(
+    machines: tuple[list[Path], list[Wanted]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The masters of the stage that lies elsewhere come, a third of it, and no moments. The exported folder is that of
+    the whole checkpoint. Room for them is asked for first."""
+    places, files = machines
+    whole = places[2] / "global_step_7"
+    entries = [entry for entry in open_checkpoint(whole).index.entries if entry.file == rank_file(1)]
+    masters = 4 * sum(entry.entry.size for entry in entries)
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(masters // 2))
+        with pytest.raises(RealplanError, match="what is read here of checkpoint 7, and is on other machines, needs"):
+            take_masters(places[0], 7, "actor", files)
+        drop_resumed(places[0])
+    come = take_masters(places[0], 7, "actor", files)["bytes"]
+    assert masters < come < small_bytes(files) + headers(places, 1) + masters + CHUNK
+    export_checkpoint(resumed_folder(places[0], 7), tmp_path / "ours")
+    export_checkpoint(whole, tmp_path / "theirs")
+    for path in (tmp_path / "theirs").iterdir():
+        assert (tmp_path / "ours" / path.name).read_bytes() == path.read_bytes(), path.name
+    held = Held(resumed_folder(places[0], 7))
+    with pytest.raises(CheckpointError, match="were not fetched"):
+        held.check(rank_file(1), entries[0].tensor("exp_avg_sq"), 0, entries[0].entry.size)
 
 
 def flip(path: Path) -> None:
