@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from plans.checkpoint_files import CheckpointError, open_checkpoint, read_index, step_folder, takeover_problems
+from plans.checkpoint_files import (
+    CheckpointError,
+    folder_of,
+    names_checkpoint,
+    open_checkpoint,
+    read_index,
+    step_folder,
+    steps_in,
+    takeover_problems,
+)
 from plans.codec import dump_plan
 from plans.plan import ExecutionPlan
 from plans.runfile import RunFile
@@ -49,10 +59,17 @@ def choose_among(
 ) -> Start:
     """The start that `resume_from` asks for, whatever machines its checkpoint lies on. ranks: for the machine that acts
     for each storage, those whose state it holds then. Raises CheckpointError as `choose_start` does."""
+    place = Path(run.resume_from)
     if not _spreads(run, ranks):
-        return choose_start(plan, run)
-    refusals = list[str]()
+        try:
+            return choose_start(plan, run)
+        except CheckpointError:
+            _check_here(place)
+            raise
+    named, refusals = names_checkpoint(place), list[str]()
     for spread in spread_checkpoints(machines.ask_all("inventory", patience_s)):
+        if named and step_folder(place.parent, spread.iteration) != place:
+            continue
         try:
             take_needed(machines, spread, plan, {0: [], **ranks}, patience_s)
             found = open_checkpoint(resumed_folder(run.checkpoint_folder, spread.iteration))
@@ -62,6 +79,8 @@ def choose_among(
         except (CheckpointError, RunFailed) as error:
             refusals.append(error.message)
             print(f"{error.message}; the one before is used", file=sys.stderr)
+    if named and not refusals:
+        raise CheckpointError(f"the machines do not hold checkpoint `{place}` together", "--resume takes the newest")
     if refusals:
         raise CheckpointError("\n".join(refusals), "start anew without --resume, in another output=FOLDER")
     print(f"no checkpoint in {run.checkpoint_folder} yet: starting at the first iteration", file=sys.stderr)
@@ -84,8 +103,24 @@ def have_exported(machines: Machines, run: RunFile, role: str, patience_s: float
 
 def _spreads(run: RunFile, storages: Sequence[int] | Mapping[int, Sequence[int]]) -> bool:
     """Whether the checkpoint that is asked for is the run's own and may lie on several machines."""
-    own = bool(run.resume_from) and Path(run.resume_from).resolve() == run.checkpoint_folder.resolve()
+    place, folder = Path(run.resume_from), run.checkpoint_folder.resolve()
+    own = bool(run.resume_from) and folder in (place.resolve(), folder_of(place).resolve())
     return own and len(storages) > 1
+
+
+def _check_here(place: Path) -> None:
+    """Raise CheckpointError where the newest checkpoint of another run lies on several machines. Only a run's own are
+    put together from there: each machine serves the folder that it writes to, and no other."""
+    steps = [place] if names_checkpoint(place) else steps_in(folder_of(place))
+    found = None
+    with suppress(CheckpointError):  # its own words say more
+        found = open_checkpoint(steps[0], whole=False) if steps else None
+    if found is not None and found.absent:
+        raise CheckpointError(
+            f"checkpoint `{found.folder}` of another run lies on several machines: {', '.join(found.absent)} of it "
+            "are not on this one, and only a run's own checkpoints are put together from several machines",
+            "--resume in the output of that run; or put all its files into that folder, on every machine",
+        )
 
 
 def take_needed(

@@ -7,11 +7,13 @@ from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from flat_files import flat_header
-from plan_cases import tiny_plan
+from plan_cases import tiny_plan, tiny_run
 
 from plans.checkpoint import written
 from plans.checkpoint_files import (
@@ -34,6 +36,7 @@ from runtime.checkpoints.export import export_checkpoint
 from runtime.checkpoints.folder import rank_file
 from runtime.checkpoints.held import Held, resumed_folder
 from runtime.machines.files import FileServer, Wanted
+from runtime.machines.resume import choose_among
 from runtime.machines.takeover import drop_resumed, take_masters, take_needed
 
 HOST, CHUNK = "127.0.0.1", 2**12
@@ -152,6 +155,30 @@ def test_an_export_reads_masters_alone(
     held = Held(resumed_folder(places[0], 7))
     with pytest.raises(CheckpointError, match="were not fetched"):
         held.check(rank_file(1), entries[0].tensor("exp_avg_sq"), 0, entries[0].entry.size)
+
+
+def test_the_spread_checkpoint_of_another_run_is_refused_in_words(
+    machines: tuple[list[Path], list[Wanted]], tmp_path: Path
+) -> None:
+    """A run's own checkpoints, by folder, output or name, are put together; those of another run must be whole here."""
+    other, plan = tmp_path / "other" / "checkpoints", plan_of("d1 t1 p2")
+    shutil.copytree(machines[0][2], other)
+    run = tiny_run(tmp_path / "out", iterations=9, resume_from=str(other.parent))
+    nobody: Any = None  # no machine is asked
+    empty: Any = SimpleNamespace(ask_all=lambda *_: {})  # no machine has any
+    assert choose_among(plan, run, nobody, {0: [0], 1: [1]}, 1.0).iteration == 7
+    (other / "global_step_7" / rank_file(1)).unlink()
+    for place in (other.parent, other, other / "global_step_7"):
+        foreign = run.model_copy(update={"resume_from": str(place)})
+        with pytest.raises(CheckpointError, match="of another run lies on several machines: rank-00001") as raised:
+            choose_among(plan, foreign, nobody, {0: [0], 1: [1]}, 1.0)
+        assert "--resume in the output of that run" in raised.value.hint
+        own = tiny_run(tmp_path / "other", iterations=9, resume_from=str(place))
+        if place.name == "global_step_7":
+            with pytest.raises(CheckpointError, match="do not hold checkpoint"):
+                choose_among(plan, own, empty, {0: [0], 1: [1]}, 1.0)
+        else:
+            assert choose_among(plan, own, empty, {0: [0], 1: [1]}, 1.0).checkpoint is None
 
 
 def flip(path: Path) -> None:
