@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -251,12 +252,18 @@ def test_a_run_writes_its_files(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_fills_up_under_two_ranks_is_one_message(small_disk: Callable[[int], Path], tmp_path: Path) -> None:
-    """The disk has room for what a run says, and none for the weights that it exports."""
-    output = small_disk(200 * resource.getpagesize()) / "out"
-    said = fails(arguments(tmp_path, f"output={output}", iterations=2))
+    """Others fill the disk while it runs: what is left has room for what a run says, and none for the weights that it
+    exports."""
+    page = resource.getpagesize()
+    disk = small_disk(2**26)
+    output = disk / "out"
+    with running(arguments(tmp_path, f"output={output}", iterations=8), output / ".ranks", iteration=1) as (process, _):
+        (disk / "others").write_bytes(bytes(shutil.disk_usage(disk).free - 50 * page))
+        _, said = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 1 and "Traceback" not in said, said
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and str(output) in errors[0] and "No space left on device" in errors[0], said
     assert said.count("hint: ") == 1 and "free some space there" in said
     left = {path.name for path in output.rglob("*")}
     assert not [name for name in left if "partial" in name or name.startswith(".")] and "actor" not in left
-    assert len((output / "metrics.jsonl").read_text().splitlines()) == 2
+    assert len((output / "metrics.jsonl").read_text().splitlines()) == 8
