@@ -53,7 +53,8 @@ def lines_of(plan: ExecutionPlan, run: RunFile, folder: Path) -> tuple[list[dict
         executor = Executor(job, groups, CPU, recorder)
         evaluator = Evaluator(executor, job, groups, CPU, recorder)
         evaluations = Evaluations(executor, evaluator, job, dist.get_rank(), 0)
-        run_iterations(executor, run, recorder, StopAgreement(scratch, timedelta(minutes=1)), evaluations)
+        store = dist.FileStore(str(scratch / "store"), dist.get_world_size())
+        run_iterations(executor, run, recorder, StopAgreement(scratch, store, timedelta(minutes=1)), evaluations)
         executor.export("actor", folder / "actor")
         if job.reward is not None:
             job.reward.close()
