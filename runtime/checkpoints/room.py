@@ -107,9 +107,13 @@ def check_needs(needs: Sequence[Need]) -> None:
     for on in disks.values():
         free = shutil.disk_usage(_there(on[0].folder)).free
         if sum(need.bytes for need in on) > free:
-            words = "; ".join(f"{need.what} {need.bytes / GIB:.1f} GiB in `{need.folder}`" for need in on if need.bytes)
+            words = "; ".join(f"{need.what} {_size(need.bytes)} in `{need.folder}`" for need in on if need.bytes)
             hints = dict.fromkeys(need.hint for need in on if need.bytes)
-            raise RealplanError(f"{words}, where {free / GIB:.1f} GiB are free", "; ".join(hints))
+            raise RealplanError(f"{words}, where {_size(free)} are free", "; ".join(hints))
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.1f} MiB"
 
 
 def _there(folder: Path) -> Path:
