@@ -78,12 +78,14 @@ def _assignments(overrides: list[str]) -> list[str]:
 
 
 def _run(path: Path, overrides: list[str], run_path: Path | None, words: Words, *, debug: bool) -> None:
+    from runtime.launching.preflight import check_packages
     from runtime.launching.preparation import checked, read
 
     ready = read(path, overrides, run_path, words)
     if words.dry_run:
         checked(ready, words)
         return
+    check_packages()
     from runtime.launching.launch import launch
     from runtime.machines.joined import join
     from runtime.machines.run import run_on_machines, told
@@ -138,7 +140,10 @@ def export(
 
     if dtype not in ("", "bf16", "fp16", "fp32"):
         raise typer.BadParameter(f"`{dtype}` is none of bf16, fp16, fp32", param_hint="--dtype")
+    from runtime.launching.preflight import check_packages
+
     try:
+        check_packages()
         from runtime.checkpoints.export import export_checkpoint
 
         found = export_checkpoint(checkpoint, folder, role, dtype)

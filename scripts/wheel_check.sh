@@ -43,5 +43,11 @@ if [ "$extra" = run ]; then
     --method mcmc --seconds 1 -o tiny.json >search.txt
   "$bin/realrun" tiny.json weights=random --dry-run >steps.txt
   grep -q actor_train steps.txt
+else
+  # Each is one line that names the package.
+  for words in "plan.json" "export checkpoint folder"; do
+    if "$bin/realrun" $words 2>said.txt || grep -q Traceback said.txt; then exit 1; fi
+    grep -q "^error: running a plan needs torch" said.txt
+  done
 fi
 echo "the wheel runs on $("$bin/python" --version)"
