@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from plans.checkpoint_files import (
     CheckpointError,
-    folder_of,
     names_checkpoint,
     open_checkpoint,
-    read_index,
     step_folder,
-    steps_in,
     takeover_problems,
 )
 from plans.codec import dump_plan
@@ -24,6 +20,7 @@ from plans.runfile import RunFile
 from runtime.checkpoints.held import resumed_folder
 from runtime.checkpoints.resume import Start, choose_start, start_from
 from runtime.machines.machines import Machines
+from runtime.machines.storage import other_folder
 from runtime.machines.wire import Message
 from runtime.reports.endings import RunFailed
 
@@ -59,30 +56,30 @@ def choose_among(
 ) -> Start:
     """The start that `resume_from` asks for, whatever machines its checkpoint lies on. ranks: for the machine that acts
     for each storage, those whose state it holds then. Raises CheckpointError as `choose_start` does."""
-    place = Path(run.resume_from)
-    if not _spreads(run, ranks):
-        try:
-            return choose_start(plan, run)
-        except CheckpointError:
-            _check_here(place)
-            raise
+    place, other = Path(run.resume_from), other_folder(run)
+    if not run.resume_from or len(ranks) < 2:
+        return choose_start(plan, run)
     named, refusals = names_checkpoint(place), list[str]()
-    for spread in spread_checkpoints(machines.ask_all("inventory", patience_s)):
+    for spread in spread_checkpoints(machines.ask_all("inventory", patience_s, other=other is not None)):
         if named and step_folder(place.parent, spread.iteration) != place:
             continue
         try:
-            take_needed(machines, spread, plan, {0: [], **ranks}, patience_s)
-            found = open_checkpoint(resumed_folder(run.checkpoint_folder, spread.iteration))
-            if problems := takeover_problems(found, plan):
+            take_needed(machines, spread, plan, {0: [], **ranks}, patience_s, other=other is not None)
+            taken = resumed_folder(run.checkpoint_folder if other is None else Path(run.output), spread.iteration)
+            if problems := takeover_problems(found := open_checkpoint(taken), plan):
                 raise CheckpointError(f"checkpoint `global_step_{spread.iteration}` cannot be used: {problems[0]}")
-            return start_from(found, step_folder(run.checkpoint_folder, spread.iteration), run)
+            return start_from(found, step_folder(other or run.checkpoint_folder, spread.iteration), run)
         except (CheckpointError, RunFailed) as error:
             refusals.append(error.message)
             print(f"{error.message}; the one before is used", file=sys.stderr)
-    if named and not refusals:
-        raise CheckpointError(f"the machines do not hold checkpoint `{place}` together", "--resume takes the newest")
     if refusals:
         raise CheckpointError("\n".join(refusals), "start anew without --resume, in another output=FOLDER")
+    if named or other is not None:
+        what = f"checkpoint `{place}`" if named else f"a checkpoint in `{place}`"
+        hint = (
+            "--resume takes the newest" if other is None else "resume_from=FOLDER, a checkpoint or the output of a run"
+        )
+        raise CheckpointError(f"the machines do not hold {what} together", hint)
     print(f"no checkpoint in {run.checkpoint_folder} yet: starting at the first iteration", file=sys.stderr)
     return Start(own=True)
 
@@ -101,37 +98,19 @@ def have_exported(machines: Machines, run: RunFile, role: str, patience_s: float
     )
 
 
-def _spreads(run: RunFile, storages: Sequence[int] | Mapping[int, Sequence[int]]) -> bool:
-    """Whether the checkpoint that is asked for is the run's own and may lie on several machines."""
-    place, folder = Path(run.resume_from), run.checkpoint_folder.resolve()
-    own = bool(run.resume_from) and folder in (place.resolve(), folder_of(place).resolve())
-    return own and len(storages) > 1
-
-
-def _check_here(place: Path) -> None:
-    """Raise CheckpointError where the newest checkpoint of another run lies on several machines. Only a run's own are
-    put together from there: each machine serves the folder that it writes to, and no other."""
-    steps = [place] if names_checkpoint(place) else steps_in(folder_of(place))
-    found = None
-    with suppress(CheckpointError):  # its own words say more
-        found = open_checkpoint(steps[0], whole=False) if steps else None
-    if found is not None and found.absent:
-        raise CheckpointError(
-            f"checkpoint `{found.folder}` of another run lies on several machines: {', '.join(found.absent)} of it "
-            "are not on this one, and only a run's own checkpoints are put together from several machines",
-            "--resume in the output of that run; or put all its files into that folder, on every machine",
-        )
-
-
 def take_needed(
-    machines: Machines, spread: Spread, plan: ExecutionPlan, ranks: Mapping[int, Sequence[int]], patience_s: float
+    machines: Machines,
+    spread: Spread,
+    plan: ExecutionPlan,
+    ranks: Mapping[int, Sequence[int]],
+    patience_s: float,
+    *,
+    other: bool,
 ) -> None:
-    """Have machines hold what some ranks read of a checkpoint. Raises RunFailed."""
-    files = _files(machines, spread)
-    each = {
-        node: {"iteration": spread.iteration, "plan": dump_plan(plan), "ranks": list(numbers), "files": files}
-        for node, numbers in ranks.items()
-    }
+    """Have machines hold what some ranks read of a checkpoint, of the run's own or of the `other` run's. Raises
+    RunFailed."""
+    words = {"iteration": spread.iteration, "plan": dump_plan(plan), "files": _files(machines, spread), "other": other}
+    each: dict[int, Message] = {node: words | {"ranks": list(numbers)} for node, numbers in ranks.items()}
     machines.ask("take_needed", each, patience_s)
 
 
@@ -197,18 +176,10 @@ def give(
     find it in `resumed_folder`. Raises RunFailed for one that cannot."""  # fmt: skip
     if start.checkpoint is None or len(ranks) < 2:
         return False
-    if start.checkpoint.parent != run.checkpoint_folder.resolve():  # another run's: it must be there
-        digest, nodes = read_index(start.checkpoint).digest, [node for node in ranks if node and ranks[node]]
-        asked = {node: {"folder": str(start.checkpoint)} for node in nodes}
-        for node, answer in machines.ask("digest", asked, patience_s).items():
-            if answer["digest"] != digest:
-                raise RunFailed(
-                    f"{machines.words(node)} has not checkpoint `{start.checkpoint}`",
-                    "copy it there, to the same folder",
-                )
-        return False
-    for spread in spread_checkpoints(machines.ask_all("inventory", patience_s)):
+    other = start.checkpoint.parent != run.checkpoint_folder.resolve()
+    for spread in spread_checkpoints(machines.ask_all("inventory", patience_s, other=other)):
         if spread.iteration == start.iteration:
-            take_needed(machines, spread, plan, {node: own for node, own in ranks.items() if own}, patience_s)
+            writers = {node: own for node, own in ranks.items() if own}
+            take_needed(machines, spread, plan, writers, patience_s, other=other)
             return True
     raise RunFailed(f"checkpoint `{start.checkpoint}` is on no machines together any more")

@@ -55,7 +55,7 @@ class Station:
             "probe": storage.probe, "sees": storage.sees, "unprobe": storage.unprobe, "inventory": storage.inventory,
             "take_needed": storage.take_needed, "take_masters": storage.take_masters,
             "fetch_part": storage.fetch_part, "fetch_step": storage.fetch_step, "finish": storage.finish,
-            "forget": storage.forget, "digest": storage.digest, "set_aside": storage.set_aside,
+            "forget": storage.forget, "set_aside": storage.set_aside,
             "weights": self._weights, "fetch_weights": self._fetch_weights,
             "inputs": self._inputs, "fetch_inputs": self._fetch_inputs,
         }  # fmt: skip
@@ -172,8 +172,8 @@ class Station:
             scratch = Path(self._own.name)
             self._mirror = Mirror(scratch)
         checkpoint, traces = str(begins["checkpoint"]), [self.weights.place, self.inputs.place]
-        if begins["own"]:
-            folder = self._run.checkpoint_folder.resolve()
+        if begins["own"] or begins["aside"]:
+            folder = (self._run.checkpoint_folder if begins["own"] else Path(self._run.output)).resolve()
             iteration = int(Path(checkpoint).name.rpartition("_")[2])
             checkpoint = str(step_folder(folder, iteration))
             if begins["aside"]:

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from plans.checkpoint_files import INDEX, CheckpointError, read_index, step_folder, steps_in
+from plans.checkpoint_files import INDEX, CheckpointError, folder_of, read_index, step_folder, steps_in
 from plans.checks import check_plan
 from plans.codec import BadPlan, read_plan
 from plans.files import free_name, writing
@@ -20,7 +20,7 @@ from plans.seals import Seal, seal_of
 from runtime.checkpoints.complete import put_in_place
 from runtime.checkpoints.folder import partial_folder, rank_word, remove_after
 from runtime.machines.files import FileServer, Wanted, fetch
-from runtime.machines.takeover import drop_resumed, take_masters, take_needed
+from runtime.machines.takeover import drop_resumed, served_name, take_masters, take_needed
 from runtime.machines.wire import Message
 
 SEEN_S, LOOK_S = 30.0, 0.1
@@ -34,6 +34,7 @@ class Storage:
 
     def __init__(self, run: RunFile, host: str) -> None:
         self._run, self._folder = run, run.checkpoint_folder
+        self._other = other_folder(run)
         self.files = FileServer(host, self._folder)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="fetch")
         self._told: set[int] = set()
@@ -49,6 +50,7 @@ class Storage:
         """Remove what was taken for this machine's ranks."""
         if self._took:
             drop_resumed(self._folder)
+            drop_resumed(Path(self._run.output))
 
     def probe(self, name: str) -> Message:
         """Leave a file by which other machines find out whether they see this folder."""
@@ -67,11 +69,12 @@ class Storage:
         (self._folder / name).unlink(missing_ok=True)
         return {}
 
-    def inventory(self) -> Message:
+    def inventory(self, *, other: bool = False) -> Message:
         """The checkpoints that have an index here, the newest first: the seals of their files, the index last,
-        and which of them are here with their size."""
-        steps = []
-        for folder in steps_in(self._folder):
+        and which of them are here with their size. other: those of the other run that this one goes on from, which are
+        served from now on."""
+        steps, place = [], self._other if other else self._folder
+        for folder in steps_in(place) if place is not None else ():
             try:
                 index = read_index(folder)
             except CheckpointError:
@@ -79,6 +82,8 @@ class Storage:
             seals = index.files | {INDEX: seal_of(folder / INDEX)}
             files = {name: seal.model_dump(exclude_none=True) for name, seal in seals.items()}
             here = [name for name, seal in seals.items() if _size(folder / name) == seal.bytes]
+            if other:
+                self.files.more |= {f"{served_name(folder.name, other=True)}/{name}": folder / name for name in here}
             steps.append({"iteration": index.iteration, "digest": index.digest, "files": files, "here": here})
         return {"steps": steps}
 
@@ -112,10 +117,14 @@ class Storage:
         _fetch_all(aside, final.name, files)
         aside.rename(final)
 
-    def take_needed(self, iteration: int, plan: str, ranks: Sequence[int], files: Sequence[Any]) -> Future[Message]:
-        """Have what some ranks of a plan read of a checkpoint that stands on several machines."""
+    def take_needed(
+        self, iteration: int, plan: str, ranks: Sequence[int], files: Sequence[Any], *, other: bool = False
+    ) -> Future[Message]:
+        """Have what some ranks of a plan read of a checkpoint that stands on several machines; of the `other` run's in
+        the output, since the run's own folder of checkpoints may yet be moved aside."""
         planned, wanted, self._took = planned_from(plan), _wanted(files), True
-        return self._pool.submit(take_needed, self._folder, iteration, planned, ranks, wanted)
+        folder = Path(self._run.output) if other else self._folder
+        return self._pool.submit(take_needed, folder, iteration, planned, ranks, wanted, self._other if other else None)
 
     def take_masters(self, iteration: int, role: str, files: Sequence[Any]) -> Future[Message]:
         """Have what an export of a role reads of a checkpoint that stands on several machines."""
@@ -143,12 +152,13 @@ class Storage:
                 self._folder.rename(place / CHECKPOINTS)
         return {}
 
-    def digest(self, folder: str) -> Message:
-        """Digest of the index of a checkpoint somewhere on this machine; empty where there is none."""
-        try:
-            return {"digest": read_index(Path(folder)).digest}
-        except CheckpointError:
-            return {"digest": ""}
+
+def other_folder(run: RunFile) -> Path | None:
+    """The folder of the checkpoints of another run that this one goes on from; None for its own, and for none."""
+    if not run.resume_from:
+        return None
+    place, folder = Path(run.resume_from), run.checkpoint_folder.resolve()
+    return None if folder in (place.resolve(), folder_of(place).resolve()) else folder_of(place)
 
 
 def planned_from(text: str) -> ExecutionPlan:

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from plans.checkpoint_files import Checkpoint, open_checkpoint, step_folder
+from plans.checkpoint_files import INDEX, Checkpoint, open_checkpoint, step_folder
 from plans.flat_tensors import WORD_BYTES, ByteRange, header_bytes, joined_ranges
 from plans.plan import ExecutionPlan
-from plans.seals import CHUNK_BYTES
+from plans.seals import CHUNK_BYTES, altered
 from runtime.checkpoints.held import resumed_folder, write_held
 from runtime.checkpoints.needed import FileBytes, master_bytes, needed_bytes
 from runtime.checkpoints.room import Need, check_needs
@@ -25,12 +25,24 @@ Needs = Callable[[Checkpoint], Iterable[FileBytes]]
 
 
 def take_needed(
-    folder: Path, iteration: int, plan: ExecutionPlan, ranks: Sequence[int], files: Sequence[Wanted]
+    folder: Path,
+    iteration: int,
+    plan: ExecutionPlan,
+    ranks: Sequence[int],
+    files: Sequence[Wanted],
+    other: Path | None = None,
 ) -> Message:
-    """Have in `resumed_folder` what some ranks of a plan read of a checkpoint, every byte of it as it was sealed. Says
-    how many bytes have come. Raises OSError, RealplanError where there is no room for them, and CheckpointError for a
-    checkpoint that contradicts itself."""
-    return _take(folder, iteration, files, lambda checkpoint: needed_bytes(checkpoint, plan, ranks))
+    """Have in `resumed_folder` of a folder what some ranks of a plan read of a checkpoint, every byte of it as it was
+    sealed. Says how many bytes have come. other: the folder of checkpoints of another run, one of which it is (None: of
+    `folder`). Raises OSError, RealplanError where there is no room for them, and CheckpointError for a checkpoint that
+    contradicts itself."""
+    return _take(folder, iteration, files, lambda checkpoint: needed_bytes(checkpoint, plan, ranks), other)
+
+
+def served_name(step: str, *, other: bool) -> str:
+    """Under which name machines serve the files of a checkpoint: of the run's own, or of the other one that it goes on
+    from."""
+    return f"other/{step}" if other else step
 
 
 def take_masters(folder: Path, iteration: int, role: str, files: Sequence[Wanted]) -> Message:
@@ -38,19 +50,23 @@ def take_masters(folder: Path, iteration: int, role: str, files: Sequence[Wanted
     return _take(folder, iteration, files, lambda checkpoint: master_bytes(checkpoint, role))
 
 
-def _take(folder: Path, iteration: int, files: Sequence[Wanted], needs: Needs) -> Message:
-    final, place = step_folder(folder, iteration), resumed_folder(folder, iteration)
+def _take(folder: Path, iteration: int, files: Sequence[Wanted], needs: Needs, other: Path | None = None) -> Message:
+    final, place = step_folder(other or folder, iteration), resumed_folder(folder, iteration)
+    step = served_name(final.name, other=other is not None)
+    # What is here of the same name may be of another run: its files are another one's, even where sizes agree.
+    index = {wanted.name: wanted.seal for wanted in files if wanted.name == INDEX}
+    same = os.path.isfile(final / INDEX) and not altered(final, index)
     drop_resumed(folder, but=place)
     place.mkdir(parents=True, exist_ok=True)
     chunked, come = dict[str, _Chunks](), 0
     for wanted in files:
-        linked = _link(final / wanted.name, place / wanted.name, wanted.seal.bytes)
+        linked = same and _link(final / wanted.name, place / wanted.name, wanted.seal.bytes)
         if wanted.name.endswith(".safetensors") and wanted.seal.crc32 is not None:
-            file = chunked[wanted.name] = _Chunks(place / wanted.name, wanted, final.name)
+            file = chunked[wanted.name] = _Chunks(place / wanted.name, wanted, step)
             file.have([0])
             file.have(_chunks([(0, WORD_BYTES + header_bytes(file.path))]))
         else:
-            fetch(place, wanted, final.name)
+            fetch(place, wanted, step)
             come += 0 if linked else wanted.seal.bytes
     runs: dict[str, list[ByteRange]] = {name: [] for name in chunked}
     for name, start, stop in needs(open_checkpoint(place)):

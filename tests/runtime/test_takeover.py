@@ -36,7 +36,8 @@ from runtime.checkpoints.export import export_checkpoint
 from runtime.checkpoints.folder import rank_file
 from runtime.checkpoints.held import Held, resumed_folder
 from runtime.machines.files import FileServer, Wanted
-from runtime.machines.resume import choose_among
+from runtime.machines.resume import choose_among, give
+from runtime.machines.storage import Storage
 from runtime.machines.takeover import drop_resumed, take_masters, take_needed
 
 HOST, CHUNK = "127.0.0.1", 2**12
@@ -72,7 +73,8 @@ def machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[
     (step / INDEX).write_text(sealed_index(joined(parts)))
     for rank, place in enumerate(places[:2]):
         (place / step.name).mkdir(parents=True)
-        (place / step.name / rank_file(rank)).write_bytes((step / rank_file(rank)).read_bytes())
+        for name in (INDEX, rank_file(rank)):
+            shutil.copy(step / name, place / step.name)
     with ExitStack() as stack:
         sources = [stack.enter_context(closing(FileServer(HOST, place))).source for place in places]
         yield places, [Wanted(path.name, seal_of(path), sources) for path in sorted(step.iterdir())]
@@ -86,8 +88,8 @@ def write_tensors(path: Path, entries: list[StoredEntry], seed: int) -> None:
 
 
 def small_bytes(files: list[Wanted]) -> int:
-    """What every machine needs: the texts and the headers, in whole chunks."""
-    return sum(wanted.seal.bytes for wanted in files if not wanted.name.startswith("rank"))
+    """The texts, which every machine needs; the index is there."""
+    return sum(wanted.seal.bytes for wanted in files if wanted.name in TEXTS)
 
 
 def headers(places: list[Path], rank: int) -> int:
@@ -157,28 +159,65 @@ def test_an_export_reads_masters_alone(
         held.check(rank_file(1), entries[0].tensor("exp_avg_sq"), 0, entries[0].entry.size)
 
 
-def test_the_spread_checkpoint_of_another_run_is_refused_in_words(
+class Asked:
+    """Two machines as the first one asks them, each with a stage of another run's checkpoint in a folder of its own,
+    from which a run goes on."""
+
+    def __init__(self, whole: Path, folder: Path) -> None:
+        self.others = [folder / f"machine{node}" / "other" for node in range(2)]
+        self.runs = [tiny_run(at.parent / "out", iterations=9, resume_from=str(at)) for at in self.others]
+        for node, (other, run) in enumerate(zip(self.others, self.runs, strict=True)):
+            shutil.copytree(whole, other / whole.name, ignore=lambda *_, node=node: [rank_file(1 - node)])
+            Path(run.output).mkdir()
+        self.storages = [Storage(run, HOST) for run in self.runs]
+        self.there = {node: SimpleNamespace(source=s.files.source) for node, s in enumerate(self.storages)}
+
+    def close(self) -> None:
+        for storage in self.storages:
+            storage.close()
+
+    def ask_all(self, kind: str, patience_s: float, **words: Any) -> dict[int, Any]:
+        return {node: getattr(storage, kind)(**words) for node, storage in enumerate(self.storages)}
+
+    def ask(self, kind: str, each: dict[int, Any], patience_s: float) -> dict[int, Any]:
+        return {node: getattr(self.storages[node], kind)(**words).result() for node, words in each.items()}
+
+
+def test_the_checkpoint_of_another_run_is_put_together_from_its_machines(
     machines: tuple[list[Path], list[Wanted]], tmp_path: Path
 ) -> None:
-    """A run's own checkpoints, by folder, output or name, are put together; those of another run must be whole here."""
-    other, plan = tmp_path / "other" / "checkpoints", plan_of("d1 t1 p2")
-    shutil.copytree(machines[0][2], other)
-    run = tiny_run(tmp_path / "out", iterations=9, resume_from=str(other.parent))
-    nobody: Any = None  # no machine is asked
-    empty: Any = SimpleNamespace(ask_all=lambda *_: {})  # no machine has any
-    assert choose_among(plan, run, nobody, {0: [0], 1: [1]}, 1.0).iteration == 7
-    (other / "global_step_7" / rank_file(1)).unlink()
-    for place in (other.parent, other, other / "global_step_7"):
-        foreign = run.model_copy(update={"resume_from": str(place)})
-        with pytest.raises(CheckpointError, match="of another run lies on several machines: rank-00001") as raised:
-            choose_among(plan, foreign, nobody, {0: [0], 1: [1]}, 1.0)
-        assert "--resume in the output of that run" in raised.value.hint
-        own = tiny_run(tmp_path / "other", iterations=9, resume_from=str(place))
-        if place.name == "global_step_7":
-            with pytest.raises(CheckpointError, match="do not hold checkpoint"):
-                choose_among(plan, own, empty, {0: [0], 1: [1]}, 1.0)
-        else:
-            assert choose_among(plan, own, empty, {0: [0], 1: [1]}, 1.0).checkpoint is None
+    whole, plan, ranks = machines[0][2] / "global_step_7", plan_of("d2 t1 p1"), {0: [0], 1: [1]}
+    with closing(Asked(whole, tmp_path)) as asked:
+        found: Any = asked
+        for place in (asked.others[0], asked.others[0] / whole.name):
+            run = asked.runs[0].model_copy(update={"resume_from": str(place)})
+            start = choose_among(plan, run, found, ranks, 1.0)
+            assert (start.iteration, start.own, start.checkpoint) == (7, False, asked.others[0].resolve() / whole.name)
+        assert give(found, plan, asked.runs[0], start, ranks, 1.0)
+        for other, run in zip(asked.others, asked.runs, strict=True):
+            taken = resumed_folder(Path(run.output), 7)
+            assert {p.name: p.read_bytes() for p in whole.iterdir()}.items() <= {
+                p.name: p.read_bytes() for p in taken.iterdir()
+            }.items()
+            assert len(list((other / whole.name).iterdir())) == len(list(whole.iterdir())) - 1, "nothing is put there"
+    assert not [path for run in asked.runs for path in Path(run.output).iterdir()]
+
+
+def test_nothing_of_another_state_is_used_or_changed(machines: tuple[list[Path], list[Wanted]], tmp_path: Path) -> None:
+    """A folder of the same name with files of the same sizes, and another index."""
+    places, files = machines
+    step, right = places[0] / "global_step_7", (places[2] / "global_step_7" / rank_file(0)).read_bytes()
+    (step / INDEX).write_text((step / INDEX).read_text() + " ")
+    flip(step / rank_file(0))
+    other = (step / rank_file(0)).read_bytes()
+    take_needed(places[0], 7, plan_of("d2 t1 p1"), [0], files)
+    assert (resumed_folder(places[0], 7) / rank_file(0)).read_bytes() == right
+    assert (step / rank_file(0)).read_bytes() == other
+    with closing(Asked(places[2] / step.name, tmp_path)) as asked:
+        (asked.others[1] / step.name / rank_file(1)).unlink()
+        found: Any = asked
+        with pytest.raises(CheckpointError, match=r"the machines do not hold a checkpoint in `.*other` together"):
+            choose_among(plan_of("d2 t1 p1"), asked.runs[0], found, {0: [0], 1: [1]}, 1.0)
 
 
 def flip(path: Path) -> None:
