@@ -15,3 +15,13 @@ PAGE = "report.html"
 def adapter_of(name: str) -> str:
     """Name of the folder of the adapter of a model that is exported to the folder `name`, beside it."""
     return f"{name}-adapter"
+
+
+def partial_of(name: str) -> str:
+    """Name under which an exported folder stands beside its place before it is whole."""
+    return f".{name}.partial"
+
+
+def replaced_of(name: str) -> str:
+    """Name under which the folder that an exported one replaces stands beside it until it is gone."""
+    return f".{name}.old"

@@ -3,13 +3,13 @@ in whole rows."""
 
 from __future__ import annotations
 
+from plans.cluster import GIB
 from plans.errors import RealplanError
 from plans.graph import CallKind
 from plans.kvcache import BLOCK_TOKENS, LEAST_TORCH, PAGED_TORCH, cached_tokens, release, slots_per_replica
 from plans.layout import Layout, model_units
 from plans.plan import ExecutionPlan
 
-GIB = 2**30
 BLOCK_ENGINE = "megatron"
 """The engine whose estimates price a cache in blocks (`cost_models/library/engines.json`)."""
 

@@ -14,7 +14,19 @@ import yaml
 from plans.codec import dump_plan, save_plan
 from plans.files import OutputError, check_target, free_name, write_atomically
 from plans.plan import ExecutionPlan
-from plans.run_output import BEST, EVALUATIONS, METRICS, PAGE, PLAN, RUN, SAMPLES, TIMELINE, adapter_of
+from plans.run_output import (
+    BEST,
+    EVALUATIONS,
+    METRICS,
+    PAGE,
+    PLAN,
+    RUN,
+    SAMPLES,
+    TIMELINE,
+    adapter_of,
+    partial_of,
+    replaced_of,
+)
 from plans.runfile import CHECKPOINTS, RANDOM, RunFile
 from runtime.reports.trackers import EVENTS
 
@@ -75,8 +87,8 @@ def held_output(plan: ExecutionPlan, run: RunFile, *, goes_on: bool = False) -> 
     finally:
         for weights in (exported_role(plan), BEST):
             for made in (weights, adapter_of(weights)):
-                for left in (partial_export(output, made), partial_export(output, made).with_suffix(".old")):
-                    shutil.rmtree(left, ignore_errors=True)
+                for left in (partial_of(made), replaced_of(made)):
+                    shutil.rmtree(output / left, ignore_errors=True)
         os.close(descriptor)
 
 
@@ -90,11 +102,6 @@ def save_run(run: RunFile) -> None:
     """Keep the run file, as it is run, in the output."""
     text = yaml.safe_dump(run.model_dump(mode="json", exclude={"resume_from"}), sort_keys=False)
     write_atomically(Path(run.output) / RUN, text)
-
-
-def partial_export(output: Path, role: str) -> Path:
-    """Where an export stands before it is whole."""
-    return output / f".{role}.partial"
 
 
 def _lock(descriptor: int, output: Path) -> None:

@@ -20,7 +20,7 @@ from plans.runfile import RunFile
 from runtime.checkpoints.held import resumed_folder
 from runtime.checkpoints.resume import Start, choose_start, start_from
 from runtime.machines.machines import Machines
-from runtime.machines.storage import other_folder
+from runtime.machines.storage import other_folder, taken_in
 from runtime.machines.wire import Message
 from runtime.reports.endings import RunFailed
 
@@ -65,7 +65,7 @@ def choose_among(
             continue
         try:
             take_needed(machines, spread, plan, {0: [], **ranks}, patience_s, other=other is not None)
-            taken = resumed_folder(run.checkpoint_folder if other is None else Path(run.output), spread.iteration)
+            taken = resumed_folder(taken_in(run, other=other is not None), spread.iteration)
             if problems := takeover_problems(found := open_checkpoint(taken), plan):
                 raise CheckpointError(f"checkpoint `global_step_{spread.iteration}` cannot be used: {problems[0]}")
             return start_from(found, step_folder(other or run.checkpoint_folder, spread.iteration), run)

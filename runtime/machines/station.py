@@ -21,7 +21,7 @@ from runtime.launching.replan import devices_left
 from runtime.machines.inputs import Inputs
 from runtime.machines.mirror import Mirror
 from runtime.machines.named import renamed
-from runtime.machines.storage import Storage, planned_from
+from runtime.machines.storage import Storage, planned_from, taken_in
 from runtime.machines.weights import WeightFolders
 from runtime.machines.wire import Message
 from runtime.processes.member import Address
@@ -173,7 +173,7 @@ class Station:
             self._mirror = Mirror(scratch)
         checkpoint, traces = str(begins["checkpoint"]), [self.weights.place, self.inputs.place]
         if begins["own"] or begins["aside"]:
-            folder = (self._run.checkpoint_folder if begins["own"] else Path(self._run.output)).resolve()
+            folder = taken_in(self._run, other=not begins["own"]).resolve()
             iteration = int(Path(checkpoint).name.rpartition("_")[2])
             checkpoint = str(step_folder(folder, iteration))
             if begins["aside"]:

@@ -49,8 +49,8 @@ class Storage:
     def _drop(self) -> None:
         """Remove what was taken for this machine's ranks."""
         if self._took:
-            drop_resumed(self._folder)
-            drop_resumed(Path(self._run.output))
+            for other in (False, True):
+                drop_resumed(taken_in(self._run, other=other))
 
     def probe(self, name: str) -> Message:
         """Leave a file by which other machines find out whether they see this folder."""
@@ -120,10 +120,10 @@ class Storage:
     def take_needed(
         self, iteration: int, plan: str, ranks: Sequence[int], files: Sequence[Any], *, other: bool = False
     ) -> Future[Message]:
-        """Have what some ranks of a plan read of a checkpoint that stands on several machines; of the `other` run's in
-        the output, since the run's own folder of checkpoints may yet be moved aside."""
+        """Have what some ranks of a plan read of a checkpoint that stands on several machines, of the run's own or of
+        the `other` run's."""
         planned, wanted, self._took = planned_from(plan), _wanted(files), True
-        folder = Path(self._run.output) if other else self._folder
+        folder = taken_in(self._run, other=other)
         return self._pool.submit(take_needed, folder, iteration, planned, ranks, wanted, self._other if other else None)
 
     def take_masters(self, iteration: int, role: str, files: Sequence[Any]) -> Future[Message]:
@@ -159,6 +159,12 @@ def other_folder(run: RunFile) -> Path | None:
         return None
     place, folder = Path(run.resume_from), run.checkpoint_folder.resolve()
     return None if folder in (place.resolve(), folder_of(place).resolve()) else folder_of(place)
+
+
+def taken_in(run: RunFile, *, other: bool) -> Path:
+    """The folder in which a machine has what it takes of a checkpoint: beside the run's own, but for the `other` run's
+    in the output, since the run's own folder of checkpoints may yet be moved aside."""
+    return Path(run.output) if other else run.checkpoint_folder
 
 
 def planned_from(text: str) -> ExecutionPlan:

@@ -26,7 +26,7 @@ from runtime.weights.hf_folder import (
     fill_stage,
     is_copy,
     make_empty,
-    partial_of,
+    partial_export,
     weight_files,
     writing_weights,
 )
@@ -64,7 +64,7 @@ def export(
     """
     files = weight_files(layout, dtype.itemsize, shard_bytes)
     root = dist.get_rank() == WRITER
-    stage = None if model is None else model.place.pp
+    stage = -1 if model is None else model.place.pp
     mark = torch.tensor(secrets.randbits(62))
     if root:
         with writing_weights(folder):
@@ -73,11 +73,11 @@ def export(
     dist.broadcast(mark, WRITER, group)
     sees = torch.zeros(layout.pp)
     if model is not None and _writes(model):
-        sees[model.place.pp] = os.path.exists(_probe(folder, mark))
+        sees[stage] = os.path.exists(_probe(folder, mark))
     dist.all_reduce(sees, group=group)
     if root:
         _probe(folder, mark).unlink()
-    if model is not None and stage is not None and sees[stage]:
+    if model is not None and sees[stage]:
         _write(model, folder, files)
     for other in (stage for stage in range(layout.pp) if not sees[stage]):
         dist.barrier(group)  # stages take turns, so that the ranks of one wait for each other no longer than usual
@@ -96,7 +96,7 @@ def export(
 
 def _probe(folder: Path, mark: Tensor) -> Path:
     """A file that no other folder of this name has."""
-    return partial_of(folder) / f".probe-{mark.item()}"
+    return partial_export(folder) / f".probe-{mark.item()}"
 
 
 def _writes(model: Model) -> bool:

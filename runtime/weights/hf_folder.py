@@ -23,6 +23,7 @@ from plans.files import free_name, writing
 from plans.huggingface import config_from_spec
 from plans.layout import EMBEDDING, Layout, Parameter, model_units
 from plans.model import Head, ModelSpec
+from plans.run_output import partial_of, replaced_of
 from runtime.weights.adapters import adapter_folder, join_stages, merged, write_stage
 from runtime.weights.hf_files import INDEX, SINGLE, WeightsError, origin_of
 from runtime.weights.hf_names import hf_names, hf_shape
@@ -53,12 +54,12 @@ def write_folder(
             complete(spec, dtype, folder, files, source)
     finally:
         for made in _folders(spec, folder):
-            shutil.rmtree(partial_of(made), ignore_errors=True)
+            shutil.rmtree(partial_export(made), ignore_errors=True)
 
 
-def partial_of(folder: Path) -> Path:
+def partial_export(folder: Path) -> Path:
     """Where a folder stands before it is whole."""
-    return folder.with_name(f".{folder.name}.partial")
+    return folder.with_name(partial_of(folder.name))
 
 
 def _folders(spec: ModelSpec, folder: Path) -> list[Path]:
@@ -67,7 +68,7 @@ def _folders(spec: ModelSpec, folder: Path) -> list[Path]:
 
 
 def make_empty(spec: ModelSpec, folder: Path) -> None:
-    for made in map(partial_of, _folders(spec, folder)):
+    for made in map(partial_export, _folders(spec, folder)):
         shutil.rmtree(made, ignore_errors=True)
         made.mkdir(parents=True)
 
@@ -81,9 +82,9 @@ def fill_stage(
 ) -> None:
     """Write a stage's weights, and its adapters, which are merged into them."""
     adapters: dict[str, Tensor] = {}
-    _write_weights(spec, merged(spec, parameters, adapters), partial_of(folder), files)
+    _write_weights(spec, merged(spec, parameters, adapters), partial_export(folder), files)
     if adapters:
-        write_stage(partial_of(adapter_folder(folder)), stage, adapters)
+        write_stage(partial_export(adapter_folder(folder)), stage, adapters)
 
 
 def complete(
@@ -97,13 +98,13 @@ def complete(
 ) -> None:
     """Write what goes with the weights, and give the folders their names. source: the weights that training began
     with, beside which adapters were trained. keeps: folders of these names go to `NAME.1`."""
-    partial = partial_of(folder)
+    partial = partial_export(folder)
     if spec.lora:
-        join_stages(spec, partial_of(adapter_folder(folder)), "" if source is None else origin_of(source))
+        join_stages(spec, partial_export(adapter_folder(folder)), "" if source is None else origin_of(source))
     _write_index(spec, dtype, partial, files)
     _write_config(spec, dtype, partial, source)
     for made in _folders(spec, folder):
-        _replace(made, partial_of(made), keeps=keeps)
+        _replace(made, partial_export(made), keeps=keeps)
 
 
 @contextmanager
@@ -202,7 +203,7 @@ def _replace(folder: Path, partial: Path, *, keeps: bool) -> None:
     mode = stat.S_IMODE(partial.stat().st_mode) & 0o666  # what the umask leaves
     for path in partial.iterdir():
         path.chmod(mode)  # safetensors writes files that no other user can read
-    old = free_name(folder) if keeps else partial.with_suffix(".old")
+    old = free_name(folder) if keeps else folder.with_name(replaced_of(folder.name))
     if os.path.lexists(folder):
         folder.rename(old)
     partial.rename(folder)
